@@ -1,0 +1,27 @@
+"""Errors that a user can cause; each message ends with the remedy."""
+
+__all__ = ["FemDiffusionError", "InputError", "DataError", "ModelFileError", "SolveError", "InstallError"]
+
+
+class FemDiffusionError(Exception):
+    """Base class of every error that fem_diffusion raises for a user's mistake."""
+
+
+class InputError(FemDiffusionError, ValueError):
+    """An argument is of the wrong kind, shape, value or function space."""
+
+
+class DataError(FemDiffusionError):
+    """A data set is empty, inconsistent or does not fit its use."""
+
+
+class ModelFileError(FemDiffusionError):
+    """A model or checkpoint file is truncated, foreign or does not fit its use."""
+
+
+class SolveError(FemDiffusionError):
+    """A forward problem has no solution that its solver finds."""
+
+
+class InstallError(FemDiffusionError, ImportError):
+    """The environment lacks something, or has a version or build that does not serve."""

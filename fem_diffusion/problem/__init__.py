@@ -1,0 +1,1 @@
+"""The inverse problem in Firedrake's words: physics, prior, observation operator."""
