@@ -1,0 +1,176 @@
+r"""The Gaussian base: for every measurement a Gaussian :math:`N(\mu_y, P)` that carries the linear part of the answer.
+
+The base is the conditional law of the joint Gaussian of latents and measurements,
+
+.. math:: \mu_y = \bar z + K (y - \bar y), \qquad K = C_{zy} S^{-1}, \qquad P = C_{zz} - K S K^T,
+
+with :math:`S = C_{yy}` (the Kalman update). The diffusion runs in base coordinates
+:math:`w = P^{-1/2}(z - \mu_y)`, where the prior noise is aligned with the posterior. Where the base is the truth,
+:math:`w` is standard normal for every measurement and the network has nothing to learn.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.errors import InputError
+
+__all__ = ["GaussianBase", "fit_base", "linear_base"]
+
+# Directions that the data determine to better than this fraction of the prior's standard deviation are not resolved.
+_SMALLEST_STD = 1e-6
+
+
+@dataclass(frozen=True)
+class GaussianBase:
+    """Gaussian approximation of p(z | y), affine in the measurement.
+
+    Parameters
+    ----------
+    latent_mean : Tensor
+        Mean of the latents, shape (r,).
+    measurement_mean : Tensor
+        Mean of the measurements, shape (k,).
+    gain : Tensor
+        Kalman gain K, shape (r, k).
+    factor : Tensor
+        L with L Lᵀ = P, shape (r, r).
+    factor_inverse : Tensor
+        Inverse of L, shape (r, r).
+    whitener : Tensor
+        W with W S Wᵀ = I, shape (k, k).
+    """
+
+    latent_mean: Tensor
+    measurement_mean: Tensor
+    gain: Tensor
+    factor: Tensor
+    factor_inverse: Tensor
+    whitener: Tensor
+
+    @property
+    def r(self) -> int:
+        """Number of latents."""
+        return self.gain.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Number of measurements."""
+        return self.gain.shape[1]
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance P of the base, shape (r, r)."""
+        return self.factor @ self.factor.T
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of z given measurements `y` (B, k); shape (B, r)."""
+        return self.latent_mean + (y - self.measurement_mean) @ self.gain.T
+
+    def whiten(self, z: Tensor, y: Tensor) -> Tensor:
+        """Base coordinates w (B, r) of latents `z` (B, r) for measurements `y` (B, k)."""
+        return (z - self.mean(y)) @ self.factor_inverse.T
+
+    def colour(self, w: Tensor, y: Tensor) -> Tensor:
+        """Latents z (B, r) of base coordinates `w` (B, r) for measurements `y` (B, k)."""
+        return self.mean(y) + w @ self.factor.T
+
+    def features(self, y: Tensor) -> Tensor:
+        """Measurements `y` (B, k) centred and whitened, shape (B, k): what the network sees of them."""
+        return (y - self.measurement_mean) @ self.whitener.T
+
+    def to(self, *args, **kwargs) -> "GaussianBase":
+        """Copy with every tensor moved by `torch.Tensor.to`."""
+        return GaussianBase(*(getattr(self, f.name).to(*args, **kwargs) for f in fields(self)))
+
+
+def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measurement_covariance) -> GaussianBase:
+    """Condition the joint Gaussian with these moments; `cross` is C_zy, shape (r, k)."""
+    values, vectors = torch.linalg.eigh(measurement_covariance)
+    floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
+    if not values[-1] > 0 or values[0] < -floor:
+        raise InputError("The covariance of the measurements is not positive; check the observations and the noise.")
+    whitener = vectors.T / values.clamp(min=floor).sqrt()[:, None]
+    half_gain = cross @ whitener.T
+    gain = half_gain @ whitener
+    posterior = latent_covariance - half_gain @ half_gain.T
+    variances, axes = torch.linalg.eigh((posterior + posterior.T) / 2)
+    scale = variances.clamp(min=_SMALLEST_STD**2 * torch.diagonal(latent_covariance).mean()).sqrt()
+    return GaussianBase(latent_mean, measurement_mean, gain, axes * scale, axes.T / scale[:, None], whitener)
+
+
+def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | None = None) -> GaussianBase:
+    """Exact base of a linear-Gaussian problem y = offset + G z + e with z ~ N(0, I), e ~ N(0, R).
+
+    Parameters
+    ----------
+    operator : Tensor
+        G, shape (k, r).
+    noise_covariance : Tensor
+        R, shape (k, k).
+    offset : Tensor, optional
+        Observation of the prior mean, shape (k,); zero where left out.
+
+    Returns
+    -------
+    GaussianBase
+        In the dtype of `operator`; its law is the posterior.
+
+    Raises
+    ------
+    InputError
+        If G Gᵀ + R is not positive.
+    """
+    k, r = operator.shape
+    offset = operator.new_zeros(k) if offset is None else offset
+    return _from_moments(operator.new_zeros(r), torch.eye(r, dtype=operator.dtype, device=operator.device), offset,
+                         operator.T, operator @ operator.T + noise_covariance)
+
+
+def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: bool = False) -> GaussianBase:
+    """Base from training pairs: the joint Gaussian of latents and noise-free observations, plus the noise.
+
+    The observation is regressed on the latents, y = ȳ + G (z - z̄) + residual, and the moments follow from
+    G, the covariance of the residual and R. Where the forward map is linear this is exact for any number of pairs
+    above r, although sample covariances of z and y are not.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free observations, shape (n, k).
+    noise_covariance : Tensor
+        R, shape (k, k).
+    standard_prior : bool
+        Take the prior moments of z as known, N(0, I), as for a Karhunen-Loeve basis; otherwise from the pairs.
+
+    Returns
+    -------
+    GaussianBase
+        In double precision on the device of `z`.
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree or there are not more pairs than latents + 1.
+    """
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
+        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
+    n, r = z.shape
+    if n <= r + 1:
+        raise InputError(f"{n} pairs cannot determine a base for {r} latents: simulate more, or keep fewer modes.")
+    z, y = z.double(), y.double()
+    z_sample_mean, y_sample_mean = z.mean(0), y.mean(0)
+    centred, response = z - z_sample_mean, y - y_sample_mean
+    operator = torch.linalg.lstsq(centred, response).solution.T
+    residual = response - centred @ operator.T
+    if standard_prior:
+        latent_mean, latent_covariance = z.new_zeros(r), torch.eye(r, dtype=z.dtype, device=z.device)
+    else:
+        latent_mean, latent_covariance = z_sample_mean, centred.T @ centred / (n - 1)
+    measurement_mean = y_sample_mean + operator @ (latent_mean - z_sample_mean)
+    cross = latent_covariance @ operator.T
+    measurement_covariance = (operator @ cross + residual.T @ residual / (n - r - 1) + noise_covariance.double())
+    return _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measurement_covariance)

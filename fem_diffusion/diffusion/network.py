@@ -1,0 +1,82 @@
+"""Score networks: residual networks with conditioning on noise level and measurement."""
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.errors import InputError
+
+__all__ = ["ResidualMLP"]
+
+
+class _Block(nn.Module):
+    """Pre-normalised residual block whose scale and shift come from the conditioning."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        return x + self.inner(self.norm(x) * (1 + scale) + shift)
+
+
+class ResidualMLP(nn.Module):
+    """Residual multilayer perceptron for N(v, angle, features of y); zero before training.
+
+    Parameters
+    ----------
+    r : int
+        Number of latents.
+    k : int
+        Number of measurement features.
+    width : int
+        Width of the residual stream.
+    depth : int
+        Number of residual blocks.
+
+    Raises
+    ------
+    InputError
+        If a size is not positive.
+    """
+
+    def __init__(self, r: int, k: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        if min(r, k, width, depth) < 1:
+            raise InputError(f"Network sizes must be positive: r={r}, k={k}, width={width}, depth={depth}.")
+        self.config = {"r": r, "k": k, "width": width, "depth": depth}
+        self.embed_input = nn.Linear(r + k, width)
+        self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, r)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
+        """Network output.
+
+        Parameters
+        ----------
+        v : Tensor
+            Unit-variance state, shape (B, r).
+        angle : Tensor
+            arctan(sigma), shape (B, 1).
+        features : Tensor
+            Whitened measurements, shape (B, k).
+
+        Returns
+        -------
+        Tensor
+            Shape (B, r).
+        """
+        harmonics = torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
+        condition = self.embed_condition(torch.cat([features, harmonics], dim=-1))
+        x = self.embed_input(torch.cat([v, features], dim=-1))
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(self.norm(x))

@@ -1,0 +1,318 @@
+"""Denoising score matching: trains the network under the Gaussian base, resumably and reproducibly."""
+
+import contextlib
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.gaussian import GaussianBase
+from fem_diffusion.diffusion.network import ResidualMLP
+from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
+from fem_diffusion.errors import InputError, ModelFileError
+
+__all__ = ["History", "TrainingOptions", "train"]
+
+_FORMAT = "fem_diffusion training checkpoint 1"
+_VALIDATION_DRAWS = 16
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings of the training loop.
+
+    Parameters
+    ----------
+    steps : int
+        Largest number of optimiser steps.
+    batch : int
+        Pairs a step.
+    learning_rate, weight_decay : float
+        Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
+    ema_decay : float
+        Decay a step of the exponential moving average of the weights, which is what is kept.
+    width, depth : int
+        Of the residual network.
+    validation_fraction : float
+        Share of the pairs held out for early stopping.
+    evaluate_every : int
+        Steps between evaluations of the validation loss, and between checkpoints.
+    patience : int
+        Evaluations without a better validation loss before training stops.
+    log_sigma_mean, log_sigma_std : float
+        Law of log sigma in training, in base coordinates.
+    seed : int
+        Of initial weights, batches and noise.
+    device : str
+        Of the training, e.g. "cpu" or "cuda".
+    threads : int or None
+        Threads of torch while training on the CPU; None leaves torch's setting.
+    """
+
+    steps: int = 6000
+    batch: int = 256
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-2
+    ema_decay: float = 0.998
+    width: int = 128
+    depth: int = 3
+    validation_fraction: float = 0.1
+    evaluate_every: int = 250
+    patience: int = 6
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = 1.2
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def check(self) -> None:
+        """Raise InputError where a setting is out of its range."""
+        positive = ("steps", "batch", "learning_rate", "evaluate_every", "patience", "width", "depth", "log_sigma_std")
+        bad = [name for name in positive if not getattr(self, name) > 0]
+        bad += [name for name in ("ema_decay", "weight_decay") if not 0 <= getattr(self, name) < 1]
+        if bad:
+            raise InputError(f"Training options out of range: {', '.join(bad)}.")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError("validation_fraction must lie between 0 and 1; early stopping needs held-out pairs.")
+
+
+@dataclass
+class History:
+    """Training curve: losses at each evaluation; 1 is the loss of the base where the base is the truth.
+
+    Parameters
+    ----------
+    step, train, validation : list
+        Optimiser step, mean training loss since the last evaluation, validation loss of the averaged weights.
+    base : float
+        Validation loss without a network.
+    best_step : int
+        Step of the weights that are kept; 0 where the base alone is kept.
+    """
+
+    step: list = field(default_factory=list)
+    train: list = field(default_factory=list)
+    validation: list = field(default_factory=list)
+    base: float = float("nan")
+    best_step: int = 0
+
+
+def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, base: GaussianBase,
+          options: TrainingOptions = TrainingOptions(), *, checkpoint: str | os.PathLike | None = None,
+          progress: bool = False) -> tuple[Denoiser, History]:
+    """Fit the network under the base by denoising score matching.
+
+    Every batch draws fresh measurement noise, so a training pair cannot be recognised by its measurement. The
+    weights with the best loss on held-out pairs are kept, and the network as a whole is kept only where it beats
+    the base there by more than two standard errors.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free observations, shape (n, k), or measurements where `noise` is None.
+    noise : GaussianNoise, CallableNoise or None
+        Noise model; None where `y` already holds noise.
+    base : GaussianBase
+        Gaussian base of the same r and k.
+    options : TrainingOptions
+        Settings of the loop.
+    checkpoint : path, optional
+        File that is written atomically at each evaluation; training resumes from it where it exists.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Denoiser
+        In single precision on the CPU, in evaluation mode.
+    History
+        The training curve.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, an option is out of range or a value is not finite.
+    ModelFileError
+        If `checkpoint` is unreadable or belongs to other data or options.
+    """
+    options.check()
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or (base.r, base.k) != (z.shape[1], y.shape[1]):
+        raise InputError(f"Latents {tuple(z.shape)} and observations {tuple(y.shape)} do not fit the base "
+                         f"(r = {base.r}, k = {base.k}).")
+    if not torch.isfinite(z).all() or not torch.isfinite(y).all():
+        raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
+    with _threads(options.threads):
+        return _Loop(z, y, noise, base, options, checkpoint).run(progress)
+
+
+class _Loop:
+    """One training run; a checkpoint holds all of its state."""
+
+    def __init__(self, z, y, noise, base, options, checkpoint):
+        self.options, self.noise, self.history = options, noise, History()
+        self.device = torch.device(options.device)
+        held_out = max(1, round(options.validation_fraction * len(z)))
+        if held_out >= len(z):
+            raise InputError(f"{len(z)} pairs are too few to train on and hold some out: simulate more.")
+        order = torch.randperm(len(z), generator=torch.Generator().manual_seed(options.seed))
+        move = {"device": self.device, "dtype": torch.float32}
+        self.z, self.y = z[order[held_out:]].to(**move), y[order[held_out:]].to(**move)
+        self.base = base.to(**move)
+        self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.network = ResidualMLP(base.r, base.k, options.width, options.depth).to(self.device)
+        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
+                                           weight_decay=options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.step, self.stale = 0, 0
+        validation_generator = torch.Generator(self.device).manual_seed(options.seed + 1)
+        repeat = order[:held_out].repeat(_VALIDATION_DRAWS)
+        self.validation = self._draw(z[repeat].to(**move), y[repeat].to(**move), validation_generator)
+        zero = torch.zeros_like(self.validation[0])
+        self.base_losses = self._pair_losses(zero)
+        self.best_losses, self.best = self.base_losses, None
+        self.history.base = float(self.base_losses.mean())
+        self.fingerprint = _fingerprint(z, y, options)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._load()
+
+    def _rate(self, step: int) -> float:
+        warmup = max(1, round(0.02 * self.options.steps))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.options.steps)))
+
+    def _draw(self, z, y, generator):
+        """One draw of measurement noise, noise level and diffusion noise: network inputs and target."""
+        def normal(*shape):
+            return torch.randn(shape, generator=generator, device=self.device)
+        if self.noise is not None:
+            y = self.noise.sample(y, generator)
+        w = self.base.whiten(z, y)
+        angle = torch.arctan(torch.exp(self.options.log_sigma_mean + self.options.log_sigma_std * normal(len(z), 1)))
+        white = normal(*w.shape)
+        cosine, sine = torch.cos(angle), torch.sin(angle)
+        return cosine * w + sine * white, angle, self.base.features(y), sine * w - cosine * white
+
+    def _pair_losses(self, output: Tensor) -> Tensor:
+        """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
+        return (output - self.validation[3]).square().mean(1).view(_VALIDATION_DRAWS, -1).mean(0)
+
+    def _evaluate(self) -> Tensor:
+        self.average.eval()
+        with torch.no_grad():
+            parts = zip(*(x.split(8192) for x in self.validation[:3]))
+            return self._pair_losses(torch.cat([self.average(*part) for part in parts]))
+
+    def _train_step(self) -> float:
+        index = torch.randint(len(self.z), (self.options.batch,), generator=self.generator, device=self.device)
+        v, angle, features, target = self._draw(self.z[index], self.y[index], self.generator)
+        self.network.train()
+        loss = (self.network(v, angle, features) - target).square().mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.update_parameters(self.network)
+        return loss.detach()
+
+    def run(self, progress: bool) -> tuple[Denoiser, History]:
+        options = self.options
+        with tqdm(total=options.steps, initial=self.step, desc="train", disable=not progress) as bar:
+            while self.step < options.steps and self.stale < options.patience:
+                losses = []
+                while len(losses) < options.evaluate_every and self.step < options.steps:
+                    losses.append(self._train_step())
+                    self.step += 1
+                    bar.update()
+                self._record(float(torch.stack(losses).mean()))
+                bar.set_postfix(loss=f"{self.history.validation[-1]:.4f}", base=f"{self.history.base:.4f}")
+        return self._result()
+
+    def _record(self, train_loss: float) -> None:
+        losses = self._evaluate()
+        value = float(losses.mean())
+        self.history.step.append(self.step)
+        self.history.train.append(train_loss)
+        self.history.validation.append(value)
+        if value < float(self.best_losses.mean()):
+            self.best_losses, self.stale = losses, 0
+            self.best = {name: x.clone() for name, x in self.average.module.state_dict().items()}
+            self.history.best_step = self.step
+        else:
+            self.stale += 1
+        if self.checkpoint is not None:
+            self._save()
+
+    def _result(self) -> tuple[Denoiser, History]:
+        gain = self.base_losses - self.best_losses
+        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        network = None
+        if self.best is not None and float(gain.mean()) > threshold:
+            network = ResidualMLP(**self.network.config)
+            network.load_state_dict({name: x.cpu() for name, x in self.best.items()})
+            network.eval().requires_grad_(False)
+        else:
+            self.history.best_step = 0
+        return Denoiser(self.base.to("cpu"), network), self.history
+
+    def _parts(self) -> dict:
+        """The objects whose `state_dict` makes up the state of the run."""
+        return {"network": self.network, "average": self.average, "optimiser": self.optimiser,
+                "schedule": self.schedule}
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"format": _FORMAT, "fingerprint": self.fingerprint, "step": self.step, "stale": self.stale,
+                  "best": self.best, "best_losses": self.best_losses, "history": asdict(self.history),
+                  "generator": self.generator.get_state()}
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def _load(self) -> None:
+        remedy = f"Delete {self.checkpoint} or name another file to start afresh."
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            form = state["format"]
+        except Exception as error:
+            raise ModelFileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
+        if form != _FORMAT or state["fingerprint"] != self.fingerprint:
+            raise ModelFileError(f"The checkpoint belongs to other data or options. {remedy}")
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.stale = state["step"], state["stale"]
+        self.best, self.best_losses = state["best"], state["best_losses"]
+        self.history = History(**state["history"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+@contextlib.contextmanager
+def _threads(number: int | None):
+    """Set torch's threads for the duration of a block."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fingerprint(z: Tensor, y: Tensor, options: TrainingOptions) -> str:
+    """Digest of the data and of the options on which a checkpoint depends."""
+    digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
+    for x in (z, y):
+        digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
