@@ -1,0 +1,51 @@
+# Everything is `make <target>`; each target first brings up the environment it needs (scripts/install.sh).
+#
+# Variables: PYTHON       an interpreter of 3.11 or later; if it has Firedrake already, it is used and no .venv is built
+#            TORCH_INDEX  where pip takes torch from (PyTorch's CPU index saves a few GB)
+#            TESTS        what `make test` and `make test-slow` run (default: tests)
+
+DEMO ?= $(RUN) demos/boundary_flux/boundary_flux.py
+TESTS ?= tests
+
+# Evaluated when a recipe uses it, that is, after `install`.
+RUN = $(shell scripts/install.sh --which)
+
+export PYTHON TORCH_INDEX
+# One thread a process: PETSc, BLAS and torch otherwise fight over the cores, and MPI ranks all the more.
+export OMP_NUM_THREADS ?= 1
+# Open MPI (4 and 5): allow root (containers), more ranks than cores, and no cross-memory attach, which containers forbid.
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+export OMPI_MCA_rmaps_base_oversubscribe = 1
+export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
+export OMPI_MCA_btl_vader_single_copy_mechanism = none
+
+.PHONY: help install demo test test-slow lint clean
+
+help:
+	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
+	@echo "make test       flake8 and all tests but the slow ones, on one and on several MPI ranks"
+	@echo "make test-slow  the slow tests"
+	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
+	@echo "make lint       flake8"
+	@echo "make clean      remove what tests, demos and builds left (.venv stays)"
+
+install:
+	@scripts/install.sh
+
+demo: install
+	$(DEMO)
+
+test: lint
+	$(RUN) -m pytest $(TESTS)
+
+# Through the environment, because mpi-pytest hands its options to the MPI processes it starts this way only.
+test-slow: install
+	PYTEST_ADDOPTS="-m slow" $(RUN) -m pytest $(TESTS)
+
+lint: install
+	$(RUN) -m flake8
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache demos/*/output
+	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
