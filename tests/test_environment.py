@@ -1,4 +1,4 @@
-"""The environment itself: MPI really runs on several ranks, HDF5 writes in parallel, torch and Firedrake share a process."""
+"""The environment: MPI runs on several ranks, HDF5 writes in parallel, torch and Firedrake live together."""
 
 import subprocess
 import sys
@@ -41,6 +41,7 @@ def test_one_file_written_by_two_ranks():
 
 @pytest.mark.parametrize("first, second", [("firedrake", "torch"), ("torch", "firedrake")])
 def test_firedrake_and_torch_in_one_process(first, second):
-    code = f"import {first}, {second}; print(torch.ones(2).sum().item(), firedrake.UnitIntervalMesh(2).num_cells())"
+    code = (f"import {first}, {second};"
+            "print(torch.ones(2).sum().item(), firedrake.UnitIntervalMesh(2).num_cells())")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.split() == ["2.0", "2"], run.stderr
