@@ -97,8 +97,12 @@ class Formulation:
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Elementwise derivative of an elementwise function by forward-mode differentiation."""
-    return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
+    """Elementwise derivative of an elementwise function by automatic differentiation."""
+    with torch.enable_grad():
+        t = t.detach().requires_grad_()
+        value = function(t)
+        # A constant function has no graph; its derivative is zero.
+        return torch.autograd.grad(value.sum(), t)[0] if value.requires_grad else torch.zeros_like(t)
 
 
 def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0) -> Formulation:

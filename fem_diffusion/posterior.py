@@ -1,0 +1,330 @@
+"""Train, condition, sample, summarise: Functions in, Functions out."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from firedrake import CheckpointFile, Function, VTKFile
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fem_diffusion.bridge import ModalBasis, field
+from fem_diffusion.diffusion import (
+    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, TrainingOptions, fit_base,
+    sample_latents, train, variance_preserving,
+)
+from fem_diffusion.errors import DataError, InputError, ModelFileError
+from fem_diffusion.simulate import DataSet
+
+__all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
+
+_FORMAT = "fem_diffusion model 1"
+
+
+def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
+        options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
+        progress: bool = True) -> "ConditionalModel":
+    """Train a conditional diffusion model on simulated pairs.
+
+    Parameters
+    ----------
+    data : DataSet
+        Pairs of fields and noise-free observations.
+    basis : ModalBasis
+        Coordinates of the fields.
+    noise : GaussianNoise, CallableNoise or None
+        Noise of the measurements, drawn afresh in every batch; None where the observations already hold noise.
+    options : TrainingOptions
+        Settings of the training loop.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show a progress bar on rank 0.
+
+    Returns
+    -------
+    ConditionalModel
+        The same on all ranks; rank 0 trains.
+
+    Raises
+    ------
+    InputError, DataError, ModelFileError
+        If the pairs are too few, inconsistent or not finite; see also `train`.
+    """
+    if len(data) == 0 or len(data.fields) != len(data.observations):
+        raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
+                        "simulate pairs first.")
+    comm = basis.V.comm
+    z = basis.encode(data.fields)
+    y = torch.as_tensor(data.observations, dtype=torch.float64)
+    outcome = None
+    if comm.rank == 0:
+        try:
+            covariance = torch.zeros(y.shape[1], y.shape[1]) if noise is None else noise.covariance(y)
+            base = fit_base(z, y, covariance, basis.standard_prior)
+            outcome = train(z, y, noise, base, options, checkpoint=checkpoint, progress=progress)
+        except Exception as error:
+            outcome = error
+    outcome = comm.bcast(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+    denoiser, history = outcome
+    return ConditionalModel(basis, denoiser, history)
+
+
+@dataclass(frozen=True)
+class ConditionalModel:
+    """A trained model of p(m | y).
+
+    Parameters
+    ----------
+    basis : ModalBasis
+        Coordinates of the fields.
+    denoiser : Denoiser
+        Gaussian base and network.
+    history : History
+        Training curve.
+    """
+
+    basis: ModalBasis
+    denoiser: Denoiser
+    history: History
+
+    def condition(self, y: Sequence[float]) -> "Posterior":
+        """Posterior for one measurement.
+
+        Parameters
+        ----------
+        y : array_like of shape (k,)
+            The measurement, in the units and order of the training observations; the same on all ranks.
+
+        Returns
+        -------
+        Posterior
+
+        Raises
+        ------
+        InputError
+            If the measurement is of the wrong length or not finite; the message names the sensors.
+        """
+        y = np.asarray(y, dtype=float)
+        k = self.denoiser.base.k
+        if y.shape != (k,):
+            raise InputError(f"The model was trained for {k} sensors; the measurement has shape {y.shape}.")
+        bad = np.flatnonzero(~np.isfinite(y)).tolist()
+        if bad:
+            raise InputError(f"The readings of sensors {bad} are not finite. A model for this set of sensors needs "
+                             "all of them: repair the readings, or train a model without those sensors.")
+        return Posterior(self, y)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write base, network and training curve to a safetensors file; the basis has `ModalBasis.save`.
+
+        Parameters
+        ----------
+        path : path
+            The file, written atomically by rank 0.
+        """
+        if self.basis.V.comm.rank == 0:
+            tensors = {f"base.{f.name}": getattr(self.denoiser.base, f.name).contiguous() for f in fields(GaussianBase)}
+            tensors["basis.variances"] = torch.as_tensor(self.basis.variances.copy())
+            config = None
+            if self.denoiser.network is not None:
+                config = self.denoiser.network.config
+                tensors |= {f"network.{name}": x for name, x in self.denoiser.network.state_dict().items()}
+            metadata = {"format": _FORMAT, "network": json.dumps(config), "history": json.dumps(asdict(self.history))}
+            partial = Path(f"{path}.partial")
+            save_file(tensors, partial, metadata)
+            partial.replace(path)
+        self.basis.V.comm.barrier()
+
+
+def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
+    """Read what `ConditionalModel.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    basis : ModalBasis
+        The basis of the training: computed again, or from `load_basis`.
+
+    Returns
+    -------
+    ConditionalModel
+
+    Raises
+    ------
+    ModelFileError
+        If the file is truncated, foreign or belongs to another basis.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r}")
+        base = GaussianBase(*(tensors[f"base.{f.name}"] for f in fields(GaussianBase)))
+        variances = tensors["basis.variances"].numpy()
+        config, history = json.loads(metadata["network"]), History(**json.loads(metadata["history"]))
+        network = None
+        if config is not None:
+            network = ResidualMLP(**config)
+            prefix = "network."
+            network.load_state_dict({n[len(prefix):]: x for n, x in tensors.items() if n.startswith(prefix)})
+            network.eval().requires_grad_(False)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelFileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
+            from error
+    if variances.shape != basis.variances.shape or not np.allclose(variances, basis.variances, rtol=1e-3, atol=0):
+        raise ModelFileError(f"{path} was trained in another basis ({len(variances)} modes): pass the basis of its "
+                             "training, with the same prior and number of modes.")
+    return ConditionalModel(basis, Denoiser(base, network), history)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """p(m | y) for one measurement, ready to be sampled.
+
+    Parameters
+    ----------
+    model : ConditionalModel
+        The trained model.
+    y : numpy.ndarray
+        The measurement, shape (k,).
+    """
+
+    model: ConditionalModel
+    y: np.ndarray
+
+    def sample(self, n: int, *, seed: int, alpha: float = 0.0, steps: int = 20, formulation: Formulation | None = None,
+               refill: bool | None = None, device: str = "cpu", progress: bool = False) -> "Samples":
+        """Draw samples of the parameter.
+
+        Parameters
+        ----------
+        n : int
+            Number of samples.
+        seed : int
+            Of all draws.
+        alpha : float
+            0 for the probability-flow ODE, 1 for the reverse SDE, see `sample_latents`.
+        steps : int
+            Steps of the sampler, two network evaluations each.
+        formulation : Formulation, optional
+            Path of noise levels; variance preserving where left out.
+        refill : bool, optional
+            Draw the modes past r from the prior; where left out, for a Gaussian prior only.
+        device : str
+            Where the network runs.
+        progress : bool
+            Show a progress bar on rank 0.
+
+        Returns
+        -------
+        Samples
+
+        Raises
+        ------
+        InputError
+            If a number is out of range.
+        """
+        if n < 1:
+            raise InputError(f"The number of samples must be at least 1, not {n}.")
+        basis, denoiser = self.model.basis, self.model.denoiser
+        z = None
+        comm = basis.V.comm
+        # Input errors are the same on all ranks, so checking on rank 0 alone would hang the others.
+        formulation = formulation or variance_preserving()
+        formulation.angles(steps)
+        if not alpha >= 0:
+            raise InputError(f"alpha must be >= 0, not {alpha}.")
+        if comm.rank == 0:
+            y = torch.as_tensor(self.y, dtype=torch.float32, device=device)
+            network = None if denoiser.network is None else denoiser.network.to(device)
+            placed = Denoiser(denoiser.base.to(device), network)
+            z = sample_latents(placed, y.expand(n, -1), formulation, alpha=alpha, steps=steps, progress=progress,
+                               generator=torch.Generator(device).manual_seed(seed)).cpu()
+        z = comm.bcast(z)
+        refill = basis.standard_prior if refill is None else refill
+        # The prior's stream differs from that of the latents, so the refill is independent of them.
+        values = basis.parameters(z, int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) if refill else None)
+        return Samples(basis.parameter_space, values, z)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of the parameter: a sequence of Functions with summaries.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the parameter.
+    values : numpy.ndarray
+        Owned coefficients, shape (n, n_owned).
+    latents : torch.Tensor
+        Latents, shape (n, r), global.
+    """
+
+    V: object
+    values: np.ndarray
+    latents: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> Function:
+        return field(self.V, self.values[index], name=f"sample_{index}")
+
+    def __iter__(self) -> Iterator[Function]:
+        return (self[i] for i in range(len(self)))
+
+    def mean(self) -> Function:
+        """Pointwise mean at the nodes."""
+        return field(self.V, self.values.mean(axis=0), name="mean")
+
+    def std(self) -> Function:
+        """Pointwise standard deviation at the nodes."""
+        if len(self) < 2:
+            raise InputError("A standard deviation needs at least 2 samples.")
+        return field(self.V, self.values.std(axis=0, ddof=1), name="std")
+
+    def quantile(self, q: float) -> Function:
+        """Pointwise quantile at the nodes, 0 <= q <= 1."""
+        if not 0 <= q <= 1:
+            raise InputError(f"A quantile lies between 0 and 1, not at {q}.")
+        return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
+
+    def save(self, folder: str | os.PathLike, count: int = 20) -> None:
+        """Write summaries and the first samples for restart (CheckpointFile) and for viewing (VTK).
+
+        Parameters
+        ----------
+        folder : path
+            Receives ``samples.h5`` and ``summary.pvd``; each appears when it is whole.
+        count : int
+            Number of samples in the checkpoint.
+        """
+        folder, comm = Path(folder), self.V.comm
+        if comm.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+        comm.barrier()
+        summary = [self.mean(), self.std(), self.quantile(0.025), self.quantile(0.975)]
+        partial = folder / "samples.partial.h5"
+        with CheckpointFile(str(partial), "w", comm=comm) as file:
+            file.save_mesh(self.V.mesh())
+            for function in summary + [self[i] for i in range(min(count, len(self)))]:
+                file.save_function(function)
+        if comm.rank == 0:
+            partial.replace(folder / "samples.h5")
+        comm.barrier()
+        VTKFile(str(folder / "summary.pvd"), comm=comm).write(*summary)
+
+    def plot(self, axes=None, truth: Function | None = None, **kwargs):
+        """Draw the samples; see `fem_diffusion.plot.plot_samples`."""
+        from fem_diffusion.plot import plot_samples
+        return plot_samples(self, axes=axes, truth=truth, **kwargs)

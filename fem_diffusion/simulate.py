@@ -1,0 +1,282 @@
+"""Joint samples of parameter and observation, written block by block to a resumable HDF5 data set."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from firedrake import Ensemble, Function
+from mpi4py import MPI
+from tqdm import tqdm
+
+from fem_diffusion.bridge import coefficients, field
+from fem_diffusion.errors import DataError, InputError
+
+__all__ = ["DataSet", "load_pairs", "simulate"]
+
+_FORMAT = "fem_diffusion pairs 1"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training pairs.
+
+    Parameters
+    ----------
+    fields : numpy.ndarray
+        Owned coefficients of the prior's fields, before any transform, shape (n, n_owned).
+    observations : numpy.ndarray
+        Noise-free observations, shape (n, k), global.
+    states : numpy.ndarray or None
+        Owned coefficients of the states, shape (n, n_owned of U), where they were kept.
+    """
+
+    fields: np.ndarray
+    observations: np.ndarray
+    states: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+
+def simulate(prior, forward: Callable[[Function], Function], observation: Callable, n: int, *, seed: int,
+             path: str | os.PathLike | None = None, keep_states: bool = False, block: int = 256,
+             ensemble: Ensemble | None = None, progress: bool = True) -> DataSet:
+    """Draw parameters from the prior, solve the forward problem, observe the state.
+
+    Every block of samples has a seed of its own, made from `seed` and its number, so the data do not depend on
+    interruptions or on the number of ensemble members.
+
+    Parameters
+    ----------
+    prior : GaussianPrior, TransformedPrior or CallablePrior
+        Prior of the parameter.
+    forward : Callable
+        Maps a parameter Function to a state Function; where it has a method ``solve_many``, blocks of owned
+        coefficients (B, n_owned) are given to that.
+    observation : Observation or Callable
+        Maps a state Function to k numbers.
+    n : int
+        Number of pairs.
+    seed : int
+        Of all draws.
+    path : path, optional
+        Folder of the data set; each block is a file, written atomically. What a former run of the same call left
+        there is kept and completed. In memory only where left out.
+    keep_states : bool
+        Keep the states as well.
+    block : int
+        Samples a block.
+    ensemble : firedrake.Ensemble, optional
+        Its members share the blocks; the mesh lives on ``ensemble.comm``. Needs `path`.
+    progress : bool
+        Show a progress bar on rank 0.
+
+    Returns
+    -------
+    DataSet
+        The same on every ensemble member; this rank's part of the coefficients.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range, or an ensemble comes without `path`.
+    DataError
+        If the folder holds another data set, or a sample is not finite.
+    SolveError
+        If the forward problem has no solution for a sample.
+    """
+    if n < 1 or block < 1 or seed < 0:
+        raise InputError(f"simulate needs n >= 1, block >= 1 and seed >= 0, not {n}, {block} and {seed}.")
+    if ensemble is not None and path is None:
+        raise InputError("An ensemble shares its samples through files: give `path`.")
+    comm = prior.V.comm
+    member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
+    blocks = [(i, min(block, n - i * block)) for i in range(-(-n // block))]
+    folder = None if path is None else Path(path)
+    header = {"format": _FORMAT, "seed": seed, "block": block, "keep_states": keep_states,
+              "layout": comm.allgather(prior.V.dof_dset.layout_vec.getLocalSize())}
+    if folder is not None:
+        _open_folder(folder, header, comm)
+        _check_former(folder, prior, forward, observation, header, comm)
+    quiet = not progress or comm.rank or member
+    parts = []
+    with tqdm(total=n, desc="simulate", disable=bool(quiet)) as bar:
+        for index, size in blocks:
+            done = folder is not None and _exists(_block_file(folder, index), size, comm)
+            if not done and index % members == member:
+                part = _run_block(prior, forward, observation, size, [seed, index], keep_states)
+                if folder is None:
+                    parts.append(part)
+                else:
+                    _write(_block_file(folder, index), part, comm)
+            bar.update(size)
+    if folder is None:
+        return _join(parts)
+    if ensemble is not None:
+        ensemble.global_comm.barrier()
+    return load_pairs(folder, prior.V, n)
+
+
+def load_pairs(path: str | os.PathLike, V, n: int | None = None) -> DataSet:
+    """Read a data set that `simulate` wrote.
+
+    Parameters
+    ----------
+    path : path
+        Its folder.
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the prior's fields, spread over the ranks as when the data were written.
+    n : int, optional
+        Number of pairs to read; all where left out.
+
+    Returns
+    -------
+    DataSet
+
+    Raises
+    ------
+    DataError
+        If the folder is empty, incomplete, inconsistent, or was written with another partition of V.
+    """
+    folder, comm = Path(path), V.comm
+    header = _read_header(folder)
+    layout = comm.allgather(V.dof_dset.layout_vec.getLocalSize())
+    if header["layout"] != layout:
+        raise DataError(f"{folder} was written for a space spread over ranks as {header['layout']}, not {layout}: "
+                        "use the same space and number of ranks, or simulate anew.")
+    count = len(list(folder.glob("block-*.h5"))) if n is None else -(-n // header["block"])
+    if count == 0:
+        raise DataError(f"{folder} holds no samples: run simulate(..., path={str(folder)!r}) first.")
+    data = _join([_read(_block_file(folder, index), V, header["keep_states"]) for index in range(count)])
+    if n is not None and len(data) < n:
+        raise DataError(f"{folder} holds {len(data)} of {n} pairs: run simulate again to complete it.")
+    return data if n is None else DataSet(data.fields[:n], data.observations[:n],
+                                          None if data.states is None else data.states[:n])
+
+
+def _run_block(prior, forward, observation, size: int, seed: list[int], keep_states: bool) -> DataSet:
+    """Draw, solve and observe one block."""
+    # A SeedSequence spreads the pair (seed, block) over 32 bits without overlap between neighbours.
+    block_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    gaussian = getattr(prior, "base", prior)
+    fields = gaussian.sample_many(size, block_seed)
+    parameters = fields if gaussian is prior else prior.transform_many(fields)
+    many = getattr(forward, "solve_many", None)
+    if many is not None and hasattr(observation, "apply"):
+        states = many(parameters)
+        observations = observation.apply(states)
+    else:
+        states, observations = [], []
+        for values in parameters:
+            state = forward(field(prior.V, values))
+            observations.append(np.atleast_1d(np.asarray(observation(state), dtype=float)))
+            if keep_states:
+                states.append(coefficients(state))
+        states, observations = np.array(states), np.stack(observations)
+    finite = np.isfinite(observations).all() and np.isfinite(fields).all()
+    if not prior.V.comm.allreduce(bool(finite), MPI.LAND):
+        bad = np.flatnonzero(~np.isfinite(observations).all(axis=1))
+        raise DataError(f"Samples {bad.tolist()} of block {seed[1]} (seed {seed[0]}) are not finite; check prior and "
+                        "forward problem there. Finished blocks are kept.")
+    return DataSet(fields, observations, states if keep_states else None)
+
+
+def _join(parts: list[DataSet]) -> DataSet:
+    if len({part.observations.shape[1] for part in parts}) != 1:
+        raise DataError("Blocks of the data set differ in their number of sensors; delete the folder and simulate anew.")
+    states = None if parts[0].states is None else np.concatenate([part.states for part in parts])
+    return DataSet(np.concatenate([p.fields for p in parts]), np.concatenate([p.observations for p in parts]), states)
+
+
+def _block_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.h5"
+
+
+def _open_folder(folder: Path, header: dict, comm) -> None:
+    """Write the header of a new data set, or check that the folder continues this one."""
+    if comm.rank == 0 and not (folder / "header.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"header.json.partial{os.getpid()}"
+        partial.write_text(json.dumps(header))
+        partial.replace(folder / "header.json")
+    comm.barrier()
+    former = _read_header(folder)
+    changed = [key for key in header if former.get(key) != header[key]]
+    if changed:
+        raise DataError(f"{folder} holds another data set ({', '.join(changed)} differ): name another folder, "
+                        "or delete this one.")
+
+
+def _read_header(folder: Path) -> dict:
+    try:
+        header = json.loads((folder / "header.json").read_text())
+        valid = header["format"] == _FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is no data set of fem_diffusion ({error}): name the folder that simulate wrote.") from error
+    if not valid:
+        raise DataError(f"{folder} is of format {header['format']!r}, this version reads {_FORMAT!r}: simulate anew.")
+    return header
+
+
+def _check_former(folder: Path, prior, forward, observation, header: dict, comm) -> None:
+    """Simulate the first sample again: a changed prior, forward problem or sensor shows at once."""
+    first = _block_file(folder, 0)
+    if not comm.bcast(first.exists()):
+        return
+    former = _read(first, prior.V, header["keep_states"])
+    again = _run_block(prior, forward, observation, len(former), [header["seed"], 0], False)
+    same = again.observations.shape == former.observations.shape
+    for new, old in ((again.fields[:1], former.fields[:1]), (again.observations[:1], former.observations[:1])):
+        same = same and np.allclose(new, old, rtol=1e-6, atol=1e-8 * max(np.abs(old).max(initial=0.0), 1e-300))
+    if not comm.allreduce(bool(same), MPI.LAND):
+        raise DataError(f"{folder} was simulated with another prior, forward problem or observation: name another "
+                        "folder, or delete this one.")
+
+
+def _exists(file: Path, size: int, comm) -> bool:
+    """True on all ranks where the block is there with at least `size` samples; a shorter one is made again."""
+    found = False
+    if comm.rank == 0 and file.exists():
+        with h5py.File(file, "r") as h5:
+            found = len(h5["observations"]) >= size
+    return comm.bcast(found)
+
+
+def _write(file: Path, part: DataSet, comm) -> None:
+    """Gather a block on rank 0 of the mesh and write it, whole or not at all."""
+    fields = comm.gather(part.fields)
+    states = comm.gather(part.states)
+    if comm.rank == 0:
+        partial = file.with_suffix(".partial")
+        with h5py.File(partial, "w") as h5:
+            h5["fields"] = np.concatenate(fields, axis=1)
+            h5["observations"] = part.observations
+            if part.states is not None:
+                h5["states"] = np.concatenate(states, axis=1)
+                h5["states"].attrs["layout"] = [s.shape[1] for s in states]
+        partial.replace(file)
+    comm.barrier()
+
+
+def _read(file: Path, V, states: bool) -> DataSet:
+    """This rank's part of one block."""
+    layout = V.comm.allgather(V.dof_dset.layout_vec.getLocalSize())
+    own = slice(sum(layout[:V.comm.rank]), sum(layout[:V.comm.rank + 1]))
+    try:
+        with h5py.File(file, "r") as h5:
+            if h5["fields"].shape != (len(h5["observations"]), sum(layout)):
+                raise ValueError(f"fields of shape {h5['fields'].shape} with {len(h5['observations'])} observations")
+            part = DataSet(h5["fields"][:, own], h5["observations"][:])
+            if states:
+                widths = h5["states"].attrs["layout"]
+                start = int(sum(widths[:V.comm.rank]))
+                part = DataSet(part.fields, part.observations, h5["states"][:, start:start + widths[V.comm.rank]])
+    except (OSError, KeyError, ValueError) as error:
+        raise DataError(f"{file} is damaged ({error}): delete that file and run simulate again.") from error
+    if not np.isfinite(part.fields).all() or not np.isfinite(part.observations).all():
+        raise DataError(f"{file} holds values that are not finite: delete that file and run simulate again.")
+    return part

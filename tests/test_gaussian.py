@@ -1,0 +1,88 @@
+"""The Gaussian base against Bayes' formula, and the noise models."""
+
+import numpy as np
+import pytest
+import torch
+
+from fem_diffusion.diagnostics import linear_gaussian_posterior
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise, fit_base, linear_base
+from fem_diffusion.errors import InputError
+
+R, K = 6, 3
+
+
+def _problem():
+    g = torch.Generator().manual_seed(1)
+    operator = torch.randn(K, R, generator=g, dtype=torch.float64)
+    root = torch.randn(K, K, generator=g, dtype=torch.float64)
+    return operator, root @ root.T / 50 + 0.01 * torch.eye(K), torch.randn(4, K, generator=g, dtype=torch.float64), g
+
+
+def test_linear_base_is_the_posterior():
+    operator, noise, y, _ = _problem()
+    base = linear_base(operator, noise, offset=torch.ones(K, dtype=torch.float64))
+    for row, mean in zip(y, base.mean(y)):
+        exact, covariance = linear_gaussian_posterior(operator.numpy(), np.eye(R), noise.numpy(), row.numpy() - 1)
+        np.testing.assert_allclose(mean, exact, atol=1e-10)
+        np.testing.assert_allclose(base.covariance, covariance, atol=1e-10)
+
+
+def test_fitted_base_is_exact_for_a_linear_map():
+    operator, noise, y, g = _problem()
+    z = torch.randn(50, R, generator=g, dtype=torch.float64)
+    base, exact = fit_base(z, 2 + z @ operator.T, noise, standard_prior=True), linear_base(operator, noise, torch.full((K,), 2.0))
+    torch.testing.assert_close(base.mean(y), exact.mean(y))
+    torch.testing.assert_close(base.covariance, exact.covariance)
+
+
+def test_fitted_base_matches_sample_moments():
+    operator, noise, _, g = _problem()
+    n = 20000
+    z = 1 + 2 * torch.randn(n, R, generator=g, dtype=torch.float64)
+    y = (z @ operator.T)**2 / 10
+    base = fit_base(z, y, noise)
+    residual = base.whiten(z, y + torch.randn(n, K, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(noise).T)
+    # Base coordinates are centred and white over the joint law; entries of a sample covariance err by sqrt(2/n).
+    assert residual.mean(0).abs().max() < 5 / np.sqrt(n)
+    assert (torch.cov(residual.T) - torch.eye(R)).abs().max() < 0.15
+
+
+def test_whiten_and_colour_are_inverse():
+    operator, noise, y, g = _problem()
+    base = linear_base(operator, noise)
+    z = torch.randn(4, R, generator=g, dtype=torch.float64)
+    torch.testing.assert_close(base.colour(base.whiten(z, y), y), z)
+
+
+@pytest.mark.parametrize("noise, expected", [
+    (GaussianNoise(std=0.3), lambda y: 0.09 * np.eye(K)),
+    (GaussianNoise(relative=0.1), lambda y: np.diag(0.01 * y**2)),
+    (GaussianNoise(std=[0.1, 0.2, 0.3], covariance=0.04 * np.ones((K, K))),
+     lambda y: np.diag([0.01, 0.04, 0.09]) + 0.04),
+    (CallableNoise(lambda y, g: y + 0.2 * torch.randn(y.shape, generator=g, dtype=y.dtype)), lambda y: 0.04 * np.eye(K)),
+], ids=["absolute", "relative", "correlated", "callable"])
+def test_noise_has_its_covariance(noise, expected):
+    n, y = 40000, np.array([1.0, -2.0, 3.0])
+    clean = torch.tensor(y).expand(n, K)
+    error = noise.sample(clean, torch.Generator().manual_seed(0)) - clean
+    scale = np.sqrt(np.outer(np.diag(expected(y)), np.diag(expected(y))))
+    # Five standard errors of a sample covariance.
+    assert (np.abs(np.cov(error.T) - expected(y)) < 5 * scale * np.sqrt(2 / n)).all()
+    assert (np.abs(noise.covariance(clean).numpy() - expected(y)) < 5 * scale * np.sqrt(2 / n)).all()
+    assert (np.abs(error.mean(0).numpy()) < 5 * np.sqrt(np.diag(expected(y)) / n)).all()
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: GaussianNoise(std=-1.0), "std"), (lambda: GaussianNoise(std=float("nan")), "std"),
+    (lambda: GaussianNoise(), "needs noise"), (lambda: GaussianNoise(std=[0.1, 0.0]), "needs noise"),
+    (lambda: GaussianNoise(covariance=[[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
+    (lambda: GaussianNoise(covariance=[[1.0, 2.0], [2.0, 1.0]]), "negative eigenvalue"),
+    (lambda: GaussianNoise(std=[0.1, 0.2]).covariance(torch.zeros(5, 3)), "2.*sensors.*3"),
+    (lambda: CallableNoise(lambda y, g: y[:, :1]).sample(torch.zeros(5, 3), None), "must return"),
+    (lambda: fit_base(torch.zeros(5, 6), torch.zeros(5, 2), torch.eye(2)), "simulate more"),
+    (lambda: fit_base(torch.zeros(50, 6), torch.zeros(40, 2), torch.eye(2)), r"\(n, r\)"),
+    (lambda: linear_base(torch.zeros(2, 3), torch.zeros(2, 2)), "not positive"),
+])
+def test_wrong_input_is_refused(make, words):
+    with pytest.raises(InputError, match=words):
+        make()

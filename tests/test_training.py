@@ -1,0 +1,126 @@
+"""Training: reproducible, resumable, never worse than the base, better where the problem is not linear."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diffusion import (
+    Denoiser, GaussianNoise, TrainingOptions, fit_base, linear_base, sample_latents, train, training, variance_preserving,
+)
+from fem_diffusion.errors import InputError, ModelFileError
+
+QUICK = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2, batch=128)
+NOISE = GaussianNoise(std=0.1)
+
+
+def _pairs(n=600, nonlinear=True):
+    z = torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = z[:, :2]**2 if nonlinear else z[:, :2] + z[:, 2:]
+    return z, y, fit_base(z, y, NOISE.covariance(y), standard_prior=True)
+
+
+def _weights(denoiser):
+    return torch.cat([x.flatten() for x in denoiser.network.parameters()])
+
+
+def test_a_seed_reproduces_the_run():
+    results = [train(*_pairs()[:2], NOISE, _pairs()[2], QUICK) for _ in range(2)]
+    assert results[0][1] == results[1][1] and torch.equal(_weights(results[0][0]), _weights(results[1][0]))
+
+
+def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch):
+    z, y, base = _pairs()
+    whole, history = train(z, y, NOISE, base, QUICK)
+    save = training._Loop._save
+
+    def interrupted(self):
+        save(self)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(training._Loop, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(z, y, NOISE, base, QUICK, checkpoint=tmp_path / "state")
+    monkeypatch.setattr(training._Loop, "_save", save)
+    resumed, second = train(z, y, NOISE, base, QUICK, checkpoint=tmp_path / "state")
+    assert history == second and torch.equal(_weights(whole), _weights(resumed))
+
+
+def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
+    z, y, base = _pairs()
+    file = tmp_path / "state"
+    train(z, y, NOISE, base, QUICK, checkpoint=file)
+    with pytest.raises(ModelFileError, match="other data or options"):
+        train(z + 1, y, NOISE, base, QUICK, checkpoint=file)
+    content = file.read_bytes()
+    for broken in (content[:len(content) // 2], b"not a checkpoint", b""):
+        file.write_bytes(broken)
+        with pytest.raises(ModelFileError, match="cannot be read"):
+            train(z, y, NOISE, base, QUICK, checkpoint=file)
+        assert file.read_bytes() == broken
+
+
+def test_linear_gaussian_problem_stays_exact():
+    z, y, base = _pairs(nonlinear=False)
+    denoiser, _ = train(z, y, NOISE, base, QUICK)
+    measurement = torch.tensor([[1.0, -0.5]], dtype=torch.float32)
+    exact = linear_base(torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64), 0.01 * torch.eye(2, dtype=torch.float64))
+    samples = sample_latents(denoiser, measurement.expand(4000, 2), variance_preserving(), steps=1,
+                             generator=torch.Generator().manual_seed(0))
+    mean, covariance = exact.mean(measurement.double())[0].numpy(), exact.covariance.numpy()
+    assert min(moment_p_values(samples.double().numpy(), mean, covariance)) > 1e-4
+
+
+def test_network_learns_what_the_base_cannot():
+    # z_i^2 is measured: the posterior is known and has two modes, of which the base sees nothing.
+    noise, n = GaussianNoise(std=0.5), 2000
+    z, y, _ = _pairs(4000)
+    base = fit_base(z, y, noise.covariance(y), standard_prior=True)
+    denoiser, history = train(z, y, noise, base, TrainingOptions(steps=1500, width=64, depth=2))
+    assert min(history.validation) < 0.9 * history.base
+    samples = sample_latents(denoiser, torch.tensor([[2.0, 1.5]]).expand(n, 2), variance_preserving(), steps=20,
+                             generator=torch.Generator().manual_seed(0)).double().numpy()
+    grid = np.linspace(-4, 4, 4001)
+    for i, reading in enumerate((2.0, 1.5)):
+        density = np.exp(-grid**2 / 2 - (grid**2 - reading)**2 / (2 * 0.25))
+        distribution = np.cumsum(density) / density.sum()
+        empirical = (samples[:, i, None] <= grid).mean(0)
+        # Twice the Kolmogorov-Smirnov bound at level 1e-4, 0.10; the base alone is 0.25 away.
+        assert np.abs(empirical - distribution).max() < 2 * 2.23 / np.sqrt(n)
+        alone = sample_latents(Denoiser(base, None), torch.tensor([[2.0, 1.5]]).double().expand(n, 2), variance_preserving(),
+                               generator=torch.Generator().manual_seed(0), steps=1).numpy()
+        assert np.abs((alone[:, i, None] <= grid).mean(0) - distribution).max() > 2 * 2.23 / np.sqrt(n)
+
+
+def test_early_stopping_keeps_the_best_weights():
+    z, y, base = _pairs(80)
+    options = TrainingOptions(steps=3000, evaluate_every=50, patience=3, width=64, batch=64)
+    _, history = train(z, y, None, base, options)
+    assert history.step[-1] < 3000 and history.best_step <= history.step[-1] - 3 * 50
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0}])
+def test_wrong_options_are_refused(change):
+    z, y, base = _pairs()
+    with pytest.raises(InputError):
+        train(z, y, NOISE, base, TrainingOptions(**change))
+
+
+def test_wrong_data_are_refused():
+    z, y, base = _pairs()
+    with pytest.raises(InputError, match="do not fit the base"):
+        train(z[:, :2], y, NOISE, base, QUICK)
+    y[3, 1] = torch.nan
+    with pytest.raises(InputError, match="not finite"):
+        train(z, y, NOISE, base, QUICK)
+
+
+def test_the_torch_room_works_without_firedrake():
+    code = "import sys; sys.modules['firedrake'] = None; import fem_diffusion.diffusion, fem_diffusion.diagnostics"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = ("import sys; sys.modules['firedrake'] = None; import importlib.metadata as m; "
+            "m.version = lambda name: '2025.4.1'; import fem_diffusion; fem_diffusion.fit")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "InstallError" in result.stderr and "2026.10 or newer" in result.stderr
