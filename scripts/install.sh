@@ -66,7 +66,8 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 found = distribution("fem_diffusion")
-assert json.loads(found.read_text("direct_url.json"))["url"] == Path.cwd().as_uri()
+source = json.loads(found.read_text("direct_url.json"))
+assert source["url"] == Path.cwd().as_uri() and source["dir_info"].get("editable")
 assert next(f for f in found.files if f.name == "INSTALLER").locate().stat().st_mtime > Path("setup.cfg").stat().st_mtime
 EOF
 }
@@ -173,7 +174,7 @@ assert release(version('firedrake')) >= release('$firedrake')"; then py=$base; f
 if [ "${1:-}" = --which ]; then echo "$py"; exit; fi
 if [ "$py" = "$base" ]; then
     quietly has_package && exit
-    echo "$("$py" -c 'import sys; print(sys.prefix)') has Firedrake: used as it is, only fem_diffusion and what it lacks are added."
+    echo "$("$py" -c 'import sys; print(sys.prefix)') has Firedrake and is used as it is; fem_diffusion (editable) and what it lacks are added."
     get_package
     exit
 fi
@@ -191,7 +192,7 @@ export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 quietly command -v dpkg-query || stop "This machine has no Debian packages. Install Firedrake $firedrake by its own instructions," \
     "activate its environment and give the same command again: the rest goes into that environment."
 if ! has_system && [ "$(id -u)" -ne 0 ] && ! quietly sudo -n true; then
-    stop "Debian packages are missing, and this account may not install them. Ask an administrator to run" \
+    stop "Debian packages are missing, and this account may not install them. An administrator has to run" \
         "" "    apt-get update && apt-get install -y ${missing[*]}" "" "then give the same command again."
 fi
 step "System packages" "2 min" system
