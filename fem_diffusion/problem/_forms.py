@@ -1,0 +1,265 @@
+"""What `AdvectionDiffusion` is made of: checks of its arguments and the pieces of its residual."""
+
+from collections.abc import Callable
+from numbers import Number
+
+import numpy as np
+from firedrake import (Constant, DirichletBC, Function, JacobianInverse, Measure, SpatialCoordinate,
+                       TestFunction, as_vector, assemble, derivative, div, dot, grad, inner, interpolate,
+                       sqrt)
+from firedrake.functionspaceimpl import WithGeometry
+from firedrake.petsc import DEFAULT_DIRECT_SOLVER
+from ufl import H1, Form, as_ufl, diff, variable
+from ufl.algorithms import estimate_total_polynomial_degree, expand_derivatives, extract_coefficients
+from ufl.core.expr import Expr
+
+from fem_diffusion.errors import InputError
+
+# Above this many unknowns MUMPS (supernodes) overtakes PETSc's own LU, whose solve phase has less overhead.
+PETSC_LU_LIMIT = 20_000
+UNKNOWNS = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
+
+
+def parse_unknown(unknown):
+    """Split the name of the unknown into its kind and marker (None where it has none)."""
+    if unknown in ("source", "diffusivity", "velocity"):
+        return unknown, None
+    if isinstance(unknown, tuple) and len(unknown) == 2 and unknown[0] in ("flux", "dirichlet"):
+        return unknown
+    raise InputError(f"unknown must be one of {UNKNOWNS}, got {unknown!r}.")
+
+
+def check_spaces(V, M, kind):
+    """Refuse spaces that do not fit; return whether M lives on a submesh of V's mesh."""
+    for name, space in (("V", V), ("M", M)):
+        if not isinstance(space, WithGeometry):
+            raise InputError(f"{name} must be a FunctionSpace, got {type(space).__name__}.")
+    if V.value_shape != () or V.ufl_element() not in H1:
+        raise InputError(f"V must be scalar and continuous, such as FunctionSpace(mesh, 'CG', 1); got {V}.")
+    shape = (V.mesh().geometric_dimension,) if kind == "velocity" else ()
+    if M.value_shape != shape:
+        space = "VectorFunctionSpace" if shape else "FunctionSpace"
+        raise InputError(f"a {kind} unknown has value shape {shape}, but M has {M.value_shape}; "
+                         f"take M = {space}(mesh, 'CG', 1), say.")
+    here, there = V.mesh().topology, M.mesh().topology
+    if there is here:
+        return False
+    if kind != "flux" or getattr(there, "submesh_parent", None) is not here:
+        raise InputError("M must live on V's mesh; only a ('flux', marker) unknown may live on "
+                         "Submesh(mesh, mesh.topological_dimension - 1, marker) of that same mesh.")
+    return True
+
+
+def apply_unknown(name, given, default, m, kind=None):
+    """A coefficient as it was given, or for the unknown: m, or what a callable makes of it."""
+    if kind is not None and kind != name:
+        return given
+    if given is default or (isinstance(given, Number) and given == default):
+        return m
+    if callable(given) and not isinstance(given, Expr):
+        return given(m)
+    raise InputError(f"{name} is the unknown, so its value is the parameter: leave it out, "
+                     "or give a callable m -> UFL expression.")
+
+
+def mesh_markers(mesh):
+    """Markers of the exterior facets, the same on every rank."""
+    markers = tuple(int(i) for i in mesh.exterior_facets.unique_markers)
+    return markers + ("bottom", "top") if mesh.extruded else markers
+
+
+def check_markers(mesh, conditions):
+    """Refuse markers that the mesh lacks, and markers named twice, in {condition: iterable of markers}."""
+    known = mesh_markers(mesh)
+    listing = "the markers of this mesh are " + (", ".join(map(repr, known)) or "none (use 'on_boundary')")
+    owner = {}
+    for name, keys in conditions.items():
+        for key in keys:
+            atoms = key if isinstance(key, tuple) else (key,)
+            if key == "on_boundary":
+                atoms = known or atoms
+            for atom in atoms:
+                if atom not in known and atom != "on_boundary":
+                    raise InputError(f"{name} names marker {atom!r}, but {listing}.")
+                if atom in owner:
+                    raise InputError(f"marker {atom!r} is named by both {owner[atom]} and {name}; "
+                                     f"give each marker one condition ({listing}).")
+                owner[atom] = name
+
+
+def coefficient(value, shape, name, positive=False):
+    """A UFL expression of the given shape from a number, a sequence of numbers or an expression."""
+    if isinstance(value, Number):
+        if positive and not value > 0:
+            raise InputError(f"{name} must be positive, got {value}.")
+        value = Constant(value)
+    elif not isinstance(value, Expr):
+        try:
+            value = as_vector([coefficient(c, (), name) for c in value]) if shape else as_ufl(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{name} must be a number or a UFL expression of shape {shape}, "
+                             f"got {type(value).__name__}.") from None
+    if value.ufl_shape != shape:
+        raise InputError(f"{name} must have shape {shape}, got {value.ufl_shape}.")
+    return value
+
+
+def robin_pair(pair, marker):
+    """The transfer coefficient h and the outer value u_ext of a Robin condition, as UFL scalars."""
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise InputError(f"robin[{marker!r}] must be a pair (h, u_ext) for n·κ∇u = h (u_ext - u).")
+    return tuple(coefficient(c, (), f"robin[{marker!r}]") for c in pair)
+
+
+def facet_measure(mesh, marker, submesh=None):
+    """Boundary measure over a marker, intersected with a codimension-one submesh where there is one."""
+    if marker in ("top", "bottom"):
+        return Measure("ds_t" if marker == "top" else "ds_b", mesh)
+    extra = {} if marker == "on_boundary" else {"subdomain_id": marker}
+    if submesh is not None:
+        extra["intersect_measures"] = (Measure("dx", submesh),)
+    measure = Measure("ds_v" if mesh.extruded else "ds", mesh, **extra)
+    if mesh.extruded and marker == "on_boundary":
+        measure += Measure("ds_t", mesh) + Measure("ds_b", mesh)
+    return measure
+
+
+def check_submesh(mesh, marker, submesh):
+    """Refuse a submesh that is not the named part of the boundary: the measure would not notice."""
+    ds, dx = facet_measure(mesh, marker), Measure("dx", submesh)
+    x, s = SpatialCoordinate(mesh), SpatialCoordinate(submesh)
+    size = assemble(Constant(1) * ds), assemble(Constant(1) * dx)
+    place = [assemble(sum(c / (2.0 + i) for i, c in enumerate(p)) * over) for p, over in ((x, ds), (s, dx))]
+    if not np.allclose((size[0], place[0]), (size[1], place[1]), rtol=1e-8, atol=1e-8 * size[0]):
+        raise InputError(f"M's submesh is not the boundary with marker {marker!r}; build it as "
+                         f"Submesh(mesh, mesh.topological_dimension - 1, {marker!r}).")
+
+
+def reaction_terms(reaction, u):
+    """The reaction r(u) and its derivative where that is free of u (else 0): two UFL scalars."""
+    if reaction is None:
+        return as_ufl(0), as_ufl(0)
+    if not isinstance(reaction, Callable) or isinstance(reaction, Expr):
+        raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2.")
+    r = coefficient(reaction(u), (), "reaction(u)")
+    w = variable(u)
+    slope = expand_derivatives(diff(as_ufl(reaction(w)), w))
+    return r, (as_ufl(0) if u in extract_coefficients(slope) else slope)
+
+
+def determined(r, u, dirichlet, robin):
+    """Whether something fixes the constant that diffusion and advection leave free."""
+    return bool(dirichlet) or bool(robin) or u in extract_coefficients(r)
+
+
+def supg_tau(V, v, kappa, slope):
+    """The SUPG time scale of the module docstring of `advection_diffusion`, a UFL scalar."""
+    K = JacobianInverse(V.mesh())
+    degree = V.ufl_element().embedded_superdegree
+    G = 4 * degree**2 * dot(K.T, K)
+    return 1 / sqrt(dot(v, dot(G, v)) + 9 * kappa**2 * inner(G, G) + slope**2)
+
+
+def residual(u, terms, on_submesh):
+    """The residual F, a linear form in its test function.
+
+    Parameters
+    ----------
+    u : Function
+        The state.
+    terms : dict
+        ``velocity`` (or None), ``kappa``, ``reaction``, ``slope``, ``source`` as UFL; ``flux`` and ``robin``
+        by marker; ``supg``.
+    on_submesh : tuple
+        ``(marker, submesh)`` of a flux that lives on a submesh, or ``(None, None)``.
+    """
+    V = u.function_space()
+    mesh, w, v, kappa = V.mesh(), TestFunction(V), terms["velocity"], terms["kappa"]
+    rest = terms["reaction"] - terms["source"]
+    dx = Measure("dx", mesh)
+    F = kappa * dot(grad(u), grad(w)) * dx + rest * w * dx
+    if v is not None:
+        F += dot(v, grad(u)) * w * dx
+    if v is not None and terms["supg"]:
+        strong = dot(v, grad(u)) - div(kappa * grad(u)) + rest
+        # The exact solution has no residual at any point, so this quadrature need not resolve τ.
+        degree = 2 * V.ufl_element().embedded_superdegree
+        F += supg_tau(V, v, kappa, terms["slope"]) * dot(v, grad(w)) * strong * dx(degree=degree)
+    for key, q in terms["flux"].items():
+        over = facet_measure(mesh, key, on_submesh[1] if key == on_submesh[0] else None)
+        F -= coefficient(q, (), f"flux[{key!r}]") * w * over
+    for key, pair in terms["robin"].items():
+        h, u_ext = robin_pair(pair, key)
+        F -= h * (u_ext - u) * w * facet_measure(mesh, key)
+    return fix_quadrature(F)
+
+
+def fix_quadrature(F):
+    """Write the estimated quadrature degree into every integral.
+
+    Derivatives of F would get estimates of their own otherwise, and an adjoint with another quadrature than
+    its forward problem is wrong by 1e-3 where a coefficient is an exponential.
+    """
+    integrals = []
+    for integral in F.integrals():
+        data = integral.metadata()
+        if "quadrature_degree" not in data:
+            degree = estimate_total_polynomial_degree(expand_derivatives(integral.integrand()))
+            integral = integral.reconstruct(metadata={**data, "quadrature_degree": degree})
+        integrals.append(integral)
+    return Form(integrals)
+
+
+def linear_options(given, V, advective):
+    """PETSc options from the words "direct" and "iterative" or from a dict."""
+    if isinstance(given, dict):
+        return dict(given)
+    if given == "direct":
+        own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT
+        return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
+                "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
+    if given == "iterative":
+        # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
+        asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
+        pc = asm if advective else {"pc_type": "gamg"}
+        return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
+                "ksp_max_it": 1000, **pc}
+    raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, "
+                     f"got {given!r}.")
+
+
+class Lift:
+    """Boundary values of a problem with unknown Dirichlet data, as a Function that is zero at free nodes.
+
+    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational
+    solver, so the unknown enters the residual through this lift and the solver sees homogeneous ones.
+
+    Parameters
+    ----------
+    V : FunctionSpace
+        State space.
+    values : dict
+        Dirichlet values by marker, all of them.
+    marker
+        The marker whose value is the parameter.
+    m : Function
+        The parameter.
+    """
+
+    def __init__(self, V, values, marker, m):
+        self.g = Function(V, name="boundary values")
+        known, mask = Function(V), Function(V)
+        for key, g in values.items():
+            if key != marker:
+                DirichletBC(V, g, key).apply(known)
+        DirichletBC(V, 0, marker).apply(known)
+        DirichletBC(V, 1, marker).apply(mask)
+        self._V, self._m, self._masked, self._known = V, m, mask * values[marker], known
+
+    def update(self):
+        """Interpolate the current parameter (recorded if a tape is running)."""
+        self.g.interpolate(self._masked + self._known)
+
+    def derivative(self):
+        """∂g/∂m, a UFL two-form (rows over V, columns over M)."""
+        return interpolate(expand_derivatives(derivative(self._masked, self._m)), self._V)

@@ -1,0 +1,400 @@
+r"""Steady advection-diffusion-reaction with one unknown coefficient, and fast ways to solve it many times.
+
+Find u with  ``v·∇u - ∇·(κ∇u) + r(u) = f``  in the mesh and, on its boundary, ``u = g`` (Dirichlet),
+``n·κ∇u = q`` (flux), ``n·κ∇u = h (u_ext - u)`` (Robin) or ``n·κ∇u = 0`` (outflow, and wherever nothing is
+named).
+
+One of f, κ, v, g, q is the parameter m.  For inversion the map m -> u is needed thousands of times, so the
+ways through it are graded by what the unknown touches:
+
+- J = ∂F/∂u depends neither on u nor on m: one factorisation for ever, u = u_ref - J⁻¹ F(u_ref; m) in blocks;
+- J depends on u but not on m: the whole block iterates with J at a reference state (chord Newton);
+- J depends on m: a loop over the reused solver.
+
+SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ
+(Shakib, Hughes & Johan 1991, doi:10.1016/0045-7825(91)90041-4), which follows stretched cells:
+``τ⁻² = v·Gv + 9 κ² G:G + σ²``, ``G = 4 p² KᵀK``, K the inverse cell Jacobian, p the degree, σ = r'.
+"""
+
+from functools import cached_property
+
+import numpy as np
+from firedrake import Cofunction, DirichletBC, Function, action, adjoint, assemble, derivative, replace
+from firedrake.adjoint import stop_annotating
+from firedrake.assemble import get_assembler
+from firedrake.exceptions import ConvergenceError
+from firedrake.utils import complex_mode
+from pyadjoint import no_annotations
+from ufl.algorithms import expand_derivatives
+
+from fem_diffusion.errors import InputError, InstallError, SolveError
+from fem_diffusion.problem import _blocks as blocks
+from fem_diffusion.problem import _forms as forms
+from fem_diffusion.problem._coefficients import owned_array, owned_size
+
+__all__ = ["AdvectionDiffusion", "require_real"]
+
+
+def require_real() -> None:
+    """Refuse a complex PETSc build.
+
+    Raises
+    ------
+    InstallError
+        If PETSc was configured with complex scalars.
+    """
+    if complex_mode:
+        raise InstallError("fem_diffusion works with real scalars and this PETSc is a complex build; "
+                           "activate a Firedrake installation configured without --with-scalar-type=complex.")
+
+
+class AdvectionDiffusion:
+    """The map from one unknown coefficient to the state of ``v·∇u - ∇·(κ∇u) + r(u) = f``.
+
+    Parameters
+    ----------
+    V : FunctionSpace
+        State space, scalar and H1-conforming (CG, Q), any degree, any mesh.
+    M : FunctionSpace
+        Parameter space, on V's mesh; for ``("flux", marker)`` also on ``Submesh(mesh, dim - 1, marker)``.
+    unknown : str or tuple
+        The coefficient that is the parameter: ``"source"``, ``"diffusivity"``, ``"velocity"``,
+        ``("flux", marker)`` or ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a
+        callable ``m -> UFL expression``, e.g. ``diffusivity=ufl.exp``.
+    velocity : UFL vector or sequence of float, optional
+        v, of shape ``(gdim,)``.
+    diffusivity : UFL scalar or float
+        κ, positive.
+    reaction : callable, optional
+        ``u -> UFL expression`` r(u).
+    source : UFL scalar or float
+        f.
+    dirichlet, flux, robin : dict, optional
+        ``{marker: g}``, ``{marker: q}`` and ``{marker: (h, u_ext)}``.  A marker is an integer, a tuple of
+        integers, ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
+    outflow : tuple or marker
+        Markers with ``n·κ∇u = 0``, which markers not named anywhere get as well.
+    supg : "auto" or bool
+        Streamline-upwind Petrov-Galerkin terms; "auto" has them whenever there is a velocity.
+    solver_parameters : "direct", "iterative" or dict
+        PETSc options of every linear solve (and of Newton's method, where there is one).
+    options_prefix : str, optional
+        Prefix of those options on the command line.
+
+    Attributes
+    ----------
+    V, M : FunctionSpace
+        As given.
+    m, u : Function
+        The problem's own parameter and state, overwritten by every solve.
+    F : ufl.Form
+        Residual, a linear form in its test function, with coefficients ``u`` and ``m``.
+    bcs : list of DirichletBC
+        The Dirichlet conditions on ``u``.
+    linear : bool
+        Whether F is affine in u.
+    operator_depends_on_parameter : bool
+        Whether ∂F/∂u contains m.
+
+    Raises
+    ------
+    InputError
+        Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined.
+    InstallError
+        On a complex PETSc build.
+
+    Notes
+    -----
+    Coefficients are taken as fixed after construction, because factorisations are kept.
+    """
+
+    @no_annotations
+    def __init__(self, V, M, unknown, *, velocity=None, diffusivity=1.0, reaction=None, source=0,
+                 dirichlet=None, flux=None, robin=None, outflow=(), supg="auto", solver_parameters="direct",
+                 options_prefix=None):
+        require_real()
+        kind, marker = forms.parse_unknown(unknown)
+        on_submesh = forms.check_spaces(V, M, kind)
+        dirichlet, flux, robin = dict(dirichlet or {}), dict(flux or {}), dict(robin or {})
+        outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
+        self.V, self.M, mesh = V, M, V.mesh()
+        self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
+        if kind in ("flux", "dirichlet"):
+            table = flux if kind == "flux" else dirichlet
+            # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
+            table[marker] = forms.apply_unknown(f"{kind}[{marker!r}]", table.pop(marker, None), None, self.m)
+        source = forms.apply_unknown("source", source, 0, self.m, kind)
+        diffusivity = forms.apply_unknown("diffusivity", diffusivity, 1, self.m, kind)
+        velocity = forms.apply_unknown("velocity", velocity, None, self.m, kind)
+        forms.check_markers(mesh, {"dirichlet": dirichlet, "flux": flux, "robin": robin, "outflow": outflow})
+        if on_submesh:
+            forms.check_submesh(mesh, marker, M.mesh())
+
+        v = None if velocity is None else forms.coefficient(velocity, (mesh.geometric_dimension,), "velocity")
+        kappa = forms.coefficient(diffusivity, (), "diffusivity", positive=True)
+        f = forms.coefficient(source, (), "source")
+        r, slope = forms.reaction_terms(reaction, self.u)
+        if not forms.determined(r, self.u, dirichlet, robin):
+            raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the "
+                             "state is determined only up to a constant; add one of them.")
+        if supg not in ("auto", True, False) or (supg is True and v is None):
+            raise InputError(f"supg must be 'auto', False or, where there is a velocity, True; got {supg!r}.")
+        terms = {"velocity": v, "kappa": kappa, "reaction": r, "slope": slope, "source": f, "flux": flux,
+                 "robin": robin, "supg": bool(supg)}
+        self.F = F = forms.residual(self.u, terms, (marker, M.mesh()) if on_submesh else (None, None))
+        values = {key: forms.coefficient(g, (), f"dirichlet[{key!r}]") for key, g in dirichlet.items()}
+        self._lift = forms.Lift(V, values, marker, self.m) if kind == "dirichlet" else None
+        self.bcs = [DirichletBC(V, self._lift.g if self._lift else g, key) for key, g in values.items()]
+        self._zero_bcs = [bc.reconstruct(g=0) for bc in self.bcs]
+        nodes = np.unique(np.concatenate([bc.nodes for bc in self.bcs] or [np.empty(0, dtype=int)]))
+        self._fixed = nodes[nodes < owned_size(V)].astype(int)   # owned local indices
+        if self._lift is None and self.m not in F.coefficients():
+            raise InputError(f"the callable given for {unknown!r} makes no use of the parameter.")
+
+        self._J = expand_derivatives(derivative(F, self.u))
+        self._dFdm = expand_derivatives(derivative(F, self.m))
+        self.linear = self.u not in self._J.coefficients()
+        self.operator_depends_on_parameter = self.m in self._J.coefficients()
+        self._parameters = forms.linear_options(solver_parameters, V, v is not None)
+        self._prefix = options_prefix
+        self._w, bcs, equation = self.u, self.bcs, F
+        if self._lift is not None:   # solve for u minus the lift
+            self._w, bcs = Function(V), self._zero_bcs
+            equation = replace(F, {self.u: self._w + self._lift.g})
+        self._solver = blocks.make_solver(
+            equation, self._w, bcs, self.linear, not self.operator_depends_on_parameter,
+            {"solver_parameters": self._parameters, "options_prefix": options_prefix})
+        self._start = Function(V)   # where every solve starts: fixed, so that m -> u has no memory
+        self._reference = self._adjoint = None
+        self._assembler, self._out = get_assembler(F), Cofunction(V.dual())
+
+    def __call__(self, m):
+        """Solve for one parameter; recorded if a tape of firedrake.adjoint is running.
+
+        Parameters
+        ----------
+        m : Function
+            Parameter in `M`.
+
+        Returns
+        -------
+        Function
+            The state, a new Function in `V`.
+
+        Raises
+        ------
+        InputError
+            If m is not a Function in M.
+        SolveError
+            If Newton's method or the linear solver fails.
+        """
+        self._assign(m)
+        return self._solve().copy(deepcopy=True)
+
+    def _assign(self, m):
+        """Copy a Function of M into the problem's parameter."""
+        if not isinstance(m, Function) or m.function_space() != self.M:
+            what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
+            raise InputError(f"the parameter must be a Function in {self.M}, got {what}; "
+                             "make one with Function(problem.M).interpolate(...).")
+        if m is not self.m:
+            self.m.assign(m)
+
+    def _solve(self):
+        """Solve for the parameter held in self.m and return self.u."""
+        if self._lift is not None:
+            self._lift.update()
+        self._w.assign(self._start)
+        try:
+            self._solver.solve()
+        except ConvergenceError as error:
+            raise SolveError(f"{' '.join(str(error).split())}; check the range of the parameter, call "
+                             "linearise_at(m) with a typical one to start from its state, or pass other "
+                             "solver_parameters.") from error
+        if self._lift is not None:
+            self.u.assign(self._w + self._lift.g)
+        with stop_annotating(), self.u.dat.vec_ro as x:
+            if not np.isfinite(x.norm()):
+                raise SolveError("the state is not finite; look for NaN in the parameter and coefficients, "
+                                 "a diffusivity that is not positive, and a singular operator.")
+        return self.u
+
+    def linearise_at(self, m):
+        """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
+
+        Without it the first `solve_many` takes the zero parameter.
+
+        Parameters
+        ----------
+        m : Function
+            A typical parameter in `M`, such as the prior mean.
+
+        Raises
+        ------
+        InputError, SolveError
+            As for one solve.
+        """
+        with stop_annotating():
+            self._assign(m)
+            self._start = self._solve().copy(deepcopy=True)
+            if not self.operator_depends_on_parameter:
+                self._reference = self._make_reference()
+
+    def _make_reference(self):
+        """Factorise at the parameter and state held in self.m and self.u."""
+        # A linear problem's solver already holds the one factorisation there is.
+        solver = self._solver if self.linear else self._factorise(self._J, "block_").solver
+        C = D = None
+        # A parameter in the Real space has dense columns that PETSc's products do not take: one by one then.
+        if self.M.ufl_element().family() != "Real":
+            if self._lift is not None and self.m not in self._lift.derivative().coefficients():
+                D = assemble(self._lift.derivative()).petscmat
+                C = assemble(self._J).petscmat.matMult(D)
+            elif self._lift is None and not {self.m, self.u} & set(self._dFdm.coefficients()):
+                C = assemble(self._dFdm, mat_type="aij").petscmat
+        return blocks.Reference(owned_array(self.m), owned_array(self.u), solver, C, D)
+
+    def _factorise(self, form, suffix):
+        prefix = self._prefix and self._prefix + suffix
+        return blocks.Factorised(form, self._zero_bcs, self._parameters, prefix)
+
+    def solve_many(self, ms, block=64):
+        """Solve for many parameters, in blocks that share one factorisation wherever the problem allows.
+
+        Parameters
+        ----------
+        ms : sequence of Function, or ndarray
+            Parameters in `M`, or their owned coefficients of shape (n, n_owned_M), as in ``m.dat.vec_ro``.
+        block : int
+            Right-hand sides solved together.
+
+        Returns
+        -------
+        ndarray
+            Owned coefficients of the states, of shape (n, n_owned_V), as in ``u.dat.vec_ro``.
+
+        Raises
+        ------
+        InputError
+            If ms or block has the wrong kind or shape, on any rank.
+        SolveError
+            If a sample has no solution that Newton's method finds; the message names it.
+        """
+        ms = blocks.parameter_rows(ms, self.M)
+        if not isinstance(block, int) or block < 1:
+            raise InputError(f"block must be a positive integer, got {block!r}.")
+        out = np.empty((len(ms), owned_size(self.V)))
+        with stop_annotating():
+            if not self.operator_depends_on_parameter and self._reference is None:
+                self.linearise_at(Function(self.M))
+            for first in range(0, len(ms), block):
+                part = slice(first, first + block)
+                if self.operator_depends_on_parameter:
+                    out[part] = [self._solve_one(m, first + i) for i, m in enumerate(ms[part])]
+                else:
+                    out[part] = self._solve_block(ms[part], first)
+        return out
+
+    def _solve_one(self, m, index):
+        """Full solve for owned coefficients m; its state's owned coefficients."""
+        blocks.write(self.m, m)
+        try:
+            return owned_array(self._solve())
+        except SolveError as error:
+            raise SolveError(f"sample {index}: {error}") from error
+
+    def _residuals(self, ms, us):
+        """F(u_j; m_j) with zero in Dirichlet rows, of shape (k, n_owned_V)."""
+        out = np.empty_like(us)
+        for m, u, row in zip(ms, us, out):
+            blocks.write(self.m, m)
+            self.u.dat.data_wo[:] = u
+            row[:] = self._assembler.assemble(tensor=self._out).dat.data_ro
+        out[:, self._fixed] = 0   # there u is exact
+        return out
+
+    def _solve_block(self, ms, first):
+        """States (k, n_owned_V) of one block by chord iterations with the reference Jacobian."""
+        ref, comm = self._reference, self.V.mesh().comm
+        u = np.tile(ref.u, (len(ms), 1))
+        if ref.C is not None:   # F is affine in m: the first step is a tangent, nothing to assemble
+            change = ms - ref.m
+            rhs = blocks.multiply(ref.C, change, comm)
+            rhs[:, self._fixed] = 0
+            if ref.D is not None:
+                u += blocks.multiply(ref.D, change, comm)
+        else:
+            if self._lift is not None:
+                for m, row in zip(ms, u):
+                    blocks.write(self.m, m)
+                    self._lift.update()
+                    row[self._fixed] = self._lift.g.dat.data_ro[self._fixed]
+            rhs = self._residuals(ms, u)
+        u -= blocks.solve(ref.ksp, rhs, comm)
+
+        if self.linear:
+            bad = np.flatnonzero(~np.isfinite(blocks.norms(u, comm)))
+        else:
+            bad = blocks.chord(lambda members, rows: self._residuals(ms[members], rows), ref.ksp, u, comm)
+        for j in bad:
+            u[j] = self._solve_one(ms[j], first + j)
+        return u
+
+    def sensitivity(self, m, rows, state=None):
+        """Derivative of observations of the state with respect to the parameter, by one adjoint solve a row.
+
+        Parameters
+        ----------
+        m : Function
+            Parameter in `M`.
+        rows : scipy sparse matrix or ndarray
+            Observation rows of shape (k, n_owned_V): this rank's columns of the global rows.
+        state : Function, optional
+            ``problem(m)`` where it is known already; saves a solve.
+
+        Returns
+        -------
+        ndarray
+            ``d(rows·u)/dm``, this rank's columns of it, of shape (k, n_owned_M).
+
+        Raises
+        ------
+        InputError
+            If m, state or rows do not fit their spaces.
+        SolveError
+            If the state is not given and cannot be solved for.
+        """
+        rows = blocks.observation_rows(rows, self.V)
+        if state is not None and (not isinstance(state, Function) or state.function_space() != self.V):
+            raise InputError("state must be a Function in problem.V, such as problem(m).")
+        with stop_annotating():
+            self._assign(m)
+            self._solve() if state is None else self.u.assign(state)
+            return self._adjoint_rows(rows)
+
+    def _adjoint_rows(self, rows):
+        """d(rows·u)/dm at the parameter and state held in self.m and self.u, of shape (k, n_owned_M)."""
+        if self._adjoint is None:
+            self._adjoint = self._factorise(adjoint(self._J), "adjoint_")
+        elif not self.linear or self.operator_depends_on_parameter:
+            self._adjoint.update()
+        comm = self.V.mesh().comm
+        lam = blocks.solve(self._adjoint.solver.snes.ksp, rows, comm)
+        lam[:, self._fixed] = 0
+        p, pull, out = self._pull
+        pulled = np.empty((len(rows), owned_size(out.function_space())))
+        for row, line in zip(lam, pulled):
+            blocks.write(p, row)
+            line[:] = owned_array(pull.assemble(tensor=out))
+        if self._lift is None:
+            return -pulled
+        # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
+        D = assemble(self._lift.derivative()).petscmat
+        return blocks.multiply(D, rows - pulled, comm, transpose=True)
+
+    @cached_property
+    def _pull(self):
+        """A Function p, an assembler of p·∂F/∂m (with a lift: of p·∂F/∂u) and its tensor."""
+        form, space = (self._dFdm, self.M) if self._lift is None else (self._J, self.V)
+        p = Function(self.V)
+        return p, get_assembler(action(adjoint(form), p)), Cofunction(space.dual())
