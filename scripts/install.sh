@@ -29,24 +29,23 @@ quietly() { "$@" >/dev/null 2>&1; }
 
 # ---- What counts as installed: asked of the environment itself, no stamps, so that one made by hand is recognised too ----
 
-# have NAME==VERSION...: pip writes INSTALLER after everything else, so a copy that was cut short does not count.
+# have NAME or NAME==VERSION...: pip writes INSTALLER after everything else, so a copy that was cut short does not count.
 have() {
     "$py" -P - "$@" <<'EOF'
 import sys
 from importlib.metadata import distribution
 
-for name, version in (pin.split("==") for pin in sys.argv[1:]):
+for name, _, version in (wanted.partition("==") for wanted in sys.argv[1:]):
     found = distribution(name)
-    assert found.version.split("+")[0] == version and found.read_text("INSTALLER"), name
+    assert found.read_text("INSTALLER") and version in ("", found.version.split("+")[0]), name
 EOF
+}
+has_tools() {       # pip from 24 on: --no-binary still uses the wheels it built itself
+    have setuptools wheel numpy cython pkgconfig pybind11 petsctools libsupermesh firedrake-rtree rtree &&
+        "$py" -P -c 'import pip; assert int(pip.__version__.split(".")[0]) >= 24'
 }
 
 # The same version may be there without MPI, or linked to libraries of another machine: so load each compiled package.
-has_tools() {
-    "$py" -P -c 'import setuptools, wheel, Cython, numpy, pkgconfig, pybind11, petsctools, libsupermesh, rtree, firedrake_rtree
-from importlib.metadata import version
-assert int(version("pip").split(".")[0]) > 23'
-}
 has_petsc() {
     have "petsc==$petsc" && "$py" -P -c 'import ctypes, glob, petsc
 ctypes.CDLL(glob.glob(petsc.get_petsc_dir() + "/lib/libpetsc.so.*")[0])
@@ -138,7 +137,7 @@ get_firedrake() {   # always built in place: its wheel holds paths of the enviro
         pip install "firedrake==$firedrake"
 }
 get_torch() { pip install "torch==$torch" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}; }
-get_package() { pip install --editable ".[$extras]"; }
+get_package() { pip install "$@" --editable ".[$extras]"; }
 
 # step TITLE EXPECTED NAME: get_NAME unless has_NAME
 number=0
@@ -175,7 +174,7 @@ if [ "${1:-}" = --which ]; then echo "$py"; exit; fi
 if [ "$py" = "$base" ]; then
     quietly has_package && exit
     echo "$("$py" -c 'import sys; print(sys.prefix)') has Firedrake and is used as it is; fem_diffusion (editable) and what it lacks are added."
-    get_package
+    get_package --quiet
     exit
 fi
 
@@ -186,7 +185,7 @@ exec 9>.venv/lock
 flock 9     # two of these at once would install over each other
 if quietly has_everything; then exit; fi
 
-echo "fem_diffusion: setting up .venv (4 min with a wheelhouse for the compiled packages, 20 to 40 min from source on two cores)"
+echo "fem_diffusion: setting up .venv (3 min if pip finds wheels of the compiled packages, 20 to 40 min from source on two cores)"
 unset PETSC_DIR PETSC_ARCH      # they would lead petsc4py to another PETSc
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 quietly command -v dpkg-query || stop "This machine has no Debian packages. Install Firedrake $firedrake by its own instructions," \
@@ -198,13 +197,15 @@ fi
 step "System packages" "2 min" system
 step "Virtual environment" "10 s" venv
 step "Build tools" "1 min" tools
-step "PETSc $petsc" "10 min from source, 10 s from a wheel" petsc
-step "mpi4py $mpi4py" "3 min from source, 5 s from a wheel" mpi4py
-step "petsc4py $petsc" "7 min from source, 5 s from a wheel" petsc4py
-step "h5py $h5py with MPI" "3 min from source, 5 s from a wheel" h5py
+step "PETSc $petsc" "5 to 10 min from source, 10 s from a wheel" petsc
+step "mpi4py $mpi4py" "2 to 4 min from source, 5 s from a wheel" mpi4py
+step "petsc4py $petsc" "5 to 10 min from source, 5 s from a wheel" petsc4py
+step "h5py $h5py with MPI" "2 to 4 min from source, 5 s from a wheel" h5py
 step "Firedrake $firedrake" "2 min" firedrake
-[ "${TORCH_INDEX:-}" ] || echo "       torch: no TORCH_INDEX given, so pip takes what its index and PIP_FIND_LINKS offer: PyPI's build is several GB," \
-    $'\n'"       PyTorch's CPU index a tenth of it (make ... TORCH_INDEX=<address of PyTorch's CPU index>)"
+if ! [ "${TORCH_INDEX:-}" ] && ! quietly has_torch; then
+    echo "       torch comes from where pip finds it; PyPI's build is several GB, the one on PyTorch's CPU index a tenth of it:"
+    echo "       make ... TORCH_INDEX=<address of PyTorch's CPU index>"
+fi
 step "torch $torch" "1 min, more on a slow line" torch
 step "fem_diffusion and what else it needs" "1 min" package
 echo "Environment ready after $(took $SECONDS)."
