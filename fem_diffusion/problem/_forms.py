@@ -5,11 +5,12 @@ from numbers import Number
 
 import numpy as np
 from firedrake import (Constant, DirichletBC, Function, JacobianInverse, Measure, SpatialCoordinate,
-                       TestFunction, as_vector, assemble, derivative, div, dot, grad, inner, interpolate,
-                       sqrt)
+                       TestFunction, TrialFunction, as_matrix, as_vector, assemble, derivative, div, dot,
+                       grad, inner, interpolate, sqrt)
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import DEFAULT_DIRECT_SOLVER
-from ufl import H1, Form, as_ufl, diff, variable
+from scipy.linalg import block_diag
+from ufl import H1, Form, TensorProductCell, as_ufl, diff, variable
 from ufl.algorithms import estimate_total_polynomial_degree, expand_derivatives, extract_coefficients
 from ufl.core.expr import Expr
 
@@ -152,11 +153,22 @@ def determined(r, u, dirichlet, robin):
     return bool(dirichlet) or bool(robin) or u in extract_coefficients(r)
 
 
+def _cell_metric(cell):
+    """Metric in which the simplices of the reference cell are regular.
+
+    So τ does not depend on how vertices are numbered, which another partition of the mesh changes.
+    """
+    if isinstance(cell, TensorProductCell):
+        return block_diag(*(_cell_metric(c) for c in cell.sub_cells))
+    one = np.eye(cell.topological_dimension)
+    return (one + 1) / 2 if cell.cellname in ("triangle", "tetrahedron") else one
+
+
 def supg_tau(V, v, kappa, slope):
     """The SUPG time scale of the module docstring of `advection_diffusion`, a UFL scalar."""
     K = JacobianInverse(V.mesh())
     degree = V.ufl_element().embedded_superdegree
-    G = 4 * degree**2 * dot(K.T, K)
+    G = 4 * degree**2 * dot(K.T, dot(as_matrix(_cell_metric(V.mesh().ufl_cell()).tolist()), K))
     return 1 / sqrt(dot(v, dot(G, v)) + 9 * kappa**2 * inner(G, G) + slope**2)
 
 
@@ -262,4 +274,5 @@ class Lift:
 
     def derivative(self):
         """∂g/∂m, a UFL two-form (rows over V, columns over M)."""
-        return interpolate(expand_derivatives(derivative(self._masked, self._m)), self._V)
+        direction = TrialFunction(self._m.function_space())
+        return interpolate(expand_derivatives(derivative(self._masked, self._m, direction)), self._V)

@@ -13,7 +13,8 @@ ways through it are graded by what the unknown touches:
 
 SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ
 (Shakib, Hughes & Johan 1991, doi:10.1016/0045-7825(91)90041-4), which follows stretched cells:
-``τ⁻² = v·Gv + 9 κ² G:G + σ²``, ``G = 4 p² KᵀK``, K the inverse cell Jacobian, p the degree, σ = r'.
+``τ⁻² = v·Gv + 9 κ² G:G + σ²``, ``G = 4 p² KᵀSK``, p the degree, K the inverse cell Jacobian, S the metric in
+which the reference cell is regular, σ = r' where that does not depend on u.
 """
 
 from functools import cached_property
@@ -84,7 +85,6 @@ class AdvectionDiffusion:
     Attributes
     ----------
     V, M : FunctionSpace
-        As given.
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
@@ -117,7 +117,7 @@ class AdvectionDiffusion:
         on_submesh = forms.check_spaces(V, M, kind)
         dirichlet, flux, robin = dict(dirichlet or {}), dict(flux or {}), dict(robin or {})
         outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
-        self.V, self.M, mesh = V, M, V.mesh()
+        self.V, self.M, self._prefix, mesh = V, M, options_prefix, V.mesh()
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
         if kind in ("flux", "dirichlet"):
             table = flux if kind == "flux" else dirichlet
@@ -139,15 +139,15 @@ class AdvectionDiffusion:
                              "state is determined only up to a constant; add one of them.")
         if supg not in ("auto", True, False) or (supg is True and v is None):
             raise InputError(f"supg must be 'auto', False or, where there is a velocity, True; got {supg!r}.")
-        terms = {"velocity": v, "kappa": kappa, "reaction": r, "slope": slope, "source": f, "flux": flux,
-                 "robin": robin, "supg": bool(supg)}
+        terms = dict(velocity=v, kappa=kappa, reaction=r, slope=slope, source=f, flux=flux, robin=robin,
+                     supg=supg)
         self.F = F = forms.residual(self.u, terms, (marker, M.mesh()) if on_submesh else (None, None))
         values = {key: forms.coefficient(g, (), f"dirichlet[{key!r}]") for key, g in dirichlet.items()}
         self._lift = forms.Lift(V, values, marker, self.m) if kind == "dirichlet" else None
         self.bcs = [DirichletBC(V, self._lift.g if self._lift else g, key) for key, g in values.items()]
         self._zero_bcs = [bc.reconstruct(g=0) for bc in self.bcs]
-        nodes = np.unique(np.concatenate([bc.nodes for bc in self.bcs] or [np.empty(0, dtype=int)]))
-        self._fixed = nodes[nodes < owned_size(V)].astype(int)   # owned local indices
+        nodes = np.unique(np.concatenate([bc.nodes for bc in self.bcs] or [np.empty(0)])).astype(int)
+        self._fixed = nodes[nodes < owned_size(V)]
         if self._lift is None and self.m not in F.coefficients():
             raise InputError(f"the callable given for {unknown!r} makes no use of the parameter.")
 
@@ -155,8 +155,7 @@ class AdvectionDiffusion:
         self._dFdm = expand_derivatives(derivative(F, self.m))
         self.linear = self.u not in self._J.coefficients()
         self.operator_depends_on_parameter = self.m in self._J.coefficients()
-        self._parameters = forms.linear_options(solver_parameters, V, v is not None)
-        self._prefix = options_prefix
+        self._parameters = forms.linear_options(solver_parameters, V, advective=v is not None)
         self._w, bcs, equation = self.u, self.bcs, F
         if self._lift is not None:   # solve for u minus the lift
             self._w, bcs = Function(V), self._zero_bcs
@@ -186,7 +185,7 @@ class AdvectionDiffusion:
         InputError
             If m is not a Function in M.
         SolveError
-            If Newton's method or the linear solver fails.
+            If the solver fails.
         """
         self._assign(m)
         return self._solve().copy(deepcopy=True)
