@@ -1,0 +1,84 @@
+"""Small checks and conversions that the files of this room share.
+
+Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
+"""
+
+from numbers import Integral
+
+import numpy as np
+from firedrake import H1, Constant, Function
+from mpi4py import MPI
+from ufl.core.expr import Expr
+
+from fem_diffusion.errors import InputError
+
+__all__ = ["check_seed", "check_count", "check_lagrange", "root_space", "owned_array", "owned_size",
+           "to_function", "interpolated"]
+
+
+def owned_size(V):
+    """Number of owned coefficients of a function space."""
+    return V.dof_dset.layout_vec.getLocalSize()
+
+
+def check_lagrange(V):
+    """Raise InputError unless V is a continuous space whose coefficients are point values."""
+    if len(V) > 1:
+        raise InputError("the space is mixed: build one prior for each of its components")
+    element = V.ufl_element()
+    if element.family() == "Real" or element not in H1 or not V.finat_element.has_pointwise_dual_basis:
+        raise InputError(f"a Gaussian prior needs a space of CG elements, got {element}: use CG, and "
+                         "TransformedPrior to map its samples into another space")
+
+
+def root_space(V):
+    """The space of which V is a component, or V itself."""
+    while V.parent is not None:
+        V = V.parent
+    return V
+
+
+def check_seed(seed):
+    """Return seed as an int, or raise InputError."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"seed is {seed!r}: give a non-negative integer, so that the draw can be repeated")
+    return int(seed)
+
+
+def check_count(n):
+    """Return n as an int, or raise InputError."""
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise InputError(f"n is {n!r}: give the number of samples as a positive integer")
+    return int(n)
+
+
+def owned_array(f):
+    """Owned coefficients of a Function, a copy of shape (n_owned,)."""
+    with f.dat.vec_ro as vec:
+        return vec.array.copy()
+
+
+def to_function(V, coefficients):
+    """Function on V with the given owned coefficients, shape (n_owned,)."""
+    f = Function(V)
+    with f.dat.vec_wo as vec:
+        vec.array[:] = coefficients
+    return f
+
+
+def interpolated(V, value, name):
+    """Interpolate a number, an array of V's value shape or a UFL expression into V, or raise InputError."""
+    if not isinstance(value, Expr):
+        try:
+            value = Constant(np.asarray(value, dtype=float))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{name} is {value!r}: give a number, a UFL expression or a Function") from error
+    if value.ufl_shape == () and V.value_shape:
+        value = value * Constant(np.ones(V.value_shape))
+    if value.ufl_shape != V.value_shape:
+        raise InputError(f"{name} has value shape {value.ufl_shape}, the space has {V.value_shape}: give a "
+                         "scalar or an expression of the space's shape")
+    f = Function(V).interpolate(value)
+    if not V.comm.allreduce(bool(np.isfinite(owned_array(f)).all()), op=MPI.LAND):
+        raise InputError(f"{name} is not finite everywhere on the mesh: give finite values")
+    return f
