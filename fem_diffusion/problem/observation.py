@@ -1,0 +1,253 @@
+r"""Linear observation operators: what sensors see of a state.
+
+An `Observation` holds the rows of ``B`` over the coefficients of the state space, so ``B(u)`` is a sparse
+product and a sum over ranks.  Measurement noise is not added here.
+
+Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
+Everything here is collective.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from firedrake import (
+    Cofunction, Function, FunctionSpace, TensorFunctionSpace, TestFunction, TrialFunction,
+    VectorFunctionSpace, VertexOnlyMesh, assemble, interpolate,
+)
+from mpi4py import MPI
+from pyadjoint import no_annotations
+from scipy.sparse import coo_matrix, csr_matrix, vstack
+from ufl import Form
+from ufl.algorithms import expand_derivatives
+from ufl.algorithms.check_arities import ArityMismatch
+from ufl.algorithms.formtransformations import compute_form_arities
+
+from fem_diffusion.errors import InputError
+from fem_diffusion.problem._coefficients import owned_array, owned_size
+
+__all__ = ["Observation", "point_sensors", "functionals"]
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Linear observation operator ``B`` with k rows.
+
+    Attributes
+    ----------
+    U : firedrake.functionspaceimpl.WithGeometry
+        The state space.
+    rows : scipy.sparse.csr_matrix
+        This rank's columns of all k rows, shape (k, n_owned).
+    names : tuple of str
+        One name for each row.
+    points : numpy.ndarray
+        Global, shape (k, gdim): where a row is a point sensor, NaN where it is not.
+    """
+
+    U: object
+    rows: csr_matrix
+    names: tuple
+    points: np.ndarray
+
+    def __call__(self, u):
+        """Observe one state.
+
+        Parameters
+        ----------
+        u : firedrake.Function
+            The state, in ``U``.
+
+        Returns
+        -------
+        numpy.ndarray
+            Global, the same on all ranks, shape (k,).
+
+        Raises
+        ------
+        InputError
+            If u is no Function in ``U``.
+        """
+        got = u.function_space() if isinstance(u, Function) else type(u).__name__
+        if got != self.U:
+            raise InputError(f"the state is in {got}, expected a Function in {self.U}: interpolate it into "
+                             "the observation's space")
+        return self.apply(owned_array(u)[None])[0]
+
+    def apply(self, coefficients):
+        """Observe many states.
+
+        Parameters
+        ----------
+        coefficients : numpy.ndarray
+            Owned coefficients in ``U``, shape (n, n_owned).
+
+        Returns
+        -------
+        numpy.ndarray
+            Global, the same on all ranks, shape (n, k).
+
+        Raises
+        ------
+        InputError
+            If the coefficients have another shape.
+        """
+        coefficients = np.asarray(coefficients)
+        if coefficients.ndim != 2 or coefficients.shape[1] != self.rows.shape[1]:
+            raise InputError(f"coefficients have shape {coefficients.shape}: give (n, {self.rows.shape[1]}), "
+                             "a row of owned coefficients for each state")
+        total = np.ascontiguousarray((self.rows @ coefficients.T).T)
+        self.U.comm.Allreduce(MPI.IN_PLACE, total)
+        return total
+
+    def __len__(self):
+        return len(self.names)
+
+    def __add__(self, other):
+        """Stack the rows of two observations of the same space; InputError if the spaces differ."""
+        if not isinstance(other, Observation):
+            return NotImplemented
+        if other.U != self.U:
+            raise InputError(f"cannot stack observations of {self.U} and {other.U}: build both on one space")
+        rows = vstack([self.rows, other.rows], format="csr")
+        points = np.concatenate([self.points, other.points])
+        return Observation(self.U, rows, self.names + other.names, points)
+
+
+def _checked_names(names, default, count):
+    """Names as a tuple of count strings."""
+    names = tuple(default) if names is None else tuple(str(name) for name in names)
+    if len(names) != count:
+        raise InputError(f"got {len(names)} names for {count} sensors: give one name for each")
+    return names
+
+
+def _locate(mesh, points, tolerance):
+    """Immerse points in the mesh: the vertex-only mesh and, for each of its points here, the user's index."""
+    parent_tolerance = mesh.tolerance
+    try:
+        vom = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore", tolerance=tolerance)
+    finally:
+        mesh.tolerance = parent_tolerance  # VertexOnlyMesh sets the parent's
+    order = Function(FunctionSpace(vom.input_ordering, "DG", 0))
+    order.dat.data_wo[:] = np.arange(order.dat.data_ro.size)  # all points are on rank 0, in the user's order
+    index = assemble(interpolate(order, FunctionSpace(vom, "DG", 0))).dat.data_ro
+    found = np.zeros(len(points), dtype=np.int64)
+    found[index.real.round().astype(int)] = 1
+    mesh.comm.Allreduce(MPI.IN_PLACE, found)
+    if not found.all():
+        lost = np.flatnonzero(found == 0)
+        first = ", ".join(f"{i} at {tuple(points[i].tolist())}" for i in lost[:5])
+        raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
+                         "move them inside, or give a larger tolerance")
+    return vom, index.real.round().astype(int)
+
+
+@no_annotations
+def point_sensors(U, points, names=None, *, tolerance=1e-6):
+    """Sensors that read the state at points.
+
+    Parameters
+    ----------
+    U : firedrake.functionspaceimpl.WithGeometry
+        The state space, not mixed.
+    points : numpy.ndarray
+        Global, those of rank 0 count, shape (k, gdim).  If U is vector-valued, every point gives one row for
+        each component, components running fastest.
+    names : sequence of str | None
+        One name for each row; default the coordinates.
+    tolerance : float
+        How far outside the mesh a sensor may be, as a fraction of the size of a cell.
+
+    Returns
+    -------
+    Observation
+        Its rows in the order of the points.
+
+    Raises
+    ------
+    InputError
+        If U is mixed, a name is missing, or the points have the wrong shape, are not finite or outside the
+        mesh; on every rank.
+    """
+    if len(U) > 1:
+        raise InputError("the state space is mixed: use functionals, with patches in place of points")
+    mesh = U.mesh()
+    gdim = mesh.geometric_dimension
+    points = mesh.comm.bcast(np.array(points, dtype=float))
+    points = points[:, None] if gdim == 1 and points.ndim == 1 else points
+    if points.ndim != 2 or points.shape[1] != gdim or not len(points):
+        raise InputError(f"points have shape {points.shape}: give (k, {gdim}), one row for each sensor")
+    if not np.isfinite(points).all():
+        bad = np.flatnonzero(~np.isfinite(points).all(axis=1)).tolist()
+        raise InputError(f"points {bad} are not finite: give finite coordinates")
+    vom, index = _locate(mesh, points, tolerance)
+    shape = U.value_shape
+    at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
+                 if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
+    matrix = assemble(interpolate(TrialFunction(U), at_points), mat_type="aij").petscmat
+    indptr, columns, values = matrix.getValuesCSR()
+    size = int(np.prod(shape, dtype=int))
+    component_rows = (index[:, None] * size + np.arange(size)).ravel()
+    local = (np.repeat(component_rows, np.diff(indptr)), columns, values)
+    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
+    rows, columns, values = (np.concatenate(part) for part in zip(*mesh.comm.allgather(local)))
+    first, last = matrix.getOwnershipRangeColumn()
+    mine = (first <= columns) & (columns < last)
+    k = size * len(points)
+    local = coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k, last - first)).tocsr()
+    labels = ["(" + ", ".join(f"{x:g}" for x in point) + ")" for point in points]
+    default = [label + (f"[{c}]" if shape else "") for label in labels for c in range(size)]
+    return Observation(U, local, _checked_names(names, default, k), np.repeat(points, size, axis=0))
+
+
+@no_annotations
+def functionals(U, forms, names=None):
+    """Sensors that read linear functionals of the state.
+
+    Parameters
+    ----------
+    U : firedrake.functionspaceimpl.WithGeometry
+        The state space; it may be mixed (``split`` the argument).
+    forms : sequence of callable
+        Each maps the state to a UFL 0-form linear in it, e.g. ``lambda u: u * ds(2)``, an average
+        ``lambda u: u / area * ds(2)`` or a flux ``lambda u: -kappa * dot(grad(u), n) * ds(3)``.
+    names : sequence of str | None
+        One name for each form; default ``functional 0`` and so on.
+
+    Returns
+    -------
+    Observation
+        One row for each form.
+
+    Raises
+    ------
+    InputError
+        If a form is no UFL form or not linear, or a name is missing.
+    """
+    forms, argument = list(forms), TestFunction(U)
+    if not forms:
+        raise InputError("there are no forms: give at least one functional of the state")
+    rows = [csr_matrix(_row(U, form, argument, i)) for i, form in enumerate(forms)]
+    names = _checked_names(names, (f"functional {i}" for i in range(len(forms))), len(forms))
+    points = np.full((len(forms), U.mesh().geometric_dimension), np.nan)
+    return Observation(U, vstack(rows, format="csr"), names, points)
+
+
+def _row(U, form, argument, i):
+    """Owned row of one functional, shape (1, n_owned)."""
+    remedy = "give a callable that maps the state to an integral linear in it, such as lambda u: u * ds(2)"
+    if not callable(form):
+        raise InputError(f"functional {i} is {type(form).__name__}: {remedy}")
+    try:
+        integral = form(argument)
+        arities = None
+        if isinstance(integral, Form):
+            arities = compute_form_arities(expand_derivatives(integral))
+        if arities != {1}:
+            raise ArityMismatch(f"arities {arities}")
+        covector = assemble(integral)
+    except (ArityMismatch, TypeError, ValueError) as error:
+        raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
+    if not isinstance(covector, Cofunction):
+        raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
+    return owned_array(covector).reshape(1, owned_size(U))

@@ -1,0 +1,151 @@
+"""Observation operators against the analytic values of polynomials, in serial and in parallel."""
+
+import numpy as np
+import pytest
+from firedrake import (
+    Constant, FacetNormal, Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, Submesh,
+    UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, conditional,
+    div, dot, ds, dx, grad, lt, split,
+)
+
+from fem_diffusion.errors import InputError
+from fem_diffusion.problem.observation import functionals, point_sensors
+
+POINTS = np.random.default_rng(1).random((9, 3))
+
+
+def quadratic(x):
+    """A polynomial that CG2 holds exactly; x indexes coordinates, as UFL or as an array."""
+    return 1 + 2 * x[0] - 3 * x[1] * x[1] + x[0] * x[1]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return UnitSquareMesh(5, 5)
+
+
+@pytest.fixture(scope="module")
+def U(mesh):
+    return FunctionSpace(mesh, "CG", 2)
+
+
+@pytest.fixture(scope="module")
+def state(U):
+    return Function(U).interpolate(quadratic(SpatialCoordinate(U.mesh())))
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_points_analytic_in_the_users_order_and_none_outside():
+    U = FunctionSpace(UnitSquareMesh(5, 5), "CG", 2)
+    u = Function(U).interpolate(quadratic(SpatialCoordinate(U.mesh())))
+    corners = np.array([[0, 0], [1, 1], [0.2, 0.4], [0.2, 0.4]])  # a vertex, twice, and the boundary
+    points = np.concatenate([POINTS[:, :2], corners])
+    sensors = point_sensors(U, points)
+    assert sensors.rows.shape == (13, U.dof_dset.layout_vec.getLocalSize())
+    np.testing.assert_allclose(sensors(u), quadratic(points.T), rtol=0, atol=1e-13)
+    values = U.comm.allgather(sensors(u))
+    assert all(np.array_equal(values[0], v) for v in values)
+    np.testing.assert_array_equal(sensors.points, points)
+    tolerance = U.mesh().tolerance
+    with pytest.raises(InputError, match=r"1 of 3 sensors .*sensor 1 at \(1.001, 0.5\)"):
+        point_sensors(U, [[0.1, 0.1], [1.001, 0.5], [0.9, 0.9]])
+    assert U.mesh().tolerance == tolerance
+
+
+@pytest.mark.parallel([1, 3])
+def test_vector_points_and_functionals_in_parallel():
+    mesh = UnitSquareMesh(5, 5)
+    x = SpatialCoordinate(mesh)
+    U = VectorFunctionSpace(mesh, "CG", 2)
+    u = Function(U).interpolate(as_vector([quadratic(x), x[0] - 2 * x[1]]))
+    points = POINTS[:, :2]
+    flux = functionals(U, [lambda w: dot(w, FacetNormal(mesh)) * ds(2), lambda w: div(w) * dx])
+    sensors = point_sensors(U, points) + flux
+    expected = np.stack([quadratic(points.T), points[:, 0] - 2 * points[:, 1]], axis=1).ravel()
+    expected = np.append(expected, [1 + 2 - 1 + 0.5, 2 + 0.5 - 2])
+    np.testing.assert_allclose(sensors(u), expected, atol=1e-13)
+    assert len(sensors) == 20 and sensors.names[1].endswith("[1]")
+
+
+@pytest.mark.parametrize("mesh, dim", [(UnitIntervalMesh, 1), (UnitCubeMesh, 3)])
+def test_points_in_one_and_three_dimensions(mesh, dim):
+    U = FunctionSpace(mesh(*[3] * dim), "CG", 1)
+    x = SpatialCoordinate(U.mesh())
+    u = Function(U).interpolate(2 - sum((i + 1) * x[i] for i in range(dim)))
+    points = POINTS[:, :dim]
+    np.testing.assert_allclose(point_sensors(U, points)(u), 2 - points @ np.arange(1, dim + 1), atol=1e-13)
+
+
+def test_points_on_a_boundary_submesh(mesh):
+    sub = Submesh(mesh, 1, 2)
+    U = FunctionSpace(sub, "CG", 2)
+    u = Function(U).interpolate(SpatialCoordinate(sub)[1]**2)
+    points = np.array([[1, 0.9], [1, 0.33]])
+    np.testing.assert_allclose(point_sensors(U, points)(u), points[:, 1]**2, atol=1e-12)
+
+
+def test_functionals_analytic(mesh, U, state):
+    n, x = FacetNormal(mesh), SpatialCoordinate(mesh)
+    kappa = Constant(3.0)
+    patch = conditional(lt(x[0], 0.4), 1 / 0.4, 0)
+    observed = functionals(U, [lambda u: u * ds(2), lambda u: -kappa * dot(grad(u), n) * ds(4),
+                               lambda u: patch * u * dx(degree=4)], names="abc")
+    right = 1 + 2 - 1 + 0.5             # integral of 3 - 3 y² + y
+    top = -3 * (-6 + 0.5)               # -κ ∂u/∂y at y = 1 is -κ (-6 + x)
+    average = 1 + 2 * 0.2 - 1 + 0.2 * 0.5
+    np.testing.assert_allclose(observed(state), [right, top, average], atol=1e-12)
+    assert observed.names == ("a", "b", "c") and np.isnan(observed.points).all()
+
+
+def test_batch_stack_and_mixed_space(mesh, U, state):
+    sensors = point_sensors(U, POINTS[:2, :2]) + functionals(U, [lambda u: u * dx])
+    coefficients = np.stack([state.dat.data_ro, 2 * state.dat.data_ro])
+    np.testing.assert_allclose(sensors.apply(coefficients), np.outer([1, 2], sensors(state)), atol=1e-13)
+    W = MixedFunctionSpace([U, FunctionSpace(mesh, "DG", 0)])
+    w = Function(W)
+    w.sub(0).assign(1.0)
+    w.sub(1).assign(5.0)
+    observed = functionals(W, [lambda w: split(w)[1] * dx, lambda w: split(w)[0] * ds(1)])
+    np.testing.assert_allclose(observed(w), [5, 1])
+
+
+@pytest.mark.parametrize("points, words", [
+    ([[0.1, np.nan], [0.5, 0.5]], r"points \[0\] are not finite"),
+    ([[0.1, 0.2, 0.3]], r"shape \(1, 3\)"),
+    ([0.1, 0.2], r"shape \(2,\)"),
+    (np.zeros((0, 2)), r"shape \(0, 2\)"),
+])
+def test_bad_points(U, points, words):
+    with pytest.raises(InputError, match=words):
+        point_sensors(U, points)
+
+
+@pytest.mark.parametrize("form", [
+    lambda u: u**2 * ds(2), lambda u: u * ds(2) + Constant(1.0) * ds(2), lambda u: Constant(1.0) * dx,
+    lambda u: conditional(lt(u, 0), u, 0) * dx, lambda u: u, lambda u: 3.0, lambda u: abs(u) * dx, "u * ds",
+])
+def test_functional_that_is_not_linear(mesh, U, form):
+    with pytest.raises(InputError, match="functional 1"):
+        functionals(U, [lambda u: u * dx, form])
+
+
+def test_other_input_errors(mesh, U, state):
+    other = FunctionSpace(mesh, "CG", 1)
+    sensors = point_sensors(U, [[0.5, 0.5]])
+    for action, words in [
+        (lambda: sensors + point_sensors(other, [[0.5, 0.5]]), "cannot stack"),
+        (lambda: sensors(Function(other)), "expected a Function in"),
+        (lambda: sensors(3.0), "float"),
+        (lambda: sensors.apply(np.zeros(3)), "shape"),
+        (lambda: point_sensors(U, [[0.5, 0.5]], names=["a", "b"]), "2 names for 1"),
+        (lambda: point_sensors(MixedFunctionSpace([U, other]), [[0.5, 0.5]]), "mixed"),
+        (lambda: functionals(U, []), "no forms"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            action()
+
+
+def test_rows_agree_with_an_assembled_form(mesh, U, state):
+    x = SpatialCoordinate(mesh)
+    observed = functionals(U, [lambda u: x[0] * u.dx(1) * dx])
+    assert observed(state)[0] == pytest.approx(assemble(x[0] * state.dx(1) * dx), abs=1e-13)
