@@ -226,6 +226,8 @@ def test_same_prior_and_samples_on_any_number_of_ranks():
     std, f, g = prior.pointwise_std(), prior.sample(2), prior.sample(2)
     invariants = [variance] + [assemble(e * dx) for e in (std**2, prior.mean, f * x[0], f**2)]
     np.testing.assert_allclose(invariants, ON_ONE_RANK, rtol=1e-9)
+    transformed = assemble(TransformedPrior(prior, exp).sample(2) * dx)  # interpolates, so the halo counts
+    assert transformed == pytest.approx(assemble(interpolate(exp(f), V) * dx), rel=1e-12)
     h = f.copy(deepcopy=True)
     bcs.apply(h)
     assert assemble((f - h)**2 * dx) < 1e-28 and assemble((f - g)**2 * dx) < 1e-28
@@ -274,6 +276,13 @@ def test_transforms(square):
     expected = Function(cells).interpolate(log_normal.sample(9)**2)
     np.testing.assert_allclose(by_cell.sample(9).dat.data_ro, expected.dat.data_ro, rtol=1e-12)
     assert by_cell.sample_many(2, 9).shape == (2, cells.dim())
+    slope = TransformedPrior(base, lambda f: f.dx(0), V=cells)  # not pointwise in the coefficients
+    expected = Function(cells).interpolate(base.sample(9).dx(0))
+    np.testing.assert_allclose(slope.sample_many(3, 9)[0], expected.dat.data_ro, atol=1e-11)
+    finer = FunctionSpace(UnitSquareMesh(20, 20), "CG", 1)
+    there = TransformedPrior(base, lambda f: 2 * f, V=finer).sample(9)  # another mesh
+    expected = Function(finer).interpolate(base.sample(9))
+    np.testing.assert_allclose(there.dat.data_ro, 2 * expected.dat.data_ro, atol=1e-12)
 
 
 def test_callable_prior(square):

@@ -3,17 +3,19 @@
 Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
 """
 
+from functools import partial
 from numbers import Integral
 
 import numpy as np
-from firedrake import H1, Constant, Function
+from firedrake import H1, Constant, Function, assemble, interpolate
+from firedrake.interpolation import get_interpolator
 from mpi4py import MPI
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 
 __all__ = ["check_seed", "check_count", "check_lagrange", "root_space", "owned_array", "owned_size",
-           "to_function", "interpolated"]
+           "to_function", "interpolated", "prepared_interpolation"]
 
 
 def owned_size(V):
@@ -82,3 +84,11 @@ def interpolated(V, value, name):
     if not V.comm.allreduce(bool(np.isfinite(owned_array(f)).all()), op=MPI.LAND):
         raise InputError(f"{name} is not finite everywhere on the mesh: give finite values")
     return f
+
+
+def prepared_interpolation(expression, target):
+    """Callable without arguments that interpolates the expression into the Function target, at every call."""
+    symbolic = interpolate(expression, target.function_space())
+    # assemble looks the kernel up anew on every call, which takes ten times as long as the interpolation
+    prepare = getattr(get_interpolator(symbolic), "_get_callable", None)
+    return prepare(tensor=target) if prepare else partial(assemble, symbolic, tensor=target)

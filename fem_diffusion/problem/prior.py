@@ -23,8 +23,8 @@ from numbers import Real
 
 import numpy as np
 from firedrake import (
-    Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, assemble, conditional, dx,
-    grad, inner, interpolate, lt, solve,
+    Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, conditional, dx, grad, inner,
+    lt, solve,
 )
 from mpi4py import MPI
 from pyadjoint import no_annotations
@@ -32,7 +32,8 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem._coefficients import (
-    check_count, check_lagrange, check_seed, interpolated, owned_array, owned_size, root_space, to_function,
+    check_count, check_lagrange, check_seed, interpolated, owned_array, owned_size, prepared_interpolation,
+    root_space, to_function,
 )
 from fem_diffusion.problem._matern import (
     matern_correlation, matern_operator, operator_order, pointwise_variance,
@@ -325,7 +326,7 @@ class TransformedPrior:
         if expression.ufl_shape != self.V.value_shape:
             raise InputError(f"transform gave value shape {expression.ufl_shape}, the space has "
                              f"{self.V.value_shape}: change the transform or pass another V")
-        self._interpolate = interpolate(expression, self.V)
+        self._interpolate = prepared_interpolation(expression, self._result)
 
     def sample(self, seed):
         """Draw one sample, a Function in ``V``: the transform of ``base.sample(seed)``."""
@@ -362,7 +363,8 @@ class TransformedPrior:
         for row, field in zip(result, coefficients):
             with self._field.dat.vec_wo as vec:
                 vec.array[:] = field
-            row[:] = owned_array(assemble(self._interpolate, tensor=self._result))
+            self._interpolate()
+            row[:] = owned_array(self._result)
         return result
 
 
