@@ -12,7 +12,7 @@ _ROOMS = {
     "fem_diffusion.diffusion": ["CallableNoise", "GaussianNoise", "TrainingOptions", "variance_exploding",
                                 "variance_preserving"],
     "fem_diffusion.bridge": ["ModalBasis", "karhunen_loeve", "load_basis", "pod"],
-    "fem_diffusion.simulate": ["DataSet", "load_pairs", "simulate"],
+    "fem_diffusion.simulation": ["DataSet", "load_pairs", "simulate"],
     "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"],
     "fem_diffusion.errors": ["DataError", "FemDiffusionError", "InputError", "InstallError", "ModelFileError",
                              "SolveError"],

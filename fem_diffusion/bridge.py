@@ -20,35 +20,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from firedrake import (
-    CheckpointFile, DirichletBC, Function, SpatialCoordinate, TestFunction, TrialFunction, as_tensor, assemble, dx,
-    exp, inner,
-)
+from firedrake import CheckpointFile, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.fields import coefficients, field, geometric_key, owned_size
 
-__all__ = ["ModalBasis", "coefficients", "field", "karhunen_loeve", "load_basis", "pod"]
+__all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
 _MAX_SWEEPS = 60
 _TOLERANCE = 1e-9
 _TAIL_DRAWS = 64
-
-
-def coefficients(functions: Function | Sequence[Function]) -> np.ndarray:
-    """Owned coefficients of a Function, shape (n_owned,), or of a sequence of them, shape (n, n_owned)."""
-    if isinstance(functions, Function):
-        with functions.dat.vec_ro as vector:
-            return vector.array_r.copy()
-    return np.stack([coefficients(f) for f in functions])
-
-
-def field(V, values: np.ndarray, name: str | None = None) -> Function:
-    """Function in V with the owned coefficients `values`, shape (n_owned,)."""
-    function = Function(V, name=name)
-    with function.dat.vec_wo as vector:
-        vector.array[:] = values
-    return function
 
 
 @dataclass(frozen=True)
@@ -73,6 +55,11 @@ class ModalBasis:
         Owned coefficients of fields (B, n_owned) to those of the parameter, e.g. the exponential.
     parameter_space : firedrake.functionspaceimpl.WithGeometry or None
         Space of the parameter where there is a transform; V otherwise.
+
+    Attributes
+    ----------
+    scaled_modes : numpy.ndarray
+        Modes times the square root of their variance, shape (r, n_owned): a field is mean + z @ scaled_modes.
     """
 
     V: object
@@ -87,7 +74,7 @@ class ModalBasis:
     def __post_init__(self):
         weighted = _mass_action(self.V)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
-        object.__setattr__(self, "_decoder", self.modes * np.sqrt(self.variances)[:, None])
+        object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
         if self.parameter_space is None:
             object.__setattr__(self, "parameter_space", self.V)
 
@@ -161,7 +148,7 @@ class ModalBasis:
         """
         if z.ndim != 2 or z.shape[1] != self.r:
             raise InputError(f"Latents must have shape (B, {self.r}), not {tuple(z.shape)}.")
-        fields = coefficients(self.mean) + z.detach().cpu().double().numpy() @ self._decoder
+        fields = coefficients(self.mean) + z.detach().cpu().double().numpy() @ self.scaled_modes
         if refill_seed is not None:
             if self.prior is None:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only.")
@@ -352,7 +339,7 @@ def _mass_action(V) -> Callable[[np.ndarray], np.ndarray]:
 
 def _free_dofs(V, bcs) -> int:
     """Degrees of freedom of V that no condition of `bcs` fixes."""
-    ones = _without_conditions(V, bcs, np.ones((1, V.dof_dset.layout_vec.getLocalSize())))
+    ones = _without_conditions(V, bcs, np.ones((1, owned_size(V))))
     return int(V.comm.allreduce(float(ones.sum()), MPI.SUM))
 
 
@@ -377,8 +364,7 @@ def _leading_modes(covariance, V, bcs, r: int) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"r = {r} modes were asked for; the space has {free} free degrees of freedom.")
     mass = _mass_action(V)
     block = min(free, r + max(8, r // 2))
-    n_owned = V.dof_dset.layout_vec.getLocalSize()
-    modes = np.random.default_rng([0, comm.rank]).standard_normal((block, n_owned))
+    modes = np.random.default_rng([0, comm.rank]).standard_normal((block, owned_size(V)))
     modes = _orthonormalise(_without_conditions(V, bcs, modes), mass, comm)
     for _ in range(_MAX_SWEEPS):
         image = _without_conditions(V, bcs, covariance(mass(modes)))
@@ -402,31 +388,22 @@ def _leading_modes(covariance, V, bcs, r: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:
-    """Gram-Schmidt in the mass inner product, each vector twice; shape (B, n_owned) in and out."""
-    basis = np.empty_like(x)
-    weighted = np.empty_like(x)
-    for k, vector in enumerate(x):
-        for _ in range(2):
-            vector = vector - comm.allreduce(weighted[:k] @ vector, MPI.SUM) @ basis[:k]
-            norm = np.sqrt(comm.allreduce(float(vector @ mass(vector[None])[0]), MPI.SUM))
-            vector = vector / norm
-        basis[k], weighted[k] = vector, mass(vector[None])[0]
-    return basis
+    """Basis of the span of the rows of `x` (B, n_owned), orthonormal in the mass inner product.
+
+    The Gram matrix squares the condition number, so its inverse square root is applied until nothing is left to do.
+    """
+    for _ in range(5):
+        gram = comm.allreduce(x @ mass(x).T, MPI.SUM)
+        scale = 1 / np.sqrt(np.diag(gram))
+        gram = gram * scale * scale[:, None]
+        values, vectors = np.linalg.eigh(gram)
+        x = (vectors / np.sqrt(np.maximum(values, 1e-14 * values[-1]))).T @ (x * scale[:, None])
+        if np.abs(gram - np.eye(len(gram))).max() < 1e-8:
+            break
+    return x
 
 
 def _signs(V, modes: np.ndarray) -> np.ndarray:
     """Signs that make the integral of each mode against a fixed generic function positive, shape (r,)."""
-    mesh = V.mesh()
-    x = SpatialCoordinate(mesh)
-    nodes = mesh.coordinates.dat.data_ro.reshape(-1, len(x))
-    low = mesh.comm.allreduce(nodes.min(axis=0, initial=np.inf), MPI.MIN)
-    high = mesh.comm.allreduce(nodes.max(axis=0, initial=-np.inf), MPI.MAX)
-    width = np.where(high > low, high - low, 1.0)
-    phase = sum((0.7 + 0.3 * i) * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
-    test = TestFunction(V)
-    weight = np.array([exp((1 + 0.1 * i) * phase) for i in range(max(1, int(np.prod(test.ufl_shape))))], dtype=object)
-    weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
-    functional = assemble(inner(weight, test) * dx)
-    with functional.dat.vec_ro as vector:
-        overlap = V.comm.allreduce(modes @ vector.array_r, MPI.SUM)
+    overlap = V.comm.allreduce(modes @ geometric_key(V), MPI.SUM)
     return np.where(overlap < 0, -1.0, 1.0)

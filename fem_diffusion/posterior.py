@@ -12,13 +12,14 @@ from firedrake import CheckpointFile, Function, VTKFile
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fem_diffusion.bridge import ModalBasis, field
+from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, TrainingOptions, fit_base,
     sample_latents, train, variance_preserving,
 )
 from fem_diffusion.errors import DataError, InputError, ModelFileError
-from fem_diffusion.simulate import DataSet
+from fem_diffusion.fields import field
+from fem_diffusion.simulation import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
 

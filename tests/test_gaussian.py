@@ -30,7 +30,8 @@ def test_linear_base_is_the_posterior():
 def test_fitted_base_is_exact_for_a_linear_map():
     operator, noise, y, g = _problem()
     z = torch.randn(50, R, generator=g, dtype=torch.float64)
-    base, exact = fit_base(z, 2 + z @ operator.T, noise, standard_prior=True), linear_base(operator, noise, torch.full((K,), 2.0))
+    base = fit_base(z, 2 + z @ operator.T, noise, standard_prior=True)
+    exact = linear_base(operator, noise, torch.full((K,), 2.0))
     torch.testing.assert_close(base.mean(y), exact.mean(y))
     torch.testing.assert_close(base.covariance, exact.covariance)
 
@@ -59,7 +60,8 @@ def test_whiten_and_colour_are_inverse():
     (GaussianNoise(relative=0.1), lambda y: np.diag(0.01 * y**2)),
     (GaussianNoise(std=[0.1, 0.2, 0.3], covariance=0.04 * np.ones((K, K))),
      lambda y: np.diag([0.01, 0.04, 0.09]) + 0.04),
-    (CallableNoise(lambda y, g: y + 0.2 * torch.randn(y.shape, generator=g, dtype=y.dtype)), lambda y: 0.04 * np.eye(K)),
+    (CallableNoise(lambda y, g: y + 0.2 * torch.randn(y.shape, generator=g, dtype=y.dtype)),
+     lambda y: 0.04 * np.eye(K)),
 ], ids=["absolute", "relative", "correlated", "callable"])
 def test_noise_has_its_covariance(noise, expected):
     n, y = 40000, np.array([1.0, -2.0, 3.0])

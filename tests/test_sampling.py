@@ -6,7 +6,9 @@ import torch
 from scipy.stats import norm
 
 from fem_diffusion.diagnostics import moment_p_values
-from fem_diffusion.diffusion import Denoiser, linear_base, sample_latents, sampling, variance_exploding, variance_preserving
+from fem_diffusion.diffusion import (
+    Denoiser, linear_base, sample_latents, sampling, variance_exploding, variance_preserving,
+)
 from fem_diffusion.errors import InputError
 
 FORMULATIONS = [variance_exploding(), variance_preserving()]
@@ -132,11 +134,14 @@ def test_same_seed_same_samples():
     y = torch.zeros(10, 2, dtype=torch.float64)
 
     def draw(seed):
-        return sample_latents(denoiser, y, variance_preserving(), alpha=1.0, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return sample_latents(denoiser, y, variance_preserving(), alpha=1.0, generator=generator)
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
-@pytest.mark.parametrize("change, words", [({"alpha": -1.0}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps")])
+@pytest.mark.parametrize("change, words", [
+    ({"alpha": -1.0}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
+])
 def test_wrong_settings_are_refused(change, words):
     denoiser = Denoiser(_base(2, 2), None)
     with pytest.raises(InputError, match=words):

@@ -9,7 +9,8 @@ import torch
 
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import (
-    Denoiser, GaussianNoise, TrainingOptions, fit_base, linear_base, sample_latents, train, training, variance_preserving,
+    Denoiser, GaussianNoise, TrainingOptions, fit_base, linear_base, sample_latents, train, training,
+    variance_preserving,
 )
 from fem_diffusion.errors import InputError, ModelFileError
 
@@ -66,7 +67,8 @@ def test_linear_gaussian_problem_stays_exact():
     z, y, base = _pairs(nonlinear=False)
     denoiser, _ = train(z, y, NOISE, base, QUICK)
     measurement = torch.tensor([[1.0, -0.5]], dtype=torch.float32)
-    exact = linear_base(torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64), 0.01 * torch.eye(2, dtype=torch.float64))
+    operator = torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
+    exact = linear_base(operator, 0.01 * torch.eye(2, dtype=torch.float64))
     samples = sample_latents(denoiser, measurement.expand(4000, 2), variance_preserving(), steps=1,
                              generator=torch.Generator().manual_seed(0))
     mean, covariance = exact.mean(measurement.double())[0].numpy(), exact.covariance.numpy()
@@ -89,8 +91,8 @@ def test_network_learns_what_the_base_cannot():
         empirical = (samples[:, i, None] <= grid).mean(0)
         # Twice the Kolmogorov-Smirnov bound at level 1e-4, 0.10; the base alone is 0.25 away.
         assert np.abs(empirical - distribution).max() < 2 * 2.23 / np.sqrt(n)
-        alone = sample_latents(Denoiser(base, None), torch.tensor([[2.0, 1.5]]).double().expand(n, 2), variance_preserving(),
-                               generator=torch.Generator().manual_seed(0), steps=1).numpy()
+        alone = sample_latents(Denoiser(base, None), torch.tensor([[2.0, 1.5]]).double().expand(n, 2),
+                               variance_preserving(), generator=torch.Generator().manual_seed(0), steps=1).numpy()
         assert np.abs((alone[:, i, None] <= grid).mean(0) - distribution).max() > 2 * 2.23 / np.sqrt(n)
 
 
@@ -101,7 +103,9 @@ def test_early_stopping_keeps_the_best_weights():
     assert history.step[-1] < 3000 and history.best_step <= history.step[-1] - 3 * 50
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0}])
+@pytest.mark.parametrize("change", [
+    {"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0},
+])
 def test_wrong_options_are_refused(change):
     z, y, base = _pairs()
     with pytest.raises(InputError):

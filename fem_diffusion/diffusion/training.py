@@ -171,7 +171,7 @@ class _Loop:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.network = ResidualMLP(base.r, base.k, options.width, options.depth).to(self.device)
-        self.average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay))
+        self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
                                            weight_decay=options.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
@@ -308,6 +308,13 @@ def _threads(number: int | None):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _warm_average(decay: float):
+    """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
+    def update(averages, currents, n):
+        get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
+    return update
 
 
 def _fingerprint(z: Tensor, y: Tensor, options: TrainingOptions) -> str:

@@ -12,8 +12,8 @@ from firedrake import Ensemble, Function
 from mpi4py import MPI
 from tqdm import tqdm
 
-from fem_diffusion.bridge import coefficients, field
 from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields import coefficients, field, geometric_key
 
 __all__ = ["DataSet", "load_pairs", "simulate"]
 
@@ -97,11 +97,13 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
     blocks = [(i, min(block, n - i * block)) for i in range(-(-n // block))]
     folder = None if path is None else Path(path)
-    header = {"format": _FORMAT, "seed": seed, "block": block, "keep_states": keep_states,
-              "layout": comm.allgather(prior.V.dof_dset.layout_vec.getLocalSize())}
+    if keep_states and not hasattr(observation, "U"):
+        raise InputError("States are kept in the space of an Observation: use point_sensors or functionals.")
+    V, U = getattr(prior, "base", prior).V, observation.U if keep_states else None
+    header = {"format": _FORMAT, "seed": seed, "block": block, "keep_states": keep_states, "dofs": V.dim()}
     if folder is not None:
         _open_folder(folder, header, comm)
-        _check_former(folder, prior, forward, observation, header, comm)
+        _check_former(folder, V, prior, forward, observation, seed)
     quiet = not progress or comm.rank or member
     parts = []
     with tqdm(total=n, desc="simulate", disable=bool(quiet)) as bar:
@@ -112,26 +114,28 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
                 if folder is None:
                     parts.append(part)
                 else:
-                    _write(_block_file(folder, index), part, comm)
+                    _write(_block_file(folder, index), part, V, U)
             bar.update(size)
     if folder is None:
         return _join(parts)
     if ensemble is not None:
         ensemble.global_comm.barrier()
-    return load_pairs(folder, prior.V, n)
+    return load_pairs(folder, V, n, U)
 
 
-def load_pairs(path: str | os.PathLike, V, n: int | None = None) -> DataSet:
-    """Read a data set that `simulate` wrote.
+def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> DataSet:
+    """Read a data set that `simulate` wrote, on any number of ranks.
 
     Parameters
     ----------
     path : path
         Its folder.
     V : firedrake.functionspaceimpl.WithGeometry
-        Space of the prior's fields, spread over the ranks as when the data were written.
+        Space of the prior's fields, on the same mesh as when the data were written.
     n : int, optional
         Number of pairs to read; all where left out.
+    U : firedrake.functionspaceimpl.WithGeometry, optional
+        Space of the states; they are left out without it.
 
     Returns
     -------
@@ -140,18 +144,16 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None) -> DataSet:
     Raises
     ------
     DataError
-        If the folder is empty, incomplete, inconsistent, or was written with another partition of V.
+        If the folder is empty, incomplete, inconsistent, holds no states, or belongs to another mesh or space.
     """
-    folder, comm = Path(path), V.comm
+    folder = Path(path)
     header = _read_header(folder)
-    layout = comm.allgather(V.dof_dset.layout_vec.getLocalSize())
-    if header["layout"] != layout:
-        raise DataError(f"{folder} was written for a space spread over ranks as {header['layout']}, not {layout}: "
-                        "use the same space and number of ranks, or simulate anew.")
+    if U is not None and not header["keep_states"]:
+        raise DataError(f"{folder} holds no states: simulate with keep_states=True in another folder.")
     count = len(list(folder.glob("block-*.h5"))) if n is None else -(-n // header["block"])
     if count == 0:
         raise DataError(f"{folder} holds no samples: run simulate(..., path={str(folder)!r}) first.")
-    data = _join([_read(_block_file(folder, index), V, header["keep_states"]) for index in range(count)])
+    data = _join([_read(_block_file(folder, index), V, U) for index in range(count)])
     if n is not None and len(data) < n:
         raise DataError(f"{folder} holds {len(data)} of {n} pairs: run simulate again to complete it.")
     return data if n is None else DataSet(data.fields[:n], data.observations[:n],
@@ -187,7 +189,7 @@ def _run_block(prior, forward, observation, size: int, seed: list[int], keep_sta
 
 def _join(parts: list[DataSet]) -> DataSet:
     if len({part.observations.shape[1] for part in parts}) != 1:
-        raise DataError("Blocks of the data set differ in their number of sensors; delete the folder and simulate anew.")
+        raise DataError("Blocks of the data set differ in their number of sensors: delete its folder, simulate anew.")
     states = None if parts[0].states is None else np.concatenate([part.states for part in parts])
     return DataSet(np.concatenate([p.fields for p in parts]), np.concatenate([p.observations for p in parts]), states)
 
@@ -216,23 +218,23 @@ def _read_header(folder: Path) -> dict:
         header = json.loads((folder / "header.json").read_text())
         valid = header["format"] == _FORMAT
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no data set of fem_diffusion ({error}): name the folder that simulate wrote.") from error
+        raise DataError(f"{folder} is no data set of fem_diffusion ({error}): name one that simulate wrote.") from error
     if not valid:
         raise DataError(f"{folder} is of format {header['format']!r}, this version reads {_FORMAT!r}: simulate anew.")
     return header
 
 
-def _check_former(folder: Path, prior, forward, observation, header: dict, comm) -> None:
-    """Simulate the first sample again: a changed prior, forward problem or sensor shows at once."""
+def _check_former(folder: Path, V, prior, forward, observation, seed: int) -> None:
+    """Simulate the first block again: a changed prior, forward problem or sensor shows at once."""
     first = _block_file(folder, 0)
-    if not comm.bcast(first.exists()):
+    if not V.comm.bcast(first.exists()):
         return
-    former = _read(first, prior.V, header["keep_states"])
-    again = _run_block(prior, forward, observation, len(former), [header["seed"], 0], False)
+    former = _read(first, V, None)
+    again = _run_block(prior, forward, observation, len(former), [seed, 0], False)
     same = again.observations.shape == former.observations.shape
-    for new, old in ((again.fields[:1], former.fields[:1]), (again.observations[:1], former.observations[:1])):
+    for new, old in ((again.fields, former.fields), (again.observations, former.observations)):
         same = same and np.allclose(new, old, rtol=1e-6, atol=1e-8 * max(np.abs(old).max(initial=0.0), 1e-300))
-    if not comm.allreduce(bool(same), MPI.LAND):
+    if not V.comm.allreduce(bool(same), MPI.LAND):
         raise DataError(f"{folder} was simulated with another prior, forward problem or observation: name another "
                         "folder, or delete this one.")
 
@@ -246,37 +248,55 @@ def _exists(file: Path, size: int, comm) -> bool:
     return comm.bcast(found)
 
 
-def _write(file: Path, part: DataSet, comm) -> None:
+def _write(file: Path, part: DataSet, V, U) -> None:
     """Gather a block on rank 0 of the mesh and write it, whole or not at all."""
-    fields = comm.gather(part.fields)
-    states = comm.gather(part.states)
-    if comm.rank == 0:
+    gathered = {}
+    for name, values, space in (("fields", part.fields, V), ("states", part.states, U)):
+        if values is not None:
+            gathered[name], gathered[f"{name}_key"] = V.comm.gather(values), V.comm.gather(geometric_key(space))
+    if V.comm.rank == 0:
         partial = file.with_suffix(".partial")
         with h5py.File(partial, "w") as h5:
-            h5["fields"] = np.concatenate(fields, axis=1)
             h5["observations"] = part.observations
-            if part.states is not None:
-                h5["states"] = np.concatenate(states, axis=1)
-                h5["states"].attrs["layout"] = [s.shape[1] for s in states]
+            for name, parts in gathered.items():
+                h5[name] = np.concatenate(parts, axis=-1)
         partial.replace(file)
-    comm.barrier()
+    V.comm.barrier()
 
 
-def _read(file: Path, V, states: bool) -> DataSet:
+def _read(file: Path, V, U) -> DataSet:
     """This rank's part of one block."""
-    layout = V.comm.allgather(V.dof_dset.layout_vec.getLocalSize())
-    own = slice(sum(layout[:V.comm.rank]), sum(layout[:V.comm.rank + 1]))
+    columns = {"fields": V} if U is None else {"fields": V, "states": U}
+    problem, part = None, {}
     try:
         with h5py.File(file, "r") as h5:
-            if h5["fields"].shape != (len(h5["observations"]), sum(layout)):
-                raise ValueError(f"fields of shape {h5['fields'].shape} with {len(h5['observations'])} observations")
-            part = DataSet(h5["fields"][:, own], h5["observations"][:])
-            if states:
-                widths = h5["states"].attrs["layout"]
-                start = int(sum(widths[:V.comm.rank]))
-                part = DataSet(part.fields, part.observations, h5["states"][:, start:start + widths[V.comm.rank]])
+            part["observations"] = h5["observations"][:]
+            for name in columns:
+                part[name], part[f"{name}_key"] = h5[name][:], h5[f"{name}_key"][:]
+                if part[name].shape != (len(part["observations"]), len(part[f"{name}_key"])):
+                    raise ValueError(f"{name} of shape {part[name].shape}, {len(part['observations'])} observations")
+        if not all(np.isfinite(x).all() for x in part.values()):
+            raise ValueError("values that are not finite")
     except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"{file} is damaged ({error}): delete that file and run simulate again.") from error
-    if not np.isfinite(part.fields).all() or not np.isfinite(part.observations).all():
-        raise DataError(f"{file} holds values that are not finite: delete that file and run simulate again.")
-    return part
+        problem = error
+    if any(V.comm.allgather(problem is not None)):
+        raise DataError(f"{file} is damaged ({problem}): delete that file and run simulate again.") from problem
+    chosen = {name: part[name][:, _columns(part[f"{name}_key"], space, file)] for name, space in columns.items()}
+    return DataSet(observations=part["observations"], **chosen)
+
+
+def _columns(stored: np.ndarray, V, file: Path) -> np.ndarray:
+    """Columns of a file that hold this rank's degrees of freedom, found by their geometric keys; shape (n_owned,)."""
+    key = geometric_key(V)
+    order = np.argsort(stored)
+    place = np.searchsorted(stored[order], key)
+    candidates = order[np.stack([place - 1, place]).clip(0, len(stored) - 1)]
+    columns = np.take_along_axis(candidates, np.abs(stored[candidates] - key).argmin(axis=0)[None], axis=0)[0]
+    tolerance = 1e-12 * np.abs(stored).max()
+    found = np.concatenate(V.comm.allgather(columns))
+    near = (np.abs(stored[columns] - key) <= tolerance).all()
+    apart = np.diff(stored[order]).min(initial=np.inf) > 2 * tolerance
+    complete = np.array_equal(np.sort(found), np.arange(len(stored)))
+    if not V.comm.allreduce(bool(near and apart and complete), MPI.LAND):
+        raise DataError(f"{file} belongs to another mesh or space: use those of the simulation, or simulate anew.")
+    return columns

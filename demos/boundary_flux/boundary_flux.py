@@ -1,0 +1,266 @@
+"""Which flux enters a channel through its bottom wall? Sixteen noisy concentration sensors, two answers.
+
+A solute is carried through a channel of 4 m x 1 m by a parabolic flow. Its concentration u at the inflow is known;
+through the bottom wall enters an unknown diffusive flux q:
+
+    v·∇u - ∇·(κ∇u) + c u² = 0,    u = 1 at the inflow,    κ ∂u/∂n = q at the bottom,    κ ∂u/∂n = 0 elsewhere.
+
+Case "gaussian": q is a Gaussian field and c = 0, so the finite element posterior is known exactly.
+Case "positive": q = q₀ exp(g) with a Gaussian field g, and c > 0; preconditioned Hamiltonian Monte Carlo with the
+finite element model is the reference.
+
+    python demos/boundary_flux/boundary_flux.py [--output FOLDER] [--case gaussian|positive]
+
+Both cases are posed in the same few lines and trained by the same call. What has been computed is kept in the output
+folder: an interrupted run continues, and a second run only samples and draws.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from firedrake import (
+    COMM_WORLD, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, TestFunction, as_vector, assemble,
+    dx, exp,
+)
+from firedrake.pyplot import tripcolor, triplot
+from matplotlib import pyplot as plt
+
+from fem_diffusion import (
+    AdvectionDiffusion, GaussianNoise, GaussianPrior, TrainingOptions, TransformedPrior, fit, karhunen_loeve,
+    point_sensors, simulate, variance_exploding, variance_preserving,
+)
+from fem_diffusion.fields import coefficients, field
+from fem_diffusion.diagnostics import (
+    gauss_newton, hmc, linear_gaussian_posterior, sliced_wasserstein,
+)
+from fem_diffusion.plot import plot_history, plot_predictive
+
+INFLOW, OUTFLOW, WALL = 1, 2, 3
+BASE_FLUX = 0.2  # q₀ in mol/(m² s)
+REACTION = 0.02  # c in m³/(mol s)
+TRUTHS, SAMPLES = 3, 4000
+
+# ## The problem, as in any Firedrake script
+
+mesh = RectangleMesh(80, 20, 4.0, 1.0, name="channel")
+wall = Submesh(mesh, 1, WALL, name="wall")
+V = FunctionSpace(mesh, "CG", 1)
+M = FunctionSpace(wall, "CG", 1)
+x, y = SpatialCoordinate(mesh)
+physics = {"velocity": as_vector([6 * y * (1 - y), 0 * y]), "diffusivity": 0.05, "dirichlet": {INFLOW: 1.0},
+           "outflow": (OUTFLOW,)}
+sensors = [(position, height) for position in np.linspace(0.5, 3.75, 8) for height in (0.1, 0.3)]
+observation = point_sensors(V, sensors)
+
+
+# Weights of the wall's nodes, for norms over the wall.
+weights = coefficients(assemble(TestFunction(M) * dx).riesz_representation("l2"))
+
+noise_level = 0.02  # of the root mean square concentration at the sensors
+
+
+def gaussian_case():
+    """Prior and forward model of a Gaussian flux without reaction."""
+    prior = GaussianPrior(M, std=0.15, correlation_length=0.5, mean=0.25)
+    return prior, AdvectionDiffusion(V, M, ("flux", WALL), **physics)
+
+
+def positive_case():
+    """Prior and forward model of a positive flux with a weak quadratic reaction."""
+    prior = TransformedPrior(GaussianPrior(M, std=0.8, correlation_length=0.5), lambda g: BASE_FLUX * exp(g))
+    forward = AdvectionDiffusion(V, M, ("flux", WALL), reaction=lambda u: REACTION * u**2, **physics)
+    forward.linearise_at(Function(M).assign(1.4 * BASE_FLUX))
+    return prior, forward
+
+
+# ## The references
+
+
+def exact_reference(prior, forward, noise_std):
+    """Exact posterior mean and standard deviation of the linear-Gaussian case for a measurement, and exact samples."""
+    operator = forward.sensitivity(prior.mean, observation.rows)
+    offset = observation(forward(prior.mean))
+    covariance = prior.covariance_matrix()
+
+    def solve(y, seed):
+        shift, posterior = linear_gaussian_posterior(operator, covariance, noise_std**2 * np.eye(len(y)), y - offset)
+        mean = coefficients(prior.mean) + shift
+        values, axes = np.linalg.eigh(posterior)
+        white = np.random.default_rng(seed).standard_normal((2, SAMPLES, len(mean)))
+        samples = mean + (white * np.sqrt(np.maximum(values, 0))) @ axes.T
+        return {"mean": mean, "std": np.sqrt(np.diag(posterior)), "samples": samples}
+    return solve
+
+
+def hmc_reference(basis, forward, noise_std, progress):
+    """Posterior mean and standard deviation by Hamiltonian Monte Carlo in the latents.
+
+    The acceptance test uses the finite element model. The leapfrog force uses its linearisation in the flux at the
+    maximum a posteriori point, which costs no solve.
+    """
+    def observe(q):
+        return observation.apply(forward.solve_many(q))
+
+    def fluxes(z):
+        return basis.parameters(torch.as_tensor(z))
+
+    def solve(y, seed):
+        def linearise(z):
+            q = fluxes(z[None])
+            rows = forward.sensitivity(field(M, q[0]), observation.rows)
+            jacobian = M.comm.allreduce((rows * q) @ basis.scaled_modes.T)
+            return (observe(q)[0] - y) / noise_std, jacobian / noise_std
+        centre, hessian = gauss_newton(linearise, basis.r)
+        q_map = fluxes(centre[None])
+        rows, offset = forward.sensitivity(field(M, q_map[0]), observation.rows), observe(q_map)[0]
+
+        def potential(z):
+            # A trajectory that leaves twelve prior standard deviations is refused without a solve.
+            inside = np.abs(z).max(axis=1) < 12
+            misfit = (observe(fluxes(np.where(inside[:, None], z, centre))) - y) / noise_std
+            return np.where(inside, ((z**2).sum(axis=1) + (misfit**2).sum(axis=1)) / 2, np.inf)
+
+        def gradient(z):
+            q = fluxes(np.clip(z, -12, 12))
+            misfit = offset + M.comm.allreduce((q - q_map) @ rows.T) - y
+            return z + M.comm.allreduce(((misfit / noise_std**2) @ rows * q) @ basis.scaled_modes.T)
+        result = hmc(potential, gradient, centre, hessian, chains=100, draws=40, warmup=10, step=0.35, leaps=5,
+                     seed=seed, progress=progress)
+        mean, std, mean_error, std_error = result.moments(fluxes, weights)
+        lower, upper = np.quantile(fluxes(result.samples.reshape(-1, basis.r)), [0.025, 0.975], axis=0)
+        return {"mean": mean, "std": std, "band": (mean, lower, upper), "acceptance": result.acceptance,
+                "error": (mean_error, std_error)}
+    return solve
+
+
+# ## The job: simulate, fit, condition, sample; then compare and draw
+
+
+def run(name, folder, progress):
+    """One case from prior to pictures."""
+    make, pairs = CASES[name]
+    start = time.perf_counter()
+    prior, forward = make()
+    basis = karhunen_loeve(prior)
+    data = simulate(prior, forward, observation, pairs, seed=1, path=folder / f"pairs_{name}", progress=progress)
+    noise_std = noise_level * float(np.sqrt((data.observations**2).mean()))
+    noise = GaussianNoise(std=noise_std)
+    say(f"\n{name} flux: {pairs} pairs, {basis.r} modes keep {basis.retained:.2%} of the prior variance, noise "
+        f"{noise_std:.3f} mol/m³, simulated after {time.perf_counter() - start:.0f} s")
+    options = TrainingOptions(**OPTIONS[name])
+    model = fit(data, basis, noise, options=options, checkpoint=folder / f"training_{name}.pt", progress=progress)
+    model.save(folder / f"model_{name}.safetensors")
+    say(f"trained after {time.perf_counter() - start:.0f} s; weights of step {model.history.best_step} are kept")
+
+    reference = (exact_reference(prior, forward, noise_std) if name == "gaussian"
+                 else hmc_reference(basis, forward, noise_std, progress))
+    truths = prior.sample_many(TRUTHS, seed=100)
+    clean = torch.as_tensor(observation.apply(forward.solve_many(truths)))
+    measurements = noise.sample(clean, torch.Generator().manual_seed(100)).numpy()
+    rows, drawn = [], []
+    for number, (truth, y) in enumerate(zip(truths, measurements)):
+        exact = reference(y, seed=number)
+        posterior = model.condition(y)
+        for formulation in (variance_exploding(), variance_preserving()):
+            for alpha in (0.0, 1.0):
+                samples = posterior.sample(SAMPLES, seed=number, alpha=alpha, formulation=formulation)
+                rows.append([number + 1, formulation.name, "ODE" if alpha == 0 else "SDE",
+                             error(coefficients(samples.mean()), exact["mean"]),
+                             error(coefficients(samples.std()), exact["std"]), distance(samples, exact)])
+        if "error" in exact:
+            say("truth {}: HMC accepts {:.0%}, Monte Carlo error of mean {:.1%}, of standard deviation {:.1%}".format(
+                number + 1, exact["acceptance"], *exact["error"]))
+        drawn.append((samples, field(M, truth), exact, y))
+    print_table(rows)
+    samples = drawn[0][0]
+    samples.save(folder / f"samples_{name}")
+    states = forward.solve_many(samples.values[:500])
+    predictions = noise.sample(torch.as_tensor(observation.apply(states)), torch.Generator().manual_seed(0)).numpy()
+    draw_fluxes(drawn, folder / f"flux_{name}.png")
+    if M.comm.rank == 0:
+        for draw, file in ((lambda: plot_predictive(drawn[0][3], predictions, ylabel="concentration [mol/m³]"),
+                            f"predictive_{name}.png"), (lambda: plot_history(model.history), f"training_{name}.png")):
+            draw().figure.savefig(folder / file, dpi=150)
+            plt.close("all")
+    say(f"{name} case finished after {time.perf_counter() - start:.0f} s; figures in {folder}")
+
+
+def error(value, reference):
+    """Relative L2 error over the wall, on all ranks."""
+    squares = [M.comm.allreduce(float((weights * v**2).sum())) for v in (value - reference, reference)]
+    return np.sqrt(squares[0] / squares[1])
+
+
+def distance(samples, exact):
+    """Sliced Wasserstein distance to exact samples over that between two exact sample sets; NaN without those."""
+    if "samples" not in exact or M.comm.size > 1:
+        return np.nan
+    a, b, c = (np.sqrt(weights) * s for s in (samples.values, *exact["samples"]))
+    return sliced_wasserstein(a, b) / sliced_wasserstein(c, b)
+
+
+def print_table(rows):
+    """Errors against the reference, as a Markdown table."""
+    say("\n| truth | formulation | sampler | mean error | std error | sliced W2 / floor |\n|---|---|---|---|---|---|")
+    for number, formulation, sampler, mean, std, ratio in rows:
+        ratio = "" if np.isnan(ratio) else f"{ratio:.2f}"
+        say(f"| {number} | {formulation} | {sampler} | {mean:.1%} | {std:.1%} | {ratio} |")
+
+
+def draw_setup(folder):
+    """The mesh with the sensors and a concentration field."""
+    if mesh.comm.size > 1:
+        say("the map of the set-up is drawn on one rank only")
+        return
+    prior, forward = gaussian_case()
+    figure, axes = plt.subplots(figsize=(9, 3), layout="constrained")
+    colours = tripcolor(forward(prior.sample(seed=3)), axes=axes, cmap="viridis", shading="gouraud")
+    triplot(mesh, axes=axes, interior_kw={"linewidths": 0.15, "edgecolors": "white"},
+            boundary_kw={"linewidths": 0.8, "colors": "black"})
+    points, = axes.plot(*np.transpose(sensors), "o", color="tab:red", markeredgecolor="white", markersize=6,
+                        label=f"{len(sensors)} sensors")
+    for position in np.linspace(0.25, 3.75, 8):
+        axes.annotate("", (position, 0.0), (position, -0.13), arrowprops={"arrowstyle": "->", "color": "tab:orange"})
+    axes.text(0.25, -0.24, "unknown flux q through the wall", color="tab:orange")
+    axes.set(xlabel="x [m]", ylabel="y [m]", aspect="equal", xlim=(-0.05, 4.05), ylim=(-0.3, 1.05))
+    axes.legend(handles=[points], loc="upper left", fontsize="small")
+    figure.colorbar(colours, ax=axes, label="concentration [mol/m³]")
+    figure.savefig(folder / "setup.png", dpi=150)
+    plt.close("all")
+    say(f"setup drawn in {folder}")
+
+
+def draw_fluxes(drawn, file):
+    """Truth, posterior and reference of each wall flux, side by side."""
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4), layout="constrained", sharey=True)
+    for number, (ax, (samples, truth, exact, _)) in enumerate(zip(axes, drawn)):
+        samples.plot(axes=ax, truth=truth, reference=exact.get("band", (exact["mean"], exact["std"])),
+                     xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")
+        ax.set_title(f"truth {number + 1}")
+        ax.label_outer()
+    if M.comm.rank == 0:
+        figure.savefig(file, dpi=150)
+    plt.close("all")
+
+
+def say(text):
+    """Print on rank 0 only."""
+    if COMM_WORLD.rank == 0:
+        print(text, flush=True)
+
+
+CASES = {"gaussian": (gaussian_case, 4000), "positive": (positive_case, 20000)}
+OPTIONS = {"gaussian": {"steps": 2000}, "positive": {"steps": 6000, "batch": 512, "learning_rate": 3e-3}}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--case", choices=CASES, action="append")
+    arguments, _ = parser.parse_known_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    draw_setup(arguments.output)
+    for case in arguments.case or CASES:
+        run(case, arguments.output, progress=True)

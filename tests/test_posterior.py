@@ -1,0 +1,186 @@
+"""The job from prior to posterior on a small channel, and what happens to bad input."""
+
+import numpy as np
+import pytest
+import torch
+from firedrake import (
+    CheckpointFile, Constant, DirichletBC, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh,
+    TestFunction, as_vector, assemble, dx,
+)
+from mpi4py import MPI
+
+from fem_diffusion import (
+    AdvectionDiffusion, CallablePrior, DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve,
+    load_model, point_sensors, pod, simulate,
+)
+from fem_diffusion.fields import coefficients
+from fem_diffusion.diagnostics import linear_gaussian_posterior, moment_p_values
+from fem_diffusion.errors import DataError, InputError, ModelFileError
+
+COMM = MPI.COMM_WORLD
+NOISE = 0.05
+Y = np.array([1.4, 1.2, 1.6, 1.3])
+# Exact posterior mean and standard deviation of the flux through the whole wall.
+WHOLE_WALL = (0.3784534101361481, 0.08061912119067892)
+OPTIONS = TrainingOptions(steps=100, evaluate_every=50, width=16, depth=1)
+
+
+def _problem(pairs=400):
+    """A channel whose wall flux vanishes at both ends."""
+    mesh = RectangleMesh(24, 6, 4.0, 1.0)
+    wall = Submesh(mesh, 1, 3)
+    V, M = FunctionSpace(mesh, "CG", 1), FunctionSpace(wall, "CG", 1)
+    _, height = SpatialCoordinate(mesh)
+    prior = GaussianPrior(M, std=0.3, correlation_length=1.0, mean=0.2, bcs=[DirichletBC(M, 0, "on_boundary")])
+    forward = AdvectionDiffusion(V, M, ("flux", 3), velocity=as_vector([6 * height * (1 - height), 0 * height]),
+                                 diffusivity=0.1, dirichlet={1: 1.0})
+    observation = point_sensors(V, [(1.0, 0.1), (1.0, 0.3), (3.0, 0.1), (3.0, 0.3)])
+    basis = karhunen_loeve(prior, retained=0.99)
+    data = simulate(prior, forward, observation, pairs, seed=1, progress=False)
+    return prior, forward, observation, basis, data
+
+
+@pytest.fixture(scope="module")
+def job():
+    prior, forward, observation, basis, data = _problem()
+    model = fit(data, basis, GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    return prior, forward, observation, model, data
+
+
+def _exact(prior, forward, observation):
+    operator = forward.sensitivity(prior.mean, observation.rows)
+    shift, covariance = linear_gaussian_posterior(operator, prior.covariance_matrix(), NOISE**2 * np.eye(4),
+                                                  Y - observation(forward(prior.mean)))
+    return coefficients(prior.mean) + shift, covariance
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_samples_have_the_exact_finite_element_posterior(job, alpha):
+    prior, forward, observation, model, _ = job
+    mean, covariance = _exact(prior, forward, observation)
+    samples = model.condition(Y).sample(2000, seed=4, alpha=alpha)
+    inner = np.diag(covariance) > 1e-12
+    # The modes past r, refilled from the prior, are the only approximation; they hold less than 1 % of the variance.
+    leading = np.linalg.eigh(covariance[np.ix_(inner, inner)])[1][:, -4:]
+    project = leading.T @ (samples.values[:, inner] - mean[inner]).T
+    assert min(moment_p_values(project.T, np.zeros(4), leading.T @ covariance[np.ix_(inner, inner)] @ leading)) > 1e-4
+
+
+def test_every_sample_satisfies_the_boundary_conditions(job):
+    prior, *_, model, _ = job
+    samples = model.condition(Y).sample(50, seed=4)
+    for bc in prior.bcs:
+        assert np.abs(samples.values[:, bc.nodes]).max() < 1e-12
+    for function in (samples.mean(), samples.std(), samples.quantile(0.1)):
+        assert np.abs(function.dat.data_ro[prior.bcs[0].nodes]).max() < 1e-12
+
+
+def test_summaries_are_those_of_the_samples(job):
+    samples = job[3].condition(Y).sample(200, seed=4)
+    values = np.stack([coefficients(f) for f in samples])
+    np.testing.assert_array_equal(values, samples.values)
+    np.testing.assert_allclose(coefficients(samples.mean()), values.mean(0))
+    np.testing.assert_allclose(coefficients(samples.std()), values.std(0, ddof=1))
+    np.testing.assert_allclose(coefficients(samples.quantile(0.25)), np.quantile(values, 0.25, axis=0))
+    assert len(samples) == 200 and samples.mean().function_space() == job[0].V
+
+
+def test_seeds_reproduce(job):
+    posterior = job[3].condition(Y)
+    first, second, other = (posterior.sample(5, seed=s, alpha=1.0).values for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(first - other).max() > 1e-3
+
+
+@pytest.mark.parallel([1, 2])
+def test_ranks_give_the_same_summary():
+    prior, forward, observation, basis, data = _problem()
+    model = fit(data, basis, GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    n = 2000
+    samples = model.condition(Y).sample(n, seed=4, alpha=1.0)
+    total = np.array([assemble(f * dx) for f in samples])
+    mean, std = WHOLE_WALL
+    assert abs(total.mean() - mean) < 4 * std / np.sqrt(n)
+    assert abs(total.std() / std - 1) < 4 / np.sqrt(2 * n)
+
+
+def test_whole_wall_reference(job):
+    prior, forward, observation, *_ = job
+    mean, covariance = _exact(prior, forward, observation)
+    weights = coefficients(assemble(TestFunction(prior.V) * dx).riesz_representation("l2"))
+    np.testing.assert_allclose((weights @ mean, np.sqrt(weights @ covariance @ weights)), WHOLE_WALL, rtol=1e-6)
+
+
+def test_model_reads_back_and_bad_files_are_refused(job, tmp_path):
+    model = job[3]
+    file = tmp_path / "model.safetensors"
+    model.save(file)
+    again = load_model(file, model.basis)
+    assert again.history == model.history
+    np.testing.assert_allclose(again.condition(Y).sample(3, seed=0).values,
+                               model.condition(Y).sample(3, seed=0).values, rtol=0, atol=1e-6)
+    content = file.read_bytes()
+    for broken in (content[:len(content) // 2], b"foreign", b""):
+        file.write_bytes(broken)
+        with pytest.raises(ModelFileError, match="no readable model"):
+            load_model(file, model.basis)
+    with pytest.raises(ModelFileError, match="no readable model"):
+        load_model(tmp_path / "missing", model.basis)
+    model.save(file)
+    with pytest.raises(ModelFileError, match="another basis"):
+        load_model(file, karhunen_loeve(GaussianPrior(job[0].V, 0.3, 0.5), model.basis.r))
+
+
+def test_samples_are_saved_for_restart_and_viewing(job, tmp_path):
+    pytest.importorskip("vtk")
+    samples = job[3].condition(Y).sample(10, seed=0)
+    samples.save(tmp_path, count=2)
+    with CheckpointFile(str(tmp_path / "samples.h5"), "r") as file:
+        mesh = file.load_mesh(job[0].V.mesh().name)
+        loaded = file.load_function(mesh, "sample_1"), file.load_function(mesh, "mean")
+    for ours, theirs in zip((samples[1], samples.mean()), loaded):
+        assert abs(assemble(ours**2 * dx) - assemble(theirs**2 * dx)) < 1e-12
+    assert (tmp_path / "summary.pvd").exists()
+
+
+@pytest.mark.parametrize("y, words", [
+    (np.ones(3), "trained for 4 sensors"), (np.ones((2, 4)), "trained for 4 sensors"),
+    ([1.0, np.nan, 1.0, np.inf], r"sensors \[1, 3\]"),
+])
+def test_bad_measurements_are_refused(job, y, words):
+    with pytest.raises(InputError, match=words):
+        job[3].condition(y)
+
+
+def test_bad_numbers_and_data_are_refused(job):
+    posterior, data, basis = job[3].condition(Y), job[4], job[3].basis
+    for change in ({"n": 0}, {"alpha": -1.0}, {"steps": 0}):
+        with pytest.raises(InputError):
+            posterior.sample(**{"n": 5, "seed": 0, **change})
+    with pytest.raises(InputError, match="between 0 and 1"):
+        posterior.sample(5, seed=0).quantile(1.5)
+    with pytest.raises(DataError, match="simulate pairs first"):
+        fit(DataSet(data.fields[:0], data.observations[:0]), basis, GaussianNoise(std=NOISE))
+    with pytest.raises(DataError, match="simulate pairs first"):
+        fit(DataSet(data.fields[:5], data.observations[:4]), basis, GaussianNoise(std=NOISE))
+    with pytest.raises(InputError, match="more"):
+        fit(DataSet(data.fields[:4], data.observations[:4]), basis, GaussianNoise(std=NOISE))
+
+
+def test_a_prior_of_the_users_own_goes_through(job):
+    _, forward, observation, *_ = job
+    M = forward.M
+    x = SpatialCoordinate(M.mesh())[0]
+
+    def bump(seed):
+        centre, height = np.random.default_rng(seed).uniform([1.0, 0.1], [3.0, 1.0])
+        # Constants, not numbers: the kernel is compiled once.
+        return Function(M).interpolate(Constant(height) / (1 + 4 * (x - Constant(centre))**2))
+    prior = CallablePrior(M, bump)
+    data = simulate(prior, forward, observation, 300, seed=0, progress=False)
+    model = fit(data, pod(M, data.fields, 6), GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    truth = bump(12345)
+    y = observation(forward(truth)) + NOISE * np.random.default_rng(0).standard_normal(4)
+    samples = model.condition(y).sample(500, seed=1)
+    error = assemble((samples.mean() - truth)**2 * dx) / assemble(truth**2 * dx)
+    assert error < 0.15 and torch.isfinite(samples.latents).all()
