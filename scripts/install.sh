@@ -16,11 +16,14 @@ mpi4py=4.1.2
 h5py=3.16.0
 firedrake=2026.10.0
 torch=2.13.0
-extras=test,benchmark
+extras=test,diagnostics,vtk
 
 system_packages=(build-essential gfortran flex bison pkg-config cmake ninja-build patchelf
     openmpi-bin libopenmpi-dev libopenblas-dev libhdf5-mpi-dev libhwloc-dev libmetis-dev libscotch-dev libptscotch-dev
     libmumps-dev libscalapack-openmpi-dev libsuitesparse-dev)
+# To build the compiled packages. pip: older ones ignore their own cache under --no-binary; setuptools: as this set was tried.
+tools=("pip>=24" "setuptools>=77.0.3,<81" wheel numpy "cython>=3,<4" pkgconfig pybind11 "petsctools>=2026.1"
+    "libsupermesh>=2026.3" "firedrake-rtree>=2026.3" "rtree>=1.2")
 
 stop() { printf '%s\n' "$@" >&2; exit 1; }
 took() { echo "$(($1 / 60)) min $(($1 % 60)) s"; }
@@ -29,21 +32,19 @@ quietly() { "$@" >/dev/null 2>&1; }
 
 # ---- What counts as installed: asked of the environment itself, no stamps, so that one made by hand is recognised too ----
 
-# have NAME or NAME==VERSION...: pip writes INSTALLER after everything else, so a copy that was cut short does not count.
+# have REQUIREMENT...: pip writes INSTALLER after everything else, so a copy that was cut short does not count.
 have() {
     "$py" -P - "$@" <<'EOF'
 import sys
 from importlib.metadata import distribution
+from pip._vendor.packaging.requirements import Requirement
 
-for name, _, version in (wanted.partition("==") for wanted in sys.argv[1:]):
-    found = distribution(name)
-    assert found.read_text("INSTALLER") and version in ("", found.version.split("+")[0]), name
+for wanted in map(Requirement, sys.argv[1:]):
+    found = distribution(wanted.name)
+    assert found.read_text("INSTALLER") and wanted.specifier.contains(found.version), wanted
 EOF
 }
-has_tools() {       # pip from 24 on: --no-binary still uses the wheels it built itself
-    have setuptools wheel numpy cython pkgconfig pybind11 petsctools libsupermesh firedrake-rtree rtree &&
-        "$py" -P -c 'import pip; assert int(pip.__version__.split(".")[0]) >= 24'
-}
+has_tools() { have "${tools[@]}"; }
 
 # The same version may be there without MPI, or linked to libraries of another machine: so load each compiled package.
 has_petsc() {
@@ -70,11 +71,10 @@ assert source["url"] == Path.cwd().as_uri() and source["dir_info"].get("editable
 assert next(f for f in found.files if f.name == "INSTALLER").locate().stat().st_mtime > Path("setup.cfg").stat().st_mtime
 EOF
 }
-has_everything() {
-    have "petsc==$petsc" "petsc4py==$petsc" "mpi4py==$mpi4py" "h5py==$h5py" "torch==$torch" &&
-        has_package && has_firedrake && has_h5py
+has_everything() {  # in one go, for a quick start
+    have "${tools[@]}" "petsc==$petsc" "petsc4py==$petsc" "mpi4py==$mpi4py" "h5py==$h5py" "torch==$torch" && has_package &&
+        has_firedrake && has_h5py
 }
-
 has_venv() { "$py" -m pip --version; }
 has_system() {      # leaves what is missing in $missing
     local package wanted=("${system_packages[@]}")
@@ -105,11 +105,7 @@ compiled() {
     $3 || pip install --no-cache-dir --no-binary "$1" $again
 }
 get_venv() { "$base" -m venv .venv; }
-get_tools() {       # setuptools: below 81 is what this set of versions was tried with
-    pip install --upgrade pip "setuptools>=77.0.3,<81" wheel &&
-        pip install numpy "cython>=3,<4" pkgconfig pybind11 "petsctools>=2026.1" \
-            "libsupermesh>=2026.3" "firedrake-rtree>=2026.3" "rtree>=1.2"
-}
+get_tools() { pip install "${tools[@]}"; }
 get_petsc() {
     local hdf5 library ptscotch=
     hdf5=/usr/lib/$(gcc -print-multiarch)/hdf5/openmpi
@@ -182,11 +178,11 @@ fi
 
 mkdir -p .venv/logs
 exec 9>.venv/lock
+unset PETSC_DIR PETSC_ARCH      # they would lead petsc4py to another PETSc
 flock 9     # two of these at once would install over each other
 if quietly has_everything; then exit; fi
 
 echo "fem_diffusion: setting up .venv (3 min if pip finds wheels of the compiled packages, 20 to 40 min from source on two cores)"
-unset PETSC_DIR PETSC_ARCH      # they would lead petsc4py to another PETSc
 export PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 quietly command -v dpkg-query || stop "This machine has no Debian packages. Install Firedrake $firedrake by its own instructions," \
     "activate its environment and give the same command again: the rest goes into that environment."
