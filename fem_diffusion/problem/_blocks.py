@@ -24,8 +24,11 @@ class Reference:
     m: np.ndarray                     # (n_owned_M,)
     u: np.ndarray                     # (n_owned_V,)
     solver: LinearVariationalSolver   # its ksp solves with J
+    A: PETSc.Mat | None               # ∂F/∂u without its part from N, where it is needed
     C: PETSc.Mat | None               # ∂F/∂m, where that is constant
     D: PETSc.Mat | None               # ∂g/∂m of the Dirichlet lift, where that is constant
+    N: np.ndarray | None              # the nonlinear part at u, (n_owned_V,)
+    P: np.ndarray | None              # the integrals with m at m, (n_owned_V,), where C is not there
 
     @property
     def ksp(self):
@@ -65,6 +68,12 @@ def observation_rows(rows, V):
         raise InputError(f"rows must have shape (k, {owned_size(V)}) on this rank (owned coefficients of V), "
                          f"with the same k on every rank, got {rows.shape}.")
     return rows
+
+
+def centre(rows, comm):
+    """Mean (n_owned,) of the finite rows of an array (k, n_owned), zero if there are none."""
+    finite = np.isfinite(norms(rows, comm))
+    return rows[finite].mean(axis=0) if finite.any() else np.zeros(rows.shape[1])
 
 
 def make_solver(F, w, bcs, linear, constant, options):
@@ -168,7 +177,7 @@ def chord(residuals, ksp, u, comm):
     Parameters
     ----------
     residuals : callable
-        ``(indices (l,), rows (l, n_owned)) -> (l, n_owned)``, F of these members at these states.
+        ``(members (l,), states (l, n_owned)) -> (l, n_owned)``, F of these members at these states.
     ksp : PETSc.KSP
         Solves with J.
     u : ndarray

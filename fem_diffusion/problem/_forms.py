@@ -30,8 +30,9 @@ def parse_unknown(unknown):
     raise InputError(f"unknown must be one of {UNKNOWNS}, got {unknown!r}.")
 
 
-def check_spaces(V, M, kind):
-    """Refuse spaces that do not fit; return whether M lives on a submesh of V's mesh."""
+def check_spaces(V, M, unknown):
+    """Refuse spaces that do not fit the unknown or each other."""
+    kind, _ = parse_unknown(unknown)
     for name, space in (("V", V), ("M", M)):
         if not isinstance(space, WithGeometry):
             raise InputError(f"{name} must be a FunctionSpace, got {type(space).__name__}.")
@@ -43,12 +44,9 @@ def check_spaces(V, M, kind):
         raise InputError(f"a {kind} unknown has value shape {shape}, but M has {M.value_shape}; "
                          f"take M = {space}(mesh, 'CG', 1), say.")
     here, there = V.mesh().topology, M.mesh().topology
-    if there is here:
-        return False
-    if kind != "flux" or getattr(there, "submesh_parent", None) is not here:
+    if there is not here and (kind != "flux" or getattr(there, "submesh_parent", None) is not here):
         raise InputError("M must live on V's mesh; only a ('flux', marker) unknown may live on "
                          "Submesh(mesh, mesh.topological_dimension - 1, marker) of that same mesh.")
-    return True
 
 
 def apply_unknown(name, given, default, m, kind=None):
@@ -137,7 +135,7 @@ def check_submesh(mesh, marker, submesh):
 
 
 def reaction_terms(reaction, u):
-    """The reaction r(u) and its derivative where that is free of u (else 0): two UFL scalars."""
+    """The reaction r(u) and, where r is linear, its derivative (else None): two UFL scalars."""
     if reaction is None:
         return as_ufl(0), as_ufl(0)
     if not isinstance(reaction, Callable) or isinstance(reaction, Expr):
@@ -145,12 +143,7 @@ def reaction_terms(reaction, u):
     r = coefficient(reaction(u), (), "reaction(u)")
     w = variable(u)
     slope = expand_derivatives(diff(as_ufl(reaction(w)), w))
-    return r, (as_ufl(0) if u in extract_coefficients(slope) else slope)
-
-
-def determined(r, u, dirichlet, robin):
-    """Whether something fixes the constant that diffusion and advection leave free."""
-    return bool(dirichlet) or bool(robin) or u in extract_coefficients(r)
+    return r, (None if u in extract_coefficients(slope) else slope)
 
 
 def _cell_metric(cell):
@@ -169,41 +162,104 @@ def supg_tau(V, v, kappa, slope):
     K = JacobianInverse(V.mesh())
     degree = V.ufl_element().embedded_superdegree
     G = 4 * degree**2 * dot(K.T, dot(as_matrix(_cell_metric(V.mesh().ufl_cell()).tolist()), K))
-    return 1 / sqrt(dot(v, dot(G, v)) + 9 * kappa**2 * inner(G, G) + slope**2)
+    return 1 / sqrt(dot(v, dot(G, v)) + 9 * kappa**2 * inner(G, G) + (slope or 0)**2)
+
+
+def equation(u, m, unknown, *, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow,
+             supg):
+    """Put the parameter in its place, check everything, and write the residual F = A + N.
+
+    Parameters
+    ----------
+    u, m : Function
+        State and parameter.
+    unknown, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg
+        As for `AdvectionDiffusion`.
+
+    Returns
+    -------
+    A : ufl.Form
+        The part of F that is affine in u; a linear form in its test function.
+    N : ufl.Form or None
+        The rest, where the reaction is nonlinear.
+    values : dict
+        Dirichlet values by marker, UFL scalars.
+    marker
+        The marker of an unknown Dirichlet value, else None.
+    """
+    mesh, there = u.function_space().mesh(), m.function_space().mesh()
+    kind, marker = parse_unknown(unknown)
+    dirichlet, flux, robin = dict(dirichlet or {}), dict(flux or {}), dict(robin or {})
+    if kind in ("flux", "dirichlet"):
+        table = flux if kind == "flux" else dirichlet
+        # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
+        table[marker] = apply_unknown(f"{kind}[{marker!r}]", table.pop(marker, None), None, m)
+    source = apply_unknown("source", source, 0, m, kind)
+    diffusivity = apply_unknown("diffusivity", diffusivity, 1, m, kind)
+    velocity = apply_unknown("velocity", velocity, None, m, kind)
+    outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
+    check_markers(mesh, {"dirichlet": dirichlet, "flux": flux, "robin": robin, "outflow": outflow})
+    if there.topology is not mesh.topology:
+        check_submesh(mesh, marker, there)
+
+    v = None if velocity is None else coefficient(velocity, (mesh.geometric_dimension,), "velocity")
+    r, slope = reaction_terms(reaction, u)
+    if not dirichlet and not robin and u not in extract_coefficients(r):
+        raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the state "
+                         "is determined only up to a constant; add one of them.")
+    if supg not in ("auto", True, False) or (supg is True and v is None):
+        raise InputError(f"supg must be 'auto', False or, where there is a velocity, True; got {supg!r}.")
+    terms = dict(velocity=v, kappa=coefficient(diffusivity, (), "diffusivity", positive=True), reaction=r,
+                 slope=slope, source=coefficient(source, (), "source"), flux=flux, robin=robin, supg=supg)
+    A, N = residual(u, terms, (marker, there) if there.topology is not mesh.topology else (None, None))
+    if kind != "dirichlet" and m not in A.coefficients():
+        raise InputError(f"the callable given for {unknown!r} makes no use of the parameter.")
+    values = {key: coefficient(g, (), f"dirichlet[{key!r}]") for key, g in dirichlet.items()}
+    return A, N, values, marker if kind == "dirichlet" else None
 
 
 def residual(u, terms, on_submesh):
-    """The residual F, a linear form in its test function.
+    """The residual as the two forms of `equation`, from UFL coefficients.
 
     Parameters
     ----------
     u : Function
         The state.
     terms : dict
-        ``velocity`` (or None), ``kappa``, ``reaction``, ``slope``, ``source`` as UFL; ``flux`` and ``robin``
-        by marker; ``supg``.
+        ``velocity`` (or None), ``kappa``, ``reaction``, ``slope`` (or None), ``source``; ``flux`` and
+        ``robin`` by marker; ``supg``.
     on_submesh : tuple
         ``(marker, submesh)`` of a flux that lives on a submesh, or ``(None, None)``.
     """
     V = u.function_space()
     mesh, w, v, kappa = V.mesh(), TestFunction(V), terms["velocity"], terms["kappa"]
-    rest = terms["reaction"] - terms["source"]
-    dx = Measure("dx", mesh)
+    rest, N, dx = -terms["source"], None, Measure("dx", mesh)
+    if terms["slope"] is None:
+        N = terms["reaction"] * w * dx
+    else:
+        rest += terms["reaction"]
     F = kappa * dot(grad(u), grad(w)) * dx + rest * w * dx
     if v is not None:
         F += dot(v, grad(u)) * w * dx
     if v is not None and terms["supg"]:
-        strong = dot(v, grad(u)) - div(kappa * grad(u)) + rest
-        # The exact solution has no residual at any point, so this quadrature need not resolve τ.
-        degree = 2 * V.ufl_element().embedded_superdegree
-        F += supg_tau(V, v, kappa, terms["slope"]) * dot(v, grad(w)) * strong * dx(degree=degree)
+        # The exact solution has no strong residual at any point, so this quadrature need not resolve τ.
+        over = dx(degree=2 * V.ufl_element().embedded_superdegree)
+        tested = supg_tau(V, v, kappa, terms["slope"]) * dot(v, grad(w))
+        F += tested * (dot(v, grad(u)) - div(kappa * grad(u)) + rest) * over
+        if N is not None:
+            N += tested * terms["reaction"] * over
     for key, q in terms["flux"].items():
         over = facet_measure(mesh, key, on_submesh[1] if key == on_submesh[0] else None)
         F -= coefficient(q, (), f"flux[{key!r}]") * w * over
     for key, pair in terms["robin"].items():
         h, u_ext = robin_pair(pair, key)
         F -= h * (u_ext - u) * w * facet_measure(mesh, key)
-    return fix_quadrature(F)
+    return fix_quadrature(F), N and fix_quadrature(N)
+
+
+def integrals_with(m, F):
+    """The integrals of a form that contain a coefficient, as a form."""
+    return Form([integral for integral in F.integrals() if m in extract_coefficients(integral.integrand())])
 
 
 def fix_quadrature(F):

@@ -113,49 +113,29 @@ class AdvectionDiffusion:
                  dirichlet=None, flux=None, robin=None, outflow=(), supg="auto", solver_parameters="direct",
                  options_prefix=None):
         require_real()
-        kind, marker = forms.parse_unknown(unknown)
-        on_submesh = forms.check_spaces(V, M, kind)
-        dirichlet, flux, robin = dict(dirichlet or {}), dict(flux or {}), dict(robin or {})
-        outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
-        self.V, self.M, self._prefix, mesh = V, M, options_prefix, V.mesh()
+        forms.check_spaces(V, M, unknown)
+        self.V, self.M, self._prefix = V, M, options_prefix
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
-        if kind in ("flux", "dirichlet"):
-            table = flux if kind == "flux" else dirichlet
-            # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
-            table[marker] = forms.apply_unknown(f"{kind}[{marker!r}]", table.pop(marker, None), None, self.m)
-        source = forms.apply_unknown("source", source, 0, self.m, kind)
-        diffusivity = forms.apply_unknown("diffusivity", diffusivity, 1, self.m, kind)
-        velocity = forms.apply_unknown("velocity", velocity, None, self.m, kind)
-        forms.check_markers(mesh, {"dirichlet": dirichlet, "flux": flux, "robin": robin, "outflow": outflow})
-        if on_submesh:
-            forms.check_submesh(mesh, marker, M.mesh())
-
-        v = None if velocity is None else forms.coefficient(velocity, (mesh.geometric_dimension,), "velocity")
-        kappa = forms.coefficient(diffusivity, (), "diffusivity", positive=True)
-        f = forms.coefficient(source, (), "source")
-        r, slope = forms.reaction_terms(reaction, self.u)
-        if not forms.determined(r, self.u, dirichlet, robin):
-            raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the "
-                             "state is determined only up to a constant; add one of them.")
-        if supg not in ("auto", True, False) or (supg is True and v is None):
-            raise InputError(f"supg must be 'auto', False or, where there is a velocity, True; got {supg!r}.")
-        terms = dict(velocity=v, kappa=kappa, reaction=r, slope=slope, source=f, flux=flux, robin=robin,
-                     supg=supg)
-        self.F = F = forms.residual(self.u, terms, (marker, M.mesh()) if on_submesh else (None, None))
-        values = {key: forms.coefficient(g, (), f"dirichlet[{key!r}]") for key, g in dirichlet.items()}
-        self._lift = forms.Lift(V, values, marker, self.m) if kind == "dirichlet" else None
+        A, N, values, marker = forms.equation(
+            self.u, self.m, unknown, velocity=velocity, diffusivity=diffusivity, reaction=reaction,
+            source=source, dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg)
+        self.F = F = A if N is None else A + N
+        self._lift = None if marker is None else forms.Lift(V, values, marker, self.m)
         self.bcs = [DirichletBC(V, self._lift.g if self._lift else g, key) for key, g in values.items()]
         self._zero_bcs = [bc.reconstruct(g=0) for bc in self.bcs]
         nodes = np.unique(np.concatenate([bc.nodes for bc in self.bcs] or [np.empty(0)])).astype(int)
         self._fixed = nodes[nodes < owned_size(V)]
-        if self._lift is None and self.m not in F.coefficients():
-            raise InputError(f"the callable given for {unknown!r} makes no use of the parameter.")
 
         self._J = expand_derivatives(derivative(F, self.u))
         self._dFdm = expand_derivatives(derivative(F, self.m))
-        self.linear = self.u not in self._J.coefficients()
+        self._A = derivative(A, self.u)
+        self.linear = N is None
+        self._N = None if self.linear else get_assembler(N)
+        self._with_m = None if self._lift else get_assembler(forms.integrals_with(self.m, F))
         self.operator_depends_on_parameter = self.m in self._J.coefficients()
-        self._parameters = forms.linear_options(solver_parameters, V, advective=v is not None)
+        advective = velocity is not None or unknown == "velocity"
+        self._parameters = forms.linear_options(solver_parameters, V, advective)
+        self._out = Cofunction(V.dual())
         self._w, bcs, equation = self.u, self.bcs, F
         if self._lift is not None:   # solve for u minus the lift
             self._w, bcs = Function(V), self._zero_bcs
@@ -165,7 +145,6 @@ class AdvectionDiffusion:
             {"solver_parameters": self._parameters, "options_prefix": options_prefix})
         self._start = Function(V)   # where every solve starts: fixed, so that m -> u has no memory
         self._reference = self._adjoint = None
-        self._assembler, self._out = get_assembler(F), Cofunction(V.dual())
 
     def __call__(self, m):
         """Solve for one parameter; recorded if a tape of firedrake.adjoint is running.
@@ -221,7 +200,7 @@ class AdvectionDiffusion:
     def linearise_at(self, m):
         """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
 
-        Without it the first `solve_many` takes the zero parameter.
+        Without it the first `solve_many` takes the mean of its parameters, or zero where that fails.
 
         Parameters
         ----------
@@ -239,19 +218,36 @@ class AdvectionDiffusion:
             if not self.operator_depends_on_parameter:
                 self._reference = self._make_reference()
 
+    def _choose_reference(self, mean):
+        """Linearise at owned coefficients of a parameter, at zero where that has no solution."""
+        try:
+            blocks.write(self.m, mean)
+            self.linearise_at(self.m)
+        except SolveError:
+            self.linearise_at(Function(self.M))
+
     def _make_reference(self):
         """Factorise at the parameter and state held in self.m and self.u."""
         # A linear problem's solver already holds the one factorisation there is.
         solver = self._solver if self.linear else self._factorise(self._J, "block_").solver
-        C = D = None
+        A = C = D = P = None
+        if self._lift is not None or not self.linear:
+            A = assemble(self._A).petscmat
         # A parameter in the Real space has dense columns that PETSc's products do not take: one by one then.
-        if self.M.ufl_element().family() != "Real":
-            if self._lift is not None and self.m not in self._lift.derivative().coefficients():
+        sparse = self.M.ufl_element().family() != "Real"
+        if self._lift is not None:
+            if sparse and self.m not in self._lift.derivative().coefficients():
                 D = assemble(self._lift.derivative()).petscmat
-                C = assemble(self._J).petscmat.matMult(D)
-            elif self._lift is None and not {self.m, self.u} & set(self._dFdm.coefficients()):
-                C = assemble(self._dFdm, mat_type="aij").petscmat
-        return blocks.Reference(owned_array(self.m), owned_array(self.u), solver, C, D)
+        elif sparse and not {self.m, self.u} & set(self._dFdm.coefficients()):
+            C = assemble(self._dFdm).petscmat
+        else:
+            P = self._vector(self._with_m).copy()
+        N = None if self.linear else self._vector(self._N).copy()
+        return blocks.Reference(owned_array(self.m), owned_array(self.u), solver, A, C, D, N, P)
+
+    def _vector(self, assembler):
+        """Coefficients (n_owned_V,) of a one-form at the present m and u, to be used before the next call."""
+        return assembler.assemble(tensor=self._out).dat.data_ro
 
     def _factorise(self, form, suffix):
         prefix = self._prefix and self._prefix + suffix
@@ -285,7 +281,7 @@ class AdvectionDiffusion:
         out = np.empty((len(ms), owned_size(self.V)))
         with stop_annotating():
             if not self.operator_depends_on_parameter and self._reference is None:
-                self.linearise_at(Function(self.M))
+                self._choose_reference(blocks.centre(ms, self.V.mesh().comm))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
                 if self.operator_depends_on_parameter:
@@ -302,39 +298,43 @@ class AdvectionDiffusion:
         except SolveError as error:
             raise SolveError(f"sample {index}: {error}") from error
 
-    def _residuals(self, ms, us):
-        """F(u_j; m_j) with zero in Dirichlet rows, of shape (k, n_owned_V)."""
-        out = np.empty_like(us)
-        for m, u, row in zip(ms, us, out):
-            blocks.write(self.m, m)
-            self.u.dat.data_wo[:] = u
-            row[:] = self._assembler.assemble(tensor=self._out).dat.data_ro
-        out[:, self._fixed] = 0   # there u is exact
-        return out
-
     def _solve_block(self, ms, first):
-        """States (k, n_owned_V) of one block by chord iterations with the reference Jacobian."""
-        ref, comm = self._reference, self.V.mesh().comm
-        u = np.tile(ref.u, (len(ms), 1))
-        if ref.C is not None:   # F is affine in m: the first step is a tangent, nothing to assemble
-            change = ms - ref.m
-            rhs = blocks.multiply(ref.C, change, comm)
-            rhs[:, self._fixed] = 0
-            if ref.D is not None:
-                u += blocks.multiply(ref.D, change, comm)
-        else:
-            if self._lift is not None:
-                for m, row in zip(ms, u):
-                    blocks.write(self.m, m)
-                    self._lift.update()
-                    row[self._fixed] = self._lift.g.dat.data_ro[self._fixed]
-            rhs = self._residuals(ms, u)
-        u -= blocks.solve(ref.ksp, rhs, comm)
+        """States (k, n_owned_V) of one block by chord iterations with the reference Jacobian.
 
+        J does not contain m, so F(u; m) = b(m) + A (u - u_ref) + N(u) - N(u_ref) with b(m) = F(u_ref; m).
+        """
+        ref, comm = self._reference, self.V.mesh().comm
+        b, u = np.zeros((len(ms), len(ref.u))), np.tile(ref.u, (len(ms), 1))
+        if ref.C is not None:
+            b += blocks.multiply(ref.C, ms - ref.m, comm)
+        elif ref.D is not None:
+            u += blocks.multiply(ref.D, ms - ref.m, comm)
+        else:
+            blocks.write(self.u, ref.u)
+            for m, row, state in zip(ms, b, u):
+                blocks.write(self.m, m)
+                if self._lift is None:
+                    row[:] = self._vector(self._with_m) - ref.P
+                else:
+                    self._lift.update()
+                    state[self._fixed] = self._lift.g.dat.data_ro[self._fixed]
+
+        def residuals(members, states):
+            rows = b[members] + blocks.multiply(ref.A, states - ref.u, comm)
+            if not self.linear:
+                for row, state in zip(rows, states):
+                    self.u.dat.data_wo[:] = state
+                    row += self._vector(self._N) - ref.N
+            rows[:, self._fixed] = 0   # there u is exact
+            return rows
+
+        b[:, self._fixed] = 0
+        start = b if self._lift is None else residuals(slice(None), u)
+        u -= blocks.solve(ref.ksp, start, comm)
         if self.linear:
             bad = np.flatnonzero(~np.isfinite(blocks.norms(u, comm)))
         else:
-            bad = blocks.chord(lambda members, rows: self._residuals(ms[members], rows), ref.ksp, u, comm)
+            bad = blocks.chord(residuals, ref.ksp, u, comm)
         for j in bad:
             u[j] = self._solve_one(ms[j], first + j)
         return u
