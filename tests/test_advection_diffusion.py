@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from firedrake import (COMM_SELF, COMM_WORLD, Constant, ExtrudedMesh, FacetNormal, Function, FunctionSpace,
-                       PeriodicUnitSquareMesh, SpatialCoordinate, Submesh, TestFunction, UnitCubeMesh,
-                       UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, cos, div,
-                       dot, dx, errornorm, exp, grad, norm, sin)
+                       IcosahedralSphereMesh, PeriodicUnitSquareMesh, SpatialCoordinate, Submesh,
+                       TestFunction, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace,
+                       as_vector, assemble, cos, div, dot, dx, errornorm, exp, grad, norm, sin)
 from firedrake.adjoint import (Control, ReducedFunctional, continue_annotation, pause_annotation,
                                set_working_tape, taylor_test)
 from scipy import sparse
@@ -243,6 +243,45 @@ def test_flux_on_submesh_equals_flux_on_mesh():
     assert np.linalg.norm(on_boundary.solve_many(ms)[2] - single) <= 1e-8 * np.linalg.norm(single)
     rows = np.eye(2, on_boundary.V.dim(), 40)
     assert on_boundary.sensitivity(as_function(M, ms[0]), rows).shape == (2, M.dim())
+
+
+def meshes():
+    """Meshes, parameter spaces (None: the state's) and unknowns that are less common."""
+    extruded, interval = ExtrudedMesh(UnitIntervalMesh(6), 6), UnitIntervalMesh(20)
+    quadrilaterals, triangles = UnitSquareMesh(6, 6, quadrilateral=True), UnitSquareMesh(6, 6)
+    cube = UnitCubeMesh(3, 3, 3)
+    sphere = IcosahedralSphereMesh(1.0, 1)
+    sphere.init_cell_orientations(SpatialCoordinate(sphere))
+    left = {"dirichlet": {1: 0.3}}
+    return {"extruded, flux through the top": (extruded, None, ("flux", "top"), left),
+            "extruded, value at the top": (extruded, None, ("dirichlet", "top"), left),
+            "interval": (interval, None, ("flux", 2), left),
+            "submesh of quadrilaterals": (quadrilaterals, Submesh(quadrilaterals, 1, 3), ("flux", 3), left),
+            "submesh in 3D": (cube, Submesh(cube, 2, 5), ("flux", 5), left),
+            "two markers": (triangles, None, ("flux", (2, 3)), left),
+            "whole boundary": (triangles, None, ("dirichlet", "on_boundary"), {}),
+            "sphere": (sphere, None, "source", {"velocity": None})}
+
+
+@pytest.mark.parametrize("parameters", ["direct", "iterative"])
+@pytest.mark.parametrize("name", [
+    "interval", "whole boundary",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (   # each compiles a dozen kernels of its own
+        "extruded, flux through the top", "extruded, value at the top", "submesh of quadrilaterals",
+        "submesh in 3D", "two markers", "sphere"))])
+def test_less_common_meshes(name, parameters):
+    mesh, where, unknown, options = meshes()[name]
+    V = FunctionSpace(mesh, "CG", 1)
+    velocity = (1.0, 0.2, 0.1)[:mesh.geometric_dimension]
+    problem = AdvectionDiffusion(V, V if where is None else FunctionSpace(where, "CG", 1), unknown,
+                                 **(dict(velocity=velocity, diffusivity=0.1, solver_parameters=parameters,
+                                         reaction=lambda u: u + quadratic(u)) | options))
+    m, direction = draws(problem, 2)
+    above, below, state = problem.solve_many(np.array([m + 1e-4 * direction, m - 1e-4 * direction, m]))
+    assert np.linalg.norm(state - owned(problem(as_function(problem.M, m)))) <= 1e-8 * np.linalg.norm(state)
+    row = np.ones((1, V.dim()))
+    slope = row @ (above - below) / 2e-4
+    assert abs(problem.sensitivity(as_function(problem.M, m), row) @ direction - slope) <= 1e-5 * abs(slope)
 
 
 @pytest.mark.parametrize("unknown", ["source", ("dirichlet", 1), ("flux", 3)])

@@ -16,8 +16,8 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 
-# Above this many unknowns MUMPS (supernodes) overtakes PETSc's own LU, whose solve phase has less overhead.
-PETSC_LU_LIMIT = 20_000
+# Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
+PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
 UNKNOWNS = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
 
 
@@ -283,7 +283,7 @@ def linear_options(given, V, advective):
     if isinstance(given, dict):
         return dict(given)
     if given == "direct":
-        own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT
+        own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
         return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
                 "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
     if given == "iterative":
