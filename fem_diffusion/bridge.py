@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from firedrake import CheckpointFile, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError, ModelFileError
-from fem_diffusion.fields import coefficients, field, geometric_key, owned_size
+from fem_diffusion.fields import coefficients, field, geometric_key, multiply, owned_size
 
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
@@ -218,6 +219,8 @@ def load_basis(path, comm=None, prior=None, transform=None) -> ModalBasis:
         If the file cannot be read or holds no basis.
     """
     try:
+        with h5py.File(path, "r") as file:  # refuses what is no HDF5 file before PETSc stumbles over it
+            file["fem_diffusion"].attrs["mesh"]
         with CheckpointFile(str(path), "r", comm=comm or MPI.COMM_WORLD) as file:
             variances = np.atleast_1d(file.get_attr("fem_diffusion", "variances"))
             total = float(file.get_attr("fem_diffusion", "total_variance"))
@@ -325,16 +328,7 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = ()) -> ModalBasis:
 def _mass_action(V) -> Callable[[np.ndarray], np.ndarray]:
     """The mass matrix as a map of owned coefficients (B, n_owned) to owned dual coefficients (B, n_owned)."""
     matrix = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
-
-    def action(x):
-        source, target = matrix.createVecs()
-        result = np.empty_like(x)
-        for row, values in zip(result, x):
-            source.array[:] = values
-            matrix.mult(source, target)
-            row[:] = target.array_r
-        return result
-    return action
+    return lambda x: multiply(matrix, x)
 
 
 def _free_dofs(V, bcs) -> int:

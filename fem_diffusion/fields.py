@@ -7,9 +7,12 @@ spaces alike.
 from collections.abc import Sequence
 
 import numpy as np
-from firedrake import Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
+from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
+from firedrake.petsc import PETSc
 
-__all__ = ["coefficients", "field", "geometric_key", "owned_size"]
+from fem_diffusion.errors import SolveError
+
+__all__ = ["coefficients", "field", "geometric_key", "multiply", "owned_size", "solve"]
 
 
 def owned_size(V) -> int:
@@ -17,9 +20,9 @@ def owned_size(V) -> int:
     return V.dof_dset.layout_vec.getLocalSize()
 
 
-def coefficients(functions: Function | Sequence[Function]) -> np.ndarray:
-    """Owned coefficients of a Function, shape (n_owned,), or of a sequence of them, shape (n, n_owned); a copy."""
-    if isinstance(functions, Function):
+def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.ndarray:
+    """Owned coefficients of a (Co)Function, shape (n_owned,), or of a sequence of them, shape (n, n_owned); a copy."""
+    if isinstance(functions, (Function, Cofunction)):
         with functions.dat.vec_ro as vector:
             return vector.array_r.copy()
     return np.stack([coefficients(f) for f in functions])
@@ -39,6 +42,8 @@ def geometric_key(V) -> np.ndarray:
     It is the integral of the basis function against a fixed function without symmetry. Numbering and partition of a
     mesh change from run to run; the key tells which degree of freedom is which.
     """
+    if len(V) > 1:
+        return np.concatenate([(1 + 0.1 * i) * geometric_key(W) for i, W in enumerate(V)])
     mesh = V.mesh()
     x = SpatialCoordinate(mesh)
     nodes = mesh.coordinates.dat.data_ro.reshape(-1, len(x))
@@ -52,3 +57,58 @@ def geometric_key(V) -> np.ndarray:
     weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
     with assemble(inner(weight, test) * dx).dat.vec_ro as vector:
         return vector.array_r.copy()
+
+
+def _dense(rows: np.ndarray, comm) -> PETSc.Mat:
+    """Dense matrix whose columns are the rows of an array (k, n_owned); whoever asks for it destroys it."""
+    k, owned = rows.shape
+    matrix = PETSc.Mat().createDense(((owned, None), (None, k)), comm=comm)
+    matrix.setUp()
+    matrix.getDenseArray()[:] = rows.T
+    matrix.assemble()
+    return matrix
+
+
+def multiply(matrix: PETSc.Mat, rows: np.ndarray, transpose: bool = False) -> np.ndarray:
+    """Product of a matrix, or its transpose, with every row of an array (k, n_owned), as one block.
+
+    Parameters
+    ----------
+    matrix : petsc4py.PETSc.Mat
+        Matrix with rows and columns spread over ranks as the spaces it maps between.
+    rows : numpy.ndarray
+        Owned coefficients, shape (k, n_owned of the source).
+    transpose : bool
+        Multiply by the transpose.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (k, n_owned of the target).
+    """
+    dense = _dense(rows, matrix.comm)
+    product = matrix.transposeMatMult(dense) if transpose else matrix.matMult(dense)
+    result = product.getDenseArray().T.copy()
+    # Destroyed together on all ranks: what the garbage collector leaves at the end can hang PetscFinalize.
+    dense.destroy()
+    product.destroy()
+    return result
+
+
+def solve(ksp: PETSc.KSP, rows: np.ndarray) -> np.ndarray:
+    """Solution for every row of an array (k, n_owned) as right-hand side, as one block; an array of the same shape.
+
+    Raises
+    ------
+    SolveError
+        If the linear solver reports failure.
+    """
+    rhs, out = _dense(rows, ksp.comm), _dense(np.zeros_like(rows), ksp.comm)
+    ksp.matSolve(rhs, out)
+    result, reason = out.getDenseArray().T.copy(), ksp.getConvergedReason()
+    rhs.destroy()
+    out.destroy()
+    if reason < 0:
+        raise SolveError(f"The linear solver failed on a block of right-hand sides (KSP reason {reason}): take a "
+                         "direct solver, or look for a singular operator.")
+    return result

@@ -17,7 +17,7 @@ from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, TrainingOptions, fit_base,
     sample_latents, train, variance_preserving,
 )
-from fem_diffusion.errors import DataError, InputError, ModelFileError
+from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
 from fem_diffusion.fields import field
 from fem_diffusion.simulation import DataSet
 
@@ -309,6 +309,11 @@ class Samples:
             Receives ``samples.h5`` and ``summary.pvd``; each appears when it is whole.
         count : int
             Number of samples in the checkpoint.
+
+        Raises
+        ------
+        InstallError
+            If VTK is not installed; the checkpoint is written all the same.
         """
         folder, comm = Path(folder), self.V.comm
         if comm.rank == 0:
@@ -323,7 +328,12 @@ class Samples:
         if comm.rank == 0:
             partial.replace(folder / "samples.h5")
         comm.barrier()
-        VTKFile(str(folder / "summary.pvd"), comm=comm).write(*summary)
+        try:
+            file = VTKFile(str(folder / "summary.pvd"), comm=comm)
+        except ModuleNotFoundError as error:
+            raise InstallError(f"{folder / 'samples.h5'} is written; files for viewing need VTK: "
+                               "pip install 'fem_diffusion[vtk]'.") from error
+        file.write(*summary)
 
     def plot(self, axes=None, truth: Function | None = None, **kwargs):
         """Draw the samples; see `fem_diffusion.plot.plot_samples`."""

@@ -2,6 +2,9 @@
 
 import os
 import subprocess
+import sys
+
+import pytest
 
 
 def pytest_sessionstart(session):
@@ -17,3 +20,27 @@ def pytest_sessionstart(session):
         inherited = subprocess.run(["env", "-0"], capture_output=True, check=True).stdout.decode().split("\0")
         for name in {entry.partition("=")[0] for entry in inherited if entry} - set(os.environ):
             os.unsetenv(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """Leave a parallel run through MPI alone.
+
+    PetscFinalize waits for ever where pytest has kept an object alive on one rank and not on another.
+    """
+    from mpi4py import MPI
+
+    if MPI.COMM_WORLD.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        status = MPI.COMM_WORLD.allreduce(STATUS.get("exit", 1), MPI.MAX)
+        MPI.Finalize()
+        os._exit(status)
+
+
+STATUS = {}
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Remember the outcome for the way out."""
+    STATUS["exit"] = int(exitstatus)

@@ -110,7 +110,9 @@ def test_order(degree, kappa, loss):
     assert observed_order(meshes, degree, kappa) >= degree + 1 - loss
 
 
-@pytest.mark.parametrize("reaction", [quadratic, lambda u: 2 * u, lambda u: u / (3 + u)])
+@pytest.mark.parametrize("reaction", [quadratic, pytest.param(lambda u: 2 * u, marks=pytest.mark.slow),
+                                      pytest.param(lambda u: u / (3 + u), marks=pytest.mark.slow)],
+                         ids=["quadratic", "linear", "saturating"])
 def test_order_with_reaction(reaction):
     assert observed_order([UnitSquareMesh(n, n) for n in (8, 16)], 1, 1e-2, reaction) >= 1.9
 
@@ -119,6 +121,7 @@ def test_order_on_quadrilaterals():
     assert observed_order([UnitSquareMesh(n, n, quadrilateral=True) for n in (8, 16)], 1, 1e-4) >= 1.4
 
 
+@pytest.mark.slow
 def test_order_on_extruded_mesh():
     meshes = [ExtrudedMesh(UnitIntervalMesh(n), n) for n in (8, 16)]
     assert observed_order(meshes, 1, 1e-2, markers=(1, 2, "bottom", "top")) >= 1.9
@@ -265,10 +268,10 @@ def meshes():
 
 @pytest.mark.parametrize("parameters", ["direct", "iterative"])
 @pytest.mark.parametrize("name", [
-    "interval", "whole boundary",
+    "interval",
     *(pytest.param(name, marks=pytest.mark.slow) for name in (   # each compiles a dozen kernels of its own
         "extruded, flux through the top", "extruded, value at the top", "submesh of quadrilaterals",
-        "submesh in 3D", "two markers", "sphere"))])
+        "submesh in 3D", "two markers", "whole boundary", "sphere"))])
 def test_less_common_meshes(name, parameters):
     mesh, where, unknown, options = meshes()[name]
     V = FunctionSpace(mesh, "CG", 1)

@@ -16,7 +16,7 @@ from fem_diffusion.fields import coefficients, field
 from fem_diffusion.problem.prior import GaussianPrior, TransformedPrior
 
 COMM = MPI.COMM_WORLD
-ONE_RANK = [0.0]
+ONE_RANK = [2.896157, 1.525495, 1.965467, 3.166785, 0.039326, 0.542295, -2.735722, 1.954885]
 
 
 def _mesh(n=12):
@@ -73,18 +73,18 @@ def test_latents_do_not_depend_on_the_ranks():
     x, y = SpatialCoordinate(basis.V.mesh())
     z = basis.encode(Function(basis.V).interpolate(sin(3 * x) * cos(2 * y) + x * exp(y)))
     # Point values and norms do not depend on the partition, nor do latents; these were computed on one rank.
-    np.testing.assert_allclose(z.numpy(), ONE_RANK, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(z.numpy(), ONE_RANK, rtol=0, atol=2e-6)
 
 
 def test_two_meshes_agree_to_discretisation_error():
     errors, finest = [], None
-    for n in (48, 12, 24):
+    for n in (96, 24, 48):
         basis = karhunen_loeve(_prior(FunctionSpace(_mesh(n), "CG", 1)), 6)
         x, y = SpatialCoordinate(basis.V.mesh())
         z = basis.encode(Function(basis.V).interpolate(sin(3 * x) * cos(2 * y) + x * exp(y))).numpy()
         finest = z if finest is None else finest
         errors.append(np.abs(z - finest).max() / np.abs(finest).max())
-    assert errors[1] < 0.05 and errors[2] < 0.4 * errors[1]
+    assert errors[2] < 0.03 and errors[2] < 0.4 * errors[1]
 
 
 @pytest.mark.parallel([1, 2])
@@ -130,7 +130,9 @@ def test_prior_draws_have_standard_normal_latents_and_refill_the_rest():
 def test_retained_variance_chooses_the_number_of_modes():
     prior = _prior(FunctionSpace(_mesh(8), "CG", 1), conditions=False)
     basis = karhunen_loeve(prior, retained=0.95)
-    total = 0.49 * 1.7
+    mass = assemble(inner(TrialFunction(basis.V), TestFunction(basis.V)) * dx).petscmat
+    total = np.trace(mass[:, :] @ prior.covariance_matrix())
+    # The tail is estimated from 64 draws: 2 % of the total where it is a tenth of it.
     assert abs(basis.total_variance / total - 1) < 0.02
     assert basis.retained >= 0.95 > (basis.variances[:-1].sum() / basis.total_variance)
 

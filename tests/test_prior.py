@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import _matern
-from fem_diffusion.problem._coefficients import owned_array
+from fem_diffusion.fields import coefficients
 from fem_diffusion.problem.prior import (
     CallablePrior, GaussianPrior, TransformedPrior, level_set, matern_correlation,
 )
@@ -221,7 +221,7 @@ def test_same_prior_and_samples_on_any_number_of_ranks():
     x = SpatialCoordinate(V.mesh())
     bcs = DirichletBC(V, 1 + x[1], 1)
     prior = GaussianPrior(V, 1 + x[0], 0.3, bcs=bcs)
-    dual = owned_array(assemble((1 + x[0] * x[1]) * TestFunction(V) * dx))
+    dual = coefficients(assemble((1 + x[0] * x[1]) * TestFunction(V) * dx))
     variance = V.comm.allreduce(prior.apply_covariance(dual[None])[0] @ dual)
     std, f, g = prior.pointwise_std(), prior.sample(2), prior.sample(2)
     invariants = [variance] + [assemble(e * dx) for e in (std**2, prior.mean, f * x[0], f**2)]
@@ -231,7 +231,7 @@ def test_same_prior_and_samples_on_any_number_of_ranks():
     h = f.copy(deepcopy=True)
     bcs.apply(h)
     assert assemble((f - h)**2 * dx) < 1e-28 and assemble((f - g)**2 * dx) < 1e-28
-    deviations = prior.sample_many(4000, 1) - owned_array(prior.mean)
+    deviations = prior.sample_many(4000, 1) - coefficients(prior.mean)
     functional = V.comm.allreduce(deviations @ dual)
     assert functional.var() == pytest.approx(variance, rel=6 * np.sqrt(2 / 4000))
 

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy.stats import chi2
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, InstallError
 
 __all__ = ["moment_p_values", "relative_error", "sliced_wasserstein"]
 
@@ -50,6 +50,15 @@ def relative_error(value: np.ndarray, reference: np.ndarray, weights: np.ndarray
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, projections: int = 500, seed: int = 0) -> float:
-    """Sliced Wasserstein-2 distance between samples (n, r) and (m, r), through POT (Bonneel et al. 2015, eq. 9)."""
-    import ot
+    """Sliced Wasserstein-2 distance between samples (n, r) and (m, r), through POT (Bonneel et al. 2015, eq. 9).
+
+    Raises
+    ------
+    InstallError
+        If POT is not installed.
+    """
+    try:
+        import ot
+    except ImportError as error:
+        raise InstallError("This distance needs POT: pip install 'fem_diffusion[diagnostics]'.") from error
     return float(ot.sliced_wasserstein_distance(np.asarray(a), np.asarray(b), n_projections=projections, seed=seed))

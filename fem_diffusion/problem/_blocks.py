@@ -8,8 +8,8 @@ from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProb
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
-from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.problem._coefficients import owned_array, owned_size
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields import coefficients, owned_size, solve
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
 CHORD_SWEEPS = 25
@@ -50,7 +50,7 @@ def parameter_rows(ms, M):
         if not all(isinstance(m, Function) and m.function_space() == M for m in ms):
             raise InputError(f"every parameter must be a Function in {M}; "
                              "make them with Function(problem.M).interpolate(...).")
-        ms = np.array([owned_array(m) for m in ms]).reshape(len(ms), owned_size(M))
+        ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
     good = ms.ndim == 2 and ms.shape[1] == owned_size(M)
     everywhere = M.mesh().comm.allgather((good, ms.shape[:1]))
     if not all(ok for ok, _ in everywhere) or len(set(n for _, n in everywhere)) > 1:
@@ -119,46 +119,6 @@ class Factorised:
         self.solver.solve(Function(V), Cofunction(V.dual()))
 
 
-def _dense(rows, comm):
-    """PETSc dense matrix (n, k) whose columns are the rows of an array (k, n_owned)."""
-    k, n = rows.shape
-    mat = PETSc.Mat().createDense(((n, None), (None, k)), comm=comm)
-    mat.setUp()
-    mat.getDenseArray()[:] = rows.T
-    mat.assemble()
-    return mat
-
-
-def solve(ksp, rows, comm):
-    """A⁻¹ b for every row b of an array (k, n_owned); an array of the same shape.
-
-    Raises
-    ------
-    SolveError
-        If the linear solver reports failure.
-    """
-    rhs, out = _dense(rows, comm), _dense(np.zeros_like(rows), comm)
-    ksp.matSolve(rhs, out)
-    reason = ksp.getConvergedReason()
-    if reason < 0:
-        raise SolveError(f"the linear solver failed on a block of right-hand sides (KSP reason {reason}); "
-                         "take solver_parameters='direct', or look for a singular operator.")
-    result = out.getDenseArray().T.copy()
-    rhs.destroy()
-    out.destroy()
-    return result
-
-
-def multiply(mat, rows, comm, transpose=False):
-    """Product of a PETSc matrix, or its transpose, with every row of an array (k, n_owned)."""
-    dense = _dense(rows, comm)
-    product = mat.transposeMatMult(dense) if transpose else mat.matMult(dense)
-    result = product.getDenseArray().T.copy()
-    dense.destroy()
-    product.destroy()
-    return result
-
-
 def dots(a, b, comm):
     """Euclidean products (k,) over all ranks of the rows of two arrays (k, n_owned)."""
     return comm.allreduce(np.einsum("ij,ij->i", a, b))
@@ -194,7 +154,7 @@ def chord(residuals, ksp, u, comm):
     before = None
     for _ in range(CHORD_SWEEPS):
         here = u[left]
-        step = -solve(ksp, residuals(left, here), comm)
+        step = -solve(ksp, residuals(left, here))
         size = norms(step, comm)
         u[left] += step
         done = size <= CHORD_TOLERANCE * norms(u[left], comm)

@@ -17,7 +17,8 @@ from mpi4py import MPI
 from scipy.sparse import bsr_matrix, csr_matrix
 from scipy.special import gamma, kv
 
-from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields import multiply, solve
 
 __all__ = ["MaternOperator", "matern_operator", "operator_order", "matern_correlation", "pointwise_variance"]
 
@@ -67,20 +68,6 @@ def operator_order(smoothness, d):
     return int(m)
 
 
-def _dense(x, comm):
-    """PETSc dense matrix sharing the memory of x, shape (k, n_owned): rows of x are its columns."""
-    k, owned = x.shape
-    return PETSc.Mat().createDense(((owned, None), (None, k)), array=x.reshape(-1), comm=comm)
-
-
-def _mult(matrix, x):
-    """Matrix times every row of x, shape (k, owned columns of the matrix); returns (k, owned rows)."""
-    product = matrix.matMult(_dense(np.ascontiguousarray(x), matrix.comm))
-    result = product.getDenseArray().T.copy()
-    product.destroy()
-    return result
-
-
 def _global_sum(comm, x):
     """Sum of equally shaped arrays over all ranks."""
     total = np.ascontiguousarray(x)
@@ -120,27 +107,20 @@ class MaternOperator:
 
     def solve(self, x):
         """``K⁻¹`` applied to every row of x (k, n_owned), with zero at the fixed coefficients."""
-        ksp = self.covariance.solver.snes.ksp
-        x, y = np.ascontiguousarray(x * self.free), np.zeros(x.shape)
-        ksp.matSolve(_dense(x, self.comm), _dense(y, self.comm))
-        if ksp.getConvergedReason() < 0:
-            raise SolveError("the prior's operator could not be solved (PETSc reason "
-                             f"{ksp.getConvergedReason()}): choose other solver_parameters, or leave them "
-                             "out for a direct solver")
-        return y * self.free
+        return solve(self.covariance.solver.snes.ksp, x * self.free) * self.free
 
     def root(self, x):
         """``R`` applied to every row of the dual coefficients x (k, n_owned)."""
         y = self.solve(x)
         for _ in range(self.covariance.iterations // 2 - 1):
-            y = self.solve(_mult(self.mass, y))
+            y = self.solve(multiply(self.mass, y))
         return self.weight * y
 
     def action(self, x):
         """``R M Rᵀ`` applied to every row of the dual coefficients x (k, n_owned)."""
         y = self.solve(x)
         for _ in range(self.covariance.iterations - 1):
-            y = self.solve(_mult(self.mass, y))
+            y = self.solve(multiply(self.mass, y))
         return self.weight**2 * y
 
     def white_noise(self, rng, k):
@@ -151,7 +131,7 @@ class MaternOperator:
         owned, total = self.noise.getSizes()[1]
         per_cell = total // self.comm.allreduce(len(self.places))
         z = rng.standard_normal((k, total // per_cell, per_cell))[:, self.places]
-        return _mult(self.noise, z.reshape(k, owned))
+        return multiply(self.noise, z.reshape(k, owned))
 
     def block(self):
         """Number of vectors to treat at once, the same on every rank."""
@@ -197,7 +177,7 @@ def _white_noise_matrix(V):
     factor = bsr_matrix((factor, cells.indices, cells.indptr), shape=cells.shape).tocsr()
     offset = mass.getOwnershipRange()[0]
     pattern = (factor.indptr.astype(PETSc.IntType), (factor.indices + offset).astype(PETSc.IntType))
-    block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=V.comm)
+    block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=mass.comm)
 
     # rounded, so that cells in line with each other sort alike whatever the rounding errors of their centres
     centres = np.concatenate(V.comm.allgather(x.mean(axis=1)))
@@ -205,7 +185,9 @@ def _white_noise_matrix(V):
     sort = np.lexsort(np.rint((centres - centres.min(axis=0)) * scale).T)
     place = np.empty(len(sort), dtype=int)
     place[sort] = np.arange(len(sort))
-    return gather.transposeMatMult(block_diagonal), place[offset // size:offset // size + len(x)]
+    noise = gather.transposeMatMult(block_diagonal)
+    block_diagonal.destroy()
+    return noise, place[offset // size:offset // size + len(x)]
 
 
 def matern_operator(V, L, m, bcs, solver_parameters):
@@ -248,8 +230,8 @@ def _exact_variance(op, total):
         unit[mine - start, mine - first] = 1.0
         y = op.solve(unit)
         for _ in range(op.covariance.iterations // 2 - 1):
-            y = op.solve(_mult(op.mass, y))
-        squares = _global_sum(op.comm, np.einsum("ki,ki->k", y, _mult(op.mass, y)))
+            y = op.solve(multiply(op.mass, y))
+        squares = _global_sum(op.comm, np.einsum("ki,ki->k", y, multiply(op.mass, y)))
         result[mine - first] = squares[mine - start]
     return op.weight**2 * result
 

@@ -29,9 +29,9 @@ from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives
 
 from fem_diffusion.errors import InputError, InstallError, SolveError
+from fem_diffusion.fields import coefficients, multiply, owned_size, solve
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
-from fem_diffusion.problem._coefficients import owned_array, owned_size
 
 __all__ = ["AdvectionDiffusion", "require_real"]
 
@@ -243,7 +243,7 @@ class AdvectionDiffusion:
         else:
             P = self._vector(self._with_m).copy()
         N = None if self.linear else self._vector(self._N).copy()
-        return blocks.Reference(owned_array(self.m), owned_array(self.u), solver, A, C, D, N, P)
+        return blocks.Reference(coefficients(self.m), coefficients(self.u), solver, A, C, D, N, P)
 
     def _vector(self, assembler):
         """Coefficients (n_owned_V,) of a one-form at the present m and u, to be used before the next call."""
@@ -294,7 +294,7 @@ class AdvectionDiffusion:
         """Full solve for owned coefficients m; its state's owned coefficients."""
         blocks.write(self.m, m)
         try:
-            return owned_array(self._solve())
+            return coefficients(self._solve())
         except SolveError as error:
             raise SolveError(f"sample {index}: {error}") from error
 
@@ -306,9 +306,9 @@ class AdvectionDiffusion:
         ref, comm = self._reference, self.V.mesh().comm
         b, u = np.zeros((len(ms), len(ref.u))), np.tile(ref.u, (len(ms), 1))
         if ref.C is not None:
-            b += blocks.multiply(ref.C, ms - ref.m, comm)
+            b += multiply(ref.C, ms - ref.m)
         elif ref.D is not None:
-            u += blocks.multiply(ref.D, ms - ref.m, comm)
+            u += multiply(ref.D, ms - ref.m)
         else:
             blocks.write(self.u, ref.u)
             for m, row, state in zip(ms, b, u):
@@ -320,7 +320,7 @@ class AdvectionDiffusion:
                     state[self._fixed] = self._lift.g.dat.data_ro[self._fixed]
 
         def residuals(members, states):
-            rows = b[members] + blocks.multiply(ref.A, states - ref.u, comm)
+            rows = b[members] + multiply(ref.A, states - ref.u)
             if not self.linear:
                 for row, state in zip(rows, states):
                     self.u.dat.data_wo[:] = state
@@ -330,7 +330,7 @@ class AdvectionDiffusion:
 
         b[:, self._fixed] = 0
         start = b if self._lift is None else residuals(slice(None), u)
-        u -= blocks.solve(ref.ksp, start, comm)
+        u -= solve(ref.ksp, start)
         if self.linear:
             bad = np.flatnonzero(~np.isfinite(blocks.norms(u, comm)))
         else:
@@ -377,19 +377,18 @@ class AdvectionDiffusion:
             self._adjoint = self._factorise(adjoint(self._J), "adjoint_")
         elif not self.linear or self.operator_depends_on_parameter:
             self._adjoint.update()
-        comm = self.V.mesh().comm
-        lam = blocks.solve(self._adjoint.solver.snes.ksp, rows, comm)
+        lam = solve(self._adjoint.solver.snes.ksp, rows)
         lam[:, self._fixed] = 0
         p, pull, out = self._pull
         pulled = np.empty((len(rows), owned_size(out.function_space())))
         for row, line in zip(lam, pulled):
             blocks.write(p, row)
-            line[:] = owned_array(pull.assemble(tensor=out))
+            line[:] = coefficients(pull.assemble(tensor=out))
         if self._lift is None:
             return -pulled
         # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
         D = assemble(self._lift.derivative()).petscmat
-        return blocks.multiply(D, rows - pulled, comm, transpose=True)
+        return multiply(D, rows - pulled, transpose=True)
 
     @cached_property
     def _pull(self):

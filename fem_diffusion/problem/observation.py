@@ -23,7 +23,7 @@ from ufl.algorithms.check_arities import ArityMismatch
 from ufl.algorithms.formtransformations import compute_form_arities
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.problem._coefficients import owned_array, owned_size
+from fem_diffusion.fields import coefficients, owned_size
 
 __all__ = ["Observation", "point_sensors", "functionals"]
 
@@ -71,14 +71,14 @@ class Observation:
         if got != self.U:
             raise InputError(f"the state is in {got}, expected a Function in {self.U}: interpolate it into "
                              "the observation's space")
-        return self.apply(owned_array(u)[None])[0]
+        return self.apply(coefficients(u)[None])[0]
 
-    def apply(self, coefficients):
+    def apply(self, values):
         """Observe many states.
 
         Parameters
         ----------
-        coefficients : numpy.ndarray
+        values : numpy.ndarray
             Owned coefficients in ``U``, shape (n, n_owned).
 
         Returns
@@ -91,11 +91,11 @@ class Observation:
         InputError
             If the coefficients have another shape.
         """
-        coefficients = np.asarray(coefficients)
-        if coefficients.ndim != 2 or coefficients.shape[1] != self.rows.shape[1]:
-            raise InputError(f"coefficients have shape {coefficients.shape}: give (n, {self.rows.shape[1]}), "
+        values = np.asarray(values)
+        if values.ndim != 2 or values.shape[1] != self.rows.shape[1]:
+            raise InputError(f"coefficients have shape {values.shape}: give (n, {self.rows.shape[1]}), "
                              "a row of owned coefficients for each state")
-        total = np.ascontiguousarray((self.rows @ coefficients.T).T)
+        total = np.ascontiguousarray((self.rows @ values.T).T)
         self.U.comm.Allreduce(MPI.IN_PLACE, total)
         return total
 
@@ -250,4 +250,4 @@ def _row(U, form, argument, i):
         raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
-    return owned_array(covector).reshape(1, owned_size(U))
+    return coefficients(covector).reshape(1, owned_size(U))

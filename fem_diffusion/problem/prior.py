@@ -31,9 +31,9 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.problem._coefficients import (
-    check_count, check_lagrange, check_seed, interpolated, owned_array, owned_size, prepared_interpolation,
-    root_space, to_function,
+from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.problem._checks import (
+    check_count, check_lagrange, check_seed, interpolated, prepared_interpolation, root_space,
 )
 from fem_diffusion.problem._matern import (
     matern_correlation, matern_operator, operator_order, pointwise_variance,
@@ -96,11 +96,11 @@ class GaussianPrior:
         direct = {"ksp_type": "preonly", "pc_type": "lu",
                   "pc_factor_mat_solver_type": "petsc" if V.comm.size == 1 else "mumps"}
         self._solver_parameters = dict(direct if solver_parameters is None else solver_parameters)
-        self._std = owned_array(interpolated(V, std, "std"))
+        self._std = coefficients(interpolated(V, std, "std"))
         if not V.comm.allreduce(bool((self._std >= 0).all()), op=MPI.LAND):
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
         self.mean = self._lifted(interpolated(V, mean, "mean"))
-        self._mean = owned_array(self.mean)
+        self._mean = coefficients(self.mean)
 
     def _lifted(self, mean):
         """Add to the mean the Helmholtz extension of its mismatch with the bcs: it satisfies them exactly."""
@@ -168,7 +168,7 @@ class GaussianPrior:
         InputError
             If seed is no non-negative integer.
         """
-        return to_function(self.V, self.sample_many(1, seed)[0])
+        return field(self.V, self.sample_many(1, seed)[0])
 
     @no_annotations
     def sample_many(self, n, seed):
@@ -261,7 +261,7 @@ class GaussianPrior:
         firedrake.Function
             In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent.
         """
-        return to_function(self.V, self._pointwise_std)
+        return field(self.V, self._pointwise_std)
 
 
 def level_set(values, thresholds):
@@ -330,19 +330,19 @@ class TransformedPrior:
 
     def sample(self, seed):
         """Draw one sample, a Function in ``V``: the transform of ``base.sample(seed)``."""
-        return to_function(self.V, self.transform_many(owned_array(self.base.sample(seed))[None])[0])
+        return field(self.V, self.transform_many(coefficients(self.base.sample(seed))[None])[0])
 
     def sample_many(self, n, seed):
         """Draw n samples: owned coefficients in ``V``, shape (n, n_owned)."""
         return self.transform_many(self.base.sample_many(n, seed))
 
     @no_annotations
-    def transform_many(self, coefficients):
+    def transform_many(self, values):
         """Transform fields given by their coefficients (collective).
 
         Parameters
         ----------
-        coefficients : numpy.ndarray
+        values : numpy.ndarray
             Owned coefficients in ``base.V``, shape (n, n_owned of base.V).
 
         Returns
@@ -355,16 +355,16 @@ class TransformedPrior:
         InputError
             If the coefficients have another shape.
         """
-        coefficients = np.asarray(coefficients, dtype=float)
+        values = np.asarray(values, dtype=float)
         owned = owned_size(self.base.V)
-        if coefficients.ndim != 2 or coefficients.shape[1] != owned:
-            raise InputError(f"coefficients have shape {coefficients.shape}: give (n, {owned})")
-        result = np.empty((len(coefficients), owned_size(self.V)))
-        for row, field in zip(result, coefficients):
+        if values.ndim != 2 or values.shape[1] != owned:
+            raise InputError(f"coefficients have shape {values.shape}: give (n, {owned})")
+        result = np.empty((len(values), owned_size(self.V)))
+        for row, source in zip(result, values):
             with self._field.dat.vec_wo as vec:
-                vec.array[:] = field
+                vec.array[:] = source
             self._interpolate()
-            row[:] = owned_array(self._result)
+            row[:] = coefficients(self._result)
         return result
 
 
@@ -396,4 +396,4 @@ class CallablePrior:
     def sample_many(self, n, seed):
         """Draw n samples with seeds derived from seed: owned coefficients, shape (n, n_owned)."""
         seeds = np.random.SeedSequence(check_seed(seed)).generate_state(check_count(n))
-        return np.array([owned_array(self.sample(int(s))) for s in seeds])
+        return np.array([coefficients(self.sample(int(s))) for s in seeds])

@@ -13,14 +13,9 @@ from mpi4py import MPI
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
+from fem_diffusion.fields import coefficients
 
-__all__ = ["check_seed", "check_count", "check_lagrange", "root_space", "owned_array", "owned_size",
-           "to_function", "interpolated", "prepared_interpolation"]
-
-
-def owned_size(V):
-    """Number of owned coefficients of a function space."""
-    return V.dof_dset.layout_vec.getLocalSize()
+__all__ = ["check_seed", "check_count", "check_lagrange", "root_space", "interpolated", "prepared_interpolation"]
 
 
 def check_lagrange(V):
@@ -54,20 +49,6 @@ def check_count(n):
     return int(n)
 
 
-def owned_array(f):
-    """Owned coefficients of a Function, a copy of shape (n_owned,)."""
-    with f.dat.vec_ro as vec:
-        return vec.array.copy()
-
-
-def to_function(V, coefficients):
-    """Function on V with the given owned coefficients, shape (n_owned,)."""
-    f = Function(V)
-    with f.dat.vec_wo as vec:
-        vec.array[:] = coefficients
-    return f
-
-
 def interpolated(V, value, name):
     """Interpolate a number, an array of V's value shape or a UFL expression into V, or raise InputError."""
     if not isinstance(value, Expr):
@@ -81,7 +62,7 @@ def interpolated(V, value, name):
         raise InputError(f"{name} has value shape {value.ufl_shape}, the space has {V.value_shape}: give a "
                          "scalar or an expression of the space's shape")
     f = Function(V).interpolate(value)
-    if not V.comm.allreduce(bool(np.isfinite(owned_array(f)).all()), op=MPI.LAND):
+    if not V.comm.allreduce(bool(np.isfinite(coefficients(f)).all()), op=MPI.LAND):
         raise InputError(f"{name} is not finite everywhere on the mesh: give finite values")
     return f
 
