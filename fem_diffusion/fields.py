@@ -9,10 +9,24 @@ from collections.abc import Sequence
 import numpy as np
 from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
 from firedrake.petsc import PETSc
+from firedrake.utils import complex_mode
 
-from fem_diffusion.errors import SolveError
+from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "geometric_key", "multiply", "owned_size", "solve"]
+__all__ = ["coefficients", "field", "geometric_key", "multiply", "owned_size", "require_real", "solve"]
+
+
+def require_real() -> None:
+    """Refuse a complex PETSc build.
+
+    Raises
+    ------
+    InstallError
+        If PETSc was configured with complex scalars.
+    """
+    if complex_mode:
+        raise InstallError("fem_diffusion works with real scalars and this PETSc is a complex build; "
+                           "activate a Firedrake installation configured without --with-scalar-type=complex.")
 
 
 def owned_size(V) -> int:

@@ -13,7 +13,7 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, geometric_key
+from fem_diffusion.fields import coefficients, field, geometric_key, require_real
 
 __all__ = ["DataSet", "load_pairs", "simulate"]
 
@@ -82,6 +82,8 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
 
     Raises
     ------
+    InstallError
+        On a complex PETSc build.
     InputError
         If a number is out of range, or an ensemble comes without `path`.
     DataError
@@ -89,6 +91,7 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     SolveError
         If the forward problem has no solution for a sample.
     """
+    require_real()
     if n < 1 or block < 1 or seed < 0:
         raise InputError(f"simulate needs n >= 1, block >= 1 and seed >= 0, not {n}, {block} and {seed}.")
     if ensemble is not None and path is None:

@@ -11,7 +11,7 @@ from firedrake.adjoint import (Control, ReducedFunctional, continue_annotation, 
 from scipy import sparse
 
 from fem_diffusion.errors import InputError, InstallError, SolveError
-from fem_diffusion.problem import advection_diffusion
+from fem_diffusion import fields
 from fem_diffusion.problem.advection_diffusion import AdvectionDiffusion
 
 
@@ -485,6 +485,6 @@ def test_nan_is_a_solve_error(unknown):
 
 
 def test_complex_build_is_refused(monkeypatch):
-    monkeypatch.setattr(advection_diffusion, "complex_mode", True)
+    monkeypatch.setattr(fields, "complex_mode", True)
     with pytest.raises(InstallError, match="real"):
         channel(n=3)

@@ -24,29 +24,15 @@ from firedrake import Cofunction, DirichletBC, Function, action, adjoint, assemb
 from firedrake.adjoint import stop_annotating
 from firedrake.assemble import get_assembler
 from firedrake.exceptions import ConvergenceError
-from firedrake.utils import complex_mode
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives
 
-from fem_diffusion.errors import InputError, InstallError, SolveError
-from fem_diffusion.fields import coefficients, multiply, owned_size, solve
+from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.fields import coefficients, multiply, owned_size, require_real, solve
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
 
-__all__ = ["AdvectionDiffusion", "require_real"]
-
-
-def require_real() -> None:
-    """Refuse a complex PETSc build.
-
-    Raises
-    ------
-    InstallError
-        If PETSc was configured with complex scalars.
-    """
-    if complex_mode:
-        raise InstallError("fem_diffusion works with real scalars and this PETSc is a complex build; "
-                           "activate a Firedrake installation configured without --with-scalar-type=complex.")
+__all__ = ["AdvectionDiffusion"]
 
 
 class AdvectionDiffusion:

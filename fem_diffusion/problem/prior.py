@@ -31,7 +31,7 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.fields import coefficients, field, owned_size, require_real
 from fem_diffusion.problem._checks import (
     check_count, check_lagrange, check_seed, interpolated, prepared_interpolation, root_space,
 )
@@ -78,6 +78,7 @@ class GaussianPrior:
     @no_annotations
     def __init__(self, V, std, correlation_length, *, mean=0.0, bcs=(), smoothness=None, normalise=True,
                  solver_parameters=None):
+        require_real()
         check_lagrange(V)
         self.V = V
         self.bcs = (bcs,) if isinstance(bcs, DirichletBC) else tuple(bcs)
