@@ -25,7 +25,7 @@ from firedrake import CheckpointFile, DirichletBC, Function, TestFunction, Trial
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError, ModelFileError
-from fem_diffusion.fields import coefficients, field, geometric_key, multiply, owned_size
+from fem_diffusion.fields import coefficients, field, geometric_key, multiply, on_root, owned_size
 
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
@@ -90,6 +90,12 @@ class ModalBasis:
         return float(self.variances.sum() / self.total_variance)
 
     @property
+    def signature(self) -> np.ndarray:
+        """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
+        rows = np.vstack([coefficients(self.mean), self.scaled_modes])
+        return self.V.comm.allreduce(rows @ geometric_key(self.V), MPI.SUM)
+
+    @property
     def standard_prior(self) -> bool:
         """True where the latents are standard normal under the prior."""
         return self.prior is not None
@@ -121,7 +127,7 @@ class ModalBasis:
                                      "Interpolate the field into that space first.")
             fields = coefficients(fields)
         mean = coefficients(self.mean)
-        if fields.shape[-1:] != mean.shape:
+        if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
             raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis, which has "
                              f"{len(mean)} on this rank.")
         latents = self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
@@ -169,17 +175,12 @@ class ModalBasis:
     def save(self, path) -> None:
         """Write mesh, mean and modes to a CheckpointFile; reads back on any number of ranks.
 
-        A transform or a prior is code, not data: it is not written, see `load_basis`.
+        A transform or a prior is code, not data, and is not written.
 
         Parameters
         ----------
         path : path
             The file; written under another name first and renamed when whole.
-
-        Raises
-        ------
-        ModelFileError
-            If Firedrake cannot write this kind of mesh.
         """
         partial = Path(f"{path}.partial.h5")
         with CheckpointFile(str(partial), "w", comm=self.V.comm) as file:
@@ -192,13 +193,14 @@ class ModalBasis:
             file.set_attr("fem_diffusion", "mesh", mesh.name)
             file.set_attr("fem_diffusion", "variances", self.variances)
             file.set_attr("fem_diffusion", "total_variance", self.total_variance)
-        if self.V.comm.rank == 0:
-            partial.replace(path)
-        self.V.comm.barrier()
+        on_root(self.V.comm, lambda: partial.replace(path))
 
 
-def load_basis(path, comm=None, prior=None, transform=None) -> ModalBasis:
+def load_basis(path, comm=None) -> ModalBasis:
     """Read what `ModalBasis.save` wrote, with its mesh, on any number of ranks.
+
+    Modes past r cannot be refilled and a transform has to be applied by the caller; where the prior is at hand,
+    compute its basis again instead.
 
     Parameters
     ----------
@@ -206,8 +208,6 @@ def load_basis(path, comm=None, prior=None, transform=None) -> ModalBasis:
         The file.
     comm : mpi4py.MPI.Comm, optional
         Communicator of the mesh; all ranks where left out.
-    prior, transform
-        As in `ModalBasis`, where they are wanted again.
 
     Returns
     -------
@@ -229,7 +229,7 @@ def load_basis(path, comm=None, prior=None, transform=None) -> ModalBasis:
             modes = coefficients([file.load_function(mesh, f"mode_{k}") for k in range(len(variances))])
     except Exception as error:
         raise ModelFileError(f"{path} holds no readable basis ({error}); write one with ModalBasis.save.") from error
-    return ModalBasis(mean.function_space(), mean, modes, variances, total, prior, transform)
+    return ModalBasis(mean.function_space(), mean, modes, variances, total)
 
 
 def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> ModalBasis:
@@ -253,11 +253,13 @@ def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> Moda
     InputError
         If `r` exceeds the degrees of freedom, or `retained` is not between 0 and 1.
     """
+    if not 0 < retained < 1:
+        raise InputError(f"retained must lie between 0 and 1, not {retained}.")
     gaussian = getattr(prior, "base", prior)
     mean = coefficients(gaussian.mean)
     mass = _mass_action(gaussian.V)
     draws = gaussian.sample_many(_TAIL_DRAWS, seed=0) - mean
-    size = r if r is not None else 16
+    size = r if r is not None else min(16, _free_dofs(gaussian.V, gaussian.bcs))
     while True:
         modes, variances = _leading_modes(gaussian.apply_covariance, gaussian.V, gaussian.bcs, size)
         # The tail is the mean square of what prior draws keep outside the modes.
@@ -266,8 +268,6 @@ def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> Moda
         total = float(variances.sum() + max(tail, 0.0))
         if r is not None:
             break
-        if not 0 < retained < 1:
-            raise InputError(f"retained must lie between 0 and 1, not {retained}.")
         enough = np.flatnonzero(np.cumsum(variances) >= retained * total)
         if len(enough):
             modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
@@ -278,7 +278,7 @@ def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> Moda
                       prior.transform_many if transformed else None, prior.V if transformed else None)
 
 
-def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = ()) -> ModalBasis:
+def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = (), transform=None, parameter_space=None) -> ModalBasis:
     """Leading modes of the sample covariance in the mass inner product, for priors that are not Gaussian.
 
     Parameters
@@ -291,6 +291,8 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = ()) -> ModalBasis:
         Number of modes.
     bcs : sequence of DirichletBC
         Conditions that every sample satisfies; the modes then vanish there exactly.
+    transform, parameter_space
+        As in `ModalBasis`, where the fields are those before a transform.
 
     Returns
     -------
@@ -311,8 +313,10 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = ()) -> ModalBasis:
     mean = field(V, average, name="mean")
     for bc in bcs:
         bc.apply(mean)
-    violation = V.comm.allreduce(float(np.abs(coefficients(mean) - average).max(initial=0.0)), MPI.MAX)
     centred = fields - coefficients(mean)
+    outside = centred - _without_conditions(V, bcs, centred)
+    violation = V.comm.allreduce(float(np.abs(outside).max(initial=0.0)), MPI.MAX)
+    centred = centred - outside
     scale = V.comm.allreduce(float(np.abs(centred).max(initial=0.0)), MPI.MAX)
     if violation > 1e-8 * max(scale, 1e-300):
         raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they satisfy.")
@@ -322,7 +326,7 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = ()) -> ModalBasis:
 
     modes, variances = _leading_modes(covariance, V, bcs, r)
     total = V.comm.allreduce(float((centred * _mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
-    return ModalBasis(V, mean, modes, variances, total)
+    return ModalBasis(V, mean, modes, variances, total, None, transform, parameter_space)
 
 
 def _mass_action(V) -> Callable[[np.ndarray], np.ndarray]:

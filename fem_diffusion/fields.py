@@ -13,7 +13,7 @@ from firedrake.utils import complex_mode
 
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "geometric_key", "multiply", "owned_size", "require_real", "solve"]
+__all__ = ["coefficients", "field", "geometric_key", "multiply", "on_root", "owned_size", "require_real", "solve"]
 
 
 def require_real() -> None:
@@ -27,6 +27,20 @@ def require_real() -> None:
     if complex_mode:
         raise InstallError("fem_diffusion works with real scalars and this PETSc is a complex build; "
                            "activate a Firedrake installation configured without --with-scalar-type=complex.")
+
+
+def on_root(comm, function):
+    """Result of `function()` run on rank 0, broadcast; what it raises there is raised on every rank."""
+    outcome = None
+    if comm.rank == 0:
+        try:
+            outcome = function(), None
+        except Exception as error:
+            outcome = None, error
+    result, error = comm.bcast(outcome)
+    if error is not None:
+        raise error
+    return result
 
 
 def owned_size(V) -> int:

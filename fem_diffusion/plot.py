@@ -53,7 +53,7 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
     dimension = V.mesh().topological_dimension
     if dimension == 1:
         return _plot_lines(samples, axes, truth, reference, curves, xlabel, ylabel)
-    if dimension != 2 or V.comm.size > 1:
+    if V.mesh().geometric_dimension != 2 or V.comm.size > 1:
         raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
     return _plot_maps(samples, axes, truth, ylabel)
 

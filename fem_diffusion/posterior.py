@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import deepcopy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,12 +19,13 @@ from fem_diffusion.diffusion import (
     sample_latents, train, variance_preserving,
 )
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
-from fem_diffusion.fields import field
+from fem_diffusion.fields import field, on_root
 from fem_diffusion.simulation import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
 
 _FORMAT = "fem_diffusion model 1"
+_TAIL_STREAM = 0x7A11
 
 
 def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
@@ -62,18 +64,12 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
     comm = basis.V.comm
     z = basis.encode(data.fields)
     y = torch.as_tensor(data.observations, dtype=torch.float64)
-    outcome = None
-    if comm.rank == 0:
-        try:
-            covariance = torch.zeros(y.shape[1], y.shape[1]) if noise is None else noise.covariance(y)
-            base = fit_base(z, y, covariance, basis.standard_prior)
-            outcome = train(z, y, noise, base, options, checkpoint=checkpoint, progress=progress)
-        except Exception as error:
-            outcome = error
-    outcome = comm.bcast(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    denoiser, history = outcome
+
+    def run():
+        covariance = torch.zeros(y.shape[1], y.shape[1]) if noise is None else noise.covariance(y)
+        base = fit_base(z, y, covariance, basis.standard_prior)
+        return train(z, y, noise, base, options, checkpoint=checkpoint, progress=progress)
+    denoiser, history = on_root(comm, run)
     return ConditionalModel(basis, denoiser, history)
 
 
@@ -130,9 +126,11 @@ class ConditionalModel:
         path : path
             The file, written atomically by rank 0.
         """
-        if self.basis.V.comm.rank == 0:
+        signature = self.basis.signature
+
+        def write():
             tensors = {f"base.{f.name}": getattr(self.denoiser.base, f.name).contiguous() for f in fields(GaussianBase)}
-            tensors["basis.variances"] = torch.as_tensor(self.basis.variances.copy())
+            tensors["basis.signature"] = torch.as_tensor(signature)
             config = None
             if self.denoiser.network is not None:
                 config = self.denoiser.network.config
@@ -141,7 +139,7 @@ class ConditionalModel:
             partial = Path(f"{path}.partial")
             save_file(tensors, partial, metadata)
             partial.replace(path)
-        self.basis.V.comm.barrier()
+        on_root(self.basis.V.comm, write)
 
 
 def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
@@ -170,7 +168,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}")
         base = GaussianBase(*(tensors[f"base.{f.name}"] for f in fields(GaussianBase)))
-        variances = tensors["basis.variances"].numpy()
+        signature = tensors["basis.signature"].numpy()
         config, history = json.loads(metadata["network"]), History(**json.loads(metadata["history"]))
         network = None
         if config is not None:
@@ -181,9 +179,10 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelFileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
             from error
-    if variances.shape != basis.variances.shape or not np.allclose(variances, basis.variances, rtol=1e-3, atol=0):
-        raise ModelFileError(f"{path} was trained in another basis ({len(variances)} modes): pass the basis of its "
-                             "training, with the same prior and number of modes.")
+    ours = basis.signature
+    if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
+        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
     return ConditionalModel(basis, Denoiser(base, network), history)
 
 
@@ -237,23 +236,21 @@ class Posterior:
         if n < 1:
             raise InputError(f"The number of samples must be at least 1, not {n}.")
         basis, denoiser = self.model.basis, self.model.denoiser
-        z = None
         comm = basis.V.comm
-        # Input errors are the same on all ranks, so checking on rank 0 alone would hang the others.
         formulation = formulation or variance_preserving()
-        formulation.angles(steps)
-        if not alpha >= 0:
-            raise InputError(f"alpha must be >= 0, not {alpha}.")
-        if comm.rank == 0:
-            y = torch.as_tensor(self.y, dtype=torch.float32, device=device)
-            network = None if denoiser.network is None else denoiser.network.to(device)
-            placed = Denoiser(denoiser.base.to(device), network)
-            z = sample_latents(placed, y.expand(n, -1), formulation, alpha=alpha, steps=steps, progress=progress,
-                               generator=torch.Generator(device).manual_seed(seed)).cpu()
-        z = comm.bcast(z)
+
+        def draw():
+            y = torch.as_tensor(self.y, dtype=torch.float64, device=device)
+            # A copy, so that the model stays where it is.
+            placed = Denoiser(denoiser.base.to(device), deepcopy(denoiser.network).to(device)
+                              if denoiser.network is not None else None)
+            return sample_latents(placed, y.expand(n, -1), formulation, alpha=alpha, steps=steps, progress=progress,
+                                  generator=torch.Generator(device).manual_seed(seed)).cpu()
+        z = on_root(comm, draw)
         refill = basis.standard_prior if refill is None else refill
-        # The prior's stream differs from that of the latents, so the refill is independent of them.
-        values = basis.parameters(z, int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]) if refill else None)
+        # A stream of its own, apart from that of the latents and from those of the training pairs.
+        tail_seed = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
+        values = basis.parameters(z, tail_seed if refill else None)
         return Samples(basis.parameter_space, values, z)
 
 
@@ -306,7 +303,7 @@ class Samples:
         Parameters
         ----------
         folder : path
-            Receives ``samples.h5`` and ``summary.pvd``; each appears when it is whole.
+            Receives ``samples.h5``, which appears when it is whole, and ``summary.pvd``.
         count : int
             Number of samples in the checkpoint.
 
@@ -316,18 +313,14 @@ class Samples:
             If VTK is not installed; the checkpoint is written all the same.
         """
         folder, comm = Path(folder), self.V.comm
-        if comm.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-        comm.barrier()
+        on_root(comm, lambda: folder.mkdir(parents=True, exist_ok=True))
         summary = [self.mean(), self.std(), self.quantile(0.025), self.quantile(0.975)]
         partial = folder / "samples.partial.h5"
         with CheckpointFile(str(partial), "w", comm=comm) as file:
             file.save_mesh(self.V.mesh())
             for function in summary + [self[i] for i in range(min(count, len(self)))]:
                 file.save_function(function)
-        if comm.rank == 0:
-            partial.replace(folder / "samples.h5")
-        comm.barrier()
+        on_root(comm, lambda: partial.replace(folder / "samples.h5"))
         try:
             file = VTKFile(str(folder / "summary.pvd"), comm=comm)
         except ModuleNotFoundError as error:

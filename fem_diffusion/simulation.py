@@ -13,7 +13,7 @@ from mpi4py import MPI
 from tqdm import tqdm
 
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, geometric_key, require_real
+from fem_diffusion.fields import coefficients, field, geometric_key, on_root, require_real
 
 __all__ = ["DataSet", "load_pairs", "simulate"]
 
@@ -100,6 +100,11 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
     blocks = [(i, min(block, n - i * block)) for i in range(-(-n // block))]
     folder = None if path is None else Path(path)
+    for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
+                               ("forward problem", getattr(forward, "V", None), getattr(observation, "U", None))):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
+                             "forward problem and observation on the same spaces.")
     if keep_states and not hasattr(observation, "U"):
         raise InputError("States are kept in the space of an Observation: use point_sensors or functionals.")
     V, U = getattr(prior, "base", prior).V, observation.U if keep_states else None
@@ -109,20 +114,27 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         _check_former(folder, V, prior, forward, observation, seed)
     quiet = not progress or comm.rank or member
     parts = []
-    with tqdm(total=n, desc="simulate", disable=bool(quiet)) as bar:
-        for index, size in blocks:
-            done = folder is not None and _exists(_block_file(folder, index), size, comm)
-            if not done and index % members == member:
-                part = _run_block(prior, forward, observation, size, [seed, index], keep_states)
-                if folder is None:
-                    parts.append(part)
-                else:
-                    _write(_block_file(folder, index), part, V, U)
-            bar.update(size)
+    failure = None
+    try:
+        with tqdm(total=n, desc="simulate", disable=bool(quiet)) as bar:
+            for index, size in blocks:
+                done = folder is not None and _exists(_block_file(folder, index), size, comm)
+                if not done and index % members == member:
+                    part = _run_block(prior, forward, observation, size, [seed, index], keep_states)
+                    if folder is None:
+                        parts.append(part)
+                    else:
+                        _write(_block_file(folder, index), part, V, U)
+                bar.update(size)
+    except Exception as error:
+        failure = error
+    # Members wait for each other, so a failure of one has to reach all.
+    failures = [failure] if ensemble is None else ensemble.global_comm.allgather(failure)
+    for error in failures:
+        if error is not None:
+            raise error
     if folder is None:
         return _join(parts)
-    if ensemble is not None:
-        ensemble.global_comm.barrier()
     return load_pairs(folder, V, n, U)
 
 
@@ -203,12 +215,13 @@ def _block_file(folder: Path, index: int) -> Path:
 
 def _open_folder(folder: Path, header: dict, comm) -> None:
     """Write the header of a new data set, or check that the folder continues this one."""
-    if comm.rank == 0 and not (folder / "header.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"header.json.partial{os.getpid()}"
-        partial.write_text(json.dumps(header))
-        partial.replace(folder / "header.json")
-    comm.barrier()
+    def write():
+        if not (folder / "header.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"header.json.partial{os.getpid()}"
+            partial.write_text(json.dumps(header))
+            partial.replace(folder / "header.json")
+    on_root(comm, write)
     former = _read_header(folder)
     changed = [key for key in header if former.get(key) != header[key]]
     if changed:
@@ -244,11 +257,15 @@ def _check_former(folder: Path, V, prior, forward, observation, seed: int) -> No
 
 def _exists(file: Path, size: int, comm) -> bool:
     """True on all ranks where the block is there with at least `size` samples; a shorter one is made again."""
-    found = False
-    if comm.rank == 0 and file.exists():
-        with h5py.File(file, "r") as h5:
-            found = len(h5["observations"]) >= size
-    return comm.bcast(found)
+    def look():
+        if not file.exists():
+            return False
+        try:
+            with h5py.File(file, "r") as h5:
+                return len(h5["observations"]) >= size
+        except (OSError, KeyError) as error:
+            raise DataError(f"{file} is damaged ({error}): delete that file and run simulate again.") from error
+    return on_root(comm, look)
 
 
 def _write(file: Path, part: DataSet, V, U) -> None:
@@ -257,14 +274,15 @@ def _write(file: Path, part: DataSet, V, U) -> None:
     for name, values, space in (("fields", part.fields, V), ("states", part.states, U)):
         if values is not None:
             gathered[name], gathered[f"{name}_key"] = V.comm.gather(values), V.comm.gather(geometric_key(space))
-    if V.comm.rank == 0:
+
+    def write():
         partial = file.with_suffix(".partial")
         with h5py.File(partial, "w") as h5:
             h5["observations"] = part.observations
             for name, parts in gathered.items():
                 h5[name] = np.concatenate(parts, axis=-1)
         partial.replace(file)
-    V.comm.barrier()
+    on_root(V.comm, write)
 
 
 def _read(file: Path, V, U) -> DataSet:
@@ -291,11 +309,15 @@ def _read(file: Path, V, U) -> DataSet:
 def _columns(stored: np.ndarray, V, file: Path) -> np.ndarray:
     """Columns of a file that hold this rank's degrees of freedom, found by their geometric keys; shape (n_owned,)."""
     key = geometric_key(V)
+    tolerance = 1e-12 * np.abs(stored).max()
+    start = sum(V.comm.allgather(len(key))[:V.comm.rank])
+    own = stored[start:start + len(key)]
+    if V.comm.allreduce(V.dim() == len(stored) and bool((np.abs(own - key) <= tolerance).all()), MPI.LAND):
+        return np.arange(start, start + len(key))
     order = np.argsort(stored)
     place = np.searchsorted(stored[order], key)
     candidates = order[np.stack([place - 1, place]).clip(0, len(stored) - 1)]
     columns = np.take_along_axis(candidates, np.abs(stored[candidates] - key).argmin(axis=0)[None], axis=0)[0]
-    tolerance = 1e-12 * np.abs(stored).max()
     found = np.concatenate(V.comm.allgather(columns))
     near = (np.abs(stored[columns] - key) <= tolerance).all()
     apart = np.diff(stored[order]).min(initial=np.inf) > 2 * tolerance

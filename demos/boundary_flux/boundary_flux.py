@@ -12,7 +12,7 @@ finite element model is the reference.
     python demos/boundary_flux/boundary_flux.py [--output FOLDER] [--case gaussian|positive]
 
 Both cases are posed in the same few lines and trained by the same call. What has been computed is kept in the output
-folder: an interrupted run continues, and a second run only samples and draws.
+folder: an interrupted run continues, and a second run trains nothing anew.
 """
 
 import argparse
@@ -135,10 +135,10 @@ def hmc_reference(basis, forward, noise_std, progress):
             return z + M.comm.allreduce(((misfit / noise_std**2) @ rows * q) @ basis.scaled_modes.T)
         result = hmc(potential, gradient, centre, hessian, chains=100, draws=40, warmup=10, step=0.35, leaps=5,
                      seed=seed, progress=progress)
-        mean, std, mean_error, std_error = result.moments(fluxes, weights)
+        mean, std, mean_error, std_error = result.moments(fluxes)
         lower, upper = np.quantile(fluxes(result.samples.reshape(-1, basis.r)), [0.025, 0.975], axis=0)
         return {"mean": mean, "std": std, "band": (mean, lower, upper), "acceptance": result.acceptance,
-                "error": (mean_error, std_error)}
+                "error": (error(mean + mean_error, mean), error(std + std_error, std))}
     return solve
 
 
@@ -265,11 +265,12 @@ def say(text):
 
 
 CASES = {"gaussian": (gaussian_case, 4000), "positive": (positive_case, 20000)}
-OPTIONS = {"gaussian": {"steps": 2000}, "positive": {"steps": 4000, "batch": 512, "learning_rate": 3e-3}}
+OUTPUT = "output" if COMM_WORLD.size == 1 else f"output/{COMM_WORLD.size}-ranks"
+OPTIONS = {"gaussian": {"steps": 2000}, "positive": {"steps": 2500, "batch": 1024, "weight_decay": 0.1}}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / OUTPUT)
     parser.add_argument("--case", choices=CASES, action="append")
     arguments, _ = parser.parse_known_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

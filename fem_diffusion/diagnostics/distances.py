@@ -5,7 +5,7 @@ from scipy.stats import chi2
 
 from fem_diffusion.errors import InputError, InstallError
 
-__all__ = ["moment_p_values", "relative_error", "sliced_wasserstein"]
+__all__ = ["moment_p_values", "sliced_wasserstein"]
 
 
 def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
@@ -41,12 +41,6 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
     error = white.mean(axis=0)
     defect = np.cov(white, rowvar=False).reshape(r, r) - np.eye(r)
     return (float(chi2.sf(n * error @ error, r)), float(chi2.sf(n / 2 * (defect**2).sum(), r * (r + 1) // 2)))
-
-
-def relative_error(value: np.ndarray, reference: np.ndarray, weights: np.ndarray) -> float:
-    """Relative L2 error of nodal values (n,) with the quadrature weights (n,) of the nodes."""
-    difference = np.asarray(value) - np.asarray(reference)
-    return float(np.sqrt((weights * difference**2).sum() / (weights * np.asarray(reference)**2).sum()))
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, projections: int = 500, seed: int = 0) -> float:

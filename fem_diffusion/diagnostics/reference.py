@@ -100,8 +100,8 @@ class HMCResult:
     samples: np.ndarray
     acceptance: float
 
-    def moments(self, transform: Callable[[np.ndarray], np.ndarray], weights: np.ndarray):
-        """Mean and standard deviation of a transform of the samples, with relative Monte Carlo errors.
+    def moments(self, transform: Callable[[np.ndarray], np.ndarray]):
+        """Mean and standard deviation of a transform of the samples, with Monte Carlo standard errors.
 
         Chains are independent, so the spread of the chains' own moments gives the errors of the pooled ones.
 
@@ -109,25 +109,18 @@ class HMCResult:
         ----------
         transform : Callable
             Latents (B, r) to nodal values (B, n).
-        weights : numpy.ndarray
-            Weights of the nodes in the L2 norm, shape (n,).
 
         Returns
         -------
-        tuple
-            Mean (n,), standard deviation (n,), and their Monte Carlo errors relative in the weighted L2 norm.
+        tuple of numpy.ndarray
+            Mean, standard deviation, and the standard errors of both, shape (n,) each.
         """
         values = np.stack([transform(chain) for chain in self.samples])
         mean = values.mean(axis=(0, 1))
         square = ((values - mean)**2).mean(axis=1)
         std = np.sqrt(square.mean(axis=0))
-        chains = len(values)
-        mean_error = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(chains)
-        std_error = square.std(axis=0, ddof=1) / np.sqrt(chains) / (2 * std)
-
-        def norm(x):
-            return np.sqrt((weights * x**2).sum())
-        return mean, std, norm(mean_error) / norm(mean), norm(std_error) / norm(std)
+        root = np.sqrt(len(values))
+        return mean, std, values.mean(axis=1).std(axis=0, ddof=1) / root, square.std(axis=0, ddof=1) / root / (2 * std)
 
 
 def hmc(potential: Callable[[np.ndarray], np.ndarray], gradient: Callable[[np.ndarray], np.ndarray],

@@ -53,7 +53,9 @@ class Denoiser:
         """
         if self.network is None:
             return torch.zeros_like(v)
-        return self.network(v, angle, self.base.features(y))
+        # Measurements are centred in their own precision before the network's, which may be lower.
+        dtype = getattr(self.network, "dtype", v.dtype)
+        return self.network(v.to(dtype), angle.to(dtype), self.base.features(y).to(dtype)).to(v.dtype)
 
     def denoise(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """E[z_0 | z_t, y] for the variance exploding process with noise covariance sigma² P.

@@ -87,11 +87,15 @@ class GaussianBase:
 
 def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measurement_covariance) -> GaussianBase:
     """Condition the joint Gaussian with these moments; `cross` is C_zy, shape (r, k)."""
-    values, vectors = torch.linalg.eigh(measurement_covariance)
+    # Each sensor in units of its own spread: pascals beside mole fractions lose nothing.
+    spread = torch.diagonal(measurement_covariance).clamp(min=0).sqrt()
+    if not (spread > 0).all():
+        raise InputError("The covariance of the measurements is not positive; check the observations and the noise.")
+    values, vectors = torch.linalg.eigh(measurement_covariance / spread / spread[:, None])
     floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
     if not values[-1] > 0 or values[0] < -floor:
         raise InputError("The covariance of the measurements is not positive; check the observations and the noise.")
-    whitener = vectors.T / values.clamp(min=floor).sqrt()[:, None]
+    whitener = vectors.T / values.clamp(min=floor).sqrt()[:, None] / spread
     half_gain = cross @ whitener.T
     gain = half_gain @ whitener
     posterior = latent_covariance - half_gain @ half_gain.T

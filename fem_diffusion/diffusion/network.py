@@ -57,6 +57,11 @@ class ResidualMLP(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the weights."""
+        return self.head.weight.dtype
+
     def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
         """Network output.
 

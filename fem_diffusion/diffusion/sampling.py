@@ -36,7 +36,7 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation, *, g
     Parameters
     ----------
     denoiser : Denoiser
-        Trained denoiser, in the dtype and on the device of `y`.
+        Trained denoiser, its base in the dtype and on the device of `y`.
     y : Tensor
         Measurements, shape (B, k); repeat a row to draw many samples for it.
     formulation : Formulation

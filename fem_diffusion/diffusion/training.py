@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -133,7 +133,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     Returns
     -------
     Denoiser
-        In single precision on the CPU, in evaluation mode.
+        On the CPU: base in double, network in single precision, in evaluation mode.
     History
         The training curve.
 
@@ -142,7 +142,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     InputError
         If shapes disagree, an option is out of range or a value is not finite.
     ModelFileError
-        If `checkpoint` is unreadable or belongs to other data or options.
+        If `checkpoint` is unreadable or belongs to other data, noise or options.
     """
     options.check()
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or (base.r, base.k) != (z.shape[1], y.shape[1]):
@@ -164,7 +164,8 @@ class _Loop:
         if held_out >= len(z):
             raise InputError(f"{len(z)} pairs are too few to train on and hold some out: simulate more.")
         order = torch.randperm(len(z), generator=torch.Generator().manual_seed(options.seed))
-        move = {"device": self.device, "dtype": torch.float32}
+        # Pairs stay in double precision until they are centred; the network works in single precision.
+        move = {"device": self.device, "dtype": torch.float64}
         self.z, self.y = z[order[held_out:]].to(**move), y[order[held_out:]].to(**move)
         self.base = base.to(**move)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
@@ -183,7 +184,8 @@ class _Loop:
         self.base_losses = self._pair_losses(zero)
         self.best_losses, self.best = self.base_losses, None
         self.history.base = float(self.base_losses.mean())
-        self.fingerprint = _fingerprint(z, y, options)
+        parts = [z, y, *(getattr(base, f.name) for f in fields(base)), *self.validation]
+        self.fingerprint = _fingerprint(parts, options)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load()
@@ -195,14 +197,14 @@ class _Loop:
     def _draw(self, z, y, generator):
         """One draw of measurement noise, noise level and diffusion noise: network inputs and target."""
         def normal(*shape):
-            return torch.randn(shape, generator=generator, device=self.device)
+            return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
         if self.noise is not None:
             y = self.noise.sample(y, generator)
-        w = self.base.whiten(z, y)
+        w, features = self.base.whiten(z, y).float(), self.base.features(y).float()
         angle = torch.arctan(torch.exp(self.options.log_sigma_mean + self.options.log_sigma_std * normal(len(z), 1)))
         white = normal(*w.shape)
         cosine, sine = torch.cos(angle), torch.sin(angle)
-        return cosine * w + sine * white, angle, self.base.features(y), sine * w - cosine * white
+        return cosine * w + sine * white, angle, features, sine * w - cosine * white
 
     def _pair_losses(self, output: Tensor) -> Tensor:
         """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
@@ -289,7 +291,7 @@ class _Loop:
         except Exception as error:
             raise ModelFileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
         if form != _FORMAT or state["fingerprint"] != self.fingerprint:
-            raise ModelFileError(f"The checkpoint belongs to other data or options. {remedy}")
+            raise ModelFileError(f"The checkpoint belongs to other data, noise or options. {remedy}")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.stale = state["step"], state["stale"]
@@ -317,9 +319,9 @@ def _warm_average(decay: float):
     return update
 
 
-def _fingerprint(z: Tensor, y: Tensor, options: TrainingOptions) -> str:
-    """Digest of the data and of the options on which a checkpoint depends."""
+def _fingerprint(parts: list[Tensor], options: TrainingOptions) -> str:
+    """Digest of the options and of what a checkpoint depends on: data, base, and draws that show the noise model."""
     digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
-    for x in (z, y):
+    for x in parts:
         digest.update(x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
