@@ -2,8 +2,7 @@
 
 import json
 import os
-from copy import deepcopy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from safetensors.torch import save_file
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
-    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, TrainingOptions, fit_base,
-    sample_latents, train, variance_preserving,
+    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, Spectrum, TrainingOptions,
+    fit_denoiser, sample_latents,
 )
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
 from fem_diffusion.fields import field, on_root
@@ -24,7 +23,7 @@ from fem_diffusion.simulation import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
 
-_FORMAT = "fem_diffusion model 1"
+_FORMAT = "fem_diffusion model 2"
 _TAIL_STREAM = 0x7A11
 
 
@@ -66,9 +65,8 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
     y = torch.as_tensor(data.observations, dtype=torch.float64)
 
     def run():
-        covariance = torch.zeros(y.shape[1], y.shape[1]) if noise is None else noise.covariance(y)
-        base = fit_base(z, y, covariance, basis.standard_prior)
-        return train(z, y, noise, base, options, checkpoint=checkpoint, progress=progress)
+        return fit_denoiser(z, y, noise, standard_prior=basis.standard_prior, options=options, checkpoint=checkpoint,
+                            progress=progress)
     denoiser, history = on_root(comm, run)
     return ConditionalModel(basis, denoiser, history)
 
@@ -132,6 +130,8 @@ class ConditionalModel:
             tensors = {f"base.{f.name}": getattr(self.denoiser.base, f.name).contiguous() for f in fields(GaussianBase)}
             tensors["basis.signature"] = torch.as_tensor(signature)
             config = None
+            if self.denoiser.spectrum is not None:
+                tensors |= {f"spectrum.{f.name}": getattr(self.denoiser.spectrum, f.name) for f in fields(Spectrum)}
             if self.denoiser.network is not None:
                 config = self.denoiser.network.config
                 tensors |= {f"network.{name}": x for name, x in self.denoiser.network.state_dict().items()}
@@ -170,7 +170,9 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
         base = GaussianBase(*(tensors[f"base.{f.name}"] for f in fields(GaussianBase)))
         signature = tensors["basis.signature"].numpy()
         config, history = json.loads(metadata["network"]), History(**json.loads(metadata["history"]))
-        network = None
+        network, spectrum = None, None
+        if "spectrum.weights" in tensors:
+            spectrum = Spectrum(*(tensors[f"spectrum.{f.name}"] for f in fields(Spectrum)))
         if config is not None:
             network = ResidualMLP(**config)
             prefix = "network."
@@ -183,7 +185,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
         raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
                              "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
-    return ConditionalModel(basis, Denoiser(base, network), history)
+    return ConditionalModel(basis, Denoiser(base, network, spectrum), history)
 
 
 @dataclass(frozen=True)
@@ -201,8 +203,10 @@ class Posterior:
     model: ConditionalModel
     y: np.ndarray
 
-    def sample(self, n: int, *, seed: int, alpha: float = 0.0, steps: int = 20, formulation: Formulation | None = None,
-               refill: bool | None = None, device: str = "cpu", progress: bool = False) -> "Samples":
+    def sample(self, n: int, *, seed: int, alpha: float | Callable[[torch.Tensor], torch.Tensor] = 0.0,
+               steps: int = 20, formulation: Formulation | None = None, method: str | None = None,
+               coordinates: str = "whitened", nodes: str | None = None, refill: bool | None = None,
+               device: str = "cpu", callback: Callable | None = None, progress: bool = False) -> "Samples":
         """Draw samples of the parameter.
 
         Parameters
@@ -211,12 +215,9 @@ class Posterior:
             Number of samples.
         seed : int
             Of all draws.
-        alpha : float
-            0 for the probability-flow ODE, 1 for the reverse SDE, see `sample_latents`.
-        steps : int
-            Steps of the sampler, two network evaluations each.
-        formulation : Formulation, optional
-            Path of noise levels; variance preserving where left out.
+        alpha, steps, formulation, method, coordinates, nodes, callback
+            Of the sampler, as for `sample_latents`: without them the probability-flow ODE in 20 network evaluations, at
+            noise levels chosen from the spectrum of the posterior. The callback runs on rank 0.
         refill : bool, optional
             Draw the modes past r from the prior; where left out, for a Gaussian prior only.
         device : str
@@ -231,21 +232,18 @@ class Posterior:
         Raises
         ------
         InputError
-            If a number is out of range.
+            If a number is out of range or a word unknown.
         """
         if n < 1:
             raise InputError(f"The number of samples must be at least 1, not {n}.")
-        basis, denoiser = self.model.basis, self.model.denoiser
+        basis = self.model.basis
         comm = basis.V.comm
-        formulation = formulation or variance_preserving()
 
         def draw():
             y = torch.as_tensor(self.y, dtype=torch.float64, device=device)
-            # A copy, so that the model stays where it is.
-            placed = Denoiser(denoiser.base.to(device), deepcopy(denoiser.network).to(device)
-                              if denoiser.network is not None else None)
-            return sample_latents(placed, y.expand(n, -1), formulation, alpha=alpha, steps=steps, progress=progress,
-                                  generator=torch.Generator(device).manual_seed(seed)).cpu()
+            return sample_latents(self.model.denoiser.to(device), y.expand(n, -1), formulation, alpha=alpha,
+                                  steps=steps, method=method, coordinates=coordinates, nodes=nodes, callback=callback,
+                                  progress=progress, generator=torch.Generator(device).manual_seed(seed)).cpu()
         z = on_root(comm, draw)
         refill = basis.standard_prior if refill is None else refill
         # A stream of its own, apart from that of the latents and from those of the training pairs.

@@ -1,15 +1,21 @@
 """Conditional diffusion in latent coordinates, torch only: no file here imports Firedrake."""
 
+from fem_diffusion.diffusion.collapse import Collapse, CollapseWarning, measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.formulation import Formulation, variance_exploding, variance_preserving
-from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, linear_base
+from fem_diffusion.diffusion.formulation import (
+    Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
+)
+from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, linear_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
-from fem_diffusion.diffusion.sampling import sample_latents
-from fem_diffusion.diffusion.training import History, TrainingOptions, train
+from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
+from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
+from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
 
 __all__ = [
-    "CallableNoise", "Denoiser", "Formulation", "GaussianBase", "GaussianNoise", "History", "ResidualMLP",
-    "TrainingOptions", "fit_base", "linear_base", "sample_latents", "train", "variance_exploding",
+    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Formulation", "GaussianBase", "GaussianNoise",
+    "History", "METHODS", "ResidualMLP", "Spectrum", "TrainingOptions", "churn", "constant_moment", "evaluations",
+    "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "measure_collapse", "place_angles", "plain_base",
+    "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
     "variance_preserving",
 ]

@@ -11,10 +11,14 @@ every noise level (the preconditioning of Karras et al., arXiv 2206.00364, table
 scalars), and the probability-flow equation is :math:`dv/d\theta = -N`.
 """
 
+from collections.abc import Callable
+from copy import deepcopy
+
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.diffusion.gaussian import GaussianBase
+from fem_diffusion.diffusion.nodes import Spectrum
 
 __all__ = ["Denoiser"]
 
@@ -26,15 +30,23 @@ class Denoiser:
     ----------
     base : GaussianBase
         Gaussian approximation of the posterior.
-    network : nn.Module or None
-        Callable (v (B, r), angle (B, 1), features (B, k)) -> (B, r); None where the base is the answer.
+    network : nn.Module, Callable or None
+        Maps v (B, r), angle (B, 1) and features (B, k) to N (B, r); None where the base is the answer.
+    spectrum : Spectrum, optional
+        Of the posterior covariance in base coordinates, from which samplers place their steps.
     """
 
-    def __init__(self, base: GaussianBase, network: nn.Module | None):
+    def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None):
         self.base = base
         self.network = network
+        self.spectrum = spectrum
 
-    def residual(self, v: Tensor, angle: Tensor, y: Tensor) -> Tensor:
+    def features(self, y: Tensor) -> Tensor:
+        """What the network sees of measurements `y` (B, k): shape (B, k), in the precision of the network."""
+        # Measurements are centred in their own precision before the network's, which may be lower.
+        return self.base.features(y).to(getattr(self.network, "dtype", y.dtype))
+
+    def residual(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
         """What the network adds to the base, N(v, angle, y).
 
         Parameters
@@ -43,19 +55,17 @@ class Denoiser:
             Unit-variance state, shape (B, r).
         angle : Tensor
             arctan(sigma), shape (B, 1).
-        y : Tensor
-            Measurements, shape (B, k).
+        features : Tensor
+            Of the measurements, from `features`, shape (B, k).
 
         Returns
         -------
         Tensor
-            Shape (B, r).
+            Shape (B, r), dtype of `v`.
         """
         if self.network is None:
             return torch.zeros_like(v)
-        # Measurements are centred in their own precision before the network's, which may be lower.
-        dtype = getattr(self.network, "dtype", v.dtype)
-        return self.network(v.to(dtype), angle.to(dtype), self.base.features(y).to(dtype)).to(v.dtype)
+        return self.network(v.to(features.dtype), angle.to(features.dtype), features).to(v.dtype)
 
     def denoise(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """E[z_0 | z_t, y] for the variance exploding process with noise covariance sigma² P.
@@ -76,9 +86,14 @@ class Denoiser:
         """
         w_t = self.base.whiten(z_t, y)
         norm = torch.sqrt(1 + sigma**2)
-        w_0 = w_t / norm**2 + sigma / norm * self.residual(w_t / norm, torch.arctan(sigma), y)
+        w_0 = w_t / norm**2 + sigma / norm * self.residual(w_t / norm, torch.arctan(sigma), self.features(y))
         return self.base.colour(w_0, y)
 
     def score(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """P ∇ log p_t(z_t | y) = (D - z_t) / sigma², shape (B, r), in the metric of the base; see `denoise`."""
         return (self.denoise(z_t, sigma, y) - z_t) / sigma**2
+
+    def to(self, device: str | torch.device) -> "Denoiser":
+        """A copy on another device; this one stays where it is."""
+        network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
+        return Denoiser(self.base.to(device), network, self.spectrum)

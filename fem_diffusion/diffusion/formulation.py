@@ -8,8 +8,15 @@ of variables :math:`\xi = x / \varsigma(t)` turns it into the advection-diffusio
           b = \dot\varsigma / \varsigma, \qquad g = \dot{(\sigma^2)} / \varsigma^2,
 
 whose solution at time t is the law of :math:`a z_0 + s \varepsilon` with :math:`a = 1/\varsigma` and
-:math:`s = \sigma/\varsigma`. A formulation is therefore the pair of functions :math:`\sigma(t)` and
-:math:`\varsigma(\sigma)`; every other coefficient follows by automatic differentiation.
+:math:`s = \sigma/\varsigma`. A formulation is therefore the pair of functions :math:`\sigma^2(t)` and
+:math:`\varsigma(t)`; every other coefficient follows from these two by formula or automatic differentiation. A
+formulation of your own::
+
+    mine = Formulation("mine", variance=lambda t: 2500 * t**2, scaling=lambda t: (1 + 50**3 * t**3)**(1 / 3))
+
+The second moment of data with variance V becomes :math:`(V + \sigma^2)/\varsigma^2`. It grows without bound for
+:math:`\varsigma = 1` and stays bounded for every scaling that grows like :math:`\sigma`: the wider class of variance
+preserving models.
 
 References
 ----------
@@ -19,14 +26,15 @@ arXiv 2504.07437, the sections on the variance exploding and variance preserving
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fem_diffusion.errors import InputError
 
-__all__ = ["Formulation", "variance_exploding", "variance_preserving"]
+__all__ = ["Formulation", "constant_moment", "straight_line", "sub_variance_preserving", "variance_exploding",
+           "variance_preserving"]
 
 
 @dataclass(frozen=True)
@@ -37,63 +45,71 @@ class Formulation:
     ----------
     name : str
         Name for tables and files.
-    noise_level : Callable[[Tensor], Tensor]
-        sigma(t), elementwise, increasing on [0, 1]; in units of the base's standard deviation.
+    variance : Callable[[Tensor], Tensor]
+        sigma^2(t), elementwise, increasing on [0, 1]; in units of the base's variance.
     scaling : Callable[[Tensor], Tensor]
-        The scaling as a function of sigma, elementwise; 1 for variance exploding.
+        The scaling at time t, elementwise and positive; 1 for variance exploding.
+
+    Raises
+    ------
+    InputError
+        If sigma^2 is negative, not finite or not increasing, or the scaling is not finite and positive.
     """
 
     name: str
-    noise_level: Callable[[Tensor], Tensor]
+    variance: Callable[[Tensor], Tensor]
     scaling: Callable[[Tensor], Tensor]
+
+    def __post_init__(self):
+        t = torch.linspace(0, 1, 101, dtype=torch.float64)
+        for what, values in (("variance", self.variance(t)), ("scaling", self.scaling(t))):
+            if values.shape != t.shape or not torch.isfinite(values).all():
+                raise InputError(f"Formulation {self.name}: the {what} must be elementwise and finite on [0, 1].")
+        if self.variance(t)[0] < 0 or not (self.variance(t).diff() > 0).all():
+            raise InputError(f"Formulation {self.name}: the variance must be >= 0 and increase on [0, 1].")
+        if not (self.scaling(t) > 0).all():
+            raise InputError(f"Formulation {self.name}: the scaling must be positive on [0, 1].")
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise level of the unscaled process, same shape as `t`."""
-        return self.noise_level(t)
+        return torch.sqrt(self.variance(t))
 
     def a(self, t: Tensor) -> Tensor:
         """Factor of the data, a = 1 / scaling, same shape as `t`."""
-        return 1 / self.scaling(self.noise_level(t))
+        return 1 / self.scaling(t)
 
     def s(self, t: Tensor) -> Tensor:
         """Factor of the noise, s = sigma / scaling, same shape as `t`."""
-        sigma = self.noise_level(t)
-        return sigma / self.scaling(sigma)
+        return self.sigma(t) / self.scaling(t)
 
     def b(self, t: Tensor) -> Tensor:
         """Drift coefficient b = d/dt log(scaling) of the density PDE, same shape as `t`."""
-        return _derivative(lambda x: torch.log(self.scaling(self.noise_level(x))), t)
+        return _derivative(lambda x: torch.log(self.scaling(x)), t)
 
     def g(self, t: Tensor) -> Tensor:
         """Diffusion coefficient g = d/dt(sigma^2) / scaling^2 of the density PDE, same shape as `t`."""
-        return _derivative(lambda x: self.noise_level(x) ** 2, t) * self.a(t) ** 2
+        return _derivative(self.variance, t) * self.a(t) ** 2
 
-    def angles(self, steps: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Angles arctan(sigma) at equally spaced times from t = 1 down, closed by an exact zero.
+    def spread(self, t: Tensor, variance: float = 1.0) -> Tensor:
+        """Standard deviation sqrt(a^2 V + s^2) at time t of data with variance V; the terminal law is t = 1."""
+        return torch.sqrt(self.a(t) ** 2 * variance + self.s(t) ** 2)
 
-        Parameters
-        ----------
-        steps : int
-            Number of steps, at least 1.
-        dtype : torch.dtype
-            Floating point type of the result.
+    def score(self, xi: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
+        """Score (a D - xi) / s^2 at xi (B, r) from the denoiser's output D (B, r); Tweedie's formula."""
+        return (self.a(t) * denoised - xi) / self.s(t) ** 2
 
-        Returns
-        -------
-        Tensor
-            Shape (steps + 1,), decreasing, last entry 0.
+    def loss_weight(self, t: Tensor) -> Tensor:
+        """Weight s^2 of the squared error of the score, which gives its target -eps / s unit variance."""
+        return self.s(t) ** 2
 
-        Raises
-        ------
-        InputError
-            If `steps` is not a positive whole number.
-        """
-        if int(steps) != steps or steps < 1:
-            raise InputError(f"The number of steps must be a whole number >= 1, not {steps!r}.")
-        t = torch.linspace(1.0, 0.0, int(steps) + 1, dtype=torch.float64)
-        angles = torch.arctan(self.noise_level(t))
-        angles[-1] = 0.0
-        return angles.to(dtype)
+    def time(self, sigma: Tensor) -> Tensor:
+        """Time at which the noise level is `sigma`, same shape; 0 or 1 where it lies outside the range."""
+        low, high = torch.zeros_like(sigma), torch.ones_like(sigma)
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.sigma(middle) < sigma
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return high
 
 
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
@@ -105,52 +121,152 @@ def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         return torch.autograd.grad(value.sum(), t)[0] if value.requires_grad else torch.zeros_like(t)
 
 
-def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0) -> Formulation:
-    """Variance exploding formulation with a geometric noise level.
+def _known(schedule: str, choices: tuple[str, ...]) -> None:
+    if schedule not in choices:
+        raise InputError(f"The schedule must be one of {', '.join(choices)}, not {schedule!r}.")
+
+
+def _check_rate(beta_min: float, beta_max: float) -> None:
+    if not 0 < beta_min <= beta_max:
+        raise InputError(f"Choose 0 < beta_min <= beta_max, not {beta_min} and {beta_max}.")
+
+
+def _check_sigma(sigma_max: float) -> None:
+    if not 0 < sigma_max < math.inf:
+        raise InputError(f"sigma_max must be positive and finite, not {sigma_max}.")
+
+
+def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedule: str = "geometric") -> Formulation:
+    """Variance exploding formulation: scaling 1.
 
     Parameters
     ----------
     sigma_min, sigma_max : float
         Noise levels at t = 0 and t = 1, in units of the base's standard deviation.
+    schedule : {"geometric", "linear"}
+        sigma(t) = sigma_min (sigma_max / sigma_min)^t, or sigma(t) linear in t.
 
     Returns
     -------
     Formulation
-        sigma(t) = sigma_min (sigma_max / sigma_min)^t with scaling 1.
 
     Raises
     ------
     InputError
-        Unless 0 < sigma_min < sigma_max.
+        Unless 0 < sigma_min < sigma_max and the schedule is known.
     """
-    if not 0 < sigma_min < sigma_max:
+    _known(schedule, ("geometric", "linear"))
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise InputError(f"Choose 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}.")
+    if schedule == "linear":
+        return Formulation("VE-linear", lambda t: (sigma_min + (sigma_max - sigma_min) * t) ** 2, torch.ones_like)
     ratio = math.log(sigma_max / sigma_min)
-    return Formulation("VE", lambda t: sigma_min * torch.exp(ratio * t), torch.ones_like)
+    return Formulation("VE", lambda t: sigma_min**2 * torch.exp(2 * ratio * t), torch.ones_like)
 
 
-def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Formulation:
-    """Variance preserving formulation with a linear rate beta(t).
+def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule: str = "linear",
+                        sigma_max: float = 100.0) -> Formulation:
+    """Variance preserving formulation: scaling sqrt(1 + sigma^2), so a^2 + s^2 = 1 and g = 2 b.
 
     Parameters
     ----------
     beta_min, beta_max : float
-        The rate beta = 2 b = g at t = 0 and t = 1.
+        Linear schedule: the rate beta = 2 b = g at t = 0 and t = 1; 1 + sigma^2 = exp(integral of beta).
+    schedule : {"linear", "cosine"}
+        "cosine": a falls as a cosine, so arctan(sigma) is linear in t (Nichol and Dhariwal 2021, without offset).
+    sigma_max : float
+        Cosine schedule: noise level at t = 1.
 
     Returns
     -------
     Formulation
-        1 + sigma^2 = exp(integral of beta) with scaling sqrt(1 + sigma^2), so a^2 + s^2 = 1.
+
+    Raises
+    ------
+    InputError
+        Unless 0 < beta_min <= beta_max, sigma_max is positive and the schedule is known.
+    """
+    _known(schedule, ("linear", "cosine"))
+    _check_rate(beta_min, beta_max)
+    _check_sigma(sigma_max)
+    if schedule == "cosine":
+        return replace(constant_moment(1.0, sigma_max), name="VP-cosine")
+    return Formulation("VP", lambda t: torch.expm1(_integral(t, beta_min, beta_max)),
+                       lambda t: torch.exp(_integral(t, beta_min, beta_max) / 2))
+
+
+def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Formulation:
+    """Sub-VP formulation (Song et al. 2021, eq. 14): a = exp(-B/2) and s = 1 - exp(-B) with B the integral of beta.
+
+    Parameters
+    ----------
+    beta_min, beta_max : float
+        The rate beta at t = 0 and t = 1, linear between.
+
+    Returns
+    -------
+    Formulation
+        sigma = 2 sinh(B/2) with scaling exp(B/2).
 
     Raises
     ------
     InputError
         Unless 0 < beta_min <= beta_max.
     """
-    if not 0 < beta_min <= beta_max:
-        raise InputError(f"Choose 0 < beta_min <= beta_max, not {beta_min} and {beta_max}.")
+    _check_rate(beta_min, beta_max)
+    return Formulation("sub-VP", lambda t: 4 * torch.sinh(_integral(t, beta_min, beta_max) / 2) ** 2,
+                       lambda t: torch.exp(_integral(t, beta_min, beta_max) / 2))
 
-    def sigma(t: Tensor) -> Tensor:
-        return torch.sqrt(torch.expm1(beta_min * t + 0.5 * (beta_max - beta_min) * t**2))
 
-    return Formulation("VP", sigma, lambda sigma: torch.sqrt(1 + sigma**2))
+def straight_line(sigma_max: float = 100.0) -> Formulation:
+    """Straight-line path a + s = 1, that of flow matching: scaling 1 + sigma.
+
+    Parameters
+    ----------
+    sigma_max : float
+        Noise level at t = 1; s is linear in t up to sigma_max / (1 + sigma_max).
+
+    Returns
+    -------
+    Formulation
+
+    Raises
+    ------
+    InputError
+        Unless sigma_max is positive.
+    """
+    _check_sigma(sigma_max)
+    end = sigma_max / (1 + sigma_max)
+    return Formulation("straight", lambda t: (end * t / (1 - end * t)) ** 2, lambda t: 1 / (1 - end * t))
+
+
+def constant_moment(variance: float, sigma_max: float = 100.0) -> Formulation:
+    """Formulation under which data of the given variance keep it at all times: scaling sqrt(1 + sigma^2 / V).
+
+    Parameters
+    ----------
+    variance : float
+        V, variance of the data in each direction, in base coordinates.
+    sigma_max : float
+        Noise level at t = 1, in units of sqrt(V); arctan(sigma / sqrt(V)) is linear in t.
+
+    Returns
+    -------
+    Formulation
+
+    Raises
+    ------
+    InputError
+        Unless `variance` and sigma_max are positive.
+    """
+    _check_sigma(sigma_max)
+    if not 0 < variance < math.inf:
+        raise InputError(f"The variance of the data must be positive and finite, not {variance}.")
+    end = math.atan(sigma_max)
+    return Formulation(f"constant-{variance:g}", lambda t: variance * torch.tan(end * t) ** 2,
+                       lambda t: 1 / torch.cos(end * t))
+
+
+def _integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
+    """Integral from 0 to t of the rate beta, linear from beta_min to beta_max."""
+    return beta_min * t + 0.5 * (beta_max - beta_min) * t**2

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fem_diffusion.errors import InputError
 
-__all__ = ["GaussianBase", "fit_base", "linear_base"]
+__all__ = ["GaussianBase", "fit_base", "linear_base", "plain_base"]
 
 # Directions that the data determine to better than this fraction of the prior's standard deviation are not resolved.
 _SMALLEST_STD = 1e-6
@@ -160,11 +160,8 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     InputError
         If the shapes disagree or there are not more pairs than latents + 1.
     """
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
-        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
+    _check_pairs(z, y, z.shape[-1] + 1)
     n, r = z.shape
-    if n <= r + 1:
-        raise InputError(f"{n} pairs cannot determine a base for {r} latents: simulate more, or keep fewer modes.")
     z, y = z.double(), y.double()
     z_sample_mean, y_sample_mean = z.mean(0), y.mean(0)
     centred, response = z - z_sample_mean, y - y_sample_mean
@@ -178,3 +175,43 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     cross = latent_covariance @ operator.T
     measurement_covariance = (operator @ cross + residual.T @ residual / (n - r - 1) + noise_covariance.double())
     return _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measurement_covariance)
+
+
+def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
+    """Base that standardises latents and measurements and knows nothing of how they depend on each other.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free observations, shape (n, k).
+    noise_covariance : Tensor
+        R, shape (k, k).
+
+    Returns
+    -------
+    GaussianBase
+        With a gain of zero and a diagonal covariance.
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
+    """
+    _check_pairs(z, y, 1)
+    z, y = z.double(), y.double()
+    variance = z.var(0)
+    if not (variance > 0).all():
+        raise InputError("A latent takes the same value in all pairs: leave it out.")
+    return _from_moments(z.mean(0), torch.diag(variance), y.mean(0), z.new_zeros(z.shape[1], y.shape[1]),
+                         torch.cov(y.T).reshape(y.shape[1], y.shape[1]) + noise_covariance.double())
+
+
+def _check_pairs(z: Tensor, y: Tensor, least: int) -> None:
+    """Raise InputError unless z (n, r) and y (n, k) are more than `least` pairs."""
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
+        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
+    if len(z) <= least:
+        raise InputError(f"{len(z)} pairs cannot determine a base for {z.shape[1]} latents: simulate more, or keep "
+                         "fewer modes.")

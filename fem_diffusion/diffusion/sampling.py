@@ -1,36 +1,114 @@
-r"""The reverse process for every :math:`\alpha \ge 0`, integrated in the coordinates of the base.
+r"""The reverse process for every :math:`\alpha \ge 0`: one family of samplers between ODE and SDE.
 
 With time reversed and score q, particles of :math:`d\xi = [b \xi + \tfrac{1+\alpha}{2} g q] d\tau + \sqrt{\alpha g}
-dW` share the marginals of the forward process for every :math:`\alpha` (arXiv 2504.07437). For the trigonometric
-process :math:`v = \cos\theta\, w_0 + \sin\theta\, \varepsilon` one has :math:`b = \tan\theta`,
-:math:`g = 2 \tan\theta` and :math:`q = -v + \cot\theta\, N`, hence
+dW` share the marginals of the forward process for every :math:`\alpha` (arXiv 2504.07437). They are integrated in one
+of two coordinates.
 
-.. math:: dv = -\alpha \tan\theta\, v\, d\tau + \sqrt{2 \alpha \tan\theta}\, dW + (1 + \alpha) N\, d\tau .
+**Plain** coordinates are :math:`\xi` itself, scaled as the formulation says. The last step goes from a small noise
+level to none by Tweedie's formula.
 
-That is the probability-flow equation :math:`dv = N d\tau` joined with a Langevin part, and the Langevin part is the
-forward process run for a while and the flow back. So a step from :math:`\theta` to :math:`\theta'` adds the step's
-noise first, which is an exact move up to the angle :math:`\hat\theta` with :math:`\cos\hat\theta = \cos\theta
-(\cos\theta / \cos\theta')^\alpha`, and then follows the flow down from :math:`\hat\theta` to :math:`\theta'` by
-Heun's rule. Both moves keep the marginals, so the only error is that of Heun's rule in N. Where the base is the
-truth, N = 0 and one step is exact for every :math:`\alpha`.
+**Whitened** coordinates are those of the base, :math:`v = \cos\theta\, w_0 + \sin\theta\, \varepsilon` with
+:math:`\theta = \arctan\sigma`. There :math:`b = \tan\theta`, :math:`g = 2 \tan\theta`,
+:math:`q = -v + \cot\theta\, N`, hence
+
+.. math:: dv = -\alpha \tan\theta\, v\, d\tau + \sqrt{2 \alpha \tan\theta}\, dW + (1 + \alpha) N\, d\tau ,
+
+the probability-flow equation :math:`dv = N d\tau` joined with a Langevin part, which is the forward process run for a
+while and the flow back. So a step from :math:`\theta` to :math:`\theta'` adds the step's noise first, an exact move up
+to the angle :math:`\hat\theta` with :math:`\cos\hat\theta = \cos\theta\,
+e^{-\int \alpha \tan\theta}`, and then follows the flow down to :math:`\theta'`. Both moves keep the marginals, so the
+only error is that of the flow in N: what the network adds. Where the base is the truth, N = 0 and one step is exact for
+every :math:`\alpha`. All formulations coincide in these coordinates; they differ in where their steps lie.
 """
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from fem_diffusion.diffusion import _plain, _whitened
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.formulation import Formulation
+from fem_diffusion.diffusion.formulation import Formulation, variance_preserving
+from fem_diffusion.diffusion.nodes import place_angles
 from fem_diffusion.errors import InputError
 
-__all__ = ["sample_latents"]
+__all__ = ["METHODS", "churn", "evaluations", "sample_latents"]
+
+METHODS = {"whitened": _whitened.METHODS, "plain": _plain.METHODS}
 
 
-def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation, *, generator: torch.Generator,
-                   alpha: float = 0.0, steps: int = 20, chunk: int = 8192, progress: bool = False) -> Tensor:
+def evaluations(method: str, steps: int, coordinates: str = "whitened") -> int:
+    """Network evaluations for each sample.
+
+    Parameters
+    ----------
+    method : str
+        One of ``METHODS[coordinates]``, except "adaptive", which chooses the number itself.
+    steps : int
+        Number of steps.
+    coordinates : {"whitened", "plain"}
+        As for `sample_latents`.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    InputError
+        If the method is unknown, or adaptive.
+    """
+    _check_method(method, coordinates)
+    if method == "adaptive":
+        raise InputError("The adaptive method chooses its own number of evaluations; count them in the network.")
+    return METHODS[coordinates][method].evaluations(steps)
+
+
+def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
+          sigma_max: float = math.inf) -> Callable[[Tensor], Tensor]:
+    """The alpha(t) whose reverse process adds noise as the churn of EDM does (Karras et al. 2022, algorithm 2).
+
+    That algorithm raises the noise level before each of n steps by the factor 1 + strength / n while it lies in
+    [sigma_min, sigma_max]. Its limit of many steps, equally spaced in the formulation's time, is the family's member
+    with alpha = strength / (d log sigma / dt).
+
+    Parameters
+    ----------
+    formulation : Formulation
+        Whose time and steps are meant.
+    strength : float
+        S_churn, >= 0.
+    sigma_min, sigma_max : float
+        S_tmin and S_tmax, in units of the base's standard deviation.
+
+    Returns
+    -------
+    Callable[[Tensor], Tensor]
+        alpha as a function of time, for `sample_latents`.
+
+    Raises
+    ------
+    InputError
+        If the strength is negative.
+    """
+    if not strength >= 0:
+        raise InputError(f"The churn must be >= 0, not {strength}.")
+
+    def alpha(t: Tensor) -> Tensor:
+        # d(sigma^2)/dt = g scaling^2, hence d log sigma / dt = g scaling^2 / (2 sigma^2) = g / (2 s^2).
+        sigma = formulation.sigma(t)
+        inside = (sigma >= sigma_min) & (sigma <= sigma_max) & (sigma > 0)
+        return torch.where(inside, strength * 2 * formulation.s(t)**2 / formulation.g(t), torch.zeros_like(t))
+    return alpha
+
+
+def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | None = None, *,
+                   generator: torch.Generator, method: str | None = None,
+                   alpha: float | Callable[[Tensor], Tensor] = 0.0, steps: int = 20, coordinates: str = "whitened",
+                   nodes: str | None = None, callback: Callable[[int, float, Tensor], None] | None = None,
+                   memory: int = 2**28, progress: bool = False) -> Tensor:
     """Draw one latent vector for each row of measurements.
 
     Parameters
@@ -39,16 +117,32 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation, *, g
         Trained denoiser, its base in the dtype and on the device of `y`.
     y : Tensor
         Measurements, shape (B, k); repeat a row to draw many samples for it.
-    formulation : Formulation
-        Gives the discrete path of noise levels.
+    formulation : Formulation, optional
+        Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
     generator : torch.Generator
         Source of randomness, on the device of `y`.
-    alpha : float
-        0 for the probability-flow ODE, 1 for the usual reverse SDE, any value >= 0 between and beyond.
+    method : str, optional
+        Whitened: "euler", "heun", "multistep" (two-step Adams-Bashforth, for alpha = 0), "predictor_corrector" (Euler
+        and a Langevin step), "adaptive" (the ODE with error control, through SciPy).
+        Plain: "euler" (Euler-Maruyama where alpha > 0), "heun" (stochastic Heun where alpha > 0), "exponential"
+        (DPM-Solver++(2M) and its stochastic version), "predictor_corrector", "adaptive".
+        Where left out: multistep for alpha = 0 and heun for alpha > 0 in whitened, exponential in plain coordinates.
+    alpha : float or Callable[[Tensor], Tensor]
+        0 for the probability-flow ODE, 1 for the usual reverse SDE, any value >= 0 between and beyond, or a function
+        of the formulation's time, elementwise; see `churn`.
     steps : int
-        Number of steps; each costs two network evaluations.
-    chunk : int
-        Largest number of rows that are integrated at once; bounds the memory.
+        Number of steps; `evaluations` tells how many evaluations of the network they cost.
+    coordinates : {"whitened", "plain"}
+        In which the process is integrated.
+    nodes : {"spectrum", "time"}, optional
+        Steps placed from the spectrum of the posterior covariance, or equally spaced in the formulation's time. Where
+        left out: "time" if a formulation is given, otherwise "spectrum".
+    callback : Callable, optional
+        Called after each step with its number, the noise level it reached and the state in latent coordinates,
+        shape (B, r); the adaptive method calls it once, at the end.
+    memory : int
+        Bound in bytes on what one evaluation of the network may hold; larger batches are evaluated in parts. Samples
+        do not depend on it beyond rounding.
     progress : bool
         Show a progress bar.
 
@@ -60,44 +154,74 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation, *, g
     Raises
     ------
     InputError
-        If `alpha` is negative, `steps` is not a positive whole number, or `y` is of the wrong shape or not finite.
+        If `alpha` is negative, `steps` is not a positive whole number, a word is unknown, the method does not serve
+        alpha > 0, or `y` is of the wrong shape or not finite.
     """
-    if not alpha >= 0:
-        raise InputError(f"alpha must be >= 0, not {alpha}.")
+    if method is None:
+        method = "exponential" if coordinates == "plain" else "multistep" if _is_zero(alpha) else "heun"
+    scheme = _check(denoiser, y, method, alpha, steps, coordinates, nodes)
+    nodes = nodes or ("spectrum" if formulation is None else "time")
+    formulation = formulation or variance_preserving()
+    rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
+    angles = _angles(denoiser, formulation, nodes, scheme.order, int(steps))
+    features = denoiser.features(y)
+    rows = max(1, memory // _row_bytes(denoiser, y))
+
+    def network(v: Tensor, angle: float) -> Tensor:
+        parts = zip(v.split(rows), features.split(rows))
+        return torch.cat([denoiser.residual(part, part.new_full((len(part), 1), angle), seen) for part, seen in parts])
+
+    def normal() -> Tensor:
+        return torch.randn(len(y), denoiser.base.r, generator=generator, dtype=y.dtype, device=y.device)
+    with torch.no_grad(), tqdm(total=int(steps), desc="sample", disable=not progress) as bar:
+        def report(step: int, sigma: float, state: Tensor) -> None:
+            bar.update(step - bar.n)
+            if callback is not None:
+                callback(step, sigma, denoiser.base.colour(state, y))
+        return denoiser.base.colour(scheme.run(network, normal, formulation, angles, rate, report), y)
+
+
+def _is_zero(alpha) -> bool:
+    return not callable(alpha) and alpha == 0
+
+
+def _check_method(method: str, coordinates: str) -> None:
+    if coordinates not in METHODS:
+        raise InputError(f"Coordinates are one of {', '.join(METHODS)}, not {coordinates!r}.")
+    if method not in METHODS[coordinates]:
+        raise InputError(f"The method in {coordinates} coordinates is one of {', '.join(METHODS[coordinates])}, not "
+                         f"{method!r}.")
+
+
+def _check(denoiser, y, method, alpha, steps, coordinates, nodes):
+    """The scheme asked for; raises InputError where an argument of `sample_latents` is wrong."""
+    _check_method(method, coordinates)
+    if nodes not in (None, "spectrum", "time"):
+        raise InputError(f"nodes is 'spectrum' or 'time', not {nodes!r}.")
+    values = alpha(torch.linspace(0, 1, 101, dtype=torch.float64)) if callable(alpha) else torch.tensor([float(alpha)])
+    if not torch.isfinite(values).all() or not (values >= 0).all():
+        raise InputError("alpha must be >= 0 and finite" + (" on [0, 1]." if callable(alpha) else f", not {alpha}."))
+    scheme = METHODS[coordinates][method]
+    if scheme.deterministic and not _is_zero(alpha):
+        raise InputError(f"The method {method!r} in {coordinates} coordinates follows the ODE, alpha = 0; take 'heun' "
+                         "for alpha > 0.")
+    if int(steps) != steps or steps < 1:
+        raise InputError(f"The number of steps must be a whole number >= 1, not {steps!r}.")
     if y.ndim != 2 or y.shape[1] != denoiser.base.k or not torch.isfinite(y).all():
         raise InputError(f"Measurements must be finite and of shape (B, {denoiser.base.k}), not {tuple(y.shape)}.")
-    angles = formulation.angles(steps, torch.float64).tolist()
-    parts = y.split(chunk)
-    with torch.no_grad(), tqdm(total=steps * len(parts), desc="sample", disable=not progress) as bar:
-        return torch.cat([_integrate(denoiser, part, angles, alpha, generator, bar.update) for part in parts])
+    return scheme
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal numbers of the shape, dtype and device of `like`."""
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+def _angles(denoiser: Denoiser, formulation: Formulation, nodes: str, order: int, steps: int) -> list[float]:
+    """Angles arctan(sigma) of the steps, decreasing to an exact zero."""
+    if nodes == "spectrum":
+        return place_angles(denoiser.spectrum, steps, order).tolist()
+    t = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    return [*torch.arctan(formulation.sigma(t[:-1])).tolist(), 0.0]
 
 
-def _integrate(denoiser: Denoiser, y: Tensor, angles: list[float], alpha: float, generator: torch.Generator,
-               tick: Callable[[], None]) -> Tensor:
-    """Reverse process from angles[0] to angles[-1] for the rows of `y` (B, k); latents (B, r)."""
-    v = _normal(y.new_empty(len(y), denoiser.base.r), generator)
-    for start, end in zip(angles[:-1], angles[1:]):
-        if alpha > 0:
-            v, start = _add_noise(v, start, end, alpha, generator)
-        v = _heun(denoiser, v, y, start, end)
-        tick()
-    return denoiser.base.colour(v, y)
-
-
-def _add_noise(v: Tensor, start: float, end: float, alpha: float, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Noise of one step of the alpha family, as an exact move of the forward process; the new v and its angle."""
-    decay = (math.cos(start) / math.cos(end)) ** alpha
-    return decay * v + math.sqrt(1 - decay**2) * _normal(v, generator), math.acos(decay * math.cos(start))
-
-
-def _heun(denoiser: Denoiser, v: Tensor, y: Tensor, start: float, end: float) -> Tensor:
-    """Heun step of dv/dtheta = -N(v, theta) from theta = start down to theta = end."""
-    length = start - end
-    first = denoiser.residual(v, v.new_full((len(v), 1), start), y)
-    second = denoiser.residual(v + length * first, v.new_full((len(v), 1), end), y)
-    return v + length / 2 * (first + second)
+def _row_bytes(denoiser: Denoiser, y: Tensor) -> int:
+    """Estimate of what the evaluation of one row holds: the outputs of all linear layers, twice, and the state."""
+    layers = denoiser.network.modules() if isinstance(denoiser.network, nn.Module) else ()
+    width = sum(layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+    return 8 * width + 8 * (y.shape[1] + 4 * denoiser.base.r)

@@ -1,4 +1,10 @@
-"""Denoising score matching: trains the network under the Gaussian base, resumably and reproducibly."""
+"""Denoising score matching: trains the network under the Gaussian base, resumably, reproducibly and without collapse.
+
+A conditional model trained for long on finitely many pairs learns to recognise each pair by its measurement, and its
+posterior collapses onto the training parameter (arXiv 2603.14135). Against that: measurement noise is drawn afresh in
+every batch where the noise is known, weights are averaged, the learning rate falls and training stops by the loss on
+held-out pairs, the best weights there are kept, and `collapse` measures what is left and warns.
+"""
 
 import contextlib
 import hashlib
@@ -12,16 +18,19 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.gaussian import GaussianBase
+from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
+from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError, ModelFileError
 
-__all__ = ["History", "TrainingOptions", "train"]
+__all__ = ["History", "TrainingOptions", "fit_denoiser", "train"]
 
-_FORMAT = "fem_diffusion training checkpoint 1"
+_FORMAT = "fem_diffusion training checkpoint 2"
 _VALIDATION_DRAWS = 16
+_SPECTRUM_PAIRS, _SPECTRUM_ANGLES = 2048, 48
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,8 @@ class History:
         Validation loss without a network.
     best_step : int
         Step of the weights that are kept; 0 where the base alone is kept.
+    spread_ratio, neighbour_ratio : float
+        Of `Collapse`, measured at the end; 1 where the base alone is kept.
     """
 
     step: list = field(default_factory=list)
@@ -102,6 +113,46 @@ class History:
     validation: list = field(default_factory=list)
     base: float = float("nan")
     best_step: int = 0
+    spread_ratio: float = 1.0
+    neighbour_ratio: float = 1.0
+
+
+def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None = None, *, base: str = "gaussian",
+                 standard_prior: bool = False, options: TrainingOptions = TrainingOptions(),
+                 checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Denoiser, History]:
+    """Fit a conditional model to joint samples: the base first, then the network under it.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r); any scale.
+    y : Tensor
+        Noise-free observations, shape (n, k), or measurements where `noise` is None; any units.
+    noise : GaussianNoise, CallableNoise or None
+        Noise model; None where `y` already holds noise.
+    base : {"gaussian", "plain"}
+        Joint Gaussian of latents and measurements, or mere standardisation.
+    standard_prior : bool
+        Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
+    options, checkpoint, progress
+        As for `train`.
+
+    Returns
+    -------
+    Denoiser, History
+        As from `train`.
+
+    Raises
+    ------
+    InputError, ModelFileError
+        As `fit_base`, `plain_base` and `train` do; InputError if `base` is unknown.
+    """
+    if base not in ("gaussian", "plain"):
+        raise InputError(f"The base is 'gaussian' or 'plain', not {base!r}.")
+    _check_finite(z, y)
+    covariance = y.new_zeros(y.shape[-1], y.shape[-1]) if noise is None else noise.covariance(y)
+    fitted = fit_base(z, y, covariance, standard_prior) if base == "gaussian" else plain_base(z, y, covariance)
+    return train(z, y, noise, fitted, options, checkpoint=checkpoint, progress=progress)
 
 
 def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, base: GaussianBase,
@@ -111,7 +162,8 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
 
     Every batch draws fresh measurement noise, so a training pair cannot be recognised by its measurement. The
     weights with the best loss on held-out pairs are kept, and the network as a whole is kept only where it beats
-    the base there by more than two standard errors.
+    the base there by more than two standard errors. At the end the spectrum is measured from which samplers place
+    their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells.
 
     Parameters
     ----------
@@ -133,7 +185,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     Returns
     -------
     Denoiser
-        On the CPU: base in double, network in single precision, in evaluation mode.
+        On the CPU: base in double, network in single precision, in evaluation mode; with its spectrum.
     History
         The training curve.
 
@@ -148,10 +200,14 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or (base.r, base.k) != (z.shape[1], y.shape[1]):
         raise InputError(f"Latents {tuple(z.shape)} and observations {tuple(y.shape)} do not fit the base "
                          f"(r = {base.r}, k = {base.k}).")
-    if not torch.isfinite(z).all() or not torch.isfinite(y).all():
-        raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
+    _check_finite(z, y)
     with _threads(options.threads):
         return _Loop(z, y, noise, base, options, checkpoint).run(progress)
+
+
+def _check_finite(z: Tensor, y: Tensor) -> None:
+    if not torch.isfinite(z).all() or not torch.isfinite(y).all():
+        raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
 
 
 class _Loop:
@@ -167,6 +223,7 @@ class _Loop:
         # Pairs stay in double precision until they are centred; the network works in single precision.
         move = {"device": self.device, "dtype": torch.float64}
         self.z, self.y = z[order[held_out:]].to(**move), y[order[held_out:]].to(**move)
+        self.held_out = z[order[:held_out]].to(**move), y[order[:held_out]].to(**move)
         self.base = base.to(**move)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         with torch.random.fork_rng(devices=[]):
@@ -178,8 +235,7 @@ class _Loop:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
         self.step, self.stale = 0, 0
         validation_generator = torch.Generator(self.device).manual_seed(options.seed + 1)
-        repeat = order[:held_out].repeat(_VALIDATION_DRAWS)
-        self.validation = self._draw(z[repeat].to(**move), y[repeat].to(**move), validation_generator)
+        self.validation = self._draw(*(x.repeat(_VALIDATION_DRAWS, 1) for x in self.held_out), validation_generator)
         zero = torch.zeros_like(self.validation[0])
         self.base_losses = self._pair_losses(zero)
         self.best_losses, self.best = self.base_losses, None
@@ -198,13 +254,16 @@ class _Loop:
         """One draw of measurement noise, noise level and diffusion noise: network inputs and target."""
         def normal(*shape):
             return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
-        if self.noise is not None:
-            y = self.noise.sample(y, generator)
+        y = self._measure(y, generator)
         w, features = self.base.whiten(z, y).float(), self.base.features(y).float()
         angle = torch.arctan(torch.exp(self.options.log_sigma_mean + self.options.log_sigma_std * normal(len(z), 1)))
         white = normal(*w.shape)
         cosine, sine = torch.cos(angle), torch.sin(angle)
         return cosine * w + sine * white, angle, features, sine * w - cosine * white
+
+    def _measure(self, y, generator):
+        """Measurements (n, k) for observations (n, k), with fresh noise where its model is known."""
+        return y if self.noise is None else self.noise.sample(y, generator)
 
     def _pair_losses(self, output: Tensor) -> Tensor:
         """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
@@ -216,7 +275,7 @@ class _Loop:
             parts = zip(*(x.split(8192) for x in self.validation[:3]))
             return self._pair_losses(torch.cat([self.average(*part) for part in parts]))
 
-    def _train_step(self) -> float:
+    def _train_step(self) -> Tensor:
         index = torch.randint(len(self.z), (self.options.batch,), generator=self.generator, device=self.device)
         v, angle, features, target = self._draw(self.z[index], self.y[index], self.generator)
         self.network.train()
@@ -260,14 +319,31 @@ class _Loop:
     def _result(self) -> tuple[Denoiser, History]:
         gain = self.base_losses - self.best_losses
         threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
-        network = None
-        if self.best is not None and float(gain.mean()) > threshold:
-            network = ResidualMLP(**self.network.config)
-            network.load_state_dict({name: x.cpu() for name, x in self.best.items()})
-            network.eval().requires_grad_(False)
-        else:
+        if self.best is None or not float(gain.mean()) > threshold:
             self.history.best_step = 0
-        return Denoiser(self.base.to("cpu"), network), self.history
+            return Denoiser(self.base.to("cpu"), None), self.history
+        network = ResidualMLP(**self.network.config).to(self.device)
+        network.load_state_dict(self.best)
+        denoiser = Denoiser(self.base, network.eval().requires_grad_(False))
+        generator = torch.Generator(self.device).manual_seed(self.options.seed + 2)
+        z, y = self.held_out[0], self._measure(self.held_out[1], generator)
+        denoiser.spectrum = self._spectrum(denoiser, z, y, generator)
+        collapse = measure_collapse(denoiser, (self.z, self._measure(self.y, generator)), (z, y), self.options.seed)
+        collapse.warn()
+        self.history.spread_ratio, self.history.neighbour_ratio = collapse.spread_ratio, collapse.neighbour_ratio
+        return denoiser.to("cpu"), self.history
+
+    def _spectrum(self, denoiser: Denoiser, z: Tensor, y: Tensor, generator: torch.Generator) -> Spectrum:
+        """Spectrum of the posterior in base coordinates, from the network's mean square over held-out pairs."""
+        w, features = self.base.whiten(z, y)[:_SPECTRUM_PAIRS], denoiser.features(y[:_SPECTRUM_PAIRS])
+        angles = (torch.arange(_SPECTRUM_ANGLES, dtype=torch.float64) + 0.5) / _SPECTRUM_ANGLES * math.pi / 2
+        speeds = []
+        with torch.no_grad():
+            for angle in angles.tolist():
+                white = torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype)
+                v = math.cos(angle) * w + math.sin(angle) * white
+                speeds.append(denoiser.residual(v, v.new_full((len(v), 1), angle), features).square().mean())
+        return fit_spectrum(angles, torch.stack(speeds))
 
     def _parts(self) -> dict:
         """The objects whose `state_dict` makes up the state of the run."""
