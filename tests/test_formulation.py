@@ -44,8 +44,8 @@ def test_noise_carries_almost_all_of_the_terminal_law(formulation):
 def test_score_and_loss_weight_belong_together(formulation):
     # For one data point the score is -eps / s, and s^2 times its square has mean 1.
     g = torch.Generator().manual_seed(0)
-    t, eps = torch.rand(2000, 1, generator=g, dtype=torch.float64), torch.randn(2000, 1, generator=g, dtype=torch.float64)
-    t = t.clamp(min=0.01)
+    t = torch.rand(2000, 1, generator=g, dtype=torch.float64).clamp(min=0.01)
+    eps = torch.randn(2000, 1, generator=g, dtype=torch.float64)
     xi = 2 * formulation.a(t) + formulation.s(t) * eps
     score = formulation.score(xi, torch.full_like(xi, 2.0), t)
     torch.testing.assert_close(score * formulation.s(t), -eps)

@@ -1,4 +1,4 @@
-"""Samplers against known posteriors: moments to Monte Carlo error, and broken samplers that must fail."""
+"""Samplers against known posteriors: moments to Monte Carlo error, orders, and broken samplers that must fail."""
 
 import numpy as np
 import pytest
@@ -7,68 +7,45 @@ from scipy.stats import norm
 
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import (
-    Denoiser, linear_base, sample_latents, sampling, variance_exploding, variance_preserving,
+    METHODS, Denoiser, Spectrum, churn, constant_moment, evaluations, linear_base, sample_latents, straight_line,
+    sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError
+from truths import GaussianTruth, MixtureTruth, flat_base, gaussian_target, spectrum_of
 
-FORMULATIONS = [variance_exploding(), variance_preserving()]
-N = 4000
-
-
-def _base(r, k):
-    """A base that says little: standard normal latents and measurements without influence."""
-    return linear_base(torch.zeros(k, r, dtype=torch.float64), torch.eye(k, dtype=torch.float64))
-
-
-class GaussianTruth:
-    """The exact N for w_0 ~ N(mean, covariance), from conditioning the joint Gaussian of w_0, noise and v."""
-
-    def __init__(self, mean, covariance):
-        self.mean, self.values, self.axes = mean, *torch.linalg.eigh(covariance)
-
-    def __call__(self, v, angle, features):
-        c, s = torch.cos(angle), torch.sin(angle)
-        white = (v - c * self.mean) @ self.axes / (c**2 * self.values + s**2)
-        signal = self.mean + (c * self.values * white) @ self.axes.T
-        return s * signal - c * s * white @ self.axes.T
+FORMULATIONS = [variance_exploding(), variance_exploding(0.01, 15.0, "linear"), variance_preserving(),
+                variance_preserving(schedule="cosine"), sub_variance_preserving(), straight_line(),
+                constant_moment(0.5)]
+N = 2000
+MEAN, COVARIANCE = gaussian_target()
+TRUTH = GaussianTruth(MEAN, COVARIANCE)
+EVERY = [(coordinates, method) for coordinates in METHODS for method in METHODS[coordinates]]
+RANDOM = [pair for pair in EVERY if not METHODS[pair[0]][pair[1]].deterministic]
 
 
-class MixtureTruth:
-    """The exact N for a mixture of two normals in one dimension."""
-
-    weights, means, stds = torch.tensor([0.3, 0.7]), torch.tensor([-2.0, 1.5]), torch.tensor([0.3, 0.5])
-
-    def __call__(self, v, angle, features):
-        c, s = torch.cos(angle), torch.sin(angle)
-        variance = c**2 * self.stds**2 + s**2
-        error = v - c * self.means
-        share = torch.softmax(torch.log(self.weights) - error**2 / (2 * variance) - torch.log(variance) / 2, dim=1)
-        signal = self.means + c * self.stds**2 * error / variance
-        return (share * (s * signal - c * s * error / variance)).sum(1, keepdim=True)
+def _rising(t):
+    return 1 + t
 
 
-def _target(r=5):
-    g = np.random.default_rng(3)
-    root = g.standard_normal((r, r)) * np.linspace(0.15, 1.0, r)
-    return g.standard_normal(r), root @ root.T + 0.01 * np.eye(r)
-
-
-def _sample(network, r, formulation, alpha, steps, n=N):
-    denoiser = Denoiser(_base(r, 2), network)
+def _sample(network, r, n=N, spectrum=None, seed=0, **settings):
+    generator = torch.Generator().manual_seed(seed)
     y = torch.zeros(n, 2, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    return sample_latents(denoiser, y, formulation, generator=generator, alpha=alpha, steps=steps).numpy()
+    return sample_latents(Denoiser(flat_base(r), network, spectrum), y, generator=generator, **settings).numpy()
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS, ids=lambda f: f.name)
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
+def _p_value(network=TRUTH, **settings):
+    return min(moment_p_values(_sample(network, 5, **settings), MEAN, COVARIANCE))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0, _rising, churn(variance_exploding(), 40.0)],
+                         ids=lambda a: "function" if callable(a) else a)
+@pytest.mark.parametrize("formulation", [None, *FORMULATIONS], ids=lambda f: f.name if f else "spectrum")
 def test_one_step_is_exact_where_the_base_is_the_truth(formulation, alpha):
     g = torch.Generator().manual_seed(0)
     operator = torch.randn(3, 6, generator=g, dtype=torch.float64)
     y = torch.randn(3, generator=g, dtype=torch.float64)
     base = linear_base(operator, 0.01 * torch.eye(3, dtype=torch.float64))
-    precision = np.eye(6) + 100 * operator.T.numpy() @ operator.numpy()
-    covariance = np.linalg.inv(precision)
+    covariance = np.linalg.inv(np.eye(6) + 100 * operator.T.numpy() @ operator.numpy())
     mean = covariance @ (100 * operator.T @ y).numpy()
     z = sample_latents(Denoiser(base, None), y.expand(N, 3), formulation, generator=g, alpha=alpha, steps=1)
     assert min(moment_p_values(z.numpy(), mean, covariance)) > 1e-4
@@ -76,80 +53,166 @@ def test_one_step_is_exact_where_the_base_is_the_truth(formulation, alpha):
 
 @pytest.mark.parametrize("formulation", FORMULATIONS, ids=lambda f: f.name)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0, 2.0])
-def test_gaussian_posterior_that_the_base_misses(formulation, alpha):
-    mean, covariance = _target()
-    network = GaussianTruth(torch.tensor(mean), torch.tensor(covariance))
-    assert min(moment_p_values(_sample(network, 5, formulation, alpha, 250), mean, covariance)) > 1e-4
+def test_every_formulation_and_alpha_in_both_coordinates(formulation, alpha):
+    for coordinates in METHODS:
+        # Equal steps of a linear noise level leave few for the small levels, where the posterior is.
+        steps = 500 if formulation.name == "VE-linear" else 150
+        settings = {"method": "heun", "alpha": alpha, "steps": steps, "coordinates": coordinates}
+        assert _p_value(formulation=formulation, **settings) > 1e-4, coordinates
 
 
-@pytest.mark.parametrize("formulation", FORMULATIONS, ids=lambda f: f.name)
+@pytest.mark.parametrize("coordinates, method", EVERY)
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_every_method(coordinates, method, alpha):
+    scheme = METHODS[coordinates][method]
+    if scheme.deterministic and alpha:
+        with pytest.raises(InputError, match="alpha = 0"):
+            _p_value(method=method, coordinates=coordinates, alpha=alpha)
+        return
+    settings = {"formulation": straight_line(), "method": method, "coordinates": coordinates, "alpha": alpha}
+    steps = 600 if scheme.order == 1 else 150
+    assert _p_value(steps=steps, **settings) > 1e-4
+
+    def broken(v, angle, features):
+        # 1.2 q = -v + cot N' with q = -v + cot N: the score scaled by a fifth.
+        return 1.2 * TRUTH(v, angle, features) - 0.2 * torch.tan(angle) * v
+    tame = {**settings, "formulation": variance_exploding(0.01, 20.0)}
+    assert _p_value(broken, steps=steps, **tame) < 1e-4
+
+
+@pytest.mark.parametrize("coordinates, method", RANDOM)
+def test_missing_noise_fails(coordinates, method, monkeypatch):
+    true_normal, calls = torch.randn, []
+
+    def silent(*size, **options):
+        calls.append(1)
+        return true_normal(*size, **options) if len(calls) == 1 else torch.zeros(*size, dtype=options["dtype"])
+    monkeypatch.setattr(torch, "randn", silent)
+    assert _p_value(formulation=straight_line(), method=method, coordinates=coordinates, alpha=1.0, steps=250) < 1e-4
+    assert len(calls) > 100
+
+
+@pytest.mark.parametrize("formulation", [None, variance_exploding(), variance_preserving()],
+                         ids=lambda f: f.name if f else "spectrum")
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_bimodal_posterior(formulation, alpha):
-    z = _sample(MixtureTruth(), 1, formulation, alpha, 100)[:, 0]
-    truth = MixtureTruth
-    share = (z > -0.5).mean()
-    assert abs(share - 0.7) < 4 * np.sqrt(0.7 * 0.3 / N)
+    truth = MixtureTruth()
+    z = _sample(truth, 1, formulation=formulation, alpha=alpha, steps=100)[:, 0]
+    assert abs((z > -0.5).mean() - 0.7) < 4 * np.sqrt(0.7 * 0.3 / N)
     grid = np.linspace(-3.5, 3.5, 200)
     cdf = sum(float(w) * norm.cdf(grid, float(m), float(s)) for w, m, s in zip(truth.weights, truth.means, truth.stds))
     # Kolmogorov-Smirnov distance at level 1e-4.
     assert np.abs((z[:, None] <= grid).mean(0) - cdf).max() < 2.23 / np.sqrt(N)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-def test_score_scaled_by_a_fifth_fails(alpha):
-    mean, covariance = _target()
-    truth = GaussianTruth(torch.tensor(mean), torch.tensor(covariance))
-
-    def broken(v, angle, features):
-        # 1.2 q = -v + cot N' with q = -v + cot N.
-        return 1.2 * truth(v, angle, features) - 0.2 * torch.tan(angle) * v
-    assert min(moment_p_values(_sample(broken, 5, variance_exploding(0.01, 20.0), alpha, 200), mean, covariance)) < 1e-4
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0])
-def test_missing_noise_fails(alpha, monkeypatch):
-    mean, covariance = _target()
-    true_normal = sampling._normal
-    calls = []
-
-    def silent(like, generator):
-        calls.append(1)
-        return true_normal(like, generator) if len(calls) == 1 else torch.zeros_like(like)
-    monkeypatch.setattr(sampling, "_normal", silent)
-    network = GaussianTruth(torch.tensor(mean), torch.tensor(covariance))
-    assert min(moment_p_values(_sample(network, 5, variance_preserving(), alpha, 100), mean, covariance)) < 1e-4
+@pytest.mark.parametrize("coordinates, method",
+                         [pair for pair in EVERY if pair[1] not in ("adaptive", "predictor_corrector")])
+def test_error_of_the_flow_falls_with_the_order_of_the_method(coordinates, method):
+    settings = {"formulation": variance_preserving(schedule="cosine"), "coordinates": coordinates, "n": 10}
+    # The last step from a small noise level to none is the same for all plain methods.
+    fine = _sample(TRUTH, 5, method="heun", steps=1500, **settings)
+    errors = [np.abs(_sample(TRUTH, 5, method=method, steps=steps, **settings) - fine).max() for steps in (120, 240)]
+    assert np.log2(errors[0] / errors[1]) > METHODS[coordinates][method].order - 0.25
 
 
-def test_error_falls_with_the_square_of_the_step():
-    mean, covariance = _target()
-    network = GaussianTruth(torch.tensor(mean), torch.tensor(covariance))
-    fine, *coarse = [_sample(network, 5, variance_exploding(), 0.0, steps, n=100) for steps in (1600, 50, 100)]
-    errors = [np.abs(z - fine).max() for z in coarse]
-    assert np.log2(errors[0] / errors[1]) > 1.8
+@pytest.mark.parametrize("alpha", [1.0, _rising])
+def test_stochastic_heun_beats_euler_maruyama(alpha):
+    # In plain coordinates; errors of the standard deviation, with the Monte Carlo error of 20,000 samples below both.
+    errors, truth = {}, GaussianTruth(np.zeros(1), np.array([[0.04]]))
+    spectrum = Spectrum(torch.tensor([0.04]), torch.ones(1))
+    for method in ("euler", "heun"):
+        z = _sample(truth, 1, n=20000, spectrum=spectrum, alpha=alpha, method=method,
+                    formulation=variance_preserving(), coordinates="plain", nodes="spectrum", steps=20)
+        errors[method] = abs(z.std() / 0.2 - 1)
+    assert errors["heun"] < 0.4 * errors["euler"]
 
 
-def test_same_seed_same_samples():
-    mean, covariance = _target()
-    denoiser = Denoiser(_base(5, 2), GaussianTruth(torch.tensor(mean), torch.tensor(covariance)))
-    y = torch.zeros(10, 2, dtype=torch.float64)
+@pytest.mark.parametrize("coordinates", METHODS)
+def test_adaptive_is_the_limit_of_fixed_steps(coordinates):
+    settings = {"formulation": variance_preserving(schedule="cosine"), "coordinates": coordinates, "n": 10}
+    fine = _sample(TRUTH, 5, method="heun", steps=1000, **settings)
+    assert np.abs(_sample(TRUTH, 5, method="adaptive", **settings) - fine).max() < 1e-3
 
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return sample_latents(denoiser, y, variance_preserving(), alpha=1.0, generator=generator)
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+
+@pytest.mark.parametrize("stds", [(0.02, 0.02), (0.1, 0.2), (1.4, 0.1)], ids=str)
+def test_eight_evaluations_at_nodes_from_the_spectrum(stds):
+    truth = MixtureTruth((0.4, 0.6), (-1.0, 0.8), stds).standardised()
+    denoiser = Denoiser(flat_base(1), truth, spectrum_of(truth, truth.draw(4000, 1)))
+    n = 5000
+    y = torch.zeros(n, 2, dtype=torch.float64)
+
+    def quantiles(**settings):
+        z = sample_latents(denoiser, y, generator=torch.Generator().manual_seed(0), **settings)[:, 0]
+        return z.sort().values
+    exact = quantiles(method="heun", steps=300)
+    error = {name: float((quantiles(**settings) - exact).abs().mean()) for name, settings in {
+        "spectrum": {"method": "multistep", "steps": 8},
+        "even": {"method": "multistep", "steps": 8, "formulation": variance_preserving(schedule="cosine")},
+        "Euler-Maruyama": {"method": "euler", "alpha": 1.0, "coordinates": "plain", "steps": 50,
+                           "formulation": variance_preserving()}}.items()}
+    # Wasserstein distances; 1 / sqrt(n) is about that between two exact sets.
+    assert error["spectrum"] < 1.5 / np.sqrt(n)
+    assert error["spectrum"] < 0.7 * error["even"] and error["spectrum"] < error["Euler-Maruyama"]
+
+
+def test_churn_raises_the_noise_level_as_edm_does():
+    formulation, steps, strength = variance_exploding(0.01, 100.0), 2000, 5.0
+    alpha = churn(formulation, strength, sigma_min=0.1, sigma_max=10.0)
+    t = torch.tensor([0.3, 0.5, 0.7, 0.1, 0.9], dtype=torch.float64)
+    # The family adds the variance alpha d(sigma^2) in a step, the churn 2 gamma sigma^2 to first order.
+    added = alpha(t) * formulation.g(t) / steps / (2 * formulation.sigma(t)**2)
+    expected = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64) * strength / steps
+    torch.testing.assert_close(added, expected)
+    assert _p_value(formulation=formulation, alpha=churn(formulation, 10.0), steps=250) > 1e-4
+    assert _p_value(formulation=straight_line(), alpha=churn(straight_line(), 2.0, 0.05, 50.0), steps=250) > 1e-4
+
+
+@pytest.mark.parametrize("coordinates, method", EVERY)
+def test_seed_reproduces_and_memory_does_not_matter(coordinates, method):
+    alpha = 0.0 if METHODS[coordinates][method].deterministic else 1.0
+    settings = {"n": 10, "method": method, "coordinates": coordinates, "alpha": alpha, "steps": 5}
+    first = _sample(TRUTH, 5, **settings)
+    np.testing.assert_array_equal(first, _sample(TRUTH, 5, **settings))
+    np.testing.assert_allclose(first, _sample(TRUTH, 5, memory=3000, **settings), atol=1e-12)
+    assert np.abs(first - _sample(TRUTH, 5, seed=1, **settings)).max() > 1e-3
+
+
+@pytest.mark.parametrize("coordinates, method", EVERY)
+def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates, method):
+    calls, seen = [], []
+
+    def counted(v, angle, features):
+        calls.append(float(angle[0]))
+        return TRUTH(v, angle, features)
+    _sample(counted, 5, n=4, method=method, coordinates=coordinates, steps=6,
+            callback=lambda step, sigma, z: seen.append((step, sigma, z.shape)))
+    steps, sigmas, shapes = zip(*seen)
+    assert sigmas[-1] == 0.0 and set(shapes) == {(4, 5)} and list(sigmas) == sorted(sigmas, reverse=True)
+    if method == "adaptive":
+        with pytest.raises(InputError, match="chooses its own"):
+            evaluations(method, 6, coordinates)
+    else:
+        assert len(calls) == evaluations(method, 6, coordinates)
+        assert list(steps) == list(range(1, len(steps) + 1)) and len(steps) >= 6
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"alpha": -1.0}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
+    ({"alpha": -1.0}, "alpha"), ({"alpha": lambda t: t - 0.5}, r"alpha must be >= 0.*on \[0, 1\]"),
+    ({"alpha": float("nan")}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
+    ({"method": "magic"}, "method in whitened coordinates is one of"), ({"coordinates": "polar"}, "Coordinates"),
+    ({"method": "exponential"}, "method in whitened"), ({"nodes": "even"}, "nodes is"),
 ])
 def test_wrong_settings_are_refused(change, words):
-    denoiser = Denoiser(_base(2, 2), None)
     with pytest.raises(InputError, match=words):
-        sample_latents(denoiser, torch.zeros(3, 2, dtype=torch.float64), variance_preserving(),
-                       generator=torch.Generator(), **change)
+        _sample(None, 2, **change)
+
+
+def test_wrong_churn_is_refused():
+    with pytest.raises(InputError, match="churn"):
+        churn(variance_exploding(), -1.0)
 
 
 @pytest.mark.parametrize("y", [torch.zeros(3, 4), torch.full((3, 2), torch.nan), torch.zeros(2)])
 def test_wrong_measurements_are_refused(y):
     with pytest.raises(InputError, match="finite and of shape"):
-        sample_latents(Denoiser(_base(2, 2), None), y, variance_preserving(), generator=torch.Generator())
+        sample_latents(Denoiser(flat_base(2), None), y, variance_preserving(), generator=torch.Generator())

@@ -6,6 +6,7 @@ from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, linear_base, plain_base
+from fem_diffusion.diffusion.likelihood import log_density
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
@@ -15,7 +16,7 @@ from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoi
 __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Formulation", "GaussianBase", "GaussianNoise",
     "History", "METHODS", "ResidualMLP", "Spectrum", "TrainingOptions", "churn", "constant_moment", "evaluations",
-    "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "measure_collapse", "place_angles", "plain_base",
-    "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
+    "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "log_density", "measure_collapse", "place_angles",
+    "plain_base", "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
     "variance_preserving",
 ]

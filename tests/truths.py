@@ -1,0 +1,69 @@
+"""Exact networks for laws that the base misses, shared by the tests of samplers and densities."""
+
+import numpy as np
+import torch
+
+from fem_diffusion.diffusion import linear_base
+
+
+def flat_base(r, k=2):
+    """A base that says little: standard normal latents and measurements without influence."""
+    return linear_base(torch.zeros(k, r, dtype=torch.float64), torch.eye(k, dtype=torch.float64))
+
+
+class GaussianTruth:
+    """The exact N for w_0 ~ N(mean, covariance), from conditioning the joint Gaussian of w_0, noise and v."""
+
+    def __init__(self, mean, covariance):
+        self.mean, (self.values, self.axes) = torch.as_tensor(mean), torch.linalg.eigh(torch.as_tensor(covariance))
+
+    def __call__(self, v, angle, features):
+        c, s = torch.cos(angle), torch.sin(angle)
+        white = (v - c * self.mean) @ self.axes / (c**2 * self.values + s**2)
+        signal = self.mean + (c * self.values * white) @ self.axes.T
+        return s * signal - c * s * white @ self.axes.T
+
+
+class MixtureTruth:
+    """The exact N for a mixture of normals in one dimension."""
+
+    def __init__(self, weights=(0.3, 0.7), means=(-2.0, 1.5), stds=(0.3, 0.5)):
+        self.weights, self.means, self.stds = (torch.tensor(x, dtype=torch.float64) for x in (weights, means, stds))
+
+    def __call__(self, v, angle, features):
+        c, s = torch.cos(angle), torch.sin(angle)
+        variance = c**2 * self.stds**2 + s**2
+        error = v - c * self.means
+        share = torch.softmax(torch.log(self.weights) - error**2 / (2 * variance) - torch.log(variance) / 2, dim=1)
+        signal = self.means + c * self.stds**2 * error / variance
+        return (share * (s * signal - c * s * error / variance)).sum(1, keepdim=True)
+
+    def draw(self, n, seed):
+        """Samples, shape (n, 1)."""
+        generator = torch.Generator().manual_seed(seed)
+        mode = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        white = torch.randn(n, generator=generator, dtype=torch.float64)
+        return (self.means[mode] + self.stds[mode] * white)[:, None]
+
+    def standardised(self):
+        """The same mixture with mean 0 and variance 1, as a base leaves it."""
+        mean = self.weights @ self.means
+        std = (self.weights @ (self.stds**2 + self.means**2) - mean**2).sqrt()
+        return MixtureTruth(self.weights.tolist(), ((self.means - mean) / std).tolist(), (self.stds / std).tolist())
+
+
+def gaussian_target(r=5):
+    """Mean and covariance of a Gaussian that a flat base misses."""
+    g = np.random.default_rng(3)
+    root = g.standard_normal((r, r)) * np.linspace(0.06, 0.4, r)
+    return 0.5 * g.standard_normal(r), root @ root.T + 0.01 * np.eye(r)
+
+
+def spectrum_of(network, w):
+    """Spectrum measured on samples w (n, r) of the posterior in base coordinates."""
+    from fem_diffusion.diffusion import fit_spectrum
+
+    angles = (torch.arange(48, dtype=torch.float64) + 0.5) / 48 * torch.pi / 2
+    white = torch.randn(w.shape, generator=torch.Generator().manual_seed(5), dtype=w.dtype)
+    speeds = [network(torch.cos(a) * w + torch.sin(a) * white, a.expand(len(w), 1), None) for a in angles]
+    return fit_spectrum(angles, torch.stack([speed.square().mean() for speed in speeds]))
