@@ -22,14 +22,18 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo test test-slow lint clean
+.PHONY: help install demo demo-pde test test-slow lint benchmark-formulations benchmark-collapse benchmark-peers clean
 
 help:
 	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
+	@echo "make demo-pde   diffusion models solved as PDEs for the density, forward and back"
 	@echo "make test       flake8 and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-slow  the slow tests"
 	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
 	@echo "make lint       flake8"
+	@echo "make benchmark-formulations [QUICK=1]   formulations, samplers and network evaluations on known posteriors"
+	@echo "make benchmark-collapse                 does long training shrink the posterior?"
+	@echo "make benchmark-peers                    side by side with sbi, in an environment of its own"
 	@echo "make clean      remove what tests, demos and builds left (.venv stays)"
 
 install:
@@ -37,6 +41,9 @@ install:
 
 demo: install
 	$(DEMO)
+
+demo-pde: install
+	$(RUN) demos/diffusion_as_pde/diffusion_as_pde.py
 
 test: lint
 	$(RUN) -m pytest $(TESTS)
@@ -48,6 +55,16 @@ test-slow: install
 lint: install
 	$(RUN) -m flake8
 
+benchmark-formulations: install
+	$(RUN) benchmarks/formulations.py --size $(if $(QUICK),quick,full)
+
+benchmark-collapse: install
+	$(RUN) benchmarks/collapse.py
+
+benchmark-peers:
+	@scripts/install_peers.sh
+	.venv-peers/bin/python benchmarks/peers.py
+
 clean:
-	rm -rf build dist *.egg-info .pytest_cache demos/*/output
-	find . -name __pycache__ -not -path "./.venv/*" -prune -exec rm -rf {} +
+	rm -rf build dist *.egg-info .pytest_cache demos/*/output benchmarks/output
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +

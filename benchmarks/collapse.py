@@ -122,9 +122,11 @@ def main():
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    print("| loop | steps | variance / exact, training | new | spread ratio | neighbour ratio |\n|---|---|---|---|---|---|")
+    print("| loop | steps | variance / exact, training | new | spread ratio | neighbour ratio |")
+    print("|---|---|---|---|---|---|")
+    line = "| {loop} | {steps} | {training:.3f} | {new:.3f} | {spread_ratio:.2f} | {neighbour_ratio:.2f} |"
     for row in rows:
-        print("| {loop} | {steps} | {training:.3f} | {new:.3f} | {spread_ratio:.2f} | {neighbour_ratio:.2f} |".format(**row))
+        print(line.format(**row))
     draw(rows, arguments.output / "collapse.png")
 
 

@@ -1,11 +1,21 @@
-"""Distances between samples and a known posterior, with the Monte Carlo error that is to be expected."""
+"""Distances between sets of samples and scores of samples against a truth, with the error that chance alone gives.
+
+Two-sample distances take the reference first and the samples second. Their scale (bandwidth, regularisation,
+standardisation) comes from the reference alone, so a bad sampler cannot choose the ruler it is measured with.
+"""
+
+import warnings
 
 import numpy as np
+from scipy.spatial.distance import cdist, pdist
 from scipy.stats import chi2
 
 from fem_diffusion.errors import InputError, InstallError
 
-__all__ = ["moment_p_values", "sliced_wasserstein"]
+__all__ = ["c2st", "energy_score", "mmd", "moment_p_values", "sinkhorn", "sliced_wasserstein"]
+
+# Beyond this exponent the scaling factors of Sinkhorn's iteration leave the range of double precision.
+_LARGEST_EXPONENT = 300.0
 
 
 def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> tuple[float, float]:
@@ -44,15 +54,213 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
 
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, projections: int = 500, seed: int = 0) -> float:
-    """Sliced Wasserstein-2 distance between samples (n, r) and (m, r), through POT (Bonneel et al. 2015, eq. 9).
+    """Sliced Wasserstein-2 distance between samples, through POT (Bonneel et al. 2015, eq. 9).
+
+    Parameters
+    ----------
+    a, b : numpy.ndarray
+        Shapes (n, r) and (m, r).
+    projections : int
+        Number of random directions.
+    seed : int
+        Of the directions.
+
+    Returns
+    -------
+    float
 
     Raises
     ------
+    InputError
+        If the samples do not fit together or are not finite.
     InstallError
         If POT is not installed.
     """
+    a, b = _pair(a, b)
+    return float(_ot().sliced_wasserstein_distance(a, b, n_projections=projections, seed=seed))
+
+
+def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: float = 0.1,
+             iterations: int = 500, tolerance: float = 1e-4) -> float:
+    """Square root of the debiased Sinkhorn divergence for the squared Euclidean cost, through POT.
+
+    The divergence is W(a, b) - W(a, a) / 2 - W(b, b) / 2 with W the transport cost of the plan that entropy
+    regularises (Genevay et al. 2018, eq. 3); it vanishes for equal samples and its root tends to the
+    Wasserstein-2 distance as the regularisation falls.
+
+    Parameters
+    ----------
+    reference, samples : numpy.ndarray
+        Shapes (n, r) and (m, r).
+    regularisation : float
+        Weight of the entropy in units of the reference's median squared distance, so that it means the same on every
+        scale. It is raised to 1/300 of the largest squared distance where it is less: samples far from the reference.
+    iterations : int
+        Largest number of Sinkhorn iterations of each of the three problems.
+    tolerance : float
+        Stop where the plan misses its marginals by less than this.
+
+    Returns
+    -------
+    float
+        In units of the samples.
+
+    Raises
+    ------
+    InputError
+        If the samples do not fit together, are not finite, or the reference is a single point.
+    InstallError
+        If POT is not installed.
+    """
+    reference, samples = _pair(reference, samples)
+    solve = _ot().sinkhorn
+    costs = [cdist(x, y, "sqeuclidean") for x, y in ((reference, samples), (reference, reference), (samples, samples))]
+    epsilon = max(regularisation * _median_square(reference), max(map(np.max, costs)) / _LARGEST_EXPONENT)
+
+    def transport(cost):
+        n, m = cost.shape
+        # warn=False: a plan that stops at the largest number of iterations is off by far less than sampling noise.
+        plan = solve(np.full(n, 1 / n), np.full(m, 1 / m), cost, epsilon, numItermax=iterations, stopThr=tolerance,
+                     warn=False)
+        return (plan * cost).sum()
+    between, first, second = map(transport, costs)
+    return float(np.sqrt(max(between - (first + second) / 2, 0.0)))
+
+
+def mmd(reference: np.ndarray, samples: np.ndarray) -> float:
+    """Maximum mean discrepancy with a Gaussian kernel, the root of the biased estimate (Gretton et al. 2012, eq. 5).
+
+    The kernel is exp(-|x - y|² / (2 h²)) with h the median distance within the reference. For two sets of one law the
+    square has the expectation (1/n + 1/m) (1 - E k(x, x')), the floor that chance alone gives.
+
+    Parameters
+    ----------
+    reference, samples : numpy.ndarray
+        Shapes (n, r) and (m, r).
+
+    Returns
+    -------
+    float
+        Between 0 and sqrt(2).
+
+    Raises
+    ------
+    InputError
+        If the samples do not fit together, are not finite, or the reference is a single point.
+    """
+    reference, samples = _pair(reference, samples)
+    width = 2 * _median_square(reference)
+
+    def kernel_mean(x, y):
+        return np.exp(-cdist(x, y, "sqeuclidean") / width).mean()
+    square = kernel_mean(reference, reference) + kernel_mean(samples, samples) - 2 * kernel_mean(reference, samples)
+    return float(np.sqrt(max(square, 0.0)))
+
+
+def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: int = 1) -> float:
+    """Classifier two-sample test as sbibm defines it (Lueckmann et al. 2021; Lopez-Paz and Oquab 2017).
+
+    Held-out accuracy of a two-layer perceptron (10 r units each, relu, Adam) that tells the two sets apart, both
+    standardised by the reference: 0.5 for one law, 1 for laws that do not overlap.
+
+    Parameters
+    ----------
+    reference, samples : numpy.ndarray
+        Shapes (n, r) and (m, r); of equal size for 0.5 to be the value of chance.
+    folds : int
+        Of the cross-validation.
+    seed : int
+        Of the folds and of the perceptron.
+
+    Returns
+    -------
+    float
+        Mean accuracy over the folds.
+
+    Raises
+    ------
+    InputError
+        If the samples do not fit together, are not finite, or are fewer than the folds.
+    InstallError
+        If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.model_selection import KFold, cross_val_score
+        from sklearn.neural_network import MLPClassifier
+    except ImportError as error:
+        raise InstallError("C2ST needs scikit-learn: pip install 'fem_diffusion[diagnostics]'.") from error
+    reference, samples = _pair(reference, samples)
+    if min(len(reference), len(samples)) < max(folds, 2):
+        raise InputError(f"C2ST in {folds} folds needs at least as many samples of each kind; draw more.")
+    scale = reference.std(axis=0, ddof=1)
+    if not (scale > 0).all():
+        raise InputError("C2ST standardises by the reference, which is constant in one coordinate; leave that out.")
+    data = (np.concatenate([reference, samples]) - reference.mean(axis=0)) / scale
+    label = np.repeat([0, 1], [len(reference), len(samples)])
+    width = 10 * data.shape[1]
+    classifier = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=10000, random_state=seed)
+    with warnings.catch_warnings():
+        # A classifier that stops early is a weaker test, not a wrong one.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        scores = cross_val_score(classifier, data, label, cv=KFold(folds, shuffle=True, random_state=seed),
+                                 scoring="accuracy")
+    return float(scores.mean())
+
+
+def energy_score(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Energy score of an ensemble for each truth, E|x - z| - E|x - x'| / 2 (Gneiting and Raftery 2007, eq. 21).
+
+    It is proper: its mean over many pairs is least for the true conditional law. The estimate is unbiased in the
+    number of draws.
+
+    Parameters
+    ----------
+    draws : numpy.ndarray
+        n independent draws for each of m truths, shape (m, n, r), n >= 2.
+    truth : numpy.ndarray
+        Shape (m, r).
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (m,), in units of the latents.
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree.
+    """
+    draws, truth = np.asarray(draws, dtype=float), np.asarray(truth, dtype=float)
+    if draws.ndim != 3 or truth.shape != (draws.shape[0], draws.shape[2]) or draws.shape[1] < 2:
+        raise InputError(f"Draws (m, n, r) with n >= 2 and truths (m, r) are needed, not {draws.shape} and "
+                         f"{truth.shape}.")
+    distance = np.linalg.norm(draws - truth[:, None], axis=2).mean(axis=1)
+    return distance - np.array([pdist(ensemble).mean() for ensemble in draws]) / 2
+
+
+def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both sample sets as finite arrays (n, r) and (m, r)."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+        raise InputError(f"Two sets of samples (n, r) and (m, r) are needed, not {a.shape} and {b.shape}.")
+    if not np.isfinite(a).all() or not np.isfinite(b).all():
+        raise InputError("The samples hold values that are not finite; leave those out or mend the sampler.")
+    return a, b
+
+
+def _median_square(reference: np.ndarray) -> float:
+    """Median squared distance between the points of a set (n, r)."""
+    value = float(np.median(pdist(reference, "sqeuclidean"))) if len(reference) > 1 else 0.0
+    if not value > 0:
+        raise InputError("The reference samples have no spread, so the distance has no scale; draw more of them.")
+    return value
+
+
+def _ot():
+    """The POT package."""
     try:
         import ot
     except ImportError as error:
         raise InstallError("This distance needs POT: pip install 'fem_diffusion[diagnostics]'.") from error
-    return float(ot.sliced_wasserstein_distance(np.asarray(a), np.asarray(b), n_projections=projections, seed=seed))
+    return ot

@@ -1,0 +1,323 @@
+"""The comparison protocol: formulations times samplers times numbers of network evaluations, resumable.
+
+A training makes one denoiser; a combination is one way to sample it. Every finished combination is one line of a CSV
+file, on the disk before the next one starts, and every training keeps its checkpoint. So a crash loses the combination
+in work, and the same call goes on where it stopped. `compare` runs the protocol on joint samples of your own;
+benchmarks with exact conditionals call `run_protocol` with scores of their own.
+
+All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
+converge to the same samples, so their errors can be compared to far below the noise of a set of samples.
+"""
+
+import copy
+import csv
+import hashlib
+import io
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fem_diffusion.diagnostics.calibration import calibrate
+from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, Combination, Sampler, combine
+from fem_diffusion.diagnostics.report import summarise, write_csv, write_markdown
+from fem_diffusion.diffusion import (
+    Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
+    variance_exploding, variance_preserving,
+)
+from fem_diffusion.errors import DataError, InputError, SolveError
+
+__all__ = ["Training", "compare", "run_protocol"]
+
+_LARGEST = 1e100   # beyond it squared distances overflow
+
+
+@dataclass(frozen=True)
+class Training:
+    """One denoiser and all the ways to sample it.
+
+    Parameters
+    ----------
+    problem, base : str
+        For tables and files; together with `seed` they name the training.
+    seed : int
+        Of the training and of its samples.
+    fit : Callable[[Path], Denoiser]
+        Trains, given the path of a checkpoint.
+    measurements : Tensor
+        Rows to draw one sample for, shape (B, k).
+    score : Callable[[numpy.ndarray, Combination], dict]
+        Maps the samples (B, r), which may not be finite, to numbers; the same names for every combination.
+    combinations : tuple of Combination
+        What to run.
+    """
+
+    problem: str
+    base: str
+    seed: int
+    fit: Callable[[Path], Denoiser]
+    measurements: Tensor
+    score: Callable[[np.ndarray, Combination], dict]
+    combinations: tuple[Combination, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.problem}-{self.base}-{self.seed}"
+
+
+def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, settings: dict, *,
+                 progress: bool = True) -> list[dict]:
+    """Run every combination of every training that `folder` does not hold yet.
+
+    Parameters
+    ----------
+    trainings : iterable of Training
+        With names of their own.
+    folder : path
+        Where rows (rows/*.csv) and checkpoints (models/*.pt) are kept; made where it does not exist.
+    settings : dict
+        What the rows depend on besides their names, in JSON types; a folder made under other settings is refused.
+        Combinations and seeds may be added later.
+    progress : bool
+        Show a progress bar in units of network evaluations, with what runs and the time that is left.
+
+    Returns
+    -------
+    list of dict
+        All rows of these trainings, values as text.
+
+    Raises
+    ------
+    InputError
+        If the folder belongs to other settings, or two trainings share a name.
+    DataError
+        If a file of rows is not one of this protocol.
+    """
+    trainings, folder = list(trainings), Path(folder)
+    if len({training.name for training in trainings}) < len(trainings):
+        raise InputError("Two trainings share problem, base and seed; give each its own.")
+    for part in ("rows", "models"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    _claim(folder / "settings.json", settings)
+    rows = []
+    # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
+    with tqdm(total=sum(_work(c) for t in trainings for c in t.combinations), unit="eval", disable=not progress,
+              smoothing=0.02) as bar:
+        for training in trainings:
+            rows += _run_training(training, folder, bar)
+    return rows
+
+
+def _work(combination: Combination) -> int:
+    return 40 + combination.budget
+
+
+def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
+    path = folder / "rows" / f"{training.name}.csv"
+    rows = {(row["formulation"], row["sampler"], row["budget"]): row for row in _read(path)}
+    missing = [c for c in training.combinations if c.key not in rows]
+    bar.update(sum(_work(c) for c in training.combinations if c.key in rows))
+    if missing:
+        bar.set_description(f"train {training.name}")
+        denoiser = training.fit(folder / "models" / f"{training.name}.pt")
+    for combination in missing:
+        bar.set_description(f"{training.name}: {' '.join(combination.key)}")
+        rows[combination.key] = _append(path, _row(training, combination, denoiser))
+        bar.update(_work(combination))
+    return [rows[c.key] for c in training.combinations]
+
+
+def _row(training: Training, combination: Combination, denoiser: Denoiser) -> dict:
+    """Sample, score, and put together one line."""
+    sampler = combination.sampler
+    counter = _Counter(denoiser.network)
+    counted = copy.copy(denoiser)
+    counted.network = None if denoiser.network is None else counter
+    # An adaptive method takes its steps as it likes; the number given to it is not used.
+    steps = sampler.steps(combination.budget) or 1
+    # One seed for all combinations of a training, another for each problem: chance must not agree across problems.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{training.problem} {training.seed}".encode()))
+    start = time.perf_counter()
+    try:
+        z = sample_latents(counted, training.measurements, combination.formulation, generator=generator,
+                           method=sampler.method, alpha=sampler.alpha, steps=steps,
+                           coordinates=sampler.coordinates, nodes=sampler.nodes).numpy()
+    except SolveError:
+        z = np.full((len(training.measurements), denoiser.base.r), np.nan)
+    seconds = time.perf_counter() - start
+    cost = counter.rows / len(z)
+    if denoiser.network is None and sampler.method != "adaptive":
+        cost = evaluations(sampler.method, steps, sampler.coordinates)
+    formulation, name, budget = combination.key
+    return {"problem": training.problem, "base": training.base, "formulation": formulation, "sampler": name,
+            "alpha": sampler.alpha, "coordinates": sampler.coordinates, "nodes": sampler.nodes, "budget": budget,
+            "evaluations": round(cost), "seed": training.seed, "seconds": f"{seconds:.4g}",
+            **{key: f"{value:.6g}" for key, value in training.score(z, combination).items()}}
+
+
+class _Counter:
+    """A network that counts the rows it evaluates."""
+
+    def __init__(self, network):
+        self.network, self.rows = network, 0
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, v, angle, features):
+        self.rows += len(v)
+        return self.network(v, angle, features)
+
+
+def _claim(path: Path, settings: dict) -> None:
+    """Write the settings of a new folder, or compare them with those of an old one."""
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != settings:
+            names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+            raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
+                             "folder, or delete it.")
+        return
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1))
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> list[dict]:
+    """Complete rows of a file; a line that a crash cut short is taken off it."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[:text.rfind("\n") + 1]
+    if whole != text:
+        partial = path.with_suffix(".partial")
+        partial.write_text(whole)
+        os.replace(partial, path)
+    rows = list(csv.DictReader(io.StringIO(whole)))
+    if any(None in row or None in row.values() or "budget" not in row for row in rows):
+        raise DataError(f"{path} is not a file of this protocol, or was edited; delete it and run again.")
+    return rows
+
+
+def _append(path: Path, row: dict) -> dict:
+    """Add one row to a file, header first where it is new, and wait until it is on the disk; the row as text."""
+    row = {key: str(value) for key, value in row.items()}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(row), lineterminator="\n")
+    if not path.exists() or not path.stat().st_size:
+        writer.writeheader()
+    writer.writerow(row)
+    with open(path, "a") as file:
+        file.write(text.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    return row
+
+
+def compare(z: Tensor, y: Tensor, folder: str | os.PathLike, *, noise=None, held_out: int = 200, draws: int = 39,
+            formulations: Sequence[Formulation] | None = None, samplers: Sequence[Sampler] = FEW_SAMPLERS,
+            evaluations: Sequence[int] = (4, 8, 16, 32, 128), seeds: Sequence[int] = (0, 1, 2, 3, 4),
+            bases: Sequence[str] = ("gaussian",), options: TrainingOptions = TrainingOptions(),
+            progress: bool = True) -> list[dict]:
+    """Compare formulations and samplers on joint samples of your own, scored on held-out pairs.
+
+    One network is trained for each seed and base. No exact conditional is needed: the energy score (lower is better,
+    proper), the p-value of simulation-based calibration and the coverage of central intervals come from pairs that no
+    training has seen.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free observations, shape (n, k), or measurements where `noise` is None.
+    folder : path
+        For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
+    noise : GaussianNoise, CallableNoise or None
+        Noise model; None where `y` already holds noise.
+    held_out : int
+        Pairs that are kept from training for the scores.
+    draws : int
+        Samples for each of them, at least 2; levels of coverage are exact where draws + 1 is a multiple of 20.
+    formulations : sequence of Formulation, optional
+        Variance exploding, variance preserving and the straight line where left out.
+    samplers : sequence of Sampler
+        Ways to sample; five telling ones of `SAMPLERS` where left out.
+    evaluations : sequence of int
+        Budgets of network evaluations.
+    seeds : sequence of int
+        Of trainings and samples; results over them show reproducibility.
+    bases : sequence of {"gaussian", "plain"}
+        Bases to train on.
+    options : TrainingOptions
+        Of every training; the seed is replaced.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    list of dict
+        Means over seeds and their spread, one for each base, formulation, sampler and budget.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, too few pairs remain for training, or the folder holds results for other data or settings.
+    DataError
+        If a file of rows in the folder is not one of this protocol.
+    """
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or not 2 <= held_out < len(z) or draws < 2:
+        raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out >= 2 and draws >= 2 are needed, not "
+                         f"{tuple(z.shape)}, {tuple(y.shape)}, held_out = {held_out} and draws = {draws}.")
+    z, y = z.double(), y.double()
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    test, rest = order[:held_out], order[held_out:]
+    measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
+    cells = combine(formulations if formulations is not None else
+                    (variance_exploding(), variance_preserving(), straight_line()), samplers, evaluations)
+
+    def training(base: str, seed: int) -> Training:
+        def fit(checkpoint: Path) -> Denoiser:
+            return fit_denoiser(z[rest], y[rest], noise, base=base, options=replace(options, seed=seed),
+                                checkpoint=checkpoint)[0]
+        return Training("data", base, seed, fit, measured.repeat_interleave(draws, dim=0), score, cells)
+
+    def score(samples: np.ndarray, _) -> dict:
+        return _held_out_scores(samples.reshape(held_out, draws, -1), z[test].numpy())
+    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": draws,
+                "options": asdict(replace(options, seed=0))}
+    rows = run_protocol([training(base, seed) for base in bases for seed in seeds], folder, settings, progress=progress)
+    summary = summarise(rows)
+    write_csv(rows, Path(folder) / "results.csv")
+    write_csv(summary, Path(folder) / "summary.csv")
+    write_markdown(rows, Path(folder) / "summary.md", "energy_score")
+    return summary
+
+
+def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict:
+    """Energy score, calibration and coverage of samples (m, n, r) for truths (m, r); infinite scores if not finite."""
+    names = [f"sbc_p_{i + 1}" for i in range(truth.shape[1])]
+    if not (np.abs(samples) < _LARGEST).all():
+        return {"energy_score": np.inf, "coverage_50": np.nan, "coverage_90": np.nan, "sbc_p": 0.0,
+                **dict.fromkeys(names, 0.0)}
+    result = calibrate(samples, truth)
+    return {"energy_score": result.energy_score.mean(), "coverage_50": result.coverage[0.5],
+            "coverage_90": result.coverage[0.9], "sbc_p": result.p_value, **dict(zip(names, result.p_values))}
+
+
+def _digest(*parts: Tensor) -> str:
+    """Fingerprint of tensors."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.numpy()).tobytes())
+    return digest.hexdigest()

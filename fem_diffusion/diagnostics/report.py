@@ -1,0 +1,307 @@
+"""What the rows of the comparison protocol say: means over seeds, steps to convergence, tables and pictures."""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fem_diffusion.errors import InputError
+
+__all__ = ["Convergence", "convergence", "plot_costs", "plot_overview", "summarise", "write_csv", "write_markdown"]
+
+_CELL = ("problem", "base", "formulation", "sampler", "budget")
+_FIXED = _CELL + ("alpha", "coordinates", "nodes", "evaluations", "seed", "seconds")
+# Okabe and Ito's palette, which the colour-blind tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "osD^vP*Xh<>d"
+
+
+def summarise(rows: Sequence[dict]) -> list[dict]:
+    """Means over seeds.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `run_protocol`.
+
+    Returns
+    -------
+    list of dict
+        One for each problem, base, formulation, sampler and budget, in order of appearance: the number of seeds, mean
+        evaluations and seconds, the mean of every score, and as NAME_spread its standard deviation over the seeds.
+    """
+    result = []
+    for key, group in _grouped(rows).items():
+        scores = [name for name in group[0] if name not in _FIXED]
+        line = dict(zip(_CELL, key)) | {"seeds": len(group)}
+        for name in ("evaluations", "seconds", *scores):
+            values = np.array([float(row[name]) for row in group])
+            line[name] = values.mean()
+            if name in scores and not name.endswith("_floor"):
+                with np.errstate(invalid="ignore"):  # a score that is infinite has no spread
+                    line[f"{name}_spread"] = values.std(ddof=1) if len(values) > 1 else math.nan
+        result.append(line)
+    return result
+
+
+def _grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    """Rows by problem, base, formulation, sampler and budget."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in _CELL[:-1]) + (int(row["budget"]),), []).append(row)
+    return groups
+
+
+def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
+    """Write rows to a CSV file, numbers with four digits.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        With the same names.
+    path : path
+        Written as a whole or not at all.
+    """
+    partial = Path(path).with_suffix(".partial")
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How one sampler approaches the converged error of its denoisers.
+
+    Parameters
+    ----------
+    error : dict of int to float
+        Budget to the score's mean over seeds, divided by that of the converged sampler.
+    budget : int or None
+        Smallest budget from which on the score stays within the tolerance; None if it never does.
+    """
+
+    error: dict
+    budget: int | None
+
+
+def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive",
+                tolerance: float = 0.05) -> dict[tuple, Convergence]:
+    """Budgets at which samplers come within a tolerance of the converged score.
+
+    The comparison is seed by seed, on the same denoiser. Two standard errors of the mean difference over seeds are
+    granted beside the tolerance: nothing to an ODE sampler that starts from the reference's noise, and the noise of its
+    own samples to a stochastic one.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `run_protocol`.
+    score : str
+        Name of a column where less is better.
+    reference : str
+        Sampler that is converged; its largest budget counts.
+    tolerance : float
+        Relative.
+
+    Returns
+    -------
+    dict
+        (problem, base, formulation, sampler) to Convergence.
+
+    Raises
+    ------
+    InputError
+        If there are no rows of the reference for a problem and base.
+    """
+    groups = _grouped(rows)
+    converged = {}
+    for (problem, base, _, sampler, _), group in sorted(groups.items(), key=lambda item: item[0][-1]):
+        if sampler == reference:
+            converged[problem, base] = {row["seed"]: float(row[score]) for row in group}
+    result = {}
+    for (*name, budget), group in sorted(groups.items(), key=lambda item: item[0][-1]):
+        if tuple(name[:2]) not in converged:
+            raise InputError(f"There are no rows of the sampler {reference!r} for {name[0]}, {name[1]}: run it, too.")
+        target = np.array([converged[tuple(name[:2])].get(row["seed"], math.nan) for row in group])
+        values = np.array([float(row[score]) for row in group])
+        good = ~np.isnan(target)
+        error, passed = math.inf, False
+        if np.isfinite(values[good]).all() and good.any():
+            gap = values[good] - target[good]
+            doubt = 2 * gap.std(ddof=1) / math.sqrt(len(gap)) if len(gap) > 1 else 0.0
+            error = values[good].mean() / target[good].mean()
+            passed = gap.mean() <= tolerance * target[good].mean() + doubt
+        before = result.get(tuple(name), Convergence({}, None))
+        first = (before.budget if before.budget is not None else budget) if passed else None
+        result[tuple(name)] = Convergence(before.error | {budget: error}, first)
+    return {name: result[name] for name in dict.fromkeys(key[:-1] for key in groups)}
+
+
+def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *, budget: int = 8,
+                   reference: str = "adaptive") -> None:
+    """Write two tables: steps to convergence and scores at one budget, combinations down and problems across.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `run_protocol`, those of `reference` among them; without these only the second table is written.
+    path : path
+        Markdown file.
+    score : str
+        Name of a column where less is better.
+    budget : int
+        Of the second table.
+    reference : str
+        Sampler that is converged.
+    """
+    parts = []
+    if any(row["sampler"] == reference for row in rows):
+        found = convergence(rows, score, reference=reference)
+        cells = {key: "-" if value.budget is None else str(value.budget) for key, value in found.items()
+                 if key[3] != reference}
+        parts += [f"## Network evaluations until {score} stays within 5 % of the converged sampler ({reference})\n",
+                  _table(cells)]
+    lines = [line for line in summarise(rows) if line["budget"] in (budget, 0)]
+    cells = {tuple(line[name] for name in _CELL[:-1]): f"{line[score]:.3g}" for line in lines}
+    cells = {key: text + (f" ± {line[f'{score}_spread']:.1g}" if line["seeds"] > 1 else "")
+             for (key, text), line in zip(cells.items(), lines)}
+    parts += [f"## {score} at {budget} network evaluations, mean ± spread over seeds\n", _table(cells)]
+    Path(path).write_text("\n".join(parts))
+
+
+def _table(cells: dict[tuple, str]) -> str:
+    """Markdown table of (problem, base, formulation, sampler) -> text."""
+    problems = list(dict.fromkeys(key[0] for key in cells))
+    lines = [["base", "formulation", "sampler", *problems], ["---"] * (3 + len(problems))]
+    for key in dict.fromkeys(key[1:] for key in cells):
+        lines.append([*key, *(cells.get((problem, *key), "") for problem in problems)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, formulation: str, base: str = "gaussian",
+               title: str = "") -> None:
+    """Draw the error over the number of network evaluations, one panel a problem, one line a sampler.
+
+    Bands are the spread over seeds. Where the rows hold the score's floor, it is dashed; where they hold an adaptive
+    sampler, it is a star.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `run_protocol`.
+    score : str
+        Name of the column to draw.
+    path : path
+        Picture.
+    formulation : str
+        Of the samplers that depend on it.
+    base : str
+        Which trainings.
+    title : str
+        Above the panels.
+    """
+    from matplotlib import pyplot as plt
+
+    lines = [line for line in summarise(rows) if line["base"] == base and line["formulation"] in (formulation, "any")]
+    problems, samplers = (list(dict.fromkeys(line[name] for line in lines)) for name in ("problem", "sampler"))
+    kinds = {row["sampler"]: (row["coordinates"], float(row["alpha"])) for row in rows}
+    columns = min(4, len(problems))
+    size = (max(3.2 * columns, 9.6), 2.7 * math.ceil(len(problems) / columns) + 1.1)
+    figure, axes = plt.subplots(math.ceil(len(problems) / columns), columns, figsize=size, squeeze=False,
+                                layout="constrained")
+    for ax, problem in zip(axes.flat, problems):
+        for number, sampler in enumerate(samplers):
+            curve = [line for line in lines if line["problem"] == problem and line["sampler"] == sampler
+                     and math.isfinite(line[score])]
+            if not curve:
+                continue
+            x, mean, spread = (np.array([line[name] for line in curve])
+                               for name in ("evaluations", score, f"{score}_spread"))
+            whitened = kinds[sampler][0] == "whitened"
+            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)],
+                     "linestyle": "-" if kinds[sampler][1] == 0 else "--", "markersize": 4,
+                     "linewidth": 2.2 if whitened else 1.1}
+            if curve[0]["budget"] == 0:
+                style |= {"color": "black", "marker": "*", "markersize": 9, "linestyle": "none"}
+            ax.plot(x, mean, label=sampler, **style)
+            ax.fill_between(x, np.maximum(mean - spread, mean / 10), mean + spread, color=style["color"], alpha=0.12,
+                            linewidth=0)
+        floor = [line[f"{score}_floor"] for line in lines if line["problem"] == problem and f"{score}_floor" in line]
+        if floor:
+            ax.axhline(floor[0], color="grey", linestyle=(0, (4, 3)), linewidth=1, label="floor: two exact sets")
+        ax.set(xscale="log", yscale="log", title=problem, xlabel="network evaluations")
+        ax.set_xticks([2, 8, 32, 128, 500], ["2", "8", "32", "128", "500"])
+        ax.minorticks_off()
+        ax.yaxis.set_minor_locator(plt.matplotlib.ticker.LogLocator(subs=(2, 5)))
+    for ax in axes.flat[len(problems):]:
+        ax.axis("off")
+    figure.supylabel(score.replace("_", " "))
+    figure.suptitle(title)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, budget: int = 8,
+                  base: str = "gaussian") -> None:
+    """Draw a heat map, formulations across and samplers down: geometric mean over problems of score over floor.
+
+    A sampler that does not depend on the formulation has one number in all its row.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        Of `run_protocol`, with the score's floor.
+    score : str
+        Name of the column to draw.
+    path : path
+        Picture.
+    budget : int
+        Network evaluations; adaptive samplers are drawn, too.
+    base : str
+        Which trainings.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    lines = [line for line in summarise(rows) if line["base"] == base and line["budget"] in (budget, 0)]
+    names = list(dict.fromkeys(line["formulation"] for line in lines if line["formulation"] != "any"))
+    samplers = list(dict.fromkeys(line["sampler"] for line in lines))
+    values = np.full((len(samplers), len(names)), np.nan)
+    for i, sampler in enumerate(samplers):
+        for j, name in enumerate(names):
+            ratios = [line[score] / line[f"{score}_floor"] for line in lines
+                      if line["sampler"] == sampler and line["formulation"] in (name, "any")]
+            values[i, j] = np.exp(np.mean(np.log(ratios))) if ratios else np.nan
+    size = (max(7.0, 3.4 + 1.1 * len(names)), 1.6 + 0.36 * len(samplers))
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    top = max(20.0, float(np.nanmin(values)) * 2)
+    image = ax.imshow(values, norm=LogNorm(1, top), cmap="cividis", aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            ax.text(j, i, f"{value:.3g}" if value < 1000 else "> 1000", ha="center", va="center", fontsize="small",
+                    color="white" if value < math.sqrt(top) else "black")
+    ax.set_xticks(range(len(names)), names)
+    ax.set_yticks(range(len(samplers)), samplers)
+    ax.set(xlabel="formulation", title=f"{score.replace('_', ' ')} over its floor at {budget} network evaluations")
+    figure.colorbar(image, label="geometric mean over problems", extend="max")
+    _save(figure, path)
+
+
+def _save(figure, path: str | os.PathLike) -> None:
+    """Write a picture and free it."""
+    from matplotlib import pyplot as plt
+    from PIL import Image
+
+    image = io.BytesIO()
+    figure.savefig(image, dpi=150, format="png")
+    plt.close(figure)
+    # A palette of 256 colours halves the file and shows no difference in line drawings.
+    Image.open(image).convert("RGB").quantize(256).save(path, format="png", optimize=True)

@@ -1,0 +1,92 @@
+"""Canonical problems: their conditionals are those of their joint laws; the benchmark's command, small."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fem_diffusion.diagnostics import mmd, sbc_p_values, sbc_ranks
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import formulations  # noqa: E402  (benchmarks is a folder of scripts, not a package)
+from problems import PROBLEMS  # noqa: E402
+
+M, N = 1000, 99
+
+
+@pytest.fixture(scope="module", params=PROBLEMS)
+def problem(request):
+    return PROBLEMS[request.param]
+
+
+def _redrawn(problem, y, change=lambda x: x):
+    return np.stack([change(problem.conditional(row, N, seed)) for seed, row in enumerate(y)])
+
+
+def test_shapes_and_seeds(problem):
+    z, y = problem.draw(7, seed=1)
+    assert z.shape == (7, problem.r) and y.shape == (7, problem.k) and problem.observations.shape == (3, problem.k)
+    assert np.array_equal(z, problem.draw(7, seed=1)[0]) and not np.array_equal(z, problem.draw(7, seed=2)[0])
+    draws = problem.conditional(y[0], 5, seed=3)
+    assert draws.shape == (5, problem.r) and np.array_equal(draws, problem.conditional(y[0], 5, seed=3))
+
+
+def test_truths_rank_uniformly_among_conditional_draws(problem):
+    z, y = problem.draw(M, seed=0)
+    draws = _redrawn(problem, y)
+    # Products and sums of coordinates see what the marginals do not.
+    mixed, truth = draws.sum(axis=2, keepdims=True), z.sum(axis=1, keepdims=True)
+    square, truth_square = (draws**2).sum(axis=2, keepdims=True), (z**2).sum(axis=1, keepdims=True)
+    ranks = np.concatenate([sbc_ranks(a, b) for a, b in ((draws, z), (mixed, truth), (square, truth_square))], axis=1)
+    assert sbc_p_values(ranks, N).min() > 1e-4
+
+
+def test_wrong_conditionals_fail(problem):
+    z, y = problem.draw(M, seed=0)
+    centre = z.mean(axis=0)
+    draws = _redrawn(problem, y, lambda x: x.mean(axis=0) + 1.3 * (x - x.mean(axis=0)) + 0.1 * (centre + 1))
+    assert sbc_p_values(sbc_ranks(draws, z), N).min() < 1e-4
+
+
+def test_joint_law_is_kept(problem):
+    z, y = problem.draw(M, seed=5)
+    again = np.stack([problem.conditional(row, 1, seed)[0] for seed, row in enumerate(y[:500])])
+    scale = np.concatenate([z, y], axis=1).std(axis=0)
+    first, second = np.concatenate([z, y], axis=1)[500:] / scale, np.concatenate([again, y[:500]], axis=1) / scale
+    pooled, rng = np.concatenate([first, second]), np.random.default_rng(0)
+    chance = []
+    for _ in range(30):
+        order = rng.permutation(len(pooled))
+        chance.append(mmd(pooled[order[:500]], pooled[order[500:]]))
+    assert mmd(first, second) < np.mean(chance) + 5 * np.std(chance)
+
+
+def test_observations_are_typical(problem):
+    _, y = problem.draw(20000, seed=1)
+    low, high = np.quantile(y, [0.001, 0.999], axis=0)
+    assert ((problem.observations > low) & (problem.observations < high)).all()
+
+
+def test_command_reaches_its_verdict(tmp_path, monkeypatch, capsys):
+    size = formulations.SIZES["quick"]
+    tiny = replace(size, pairs=800, samples=60, budgets=(2, 8), samplers=tuple(
+        s for s in size.samplers if s.name in ("Euler-Maruyama", "whitened multistep", "adaptive")),
+        options=replace(size.options, steps=40, batch=64, width=16, depth=1, evaluate_every=20))
+    monkeypatch.setitem(formulations.SIZES, "quick", tiny)
+    monkeypatch.setattr(formulations, "c2st", lambda reference, samples: 0.5)  # slow, and tested elsewhere
+    monkeypatch.setattr(sys, "argv", ["formulations.py", "--size", "quick", "--problems", "linear-gaussian",
+                                      "--folder", str(tmp_path / "rows"), "--results", str(tmp_path / "results")])
+    formulations.main()
+    printed = capsys.readouterr().out
+    assert "met on 1 of 1 problems, geometric mean 1.000" in printed and "Linear-Gaussian, one evaluation" in printed
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "cost_VE.png", "cost_VP.png", "overview.png", "summary.csv", "summary.md", "verdict.md"}
+
+
+def test_a_changed_problem_is_noticed(monkeypatch):
+    before = formulations.settings(formulations.SIZES["full"])
+    changed = replace(PROBLEMS["bimodal"], observations=PROBLEMS["bimodal"].observations + 1e-6)
+    monkeypatch.setitem(PROBLEMS, "bimodal", changed)
+    assert formulations.settings(formulations.SIZES["full"]) != before

@@ -1,0 +1,80 @@
+"""Calibration: uniform where draws are right, and every usual fault of a sampler is seen."""
+
+import numpy as np
+import pytest
+
+from fem_diffusion.diagnostics import calibrate, sbc_p_values, sbc_ranks
+from fem_diffusion.errors import InputError
+
+M, N, R = 600, 99, 3
+
+
+def _pairs(seed=0):
+    rng = np.random.default_rng(seed)
+    place = rng.standard_normal((M, 1, R))
+    return place + rng.standard_normal((M, N, R)), place[:, 0] + rng.standard_normal((M, R)), place
+
+
+def test_right_draws_are_calibrated():
+    draws, truth, _ = _pairs()
+    result = calibrate(draws, truth)
+    assert result.p_value > 1e-3 and result.ranks.shape == (M, R) and result.energy_score.shape == (M,)
+    for level, share in result.coverage.items():
+        assert abs(share - level) < 4 * np.sqrt(level * (1 - level) / (M * R))
+
+
+def test_p_values_are_uniform_where_ranks_are():
+    ranks = np.random.default_rng(0).integers(0, N + 1, (M, 1000))
+    p = sbc_p_values(ranks, N)
+    assert abs((p < 0.1).mean() - 0.1) < 4 * np.sqrt(0.09 / 1000)
+
+
+@pytest.mark.parametrize("n, bins", [(99, 20), (50, 7)])
+def test_bins_of_unequal_size_keep_the_level(n, bins):
+    p = sbc_p_values(np.random.default_rng(1).integers(0, n + 1, (M, 1000)), n, bins)
+    assert abs((p < 0.1).mean() - 0.1) < 4 * np.sqrt(0.09 / 1000)
+
+
+FAULTS = {
+    "biased": lambda draws, place: draws + 0.3,
+    "overconfident": lambda draws, place: place + 0.8 * (draws - place),
+    "timid": lambda draws, place: place + 1.25 * (draws - place),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_seen(fault):
+    draws, truth, place = _pairs()
+    wrong = FAULTS[fault](draws, place)
+    result, right = calibrate(wrong, truth), calibrate(draws, truth)
+    assert result.p_value < 1e-4
+    gap = result.energy_score - right.energy_score
+    assert gap.mean() > 4 * gap.std() / np.sqrt(M)
+    sign = {"biased": 0, "overconfident": -1, "timid": 1}[fault]
+    assert sign * (result.coverage[0.9] - right.coverage[0.9]) >= 0.02 * abs(sign)
+
+
+def test_a_fault_in_one_coordinate_is_not_averaged_away():
+    draws, truth, _ = _pairs()
+    draws[:, :, 1] += 0.4
+    result = calibrate(draws, truth)
+    assert result.p_values[1] < 1e-4 < min(result.p_values[0], result.p_values[2]) and result.p_value < 1e-3
+
+
+def test_ranks_count_the_draws_below():
+    assert sbc_ranks(np.array([[[0.0], [1.0], [2.0]]]), np.array([[1.5]])).tolist() == [[2]]
+
+
+@pytest.mark.parametrize("draws, truth, words", [
+    (np.zeros((4, 9, 2)), np.zeros((4, 3)), "Draws"), (np.zeros((4, 2)), np.zeros((4, 2)), "Draws"),
+    (np.full((4, 9, 1), np.nan), np.zeros((4, 1)), "finite"),
+])
+def test_wrong_shapes_are_refused(draws, truth, words):
+    with pytest.raises(InputError, match=words):
+        calibrate(draws, truth)
+
+
+@pytest.mark.parametrize("bins", [1, 101])
+def test_wrong_bins_are_refused(bins):
+    with pytest.raises(InputError, match="bins"):
+        sbc_p_values(np.zeros((40, 1), dtype=int), N, bins)
