@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fem_diffusion.diagnostics import linear_gaussian_posterior
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise, fit_base, linear_base
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise, fit_base, linear_base, plain_base
 from fem_diffusion.errors import InputError
 
 R, K = 6, 3
@@ -48,6 +48,24 @@ def test_fitted_base_matches_sample_moments():
     assert (torch.cov(residual.T) - torch.eye(R)).abs().max() < 0.15
 
 
+def test_plain_base_standardises_and_no_more():
+    _, noise, _, g = _problem()
+    z = torch.tensor([1.0, 10.0, -3.0]) + torch.tensor([1e-3, 1.0, 1e3]) * torch.randn(500, 3, generator=g)
+    y = z[:, :1].expand(500, K).double() ** 2
+    base = plain_base(z, y, noise)
+    assert not base.gain.any()
+    torch.testing.assert_close(torch.diagonal(base.covariance), z.double().var(0))
+    assert (torch.cov(base.whiten(z.double(), y).T) - torch.eye(3)).abs().max() < 0.2
+
+
+def test_latents_of_unlike_units_are_all_resolved():
+    operator, noise, y, g = _problem()
+    z, units = torch.randn(400, R, generator=g, dtype=torch.float64), torch.logspace(-6, 6, R, dtype=torch.float64)
+    one, other = (fit_base(z * unit, z @ operator.T, noise) for unit in (torch.ones(R), units))
+    torch.testing.assert_close(other.covariance, one.covariance * units * units[:, None])
+    torch.testing.assert_close(other.mean(y), one.mean(y) * units)
+
+
 def test_whiten_and_colour_are_inverse():
     operator, noise, y, g = _problem()
     base = linear_base(operator, noise)
@@ -82,6 +100,8 @@ def test_noise_has_its_covariance(noise, expected):
     (lambda: GaussianNoise(std=[0.1, 0.2]).covariance(torch.zeros(5, 3)), "2.*sensors.*3"),
     (lambda: CallableNoise(lambda y, g: y[:, :1]).sample(torch.zeros(5, 3), None), "must return"),
     (lambda: fit_base(torch.zeros(5, 6), torch.zeros(5, 2), torch.eye(2)), "simulate more"),
+    (lambda: fit_base(torch.zeros(50, 6), torch.zeros(50, 2), torch.eye(2)), "same value in all pairs"),
+    (lambda: plain_base(torch.zeros(50, 6), torch.zeros(50, 2), torch.eye(2)), "same value in all pairs"),
     (lambda: fit_base(torch.zeros(50, 6), torch.zeros(40, 2), torch.eye(2)), r"\(n, r\)"),
     (lambda: linear_base(torch.zeros(2, 3), torch.zeros(2, 2)), "not positive"),
 ])

@@ -117,6 +117,10 @@ def test_model_reads_back_and_bad_files_are_refused(job, tmp_path):
     model.save(file)
     again = load_model(file, model.basis)
     assert again.history == model.history
+    spectrum, read = model.denoiser.spectrum, again.denoiser.spectrum
+    assert (spectrum is None) == (read is None)
+    if spectrum is not None:
+        assert torch.equal(spectrum.variances, read.variances) and torch.equal(spectrum.weights, read.weights)
     np.testing.assert_allclose(again.condition(Y).sample(3, seed=0).values,
                                model.condition(Y).sample(3, seed=0).values, rtol=0, atol=1e-6)
     content = file.read_bytes()

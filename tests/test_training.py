@@ -10,8 +10,9 @@ import torch
 
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import (
-    Denoiser, GaussianNoise, TrainingOptions, fit_base, linear_base, sample_latents, train, training,
-    variance_preserving,
+    METHODS, CollapseWarning, Denoiser, GaussianNoise, TrainingOptions, constant_moment, fit_base, fit_denoiser,
+    linear_base, measure_collapse, sample_latents, straight_line, sub_variance_preserving, train, training,
+    variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError, ModelFileError
 
@@ -95,19 +96,74 @@ def test_network_learns_what_the_base_cannot():
     base = fit_base(z, y, noise.covariance(y), standard_prior=True)
     denoiser, history = train(z, y, noise, base, TrainingOptions(steps=1500, width=64, depth=2))
     assert min(history.validation) < 0.9 * history.base
-    y0 = torch.tensor([[2.0, 1.5]], dtype=torch.float64)
-    samples = sample_latents(denoiser, y0.expand(n, 2), variance_preserving(), steps=20,
-                             generator=torch.Generator().manual_seed(0)).double().numpy()
+    y0 = torch.tensor([[2.0, 1.5]], dtype=torch.float64).expand(n, 2)
     grid = np.linspace(-4, 4, 4001)
-    for i, reading in enumerate((2.0, 1.5)):
-        density = np.exp(-grid**2 / 2 - (grid**2 - reading)**2 / (2 * 0.25))
-        distribution = np.cumsum(density) / density.sum()
-        empirical = (samples[:, i, None] <= grid).mean(0)
-        # Twice the Kolmogorov-Smirnov bound at level 1e-4, 0.10; the base alone is 0.25 away.
-        assert np.abs(empirical - distribution).max() < 2 * 2.23 / np.sqrt(n)
-        alone = sample_latents(Denoiser(base, None), y0.expand(n, 2),
-                               variance_preserving(), generator=torch.Generator().manual_seed(0), steps=1).numpy()
-        assert np.abs((alone[:, i, None] <= grid).mean(0) - distribution).max() > 2 * 2.23 / np.sqrt(n)
+    exact = [np.exp(-grid**2 / 2 - (grid**2 - reading)**2 / (2 * 0.25)) for reading in (2.0, 1.5)]
+
+    def distance(model, *others, **settings):
+        """Largest Kolmogorov-Smirnov distance of the two latents that are seen."""
+        z = sample_latents(model, y0, *others, generator=torch.Generator().manual_seed(0), **settings).numpy()
+        return max(np.abs((z[:, i, None] <= grid).mean(0) - np.cumsum(p) / p.sum()).max() for i, p in enumerate(exact))
+    # Twice the Kolmogorov-Smirnov bound at level 1e-4, 0.10; the base alone is 0.25 away.
+    bound = 2 * 2.23 / np.sqrt(n)
+    assert distance(denoiser) < bound and distance(denoiser, alpha=1.0) < bound
+    assert distance(Denoiser(base, None), steps=1) > bound
+    # One network, trained once, has the same law under every formulation.
+    for formulation in (variance_exploding(), variance_exploding(0.01, 10.0, "linear"), variance_preserving(),
+                        variance_preserving(schedule="cosine"), sub_variance_preserving(), straight_line(),
+                        constant_moment(0.5)):
+        for coordinates in METHODS:
+            settings = {"method": "heun", "steps": 100, "coordinates": coordinates}
+            assert distance(denoiser, formulation, **settings) < bound, (formulation.name, coordinates)
+
+
+@pytest.mark.parametrize("base", ["gaussian", "plain"])
+def test_one_call_fits_latents_and_measurements_of_any_scale(base):
+    z, y, _ = _pairs(2000, nonlinear=False)
+    shift, scale = torch.tensor([5.0, -2000.0, 0.01]), torch.tensor([1e-3, 1e4, 1.0])
+    units = torch.tensor([1e5, 1e-6], dtype=torch.float64)
+    noise = GaussianNoise(std=0.5 * units)
+    options = replace(QUICK, steps=1500)
+    denoiser, history = fit_denoiser(shift + scale * z, y * units, noise, base=base, options=options)
+    assert history.base == pytest.approx(1.0, abs=0.15)
+    measurement = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    samples = sample_latents(denoiser, measurement.expand(2000, 2) * units, generator=torch.Generator().manual_seed(0))
+    operator = torch.tensor([[1.0, 0, 1], [0, 1, 1]], dtype=torch.float64)
+    exact = linear_base(operator, 0.25 * torch.eye(2, dtype=torch.float64))
+    white = exact.whiten((samples - shift) / scale, measurement)
+    # The error of sample moments of 2,000 pairs and of the network; three Monte Carlo standard errors are 0.07.
+    assert white.mean(0).abs().max() < 0.2 and (white.std(0) - 1).abs().max() < 0.12
+    with pytest.raises(InputError, match="base is"):
+        fit_denoiser(z, y, noise, base="none")
+
+
+class Memory:
+    """A network that knows training pairs by their features and answers with their latents; others get the base."""
+
+    def __init__(self, base, z, y, everywhere):
+        self.w, self.known, self.everywhere = base.whiten(z, y), base.features(y), everywhere
+
+    def __call__(self, v, angle, features):
+        distance, nearest = torch.cdist(features, self.known).min(1)
+        c, s = torch.cos(angle), torch.sin(angle).clamp(min=1e-3)
+        remembered = self.w[nearest]
+        answer = s * remembered - c / s * (v - c * remembered)
+        return torch.where((distance < 1e-6)[:, None] | self.everywhere, answer, torch.zeros_like(answer))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_collapse_is_measured_and_warned_of(everywhere):
+    z, y, _ = _pairs(600, nonlinear=False)
+    y = NOISE.sample(y, torch.Generator().manual_seed(3))
+    base = fit_base(z, y, torch.zeros(2, 2), standard_prior=True)
+    training_pairs, held_out = (z[:400], y[:400]), (z[400:], y[400:])
+    sound = measure_collapse(Denoiser(base, None), training_pairs, held_out)
+    assert abs(sound.spread_ratio - 1) < 0.1 and abs(sound.neighbour_ratio - 1) < 0.15
+    sound.warn()
+    collapsed = measure_collapse(Denoiser(base, Memory(base, *training_pairs, everywhere)), training_pairs, held_out)
+    assert (collapsed.neighbour_ratio if everywhere else collapsed.spread_ratio) < 0.5
+    with pytest.warns(CollapseWarning, match="Simulate more pairs"):
+        collapsed.warn()
 
 
 def test_early_stopping_keeps_the_best_weights():

@@ -99,9 +99,12 @@ def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measu
     half_gain = cross @ whitener.T
     gain = half_gain @ whitener
     posterior = latent_covariance - half_gain @ half_gain.T
-    variances, axes = torch.linalg.eigh((posterior + posterior.T) / 2)
-    scale = variances.clamp(min=_SMALLEST_STD**2 * torch.diagonal(latent_covariance).mean()).sqrt()
-    return GaussianBase(latent_mean, measurement_mean, gain, axes * scale, axes.T / scale[:, None], whitener)
+    # Each latent in units of its own prior spread, too.
+    unit = torch.diagonal(latent_covariance).sqrt()
+    variances, axes = torch.linalg.eigh((posterior + posterior.T) / 2 / unit / unit[:, None])
+    scale = variances.clamp(min=_SMALLEST_STD**2).sqrt()
+    return GaussianBase(latent_mean, measurement_mean, gain, unit[:, None] * axes * scale,
+                        axes.T / scale[:, None] / unit, whitener)
 
 
 def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | None = None) -> GaussianBase:
@@ -158,7 +161,7 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     Raises
     ------
     InputError
-        If the shapes disagree or there are not more pairs than latents + 1.
+        If the shapes disagree, there are not more pairs than latents + 1, or a latent does not vary.
     """
     _check_pairs(z, y, z.shape[-1] + 1)
     n, r = z.shape
@@ -201,10 +204,7 @@ def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     """
     _check_pairs(z, y, 1)
     z, y = z.double(), y.double()
-    variance = z.var(0)
-    if not (variance > 0).all():
-        raise InputError("A latent takes the same value in all pairs: leave it out.")
-    return _from_moments(z.mean(0), torch.diag(variance), y.mean(0), z.new_zeros(z.shape[1], y.shape[1]),
+    return _from_moments(z.mean(0), torch.diag(z.var(0)), y.mean(0), z.new_zeros(z.shape[1], y.shape[1]),
                          torch.cov(y.T).reshape(y.shape[1], y.shape[1]) + noise_covariance.double())
 
 
@@ -215,3 +215,5 @@ def _check_pairs(z: Tensor, y: Tensor, least: int) -> None:
     if len(z) <= least:
         raise InputError(f"{len(z)} pairs cannot determine a base for {z.shape[1]} latents: simulate more, or keep "
                          "fewer modes.")
+    if not (z.amax(0) > z.amin(0)).all():
+        raise InputError("A latent takes the same value in all pairs: leave it out.")

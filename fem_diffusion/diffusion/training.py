@@ -65,16 +65,16 @@ class TrainingOptions:
         Threads of torch while training on the CPU; None leaves torch's setting.
     """
 
-    steps: int = 6000
+    steps: int = 10000
     batch: int = 256
-    learning_rate: float = 2e-3
-    weight_decay: float = 1e-2
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.1
     ema_decay: float = 0.998
     width: int = 128
     depth: int = 3
     validation_fraction: float = 0.1
     evaluate_every: int = 250
-    patience: int = 6
+    patience: int = 8
     log_sigma_mean: float = 0.0
     log_sigma_std: float = 1.2
     seed: int = 0
