@@ -13,6 +13,8 @@ __all__ = ["METHODS"]
 
 # Noise level of the last evaluation, in units of the base's standard deviation.
 _SIGMA_END = 0.005
+# With fewer steps a multistep method does not extrapolate over the last one.
+_FEW = 15
 
 
 class _Process:
@@ -80,7 +82,8 @@ def _exponential(network, normal, formulation, angles, alpha, report):
     """DPM-Solver++(2M) and its stochastic version (Lu et al. 2022, algorithm 2 and appendix), for any alpha.
 
     With D frozen, x = xi / a obeys x' = D + rho^(1+alpha) (x - D) + sigma' sqrt(1 - rho^(2 alpha)) eps, where rho =
-    sigma' / sigma; D is extrapolated to the middle of the step in log sigma.
+    sigma' / sigma; D is extrapolated to the middle of the step in log sigma, but not over the last of few steps, which
+    is long.
     """
     process, times = _Process(network, formulation, alpha), _times(formulation, angles)
     x = process.spread(times[0]) / process.a(times[0]) * normal()
@@ -88,7 +91,8 @@ def _exponential(network, normal, formulation, angles, alpha, report):
     for step, (start, end) in enumerate(zip(times[:-1], times[1:]), 1):
         ratio = process.sigma(end) / process.sigma(start)
         denoised, length = process.denoise(process.a(start) * x, start), -math.log(ratio)
-        change = 0.0 if earlier is None else length / 2 * (denoised - earlier[0]) / earlier[1]
+        first_order = earlier is None or step == len(times) - 1 < _FEW
+        change = 0.0 if first_order else length / 2 * (denoised - earlier[0]) / earlier[1]
         earlier, target = (denoised, length), denoised + change
         strength = process.alpha((start + end) / 2)
         x = target + ratio**(1 + strength) * (x - target)
