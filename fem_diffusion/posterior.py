@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, Spectrum, TrainingOptions,
-    fit_denoiser, sample_latents,
+    fit_denoiser, log_density, sample_latents,
 )
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
 from fem_diffusion.fields import field, on_root
@@ -250,6 +250,30 @@ class Posterior:
         tail_seed = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
         values = basis.parameters(z, tail_seed if refill else None)
         return Samples(basis.parameter_space, values, z)
+
+    def log_density(self, samples: "Samples") -> np.ndarray:
+        """Log density of the samples' latents under this posterior, by `log_density`.
+
+        Parameters
+        ----------
+        samples : Samples
+            Of this posterior or another one of the same model.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n,), the same on all ranks; the modes past r are left out.
+
+        Raises
+        ------
+        InputError
+            If the samples have another number of latents.
+        """
+        def run():
+            y = torch.as_tensor(self.y).expand(len(samples), -1)
+            # Random probes are drawn only for many latents.
+            return log_density(self.model.denoiser, samples.latents, y, generator=torch.Generator().manual_seed(0))
+        return on_root(self.model.basis.V.comm, run).numpy()
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from firedrake import (
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, CallablePrior, DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve,
-    load_model, point_sensors, pod, simulate,
+    AdvectionDiffusion, CallablePrior, DataSet, GaussianNoise, GaussianPrior, Samples, TrainingOptions, fit,
+    karhunen_loeve, load_model, point_sensors, pod, simulate,
 )
 from fem_diffusion.fields import coefficients
 from fem_diffusion.diagnostics import linear_gaussian_posterior, moment_p_values
@@ -154,6 +154,26 @@ def test_samples_are_saved_for_restart_and_viewing(job, tmp_path):
 def test_bad_measurements_are_refused(job, y, words):
     with pytest.raises(InputError, match=words):
         job[3].condition(y)
+
+
+def test_density_of_the_samples_is_that_of_the_exact_posterior(job):
+    model = job[3]
+    posterior = model.condition(Y)
+    samples = posterior.sample(300, seed=4)
+    found = posterior.log_density(samples)
+    # E log p is minus the entropy, which the base knows exactly here: a linear map and a Gaussian prior.
+    r = model.basis.r
+    entropy = r / 2 * (1 + np.log(2 * np.pi)) + np.linalg.slogdet(model.denoiser.base.factor.numpy())[1]
+    assert found.shape == (300,) and abs(found.mean() + entropy) < 4 * np.sqrt(r / 2 / 300)
+    with pytest.raises(InputError, match="Latents and measurements"):
+        posterior.log_density(Samples(samples.V, samples.values, samples.latents[:, :2]))
+
+
+def test_progress_of_the_sampler_can_be_followed(job):
+    seen = []
+    job[3].condition(Y).sample(5, seed=0, steps=7, callback=lambda step, sigma, z: seen.append((step, sigma, z.shape)))
+    assert [step for step, *_ in seen] == list(range(1, 8))
+    assert seen[-1][1] == 0.0 and seen[0][2] == (5, job[3].basis.r)
 
 
 def test_bad_numbers_and_data_are_refused(job):

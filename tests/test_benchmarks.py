@@ -1,4 +1,4 @@
-"""Canonical problems: their conditionals are those of their joint laws; the benchmark's command, small."""
+"""Canonical problems: their conditionals are those of their joint laws; what the benchmarks' commands promise."""
 
 import sys
 from dataclasses import replace
@@ -10,7 +10,8 @@ import pytest
 from fem_diffusion.diagnostics import mmd, sbc_p_values, sbc_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import formulations  # noqa: E402  (benchmarks is a folder of scripts, not a package)
+import collapse  # noqa: E402  (benchmarks is a folder of scripts, not a package)
+import formulations  # noqa: E402
 from problems import PROBLEMS  # noqa: E402
 
 M, N = 1000, 99
@@ -90,3 +91,16 @@ def test_a_changed_problem_is_noticed(monkeypatch):
     changed = replace(PROBLEMS["bimodal"], observations=PROBLEMS["bimodal"].observations + 1e-6)
     monkeypatch.setitem(PROBLEMS, "bimodal", changed)
     assert formulations.settings(formulations.SIZES["full"]) != before
+
+
+@pytest.mark.slow
+def test_long_training_does_not_shrink_the_posterior_where_the_naive_loop_collapses():
+    rows = {(row["loop"], row["steps"]): row for row in collapse.run(progress=False)}
+    short, long = sorted({steps for _, steps in rows})
+    assert long == 10 * short
+    for loop in {loop for loop, _ in rows}:
+        change = rows[loop, long]["training"] / rows[loop, short]["training"] - 1
+        if loop == "naive":
+            assert change < -0.3 and rows[loop, long]["spread_ratio"] < 0.75
+        else:
+            assert change > -0.05 and rows[loop, long]["spread_ratio"] > 0.9
