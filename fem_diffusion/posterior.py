@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
-    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, Spectrum, TrainingOptions,
-    fit_denoiser, log_density, sample_latents,
+    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, Spectrum, Support,
+    TrainingOptions, fit_denoiser, log_density, sample_latents,
 )
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
 from fem_diffusion.fields import field, on_root
@@ -25,6 +25,8 @@ __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
 
 _FORMAT = "fem_diffusion model 2"
 _TAIL_STREAM = 0x7A11
+# Parts of a denoiser that may be missing.
+_PARTS = {"spectrum": Spectrum, "support": Support}
 
 
 def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
@@ -130,8 +132,10 @@ class ConditionalModel:
             tensors = {f"base.{f.name}": getattr(self.denoiser.base, f.name).contiguous() for f in fields(GaussianBase)}
             tensors["basis.signature"] = torch.as_tensor(signature)
             config = None
-            if self.denoiser.spectrum is not None:
-                tensors |= {f"spectrum.{f.name}": getattr(self.denoiser.spectrum, f.name) for f in fields(Spectrum)}
+            for name, kind in _PARTS.items():
+                part = getattr(self.denoiser, name)
+                if part is not None:
+                    tensors |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(kind)}
             if self.denoiser.network is not None:
                 config = self.denoiser.network.config
                 tensors |= {f"network.{name}": x for name, x in self.denoiser.network.state_dict().items()}
@@ -170,9 +174,9 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
         base = GaussianBase(*(tensors[f"base.{f.name}"] for f in fields(GaussianBase)))
         signature = tensors["basis.signature"].numpy()
         config, history = json.loads(metadata["network"]), History(**json.loads(metadata["history"]))
-        network, spectrum = None, None
-        if "spectrum.weights" in tensors:
-            spectrum = Spectrum(*(tensors[f"spectrum.{f.name}"] for f in fields(Spectrum)))
+        network = None
+        parts = {name: kind(*(tensors[f"{name}.{f.name}"] for f in fields(kind))) for name, kind in _PARTS.items()
+                 if any(key.startswith(f"{name}.") for key in tensors)}
         if config is not None:
             network = ResidualMLP(**config)
             prefix = "network."
@@ -185,7 +189,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
         raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
                              "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
-    return ConditionalModel(basis, Denoiser(base, network, spectrum), history)
+    return ConditionalModel(basis, Denoiser(base, network, **parts), history)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
 from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
+from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
 
 __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Formulation", "GaussianBase", "GaussianNoise",
-    "History", "METHODS", "ResidualMLP", "Spectrum", "TrainingOptions", "churn", "constant_moment", "evaluations",
-    "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "log_density", "measure_collapse", "place_angles",
-    "plain_base", "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
-    "variance_preserving",
+    "History", "METHODS", "ResidualMLP", "Spectrum", "Support", "TrainingOptions", "churn", "constant_moment",
+    "evaluations", "find_support", "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "log_density",
+    "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line", "sub_variance_preserving",
+    "train", "variance_exploding", "variance_preserving",
 ]

@@ -34,7 +34,7 @@ class Collapse:
         Posterior standard deviation at training measurements over that at held-out ones, geometric means.
     neighbour_ratio : float
         Distance of samples at held-out measurements from the nearest training latents, over the distance of the
-        held-out latents themselves, means.
+        held-out latents themselves, medians.
     """
 
     spread_ratio: float
@@ -78,7 +78,7 @@ def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_o
     scale = training[0].std(0)
 
     def distance(z: Tensor) -> float:
-        return float(torch.cdist(z / scale, training[0] / scale).amin(1).mean())
+        return float(torch.cdist(z / scale, training[0] / scale).amin(1).median())
     z, y = (x[:4 * _PAIRS] for x in held_out)
     drawn = denoiser.base.colour(samples(y, 1)[:, 0], y)
     spread = torch.tensor(log_spread(training[1]) - log_spread(held_out[1])).exp()

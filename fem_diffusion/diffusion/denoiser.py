@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.nodes import Spectrum
+from fem_diffusion.diffusion.support import Support
 
 __all__ = ["Denoiser"]
 
@@ -34,12 +35,16 @@ class Denoiser:
         Maps v (B, r), angle (B, 1) and features (B, k) to N (B, r); None where the base is the answer.
     spectrum : Spectrum, optional
         Of the posterior covariance in base coordinates, from which samplers place their steps.
+    support : Support, optional
+        Hard bounds of the latents, which samplers keep.
     """
 
-    def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None):
+    def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None,
+                 support: Support | None = None):
         self.base = base
         self.network = network
         self.spectrum = spectrum
+        self.support = support
 
     def features(self, y: Tensor) -> Tensor:
         """What the network sees of measurements `y` (B, k): shape (B, k), in the precision of the network."""
@@ -96,4 +101,4 @@ class Denoiser:
     def to(self, device: str | torch.device) -> "Denoiser":
         """A copy on another device; this one stays where it is."""
         network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
-        return Denoiser(self.base.to(device), network, self.spectrum)
+        return Denoiser(self.base.to(device), network, self.spectrum, self.support)

@@ -32,10 +32,12 @@ from fem_diffusion.diffusion import _plain, _whitened
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.formulation import Formulation, variance_preserving
 from fem_diffusion.diffusion.nodes import place_angles
+from fem_diffusion.diffusion.support import Support
 from fem_diffusion.errors import InputError
 
 __all__ = ["METHODS", "churn", "evaluations", "sample_latents"]
 
+_REDRAWS = 20
 METHODS = {"whitened": _whitened.METHODS, "plain": _plain.METHODS}
 
 
@@ -149,7 +151,8 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     Returns
     -------
     Tensor
-        Latents z, shape (B, r), dtype and device of `y`.
+        Latents z, shape (B, r), dtype and device of `y`. Rows outside the support of the latents are drawn again, with
+        evaluations of their own, up to 20 times; rows that then are still outside are moved to the bound.
 
     Raises
     ------
@@ -164,21 +167,36 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     formulation = formulation or variance_preserving()
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
     angles = _angles(denoiser, formulation, nodes, scheme.order, int(steps))
-    features = denoiser.features(y)
     rows = max(1, memory // _row_bytes(denoiser, y))
 
-    def network(v: Tensor, angle: float) -> Tensor:
-        parts = zip(v.split(rows), features.split(rows))
-        return torch.cat([denoiser.residual(part, part.new_full((len(part), 1), angle), seen) for part, seen in parts])
+    def draw(y: Tensor, report: Callable[[int, float, Tensor], None]) -> Tensor:
+        features = denoiser.features(y)
 
-    def normal() -> Tensor:
-        return torch.randn(len(y), denoiser.base.r, generator=generator, dtype=y.dtype, device=y.device)
+        def network(v: Tensor, angle: float) -> Tensor:
+            parts = zip(v.split(rows), features.split(rows))
+            return torch.cat([denoiser.residual(part, part.new_full((len(part), 1), angle), seen)
+                              for part, seen in parts])
+
+        def normal() -> Tensor:
+            return torch.randn(len(y), denoiser.base.r, generator=generator, dtype=y.dtype, device=y.device)
+        return denoiser.base.colour(scheme.run(network, normal, formulation, angles, rate, report), y)
     with torch.no_grad(), tqdm(total=int(steps), desc="sample", disable=not progress) as bar:
         def report(step: int, sigma: float, state: Tensor) -> None:
             bar.update(step - bar.n)
             if callback is not None:
                 callback(step, sigma, denoiser.base.colour(state, y))
-        return denoiser.base.colour(scheme.run(network, normal, formulation, angles, rate, report), y)
+        z = draw(y, report)
+        return z if denoiser.support is None else _redraw(z, y, denoiser.support, draw)
+
+
+def _redraw(z: Tensor, y: Tensor, support: Support, draw: Callable) -> Tensor:
+    """Latents (B, r) with the rows outside the support drawn again."""
+    for _ in range(_REDRAWS):
+        outside = ~support.contains(z)
+        if not outside.any():
+            return z
+        z[outside] = draw(y[outside], lambda *_: None)
+    return z.clamp(support.lower.to(z), support.upper.to(z))
 
 
 def _is_zero(alpha) -> bool:

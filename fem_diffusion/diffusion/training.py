@@ -24,6 +24,7 @@ from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion.support import find_support
 from fem_diffusion.errors import InputError, ModelFileError
 
 __all__ = ["History", "TrainingOptions", "fit_denoiser", "train"]
@@ -120,7 +121,7 @@ class History:
 def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None = None, *, base: str = "gaussian",
                  standard_prior: bool = False, options: TrainingOptions = TrainingOptions(),
                  checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Denoiser, History]:
-    """Fit a conditional model to joint samples: the base first, then the network under it.
+    """Fit a conditional model to joint samples: the base first, then the network under it, and the latents' bounds.
 
     Parameters
     ----------
@@ -152,7 +153,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
     _check_finite(z, y)
     covariance = y.new_zeros(y.shape[-1], y.shape[-1]) if noise is None else noise.covariance(y)
     fitted = fit_base(z, y, covariance, standard_prior) if base == "gaussian" else plain_base(z, y, covariance)
-    return train(z, y, noise, fitted, options, checkpoint=checkpoint, progress=progress)
+    denoiser, history = train(z, y, noise, fitted, options, checkpoint=checkpoint, progress=progress)
+    denoiser.support = None if standard_prior else find_support(z)
+    return denoiser, history
 
 
 def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, base: GaussianBase,

@@ -1,0 +1,56 @@
+"""Hard bounds of latents are found where there are any, and samplers keep them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest, truncnorm
+
+from fem_diffusion.diffusion import Denoiser, Support, TrainingOptions, find_support, fit_denoiser, sample_latents
+from truths import flat_base
+
+
+@pytest.mark.parametrize("n", [1000, 10000])
+def test_bounds_are_found_and_not_invented(n):
+    g = np.random.default_rng(0)
+    z = torch.tensor(np.stack([g.uniform(-1, 3, n), g.exponential(2.0, n), g.standard_normal(n), g.standard_t(3, n),
+                               g.gamma(3.0, size=n)], axis=1))
+    support = find_support(z)
+    np.testing.assert_allclose(support.lower[:2], [-1, 0], atol=20 / n)
+    assert abs(float(support.upper[0]) - 3) < 20 / n
+    assert (support.upper[1:] == math.inf).all() and (support.lower[2:] == -math.inf).all()
+    assert support.contains(z).all() and find_support(z[:, 2:]) is None
+
+
+def test_few_or_normal_latents_have_no_bounds():
+    for seed in range(20):
+        z = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed))
+        assert find_support(z) is None
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_samples_have_the_restricted_law(alpha):
+    support = Support(torch.tensor([-0.5], dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64))
+    y = torch.zeros(3000, 2, dtype=torch.float64)
+    z = sample_latents(Denoiser(flat_base(1), None, support=support), y, alpha=alpha,
+                       generator=torch.Generator().manual_seed(0))[:, 0].numpy()
+    assert kstest(z, truncnorm(-0.5, math.inf).cdf).pvalue > 1e-4
+
+
+def test_rows_without_a_chance_end_at_the_bound():
+    support = Support(torch.tensor([50.0], dtype=torch.float64), torch.tensor([60.0], dtype=torch.float64))
+    z = sample_latents(Denoiser(flat_base(1), None, support=support), torch.zeros(3, 2, dtype=torch.float64),
+                       generator=torch.Generator().manual_seed(0))
+    assert (z == 50).all()
+
+
+def test_one_call_finds_the_bounds_of_a_uniform_prior():
+    g = torch.Generator().manual_seed(0)
+    z = 2 * torch.rand(1500, 1, generator=g, dtype=torch.float64) - 1
+    y = z + 0.3 * torch.randn(1500, 1, generator=g, dtype=torch.float64)
+    denoiser, _ = fit_denoiser(z, y, options=TrainingOptions(steps=300, width=32, depth=2, evaluate_every=100))
+    samples = sample_latents(denoiser, torch.full((1000, 1), 1.1, dtype=torch.float64), generator=g)
+    assert samples.max() < 1.01 and samples.min() > -1.01
+    free, _ = fit_denoiser(z, y, standard_prior=True, options=TrainingOptions(steps=100, width=8, depth=1))
+    assert free.support is None
