@@ -165,6 +165,16 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     ModelFileError
         If the file is truncated, foreign or belongs to another basis.
     """
+    signature, denoiser, history = on_root(basis.V.comm, lambda: _read_model(path))
+    ours = basis.signature
+    if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
+        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+    return ConditionalModel(basis, denoiser, history)
+
+
+def _read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
+    """Signature of the basis, denoiser and training curve in a model file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -185,11 +195,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelFileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
             from error
-    ours = basis.signature
-    if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
-        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
-    return ConditionalModel(basis, Denoiser(base, network, **parts), history)
+    return signature, Denoiser(base, network, **parts), history
 
 
 @dataclass(frozen=True)
@@ -221,7 +227,8 @@ class Posterior:
             Of all draws.
         alpha, steps, formulation, method, coordinates, nodes, callback
             Of the sampler, as for `sample_latents`: without them the probability-flow ODE in 20 network evaluations, at
-            noise levels chosen from the spectrum of the posterior. The callback runs on rank 0.
+            noise levels chosen from the spectrum of the posterior. The callback runs on rank 0 alone: it must not call
+            Firedrake, which would wait for the other ranks.
         refill : bool, optional
             Draw the modes past r from the prior; where left out, for a Gaussian prior only.
         device : str

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from fem_diffusion.diagnostics import linear_gaussian_posterior
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise, fit_base, linear_base, plain_base
+from fem_diffusion.diffusion import (
+    CallableNoise, GaussianNoise, TrainingOptions, fit_base, fit_denoiser, linear_base, plain_base,
+)
 from fem_diffusion.errors import InputError
 
 R, K = 6, 3
@@ -43,9 +45,21 @@ def test_fitted_base_matches_sample_moments():
     y = (z @ operator.T)**2 / 10
     base = fit_base(z, y, noise)
     residual = base.whiten(z, y + torch.randn(n, K, generator=g, dtype=torch.float64) @ torch.linalg.cholesky(noise).T)
-    # Base coordinates are centred and white over the joint law; entries of a sample covariance err by sqrt(2/n).
+    # Base coordinates are centred and white over the joint law. Their entries' products have a standard deviation of at
+    # most sqrt(kurtosis), so a sample covariance errs by that over sqrt(n).
+    products = residual[:, :, None] * residual[:, None]
     assert residual.mean(0).abs().max() < 5 / np.sqrt(n)
-    assert (torch.cov(residual.T) - torch.eye(R)).abs().max() < 0.15
+    assert ((products.mean(0) - torch.eye(R)).abs() < 6 * products.std(0) / np.sqrt(n)).all()
+
+
+def test_noise_with_a_mean_shifts_the_base():
+    # y = z + 1 + 0.1 e: the reading 1 belongs to z = 0.
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(4000, 1, generator=g, dtype=torch.float64)
+    noise = CallableNoise(lambda y, g: y + 1 + 0.1 * torch.randn(y.shape, generator=g, dtype=y.dtype))
+    base = fit_denoiser(z, z.clone(), noise, options=TrainingOptions(steps=20, evaluate_every=20, width=4))[0].base
+    assert abs(float(base.mean(torch.ones(1, 1, dtype=torch.float64)))) < 0.02
+    assert abs(float(base.covariance) / 0.0099 - 1) < 0.15
 
 
 def test_plain_base_standardises_and_no_more():
@@ -103,7 +117,7 @@ def test_noise_has_its_covariance(noise, expected):
     (lambda: fit_base(torch.zeros(50, 6), torch.zeros(50, 2), torch.eye(2)), "same value in all pairs"),
     (lambda: plain_base(torch.zeros(50, 6), torch.zeros(50, 2), torch.eye(2)), "same value in all pairs"),
     (lambda: fit_base(torch.zeros(50, 6), torch.zeros(40, 2), torch.eye(2)), r"\(n, r\)"),
-    (lambda: linear_base(torch.zeros(2, 3), torch.zeros(2, 2)), "not positive"),
+    (lambda: linear_base(torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.zeros(2, 2)), r"not positive: sensors \[1\]"),
 ])
 def test_wrong_input_is_refused(make, words):
     with pytest.raises(InputError, match=words):

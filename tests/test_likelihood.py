@@ -5,7 +5,9 @@ import pytest
 import torch
 from scipy.stats import multivariate_normal, norm
 
-from fem_diffusion.diffusion import Denoiser, linear_base, log_density
+from fem_diffusion.diffusion import (
+    Denoiser, GaussianNoise, TrainingOptions, fit_denoiser, linear_base, log_density,
+)
 from fem_diffusion.errors import InputError
 from truths import GaussianTruth, MixtureTruth, flat_base, gaussian_target
 
@@ -41,6 +43,16 @@ def test_mixture_and_a_broken_network():
     np.testing.assert_allclose(found, exact, atol=5e-3)
     broken = log_density(Denoiser(flat_base(1), lambda *inputs: 1.1 * truth(*inputs)), x, Y).numpy()
     assert np.abs(broken - exact).max() > 0.1
+
+
+def test_a_trained_network_has_a_normalised_density():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(1000, 1, generator=g, dtype=torch.float64)
+    denoiser, _ = fit_denoiser(z, z**2, GaussianNoise(std=0.5), options=TrainingOptions(steps=400, width=32, depth=2))
+    assert denoiser.network is not None
+    grid = torch.linspace(-4, 4, 401, dtype=torch.float64)[:, None]
+    density = log_density(denoiser, grid, torch.full((401, 1), 1.5, dtype=torch.float64)).exp()
+    assert abs(float(density.sum()) * 0.02 - 1) < 1e-2
 
 
 def test_random_probes_are_unbiased():

@@ -7,8 +7,8 @@ from scipy.stats import norm
 
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import (
-    METHODS, Denoiser, Spectrum, churn, constant_moment, evaluations, linear_base, sample_latents, straight_line,
-    sub_variance_preserving, variance_exploding, variance_preserving,
+    METHODS, Denoiser, Formulation, Spectrum, churn, constant_moment, evaluations, linear_base, sample_latents,
+    straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError
 from truths import GaussianTruth, MixtureTruth, flat_base, gaussian_target, spectrum_of
@@ -77,6 +77,7 @@ def test_every_method(coordinates, method, alpha):
         # 1.2 q = -v + cot N' with q = -v + cot N: the score scaled by a fifth.
         return 1.2 * TRUTH(v, angle, features) - 0.2 * torch.tan(angle) * v
     tame = {**settings, "formulation": variance_exploding(0.01, 20.0)}
+    assert _p_value(steps=steps, **tame) > 1e-4
     assert _p_value(broken, steps=steps, **tame) < 1e-4
 
 
@@ -200,7 +201,11 @@ def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates,
     ({"alpha": -1.0}, "alpha"), ({"alpha": lambda t: t - 0.5}, r"alpha must be >= 0.*on \[0, 1\]"),
     ({"alpha": float("nan")}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
     ({"method": "magic"}, "method in whitened coordinates is one of"), ({"coordinates": "polar"}, "Coordinates"),
-    ({"method": "exponential"}, "method in whitened"), ({"nodes": "even"}, "nodes is"),
+    ({"method": "exponential"}, "method in whitened"), ({"nodes": "even"}, "nodes is"), ({"alpha": None}, "alpha"),
+    ({"alpha": lambda t: 1.0}, "elementwise"), ({"steps": float("nan")}, "steps"),
+    ({"formulation": "VP"}, "is a Formulation such as"),
+    ({"formulation": Formulation("short", lambda t: t**2, torch.ones_like)}, "noise alone"),
+    ({"formulation": variance_exploding(0.2), "coordinates": "plain"}, "noise alone"),
 ])
 def test_wrong_settings_are_refused(change, words):
     with pytest.raises(InputError, match=words):
@@ -210,6 +215,12 @@ def test_wrong_settings_are_refused(change, words):
 def test_wrong_churn_is_refused():
     with pytest.raises(InputError, match="churn"):
         churn(variance_exploding(), -1.0)
+
+
+def test_measurements_in_single_precision_are_taken():
+    denoiser, y = Denoiser(flat_base(5), TRUTH), torch.zeros(4, 2)
+    single, double = (sample_latents(denoiser, x, generator=torch.Generator().manual_seed(0)) for x in (y, y.double()))
+    assert torch.equal(single, double) and single.dtype == torch.float64
 
 
 @pytest.mark.parametrize("y", [torch.zeros(3, 4), torch.full((3, 2), torch.nan), torch.zeros(2)])

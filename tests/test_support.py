@@ -5,13 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest, truncnorm
+from scipy.stats import kstest, norm, truncnorm
 
-from fem_diffusion.diffusion import Denoiser, Support, TrainingOptions, find_support, fit_denoiser, sample_latents
+from fem_diffusion.diffusion import (
+    Denoiser, Support, TrainingOptions, find_support, fit_denoiser, log_density, sample_latents,
+)
 from truths import flat_base
 
 
-@pytest.mark.parametrize("n", [1000, 10000])
+@pytest.mark.parametrize("n", [1200, 10000])
 def test_bounds_are_found_and_not_invented(n):
     g = np.random.default_rng(0)
     z = torch.tensor(np.stack([g.uniform(-1, 3, n), g.exponential(2.0, n), g.standard_normal(n), g.standard_t(3, n),
@@ -23,10 +25,13 @@ def test_bounds_are_found_and_not_invented(n):
     assert support.contains(z).all() and find_support(z[:, 2:]) is None
 
 
-def test_few_or_normal_latents_have_no_bounds():
+@pytest.mark.parametrize("n", [300, 20000])
+def test_soft_tails_have_no_bounds_whatever_the_rest_of_the_law(n):
     for seed in range(20):
-        z = torch.randn(300, 8, generator=torch.Generator().manual_seed(seed))
-        assert find_support(z) is None
+        g = np.random.default_rng(seed)
+        far = np.where(g.random(n) < 0.03, 50 + 5 * g.standard_normal(n), g.standard_normal(n))
+        z = np.stack([far, g.lognormal(0.0, 1.0, n), g.standard_t(1.5, n), *g.standard_normal((5, n))], axis=1)
+        assert find_support(torch.tensor(z)) is None, seed
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -38,11 +43,26 @@ def test_samples_have_the_restricted_law(alpha):
     assert kstest(z, truncnorm(-0.5, math.inf).cdf).pvalue > 1e-4
 
 
-def test_rows_without_a_chance_end_at_the_bound():
+def test_rows_without_a_chance_are_warned_of():
     support = Support(torch.tensor([50.0], dtype=torch.float64), torch.tensor([60.0], dtype=torch.float64))
-    z = sample_latents(Denoiser(flat_base(1), None, support=support), torch.zeros(3, 2, dtype=torch.float64),
-                       generator=torch.Generator().manual_seed(0))
-    assert (z == 50).all()
+    with pytest.warns(UserWarning, match="3 of 3 samples lie outside"):
+        z = sample_latents(Denoiser(flat_base(1), None, support=support), torch.zeros(3, 2, dtype=torch.float64),
+                           generator=torch.Generator().manual_seed(0))
+    assert (z < 10).all()
+
+
+def test_diverged_rows_are_not_hidden():
+    support = Support(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    denoiser = Denoiser(flat_base(1), lambda v, angle, features: torch.full_like(v, torch.nan), support=support)
+    z = sample_latents(denoiser, torch.zeros(3, 2, dtype=torch.float64), generator=torch.Generator().manual_seed(0))
+    assert torch.isnan(z).all()
+
+
+def test_density_is_zero_outside():
+    support = Support(torch.zeros(1, dtype=torch.float64), torch.full((1,), math.inf, dtype=torch.float64))
+    z = torch.tensor([[-0.1], [0.1]], dtype=torch.float64)
+    found = log_density(Denoiser(flat_base(1), None, support=support), z, torch.zeros(2, 2, dtype=torch.float64))
+    assert found[0] == -math.inf and abs(float(found[1]) - norm.logpdf(0.1)) < 1e-3
 
 
 def test_one_call_finds_the_bounds_of_a_uniform_prior():

@@ -14,7 +14,7 @@ from fem_diffusion.diffusion import (
     linear_base, measure_collapse, sample_latents, straight_line, sub_variance_preserving, train, training,
     variance_exploding, variance_preserving,
 )
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, ModelFileError, SolveError
 
 QUICK = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2, batch=128)
 NOISE = GaussianNoise(std=0.1)
@@ -174,12 +174,40 @@ def test_early_stopping_keeps_the_best_weights():
 
 
 @pytest.mark.parametrize("change", [
-    {"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0},
+    {"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0}, {"steps": 40.5},
+    {"batch": 32.0}, {"threads": 0},
 ])
 def test_wrong_options_are_refused(change):
     z, y, base = _pairs()
     with pytest.raises(InputError):
         train(z, y, NOISE, base, TrainingOptions(**change))
+
+
+def test_training_that_diverges_says_so():
+    z, y, base = _pairs()
+    with pytest.raises(SolveError, match="lower `learning_rate`"):
+        train(z, y, NOISE, base, replace(QUICK, learning_rate=1e30))
+
+
+def test_a_handful_of_pairs_gets_no_network():
+    for seed in range(5):
+        z, y, _ = _pairs(12, nonlinear=False)
+        denoiser, history = fit_denoiser(z, y, NOISE, standard_prior=True, options=replace(QUICK, seed=seed))
+        assert denoiser.network is None and history.best_step == 0
+
+
+@pytest.mark.parametrize("z, y, words", [
+    (torch.zeros(50), torch.zeros(50, 2), r"\(n, r\)"), (torch.zeros(50, 2), torch.zeros(50), r"\(n, r\)"),
+    (np.zeros((50, 2)), np.zeros((50, 2)), "torch.as_tensor"), (torch.zeros(50, 2), torch.zeros(40, 2), r"\(n, r\)"),
+])
+def test_pairs_of_the_wrong_kind_are_refused(z, y, words):
+    with pytest.raises(InputError, match=words):
+        fit_denoiser(z, y, NOISE)
+
+
+def test_checkpoint_in_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(InputError, match="make it first"):
+        train(*_pairs()[:2], NOISE, _pairs()[2], QUICK, checkpoint=tmp_path / "none" / "state")
 
 
 def test_wrong_data_are_refused():

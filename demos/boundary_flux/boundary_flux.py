@@ -30,8 +30,8 @@ from firedrake.pyplot import tripcolor, triplot
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    AdvectionDiffusion, GaussianNoise, GaussianPrior, TrainingOptions, TransformedPrior, fit, karhunen_loeve,
-    point_sensors, simulate, variance_exploding, variance_preserving,
+    AdvectionDiffusion, GaussianNoise, GaussianPrior, TransformedPrior, fit, karhunen_loeve, point_sensors, simulate,
+    variance_exploding, variance_preserving,
 )
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.diagnostics import gauss_newton, hmc, sliced_wasserstein
@@ -156,8 +156,7 @@ def run(name, folder, progress):
     noise = GaussianNoise(std=noise_std)
     say(f"\n{name} flux: {pairs} pairs, {basis.r} modes keep {basis.retained:.2%} of the prior variance, noise "
         f"{noise_std:.3f} mol/m³, simulated after {time.perf_counter() - start:.0f} s")
-    options = TrainingOptions(**OPTIONS[name])
-    model = fit(data, basis, noise, options=options, checkpoint=folder / f"training_{name}.pt", progress=progress)
+    model = fit(data, basis, noise, checkpoint=folder / f"training_{name}.pt", progress=progress)
     model.save(folder / f"model_{name}.safetensors")
     say(f"trained after {time.perf_counter() - start:.0f} s; weights of step {model.history.best_step} are kept")
 
@@ -266,7 +265,6 @@ def say(text):
 
 CASES = {"gaussian": (gaussian_case, 4000), "positive": (positive_case, 20000)}
 OUTPUT = "output" if COMM_WORLD.size == 1 else f"output/{COMM_WORLD.size}-ranks"
-OPTIONS = {"gaussian": {"steps": 2000}, "positive": {"steps": 2500, "batch": 1024, "weight_decay": 0.1}}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

@@ -15,7 +15,7 @@ from fem_diffusion.diffusion.sampling import sample_latents
 
 __all__ = ["Collapse", "CollapseWarning", "measure_collapse"]
 
-_PAIRS, _SAMPLES, _STEPS = 256, 16, 8
+_PAIRS, _SAMPLES, _STEPS, _CHUNK = 256, 16, 8, 8192
 # Below these the posterior is called collapsed; without collapse both ratios scatter around 1 by a few percent.
 _SPREAD, _NEIGHBOUR = 0.75, 0.75
 
@@ -78,7 +78,9 @@ def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_o
     scale = training[0].std(0)
 
     def distance(z: Tensor) -> float:
-        return float(torch.cdist(z / scale, training[0] / scale).amin(1).median())
+        # In parts: all distances at once may be gigabytes.
+        nearest = [torch.cdist(z / scale, part / scale).amin(1) for part in training[0].split(_CHUNK)]
+        return float(torch.stack(nearest).amin(0).median())
     z, y = (x[:4 * _PAIRS] for x in held_out)
     drawn = denoiser.base.colour(samples(y, 1)[:, 0], y)
     spread = torch.tensor(log_spread(training[1]) - log_spread(held_out[1])).exp()

@@ -63,7 +63,7 @@ class Formulation:
     def __post_init__(self):
         t = torch.linspace(0, 1, 101, dtype=torch.float64)
         for what, values in (("variance", self.variance(t)), ("scaling", self.scaling(t))):
-            if values.shape != t.shape or not torch.isfinite(values).all():
+            if not isinstance(values, Tensor) or values.shape != t.shape or not torch.isfinite(values).all():
                 raise InputError(f"Formulation {self.name}: the {what} must be elementwise and finite on [0, 1].")
         if self.variance(t)[0] < 0 or not (self.variance(t).diff() > 0).all():
             raise InputError(f"Formulation {self.name}: the variance must be >= 0 and increase on [0, 1].")

@@ -90,7 +90,9 @@ def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measu
     # Each sensor in units of its own spread: pascals beside mole fractions lose nothing.
     spread = torch.diagonal(measurement_covariance).clamp(min=0).sqrt()
     if not (spread > 0).all():
-        raise InputError("The covariance of the measurements is not positive; check the observations and the noise.")
+        dead = torch.where(~(spread > 0))[0].tolist()
+        raise InputError(f"The covariance of the measurements is not positive: sensors {dead} read the same in all "
+                         "pairs, without noise. Leave them out, or give them noise.")
     values, vectors = torch.linalg.eigh(measurement_covariance / spread / spread[:, None])
     floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
     if not values[-1] > 0 or values[0] < -floor:

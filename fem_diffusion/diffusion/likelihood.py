@@ -46,7 +46,8 @@ def log_density(denoiser: Denoiser, z: Tensor, y: Tensor, *, probes: int | None 
     Returns
     -------
     Tensor
-        log p(z | y), shape (B,), dtype and device of `z`.
+        log p(z | y), shape (B,), dtype and device of `z`; minus infinity outside the support of the latents. Inside,
+        the law is not divided by the mass that stays inside hard bounds, where there are any.
 
     Raises
     ------
@@ -66,7 +67,10 @@ def log_density(denoiser: Denoiser, z: Tensor, y: Tensor, *, probes: int | None 
         raise InputError(f"The divergence of {base.r} latents is estimated with random probes: pass a generator.")
     scale = torch.linalg.slogdet(base.factor).logabsdet
     parts = zip(z.split(chunk), y.split(chunk))
-    return torch.cat([_integrate(denoiser, *part, probes, generator) for part in parts]) - scale
+    density = torch.cat([_integrate(denoiser, *part, probes, generator) for part in parts]) - scale
+    if denoiser.support is not None:
+        density[~denoiser.support.contains(z)] = -math.inf
+    return density
 
 
 def _integrate(denoiser, z, y, probes, generator) -> Tensor:

@@ -66,6 +66,10 @@ class GaussianNoise:
             noisy = noisy + white @ self._factor.to(y).T
         return noisy
 
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of the noise, zero, shape (k,)."""
+        return y.new_zeros(y.shape[-1])
+
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance R averaged over noise-free observations `y` of shape (B, k); shape (k, k)."""
         self._check(y.shape[-1])
@@ -104,13 +108,18 @@ class CallableNoise:
             raise InputError(f"The noise callable must return a finite tensor of shape {tuple(y.shape)}.")
         return noisy
 
-    def covariance(self, y: Tensor) -> Tensor:
-        """Covariance (k, k) of the noise averaged over `y` (B, k), estimated from one draw for each row.
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
+        return self._errors(y).mean(0)
 
-        The generator has a fixed seed of its own, so the estimate is the same in every call.
-        """
-        error = self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
+    def covariance(self, y: Tensor) -> Tensor:
+        """Covariance (k, k) of the noise averaged over `y` (B, k), estimated from one draw for each row."""
+        error = self._errors(y) - self.mean(y)
         return error.T @ error / len(error)
+
+    def _errors(self, y: Tensor) -> Tensor:
+        """One draw of the noise for each row, the same in every call, shape (B, k)."""
+        return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
 
 
 def _symmetric_factor(matrix: Tensor) -> Tensor:

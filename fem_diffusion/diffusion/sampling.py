@@ -22,6 +22,7 @@ every :math:`\alpha`. All formulations coincide in these coordinates; they diffe
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,8 @@ from fem_diffusion.errors import InputError
 __all__ = ["METHODS", "churn", "evaluations", "sample_latents"]
 
 _REDRAWS = 20
+# Between these noise levels a formulation has to run.
+_SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": _whitened.METHODS, "plain": _plain.METHODS}
 
 
@@ -116,13 +119,13 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     Parameters
     ----------
     denoiser : Denoiser
-        Trained denoiser, its base in the dtype and on the device of `y`.
+        Trained denoiser.
     y : Tensor
         Measurements, shape (B, k); repeat a row to draw many samples for it.
     formulation : Formulation, optional
         Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
     generator : torch.Generator
-        Source of randomness, on the device of `y`.
+        Source of randomness, on the device of the base.
     method : str, optional
         Whitened: "euler", "heun", "multistep" (two-step Adams-Bashforth, for alpha = 0), "predictor_corrector" (Euler
         and a Langevin step), "adaptive" (the ODE with error control, through SciPy).
@@ -151,18 +154,19 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     Returns
     -------
     Tensor
-        Latents z, shape (B, r), dtype and device of `y`. Rows outside the support of the latents are drawn again, with
-        evaluations of their own, up to 20 times; rows that then are still outside are moved to the bound.
+        Latents z, shape (B, r), dtype and device of the base. Rows outside the support of the latents are drawn again,
+        with evaluations of their own, up to 20 times; a warning tells if rows are outside even then.
 
     Raises
     ------
     InputError
         If `alpha` is negative, `steps` is not a positive whole number, a word is unknown, the method does not serve
-        alpha > 0, or `y` is of the wrong shape or not finite.
+        alpha > 0, the formulation's noise does not reach far enough, or `y` is of the wrong shape or not finite.
     """
+    y = y.to(denoiser.base.latent_mean)
     if method is None:
         method = "exponential" if coordinates == "plain" else "multistep" if _is_zero(alpha) else "heun"
-    scheme = _check(denoiser, y, method, alpha, steps, coordinates, nodes)
+    scheme = _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation)
     nodes = nodes or ("spectrum" if formulation is None else "time")
     formulation = formulation or variance_preserving()
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
@@ -192,11 +196,17 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
 def _redraw(z: Tensor, y: Tensor, support: Support, draw: Callable) -> Tensor:
     """Latents (B, r) with the rows outside the support drawn again."""
     for _ in range(_REDRAWS):
-        outside = ~support.contains(z)
+        # A row that is not finite has diverged, which must be seen.
+        outside = ~support.contains(z) & torch.isfinite(z).all(1)
         if not outside.any():
             return z
         z[outside] = draw(y[outside], lambda *_: None)
-    return z.clamp(support.lower.to(z), support.upper.to(z))
+    left = ~support.contains(z)
+    if left.any():
+        warnings.warn(f"{int(left.sum())} of {len(z)} samples lie outside the bounds of the training latents after "
+                      f"{_REDRAWS} draws: the measurement is unlike the training measurements, or the prior has no "
+                      "hard bounds and `denoiser.support` should be None.", stacklevel=3)
+    return z
 
 
 def _is_zero(alpha) -> bool:
@@ -211,23 +221,46 @@ def _check_method(method: str, coordinates: str) -> None:
                          f"{method!r}.")
 
 
-def _check(denoiser, y, method, alpha, steps, coordinates, nodes):
+def _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation):
     """The scheme asked for; raises InputError where an argument of `sample_latents` is wrong."""
     _check_method(method, coordinates)
     if nodes not in (None, "spectrum", "time"):
         raise InputError(f"nodes is 'spectrum' or 'time', not {nodes!r}.")
-    values = alpha(torch.linspace(0, 1, 101, dtype=torch.float64)) if callable(alpha) else torch.tensor([float(alpha)])
-    if not torch.isfinite(values).all() or not (values >= 0).all():
-        raise InputError("alpha must be >= 0 and finite" + (" on [0, 1]." if callable(alpha) else f", not {alpha}."))
+    if formulation is not None:
+        _check_formulation(formulation, coordinates)
+    _check_alpha(alpha)
     scheme = METHODS[coordinates][method]
     if scheme.deterministic and not _is_zero(alpha):
         raise InputError(f"The method {method!r} in {coordinates} coordinates follows the ODE, alpha = 0; take 'heun' "
                          "for alpha > 0.")
-    if int(steps) != steps or steps < 1:
+    if not isinstance(steps, (int, float)) or steps % 1 or not steps >= 1:
         raise InputError(f"The number of steps must be a whole number >= 1, not {steps!r}.")
     if y.ndim != 2 or y.shape[1] != denoiser.base.k or not torch.isfinite(y).all():
         raise InputError(f"Measurements must be finite and of shape (B, {denoiser.base.k}), not {tuple(y.shape)}.")
     return scheme
+
+
+def _check_formulation(formulation, coordinates) -> None:
+    if not isinstance(formulation, Formulation):
+        raise InputError(f"The formulation is a Formulation such as variance_preserving(), not {formulation!r}.")
+    first, last = formulation.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    if last < _LARGE or (coordinates == "plain" and first > _SMALL):
+        raise InputError(f"Formulation {formulation.name} runs from sigma = {first:g} to {last:g}: sampling starts "
+                         f"from noise alone, at {_LARGE:g} or more, and ends, in plain coordinates, at {_SMALL:g} or "
+                         "less.")
+
+
+def _check_alpha(alpha) -> None:
+    if not callable(alpha):
+        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+            raise InputError(f"alpha must be a number >= 0 or a function of time, not {alpha!r}.")
+        return
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    values = alpha(t)
+    if not isinstance(values, Tensor) or values.shape != t.shape:
+        raise InputError("alpha must be elementwise: map a tensor of times to a tensor of that shape.")
+    if not torch.isfinite(values).all() or not (values >= 0).all():
+        raise InputError("alpha must be >= 0 and finite on [0, 1].")
 
 
 def _angles(denoiser: Denoiser, formulation: Formulation, nodes: str, order: int, steps: int) -> list[float]:

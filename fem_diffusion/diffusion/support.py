@@ -12,8 +12,10 @@ from torch import Tensor
 
 __all__ = ["Support", "find_support"]
 
-# A bound is hard if this share of the range next to it holds at least this share of the pairs, and this many.
-_WINDOW, _SHARE, _PAIRS = 0.02, 0.006, 10
+# The outermost share of the pairs, and at least so many, tell whether a bound is hard, if there are so many times more.
+_SHARE, _LEAST, _TIMES = 0.01, 100, 10
+# Density next to a hard bound, at least, in units of that between the quartiles.
+_DENSITY = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class Support:
 def find_support(z: Tensor) -> Support | None:
     """Bounds at which the density of the latents jumps to zero.
 
-    A uniform density has 2 % of its pairs in the outer 2 % of its range, a normal one only one or two pairs. Bounds
-    lie one mean spacing beyond the outermost pair.
+    Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the last. In
+    a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2 with a standard
+    deviation of 1 / (2 sqrt(m)) at a jump, and 0.7 to 0.9 in the tails of gamma, lognormal, normal and t laws. A small
+    mode far away has few pairs, too, so the density next to the bound must be a tenth of that between the quartiles.
+    Bounds lie one mean spacing beyond the outermost pair.
 
     Parameters
     ----------
@@ -48,13 +53,28 @@ def find_support(z: Tensor) -> Support | None:
     Returns
     -------
     Support or None
-        None where no latent has a hard bound.
+        None where no latent has a hard bound, or where there are fewer than 1,000 pairs, too few to tell.
     """
-    low, high = z.amin(0), z.amax(0)
-    extent, enough = high - low, max(_PAIRS, _SHARE * len(z))
-    hard_low = (z <= low + _WINDOW * extent).sum(0) >= enough
-    hard_high = (z >= high - _WINDOW * extent).sum(0) >= enough
-    if not (hard_low | hard_high).any():
+    m = max(_LEAST, round(_SHARE * len(z)))
+    if len(z) < _TIMES * m:
         return None
-    gap, none = extent / len(z), torch.full_like(low, math.inf)
-    return Support(torch.where(hard_low, low - gap, -none), torch.where(hard_high, high + gap, none))
+    ordered = z.sort(0).values
+    quartiles = ordered[3 * len(z) // 4] - ordered[len(z) // 4]
+    longest = m / len(z) * quartiles / (0.5 * _DENSITY)
+    lower, lower_hard = _edge(ordered[:m], longest)
+    upper, upper_hard = _edge(-ordered.flip(0)[:m], longest)
+    if not (lower_hard | upper_hard).any():
+        return None
+    none = torch.full_like(lower, math.inf)
+    return Support(torch.where(lower_hard, lower, -none), torch.where(upper_hard, -upper, none))
+
+
+def _edge(outermost: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower bound and whether it is hard, shape (r,) each.
+
+    Takes the m smallest latents in order, shape (m, r), and the longest distance (r,) over which a bound spreads them.
+    """
+    m = len(outermost)
+    extent = outermost[-1] - outermost[0]
+    even = outermost[m // 2] - outermost[0] < (0.5 + 1 / math.sqrt(m)) * extent
+    return outermost[0] - extent / (m - 1), even & (extent > 0) & (extent < longest)

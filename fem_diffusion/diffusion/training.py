@@ -25,13 +25,14 @@ from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
 from fem_diffusion.diffusion.support import find_support
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, ModelFileError, SolveError
 
 __all__ = ["History", "TrainingOptions", "fit_denoiser", "train"]
 
 _FORMAT = "fem_diffusion training checkpoint 2"
 _VALIDATION_DRAWS = 16
 _SPECTRUM_PAIRS, _SPECTRUM_ANGLES = 2048, 48
+_FEWEST_HELD_OUT = 10
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,16 @@ class TrainingOptions:
         """Raise InputError where a setting is out of its range."""
         positive = ("steps", "batch", "learning_rate", "evaluate_every", "patience", "width", "depth", "log_sigma_std")
         bad = [name for name in positive if not getattr(self, name) > 0]
+        bad += [name for name in ("steps", "batch", "evaluate_every", "patience", "width", "depth", "seed")
+                if not isinstance(getattr(self, name), int)]
+        bad += ["threads"] if self.threads is not None and not self.threads >= 1 else []
         bad += [name for name in ("ema_decay", "weight_decay") if not 0 <= getattr(self, name) < 1]
         if bad:
             raise InputError(f"Training options out of range: {', '.join(bad)}.")
         if not 0 < self.validation_fraction < 1:
             raise InputError("validation_fraction must lie between 0 and 1; early stopping needs held-out pairs.")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"Training was asked to run on {self.device!r}, but torch sees no such device here.")
 
 
 @dataclass
@@ -151,8 +157,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
     if base not in ("gaussian", "plain"):
         raise InputError(f"The base is 'gaussian' or 'plain', not {base!r}.")
     _check_finite(z, y)
-    covariance = y.new_zeros(y.shape[-1], y.shape[-1]) if noise is None else noise.covariance(y)
-    fitted = fit_base(z, y, covariance, standard_prior) if base == "gaussian" else plain_base(z, y, covariance)
+    z, y = z.double(), y.double()
+    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
+        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
+    centred, covariance = y, y.new_zeros(y.shape[1], y.shape[1])
+    if noise is not None:
+        centred, covariance = y + noise.mean(y), noise.covariance(y)
+    fitted = (fit_base(z, centred, covariance, standard_prior) if base == "gaussian"
+              else plain_base(z, centred, covariance))
     denoiser, history = train(z, y, noise, fitted, options, checkpoint=checkpoint, progress=progress)
     denoiser.support = None if standard_prior else find_support(z)
     return denoiser, history
@@ -195,9 +207,11 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     Raises
     ------
     InputError
-        If shapes disagree, an option is out of range or a value is not finite.
+        If shapes disagree, an option is out of range, a value is not finite or the folder of `checkpoint` is missing.
     ModelFileError
         If `checkpoint` is unreadable or belongs to other data, noise or options.
+    SolveError
+        If training diverges.
     """
     options.check()
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or (base.r, base.k) != (z.shape[1], y.shape[1]):
@@ -209,6 +223,8 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
 
 
 def _check_finite(z: Tensor, y: Tensor) -> None:
+    if not isinstance(z, Tensor) or not isinstance(y, Tensor):
+        raise InputError("Latents and observations must be tensors: pass torch.as_tensor(...) of them.")
     if not torch.isfinite(z).all() or not torch.isfinite(y).all():
         raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
 
@@ -229,7 +245,7 @@ class _Loop:
         self.held_out = z[order[:held_out]].to(**move), y[order[:held_out]].to(**move)
         self.base = base.to(**move)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(options.seed)
             self.network = ResidualMLP(base.r, base.k, options.width, options.depth).to(self.device)
         self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
@@ -246,6 +262,8 @@ class _Loop:
         parts = [z, y, *(getattr(base, f.name) for f in fields(base)), *self.validation]
         self.fingerprint = _fingerprint(parts, options)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
+            raise InputError(f"The folder of the checkpoint {self.checkpoint} does not exist: make it first.")
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load()
 
@@ -307,6 +325,9 @@ class _Loop:
     def _record(self, train_loss: float) -> None:
         losses = self._evaluate()
         value = float(losses.mean())
+        if not math.isfinite(value) or not math.isfinite(train_loss):
+            raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
+                             f"({self.options.learning_rate:g}) or check the scale of the data.")
         self.history.step.append(self.step)
         self.history.train.append(train_loss)
         self.history.validation.append(value)
@@ -321,7 +342,8 @@ class _Loop:
 
     def _result(self) -> tuple[Denoiser, History]:
         gain = self.base_losses - self.best_losses
-        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        # Too few held-out pairs cannot speak for a network.
+        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
         if self.best is None or not float(gain.mean()) > threshold:
             self.history.best_step = 0
             return Denoiser(self.base.to("cpu"), None), self.history
@@ -400,7 +422,8 @@ def _warm_average(decay: float):
 
 def _fingerprint(parts: list[Tensor], options: TrainingOptions) -> str:
     """Digest of the options and of what a checkpoint depends on: data, base, and draws that show the noise model."""
-    digest = hashlib.sha256(repr(sorted(asdict(options).items())).encode())
+    settings = {name: value for name, value in asdict(options).items() if name not in ("device", "threads")}
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
     for x in parts:
         digest.update(x.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
