@@ -12,7 +12,6 @@ training set and at new ones, and the two ratios of the collapse monitor.
 """
 
 import argparse
-import csv
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import trange
 
+from fem_diffusion.diagnostics import write_csv
 from fem_diffusion.diffusion import (
     CollapseWarning, Denoiser, GaussianNoise, ResidualMLP, TrainingOptions, fit_denoiser, linear_base, measure_collapse,
     plain_base, sample_latents,
@@ -120,10 +120,7 @@ def main():
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = run(arguments.pairs)
-    with open(arguments.output / "collapse.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, arguments.output / "collapse.csv")
     print("| loop | steps | variance / exact, training | new | spread ratio | neighbour ratio |")
     print("|---|---|---|---|---|---|")
     line = "| {loop} | {steps} | {training:.3f} | {new:.3f} | {spread_ratio:.2f} | {neighbour_ratio:.2f} |"

@@ -12,7 +12,9 @@ same command runs what is missing.
 
 import argparse
 import csv
+import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import torch
@@ -38,8 +40,10 @@ def peer(name):
     def fit(task, theta, x, seed):
         from sbi import inference
 
-        trainer = getattr(inference, name)(task.get_prior_dist())
-        trainer.append_simulations(theta, x).train()
+        # sbi keeps a training log below the current directory.
+        with tempfile.TemporaryDirectory() as scratch, chdir(scratch):
+            trainer = getattr(inference, name)(task.get_prior_dist())
+            trainer.append_simulations(theta, x).train()
         posterior = trainer.build_posterior()
         return lambda y: posterior.sample((SAMPLES,), x=y, show_progress_bars=False)
     return fit
@@ -54,7 +58,9 @@ def simulate(task, folder: Path, seed: int):
     if not file.exists():
         torch.manual_seed(1000 + seed)
         theta = task.get_prior()(num_samples=SIMULATIONS)
-        torch.save({"theta": theta, "x": task.get_simulator()(theta)}, file)
+        partial = file.with_suffix(".partial")
+        torch.save({"theta": theta, "x": task.get_simulator()(theta)}, partial)
+        partial.replace(file)
     data = torch.load(file, weights_only=True)
     return data["theta"], data["x"]
 
@@ -126,7 +132,9 @@ def main():
                 partial.replace(file)
     rows = [row for row in read(file) if row["task"] in arguments.tasks]
     print(table(rows))
-    (arguments.output / "peers.md").write_text(table(rows) + "\n")
+    partial = file.with_suffix(".partial")
+    partial.write_text(table(rows) + "\n")
+    partial.replace(arguments.output / "peers.md")
 
 
 if __name__ == "__main__":

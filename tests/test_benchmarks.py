@@ -1,5 +1,7 @@
 """Canonical problems: their conditionals are those of their joint laws; what the benchmarks' commands promise."""
 
+import csv
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -70,20 +72,48 @@ def test_observations_are_typical(problem):
     assert ((problem.observations > low) & (problem.observations < high)).all()
 
 
-def test_command_reaches_its_verdict(tmp_path, monkeypatch, capsys):
+def _command(problem, folder, monkeypatch, capsys, **options):
+    """What the command prints for one problem in a tiny size."""
     size = formulations.SIZES["quick"]
     tiny = replace(size, pairs=800, samples=60, budgets=(2, 8), samplers=tuple(
         s for s in size.samplers if s.name in ("Euler-Maruyama", "whitened multistep", "adaptive")),
-        options=replace(size.options, steps=40, batch=64, width=16, depth=1, evaluate_every=20))
+        options=replace(size.options, batch=64, width=24, depth=1, **options))
     monkeypatch.setitem(formulations.SIZES, "quick", tiny)
     monkeypatch.setattr(formulations, "c2st", lambda reference, samples: 0.5)  # slow, and tested elsewhere
-    monkeypatch.setattr(sys, "argv", ["formulations.py", "--size", "quick", "--problems", "linear-gaussian",
-                                      "--folder", str(tmp_path / "rows"), "--results", str(tmp_path / "results")])
+    monkeypatch.setattr(sys, "argv", ["formulations.py", "--size", "quick", "--problems", problem,
+                                      "--folder", str(folder / "rows"), "--results", str(folder / "results")])
     formulations.main()
-    printed = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_command_reaches_its_verdict(tmp_path, monkeypatch, capsys):
+    printed = _command("linear-gaussian", tmp_path, monkeypatch, capsys, steps=40, evaluate_every=20)
     assert "met on 1 of 1 problems, geometric mean 1.000" in printed and "Linear-Gaussian, one evaluation" in printed
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
         "cost_VE.png", "cost_VP.png", "overview.png", "summary.csv", "summary.md", "verdict.md"}
+
+
+def test_command_judges_a_network(tmp_path, monkeypatch, capsys):
+    printed = _command("banana", tmp_path, monkeypatch, capsys, steps=400, evaluate_every=100)
+    rows = list(csv.DictReader((tmp_path / "rows" / "rows" / "banana-gaussian-0.csv").read_text().splitlines()))
+    assert int(next(row for row in rows if row["sampler"] == "adaptive")["evaluations"]) > 20
+    ratio = float(re.search("met on 1 of 1 problems, geometric mean ([0-9.]+) of", printed)[1])
+    assert 0.9 < ratio < 1.05
+    plain = float(re.search(r"Euler-Maruyama \(VE\): ([0-9.e+]+) times", printed)[1])
+    assert plain > 100 and "does not get there with 8" in printed
+
+
+@pytest.mark.parametrize("errors, words", [
+    ({8: 1.0, 16: 3.0, 32: 1.0}, "needs 32"), ({8: 9.0, 16: 1.0, 32: 1.0}, "needs 16"),
+    ({8: 1.0, 16: 1.0, 32: 1.2}, "does not get there with 32"),
+])
+def test_verdict_counts_from_where_on_the_error_stays(errors, words):
+    cells = [("any", "adaptive", 0, 1.0)] + [("any", formulations.OURS, budget, 1.0) for budget in errors]
+    cells += [(name, formulations.CLASSIC, budget, error) for name in ("VE", "VP") for budget, error in errors.items()]
+    rows = [{"problem": "p", "base": "gaussian", "formulation": name, "sampler": sampler, "budget": str(budget),
+             "evaluations": str(budget), "seed": "0", "seconds": "1", "sliced_wasserstein": str(error)}
+            for name, sampler, budget, error in cells]
+    assert all(words in line for line in formulations.verdict(rows)[1:3])
 
 
 def test_a_changed_problem_is_noticed(monkeypatch):
@@ -104,3 +134,5 @@ def test_long_training_does_not_shrink_the_posterior_where_the_naive_loop_collap
             assert change < -0.3 and rows[loop, long]["spread_ratio"] < 0.75
         else:
             assert change > -0.05 and rows[loop, long]["spread_ratio"] > 0.9
+            # The base alone, without a network, is off by more.
+            assert abs(rows[loop, long]["training"] - 1) < 0.1

@@ -120,7 +120,8 @@ def test_reverse_density_needs_the_right_score_and_diffusion(formulation):
     assert case.reverse_error(0, factor=2.0) > 1e-1
 
 
-@pytest.mark.parametrize("formulation", [COSINE, pytest.param(STRAIGHT, marks=pytest.mark.slow)], ids=lambda f: f.name)
+@pytest.mark.parametrize("formulation", [f if f is COSINE else pytest.param(f, marks=pytest.mark.slow) for f in ALL],
+                         ids=lambda f: f.name)
 def test_plane(formulation):
     case = Case(formulation, dim=2, cells=28, steps=24)
     assert case.forward_error() < 2e-3
@@ -226,8 +227,9 @@ def mixture(dim):
 
 
 DATA = {"modes": (1, mixture(1)), "box": (1, smooth_box()), "ring": (2, mixture(2)), "banana": (2, banana())}
-PARTICLES = [(f, name) for name in ("modes", "box") for f in (VE, COSINE, STRAIGHT, MINE)]
-PARTICLES += [(f, name) for name in ("ring", "banana") for f in (VE, STRAIGHT)]
+QUICK = {1: (VE, COSINE, STRAIGHT, MINE), 2: (VE, STRAIGHT)}
+PARTICLES = [pytest.param(f, name, marks=[] if f in QUICK[dim] else pytest.mark.slow)
+             for name, (dim, _) in DATA.items() for f in ALL]
 
 
 @pytest.mark.parametrize("formulation, name", PARTICLES, ids=lambda value: getattr(value, "name", value))

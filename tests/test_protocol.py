@@ -1,7 +1,9 @@
 """The comparison protocol: every cell once, nothing lost in a crash, and conclusions that follow from the rows."""
 
 import csv
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 
 from fem_diffusion.diagnostics import (
     SAMPLERS, Sampler, Training, combine, compare, convergence, plot_costs, plot_overview, run_protocol, summarise,
+    write_markdown,
 )
 from fem_diffusion.diffusion import (
-    Denoiser, TrainingOptions, linear_base, straight_line, variance_exploding, variance_preserving,
+    Denoiser, Formulation, Support, TrainingOptions, linear_base, straight_line, variance_exploding,
+    variance_preserving,
 )
 from fem_diffusion.errors import DataError, InputError
 
@@ -64,6 +68,19 @@ def test_cost_is_within_the_budget_and_one_more_step_is_not(sampler, tmp_path):
     # The counter in the network tells the cost, not the formula.
     for row in _run([_training(Fit(), samplers=[sampler], budgets=(3, 9, 10))], tmp_path):
         assert int(row["budget"]) - 2 <= int(row["evaluations"]) <= int(row["budget"])
+
+
+def test_a_hard_support_costs_nothing(tmp_path):
+    class Bounded(Fit):
+        def __call__(self, checkpoint):
+            denoiser = super().__call__(checkpoint)
+            # Three quarters of all samples lie outside, where sample_latents draws again.
+            denoiser.support = Support(torch.zeros(2).double(), torch.ones(2).double())
+            return denoiser
+    heun = [s for s in SAMPLERS if s.name == "whitened Heun ODE"]
+    row, = _run([_training(Bounded(), samplers=heun, budgets=(8,))], tmp_path / "bounded")
+    free, = _run([_training(Fit(), samplers=heun, budgets=(8,))], tmp_path / "free")
+    assert int(row["evaluations"]) <= 8 and row["mean"] == free["mean"]
 
 
 def test_every_cell_runs_once():
@@ -147,6 +164,43 @@ def test_other_settings_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
+    ({"formulations": (variance_exploding(sigma_max=50.0), variance_preserving())}, "formulations as 'VE'"),
+    ({"formulations": (replace(variance_exploding(), scaling=lambda t: 1 + t),)}, "formulations as 'VE'"),
+    ({"samplers": (replace(SAMPLERS[0], alpha=0.5),)}, "samplers as 'Euler-Maruyama'"),
+    ({"samplers": (replace(SAMPLERS[0], method="heun"),)}, "samplers as 'Euler-Maruyama'"),
+])
+def test_another_formulation_or_sampler_of_a_known_name_is_refused(tmp_path, change, words):
+    first = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path)
+    kept = (tmp_path / "settings.json").read_text()
+    with pytest.raises(InputError, match=f"{words}.*name another folder"):
+        _run([_training(Fit(), **{"samplers": SAMPLERS[:1]} | change)], tmp_path)
+    assert (tmp_path / "settings.json").read_text() == kept
+    assert _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path) == first
+
+
+def test_one_name_means_one_formulation_in_all_trainings(tmp_path):
+    with pytest.raises(InputError, match="formulations as 'VE'"):
+        _run([_training(Fit(), formulations=(variance_exploding(),)),
+              _training(Fit(), formulations=(variance_exploding(0.1),), seed=1)], tmp_path)
+
+
+def test_new_names_are_added_and_an_old_folder_is_completed(tmp_path):
+    few = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"pairs": 1}))
+    mine = Formulation("mine", lambda t: 2500 * t**2, lambda t: 1 + 50 * t)
+    more = _run([_training(Fit(), samplers=SAMPLERS[:2], formulations=(
+        variance_exploding(), variance_preserving(), mine))], tmp_path, {"pairs": 1})
+    assert all(row in more for row in few)
+    signatures = json.loads(path.read_text())["signatures"]
+    assert list(signatures["formulations"]) == ["VE", "VP", "mine"]
+    assert list(signatures["samplers"]) == ["Euler-Maruyama", "Euler ODE"]
+    # What is left out of a call stays known.
+    _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
+    assert json.loads(path.read_text())["signatures"] == signatures
+
+
+@pytest.mark.parametrize("change, words", [
     ({"formulations": (variance_exploding(), variance_exploding(0.1))}, "formulations share"),
     ({"samplers": (SAMPLERS[0], SAMPLERS[0])}, "samplers share"), ({"budgets": (0, 4)}, "Budgets"),
 ])
@@ -183,8 +237,31 @@ def test_convergence_grants_noise_of_the_samples_only():
     assert convergence(rows, "error")["p", "gaussian", "VE", "s"].budget is None
     for row in rows:
         if row["sampler"] == "s":
-            row["error"] = str(float(row["error"]) + (0.3, -0.3, 0.0)[int(row["seed"])])
+            row["error"] = str(float(row["error"]) + (0.3, -0.2, -0.1)[int(row["seed"])])
     assert convergence(rows, "error")["p", "gaussian", "VE", "s"].budget == 8
+
+
+def _by_seed(errors, targets):
+    """The convergence of a sampler with these errors at 8 evaluations, seed by seed, to these targets."""
+    rows = _rows({8: 1.0}, seeds=len(errors))
+    for row in rows:
+        row["error"] = str((errors if row["sampler"] == "s" else targets)[int(row["seed"])])
+    return convergence(rows, "error")["p", "gaussian", "VE", "s"]
+
+
+@pytest.mark.parametrize("errors", [(1000, 1, 1, 1, 1), (1.4, 3.0), (1.3, 0.7, 1.3, 1.3, 0.7), (math.inf, 1, 1, 1, 1),
+                                    (0.1, 0.1, 1.1, 1.1, 1.1)])
+def test_convergence_forgives_no_instability(errors):
+    assert _by_seed(errors, [1] * len(errors)).budget is None
+
+
+def test_convergence_is_not_measured_against_a_reference_that_is_not_finite():
+    found = _by_seed((1.0, 1.0, 5.0), (1.0, 1.0, math.inf))
+    assert found.budget == 8 and found.error[8] == 1.0
+    assert _by_seed((1.2, 1.2, 1.0), (1.0, 1.0, math.inf)).budget is None
+    for target in (math.inf, math.nan):
+        found = _by_seed((1.0, 1.0), (target, target))
+        assert found.budget is None and math.isnan(found.error[8])
 
 
 def test_convergence_asks_for_its_reference():
@@ -196,6 +273,26 @@ def test_summary_is_mean_and_spread_over_seeds():
     line = [x for x in summarise(_rows({2: 1.0})) if x["sampler"] == "s"][0]
     assert line["seeds"] == 3 and line["error"] == pytest.approx(1.2) and line["error_spread"] == pytest.approx(0.2)
     assert line["budget"] == 2 and "error_floor_spread" not in line
+
+
+def test_summary_of_p_values_is_the_smallest_for_all_seeds():
+    rows = [row | {"sbc_p": p, "sbc_p_1": q} for row, p, q in zip(_rows({}), ("0.9", "0.01", "0.8"), "111")]
+    line, = summarise(rows)
+    assert line["sbc_p"] == pytest.approx(0.03) and line["sbc_p_1"] == 1.0
+    assert not any(name.startswith("sbc_p") and name.endswith("_spread") for name in line)
+
+
+def test_a_crash_leaves_the_table_before(tmp_path, monkeypatch):
+    path = tmp_path / "summary.md"
+    write_markdown(_rows({8: 1.0}), path, "error")
+    before = path.read_text()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_markdown(_rows({8: 2.0}), path, "error")
+    assert path.read_text() == before and "1.2" in before
 
 
 def test_pictures(tmp_path):
@@ -224,17 +321,26 @@ def test_compare_on_joint_samples(tmp_path):
     worst = [x for x in lines if x["sampler"] == "Euler-Maruyama" and x["budget"] == 2][0]
     # The base is the truth: calibrated, and Euler-Maruyama in two evaluations is not.
     assert best["sbc_p"] > 1e-3 > worst["sbc_p"] and worst["energy_score"] > 1.2 * best["energy_score"]
+    assert "sbc_p_spread" not in best and "energy_score_spread" in best
     assert abs(best["coverage_90"] - 0.9) < 4 * math.sqrt(0.09 / 300) and "sbc_p_2" in best
     assert "adaptive" in (tmp_path / "summary.md").read_text() and (tmp_path / "results.csv").exists()
     before = (tmp_path / "results.csv").read_text()
-    np.testing.assert_equal(compare(z, y, tmp_path, **settings), lines)
+    # Arrays are the same data.
+    np.testing.assert_equal(compare(z.numpy(), y.numpy(), tmp_path, **settings), lines)
     assert (tmp_path / "results.csv").read_text() == before
     with pytest.raises(InputError, match="data"):
         compare(z + 1, y, tmp_path, **settings)
 
 
 @pytest.mark.parametrize("change, words", [({"held_out": 600}, "held_out"), ({"draws": 1}, "draws"),
-                                           ({"held_out": 1}, "held_out")])
+                                           ({"held_out": 1}, "held_out"), ({"seeds": ()}, "at least one seed"),
+                                           ({"bases": ()}, "one base"), ({"samplers": ()}, "a sampler"),
+                                           ({"evaluations": (1,), "samplers": SAMPLERS[2:3]}, "buys it a step")])
 def test_compare_refuses_senseless_numbers(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         compare(*_pairs(), tmp_path, **change)
+
+
+def test_compare_refuses_what_is_not_numbers(tmp_path):
+    with pytest.raises(InputError, match="arrays of numbers"):
+        compare(np.array([["a"], ["b"]]), np.zeros((2, 1)), tmp_path)

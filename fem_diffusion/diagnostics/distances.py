@@ -1,7 +1,8 @@
 """Distances between sets of samples and scores of samples against a truth, with the error that chance alone gives.
 
 Two-sample distances take the reference first and the samples second. Their scale (bandwidth, regularisation,
-standardisation) comes from the reference alone, so a bad sampler cannot choose the ruler it is measured with.
+standardisation) comes from the reference, so that a sampler does not choose the ruler it is measured with. The one
+exception is numerical: `sinkhorn` raises its regularisation for samples so far away that its iteration would underflow.
 """
 
 import warnings

@@ -6,7 +6,8 @@ in work, and the same call goes on where it stopped. `compare` runs the protocol
 benchmarks with exact conditionals call `run_protocol` with scores of their own.
 
 All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
-converge to the same samples, so their errors can be compared to far below the noise of a set of samples.
+converge to the same samples, so their errors can be compared to far below the noise of a set of samples. A hard support
+of the latents is left out: it would draw some samples again, at a cost beyond the budget.
 """
 
 import copy
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from fem_diffusion.diagnostics.calibration import calibrate
 from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, Combination, Sampler, combine
-from fem_diffusion.diagnostics.report import summarise, write_csv, write_markdown
+from fem_diffusion.diagnostics.report import replace_file, summarise, write_csv, write_markdown
 from fem_diffusion.diffusion import (
     Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
     variance_exploding, variance_preserving,
@@ -85,8 +86,9 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     folder : path
         Where rows (rows/*.csv) and checkpoints (models/*.pt) are kept; made where it does not exist.
     settings : dict
-        What the rows depend on besides their names, in JSON types; a folder made under other settings is refused.
-        Combinations and seeds may be added later.
+        What the rows depend on besides their names, in JSON types, none of them called "signatures"; a folder made
+        under other settings is refused. Combinations and seeds may be added later; a name of a formulation or sampler
+        stands for one and the same in all the life of the folder, and its signature is kept with the settings.
     progress : bool
         Show a progress bar in units of network evaluations, with what runs and the time that is left.
 
@@ -98,7 +100,8 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     Raises
     ------
     InputError
-        If the folder belongs to other settings, or two trainings share a name.
+        If the folder belongs to other settings, two trainings share a name, or the name of a formulation or sampler
+        stands for another one in the folder.
     DataError
         If a file of rows is not one of this protocol.
     """
@@ -107,7 +110,7 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
         raise InputError("Two trainings share problem, base and seed; give each its own.")
     for part in ("rows", "models"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    _claim(folder / "settings.json", settings)
+    _claim(folder / "settings.json", settings, [c for training in trainings for c in training.combinations])
     rows = []
     # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
     with tqdm(total=sum(_work(c) for t in trainings for c in t.combinations), unit="eval", disable=not progress,
@@ -142,6 +145,8 @@ def _row(training: Training, combination: Combination, denoiser: Denoiser) -> di
     counter = _Counter(denoiser.network)
     counted = copy.copy(denoiser)
     counted.network = None if denoiser.network is None else counter
+    # Rows outside a hard support are drawn again, at a cost that no budget announces.
+    counted.support = None
     # An adaptive method takes its steps as it likes; the number given to it is not used.
     steps = sampler.steps(combination.budget) or 1
     # One seed for all combinations of a training, another for each problem: chance must not agree across problems.
@@ -150,7 +155,7 @@ def _row(training: Training, combination: Combination, denoiser: Denoiser) -> di
     try:
         z = sample_latents(counted, training.measurements, combination.formulation, generator=generator,
                            method=sampler.method, alpha=sampler.alpha, steps=steps,
-                           coordinates=sampler.coordinates, nodes=sampler.nodes).numpy()
+                           coordinates=sampler.coordinates, nodes=sampler.nodes).cpu().numpy()
     except SolveError:
         z = np.full((len(training.measurements), denoiser.base.r), np.nan)
     seconds = time.perf_counter() - start
@@ -178,19 +183,36 @@ class _Counter:
         return self.network(v, angle, features)
 
 
-def _claim(path: Path, settings: dict) -> None:
-    """Write the settings of a new folder, or compare them with those of an old one."""
+def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> None:
+    """Write the settings of a new folder, or compare them with those of an old one; add signatures of new names."""
     settings = json.loads(json.dumps(settings))
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before != settings:
-            names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
-            raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
-                             "folder, or delete it.")
-        return
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1))
-    os.replace(partial, path)
+    text = path.read_text() if path.exists() else ""
+    before = json.loads(text) if text else dict(settings)
+    signatures = {"formulations": {}, "samplers": {}} | before.pop("signatures", {})
+    if before != settings:
+        names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+        raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
+                         "folder, or delete it.")
+    named = {id(item): (group, item) for c in combinations
+             for group, item in (("formulations", c.formulation), ("samplers", c.sampler)) if item is not None}
+    for group, item in named.values():
+        signature = _signature(item)
+        if signatures[group].setdefault(item.name, signature) != signature:
+            raise InputError(f"{path.parent} knows another one of the {group} as {item.name!r}, whose rows cannot "
+                             "stand for this one. Give it a name of its own, or name another folder.")
+    after = json.dumps(settings | {"signatures": signatures}, indent=1)
+    if after != text:
+        replace_file(path, after.encode())
+
+
+def _signature(item: Formulation | Sampler) -> str:
+    """Fingerprint of what a name stands for, equal on all machines: numbers count to ten digits."""
+    if isinstance(item, Sampler):
+        text = f"{item.method} {float(item.alpha)} {item.coordinates} {item.nodes}"
+    else:
+        t = torch.linspace(0, 1, 33, dtype=torch.float64)
+        text = " ".join(f"{x:.9e}" for x in torch.cat([item.sigma(t), item.scaling(t)]).tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read(path: Path) -> list[dict]:
@@ -200,9 +222,7 @@ def _read(path: Path) -> list[dict]:
     text = path.read_text()
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
-        partial = path.with_suffix(".partial")
-        partial.write_text(whole)
-        os.replace(partial, path)
+        replace_file(path, whole.encode())
     rows = list(csv.DictReader(io.StringIO(whole)))
     if any(None in row or None in row.values() or "budget" not in row for row in rows):
         raise DataError(f"{path} is not a file of this protocol, or was edited; delete it and run again.")
@@ -224,11 +244,11 @@ def _append(path: Path, row: dict) -> dict:
     return row
 
 
-def compare(z: Tensor, y: Tensor, folder: str | os.PathLike, *, noise=None, held_out: int = 200, draws: int = 39,
-            formulations: Sequence[Formulation] | None = None, samplers: Sequence[Sampler] = FEW_SAMPLERS,
-            evaluations: Sequence[int] = (4, 8, 16, 32, 128), seeds: Sequence[int] = (0, 1, 2, 3, 4),
-            bases: Sequence[str] = ("gaussian",), options: TrainingOptions = TrainingOptions(),
-            progress: bool = True) -> list[dict]:
+def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *, noise=None,
+            held_out: int = 200, draws: int = 39, formulations: Sequence[Formulation] | None = None,
+            samplers: Sequence[Sampler] = FEW_SAMPLERS, evaluations: Sequence[int] = (4, 8, 16, 32, 128),
+            seeds: Sequence[int] = (0, 1, 2, 3, 4), bases: Sequence[str] = ("gaussian",),
+            options: TrainingOptions = TrainingOptions(), progress: bool = True) -> list[dict]:
     """Compare formulations and samplers on joint samples of your own, scored on held-out pairs.
 
     One network is trained for each seed and base. No exact conditional is needed: the energy score (lower is better,
@@ -237,9 +257,9 @@ def compare(z: Tensor, y: Tensor, folder: str | os.PathLike, *, noise=None, held
 
     Parameters
     ----------
-    z : Tensor
+    z : Tensor or numpy.ndarray
         Latents, shape (n, r).
-    y : Tensor
+    y : Tensor or numpy.ndarray
         Noise-free observations, shape (n, k), or measurements where `noise` is None.
     folder : path
         For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
@@ -272,19 +292,27 @@ def compare(z: Tensor, y: Tensor, folder: str | os.PathLike, *, noise=None, held
     Raises
     ------
     InputError
-        If shapes disagree, too few pairs remain for training, or the folder holds results for other data or settings.
+        If shapes disagree, too few pairs remain for training, there is nothing to run, or the folder holds results for
+        other data, settings, formulations or samplers.
     DataError
         If a file of rows in the folder is not one of this protocol.
     """
+    # The protocol runs on the CPU; `options.device` says where training does.
+    try:
+        z, y = (torch.as_tensor(x).detach().cpu().double() for x in (z, y))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError("Joint samples z and y must be tensors or arrays of numbers.") from error
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or not 2 <= held_out < len(z) or draws < 2:
         raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out >= 2 and draws >= 2 are needed, not "
                          f"{tuple(z.shape)}, {tuple(y.shape)}, held_out = {held_out} and draws = {draws}.")
-    z, y = z.double(), y.double()
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
     test, rest = order[:held_out], order[held_out:]
     measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
     cells = combine(formulations if formulations is not None else
                     (variance_exploding(), variance_preserving(), straight_line()), samplers, evaluations)
+    if not len(seeds) or not len(bases) or not cells:
+        raise InputError("There is nothing to compare: give at least one seed, one base, and a sampler with a budget "
+                         "that buys it a step.")
 
     def training(base: str, seed: int) -> Training:
         def fit(checkpoint: Path) -> Denoiser:

@@ -39,11 +39,11 @@ class Support:
 def find_support(z: Tensor) -> Support | None:
     """Bounds at which the density of the latents jumps to zero.
 
-    Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the last. In
-    a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2 with a standard
-    deviation of 1 / (2 sqrt(m)) at a jump, and 0.7 to 0.9 in the tails of gamma, lognormal, normal and t laws. A small
-    mode far away has few pairs, too, so the density next to the bound must be a tenth of that between the quartiles.
-    Bounds lie one mean spacing beyond the outermost pair.
+    Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the
+    last. In a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2
+    with a standard deviation of 1 / (2 sqrt(m)) at a jump, and 0.7 to 0.9 in the tails of gamma, lognormal, normal
+    and t laws. A small mode far away has few pairs, too, so the density next to the bound must be a tenth of that
+    between the quartiles. Bounds lie one mean spacing beyond the outermost pair.
 
     Parameters
     ----------
