@@ -123,7 +123,8 @@ def test_reverse_density_needs_the_right_score_and_diffusion(formulation):
 @pytest.mark.parametrize("formulation", [f if f is COSINE else pytest.param(f, marks=pytest.mark.slow) for f in ALL],
                          ids=lambda f: f.name)
 def test_plane(formulation):
-    case = Case(formulation, dim=2, cells=28, steps=24)
+    # Variance exploding densities spread over a wider box, so their cells are larger.
+    case = Case(formulation, dim=2, cells=28 if formulation is COSINE else 40, steps=24)
     assert case.forward_error() < 2e-3
     assert case.forward_error(Wrong(formulation, "g", 1.1)) > 1e-2
     for alpha in ALPHAS:
