@@ -217,6 +217,12 @@ def test_wrong_churn_is_refused():
         churn(variance_exploding(), -1.0)
 
 
+def test_numbers_of_numpy_are_numbers():
+    settings = {"n": 3, "method": "heun"}
+    np.testing.assert_array_equal(_sample(TRUTH, 5, steps=np.int64(4), alpha=np.float32(1), **settings),
+                                  _sample(TRUTH, 5, steps=4, alpha=1, **settings))
+
+
 def test_measurements_in_single_precision_are_taken():
     denoiser, y = Denoiser(flat_base(5), TRUTH), torch.zeros(4, 2)
     single, double = (sample_latents(denoiser, x, generator=torch.Generator().manual_seed(0)) for x in (y, y.double()))

@@ -24,6 +24,7 @@ every :math:`\alpha`. All formulations coincide in these coordinates; they diffe
 import math
 import warnings
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -233,7 +234,7 @@ def _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation):
     if scheme.deterministic and not _is_zero(alpha):
         raise InputError(f"The method {method!r} in {coordinates} coordinates follows the ODE, alpha = 0; take 'heun' "
                          "for alpha > 0.")
-    if not isinstance(steps, (int, float)) or steps % 1 or not steps >= 1:
+    if not isinstance(steps, Real) or steps % 1 or not steps >= 1:
         raise InputError(f"The number of steps must be a whole number >= 1, not {steps!r}.")
     if y.ndim != 2 or y.shape[1] != denoiser.base.k or not torch.isfinite(y).all():
         raise InputError(f"Measurements must be finite and of shape (B, {denoiser.base.k}), not {tuple(y.shape)}.")
@@ -252,7 +253,7 @@ def _check_formulation(formulation, coordinates) -> None:
 
 def _check_alpha(alpha) -> None:
     if not callable(alpha):
-        if not isinstance(alpha, (int, float)) or not 0 <= alpha < math.inf:
+        if not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
             raise InputError(f"alpha must be a number >= 0 or a function of time, not {alpha!r}.")
         return
     t = torch.linspace(0, 1, 101, dtype=torch.float64)

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -88,7 +89,7 @@ class TrainingOptions:
         positive = ("steps", "batch", "learning_rate", "evaluate_every", "patience", "width", "depth", "log_sigma_std")
         bad = [name for name in positive if not getattr(self, name) > 0]
         bad += [name for name in ("steps", "batch", "evaluate_every", "patience", "width", "depth", "seed")
-                if not isinstance(getattr(self, name), int)]
+                if not isinstance(getattr(self, name), Integral)]
         bad += ["threads"] if self.threads is not None and not self.threads >= 1 else []
         bad += [name for name in ("ema_decay", "weight_decay") if not 0 <= getattr(self, name) < 1]
         if bad:
