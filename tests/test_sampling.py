@@ -16,7 +16,7 @@ from truths import GaussianTruth, MixtureTruth, flat_base, gaussian_target, spec
 FORMULATIONS = [variance_exploding(), variance_exploding(0.01, 15.0, "linear"), variance_preserving(),
                 variance_preserving(schedule="cosine"), sub_variance_preserving(), straight_line(),
                 constant_moment(0.5)]
-N = 2000
+N = 1000
 MEAN, COVARIANCE = gaussian_target()
 TRUTH = GaussianTruth(MEAN, COVARIANCE)
 EVERY = [(coordinates, method) for coordinates in METHODS for method in METHODS[coordinates]]
