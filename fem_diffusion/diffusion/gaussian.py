@@ -165,7 +165,7 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     InputError
         If the shapes disagree, there are not more pairs than latents + 1, or a latent does not vary.
     """
-    _check_pairs(z, y, z.shape[-1] + 1)
+    check_pairs(z, y, z.shape[-1] + 1)
     n, r = z.shape
     z, y = z.double(), y.double()
     z_sample_mean, y_sample_mean = z.mean(0), y.mean(0)
@@ -204,13 +204,13 @@ def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     InputError
         If the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
     """
-    _check_pairs(z, y, 1)
+    check_pairs(z, y, 1)
     z, y = z.double(), y.double()
     return _from_moments(z.mean(0), torch.diag(z.var(0)), y.mean(0), z.new_zeros(z.shape[1], y.shape[1]),
                          torch.cov(y.T).reshape(y.shape[1], y.shape[1]) + noise_covariance.double())
 
 
-def _check_pairs(z: Tensor, y: Tensor, least: int) -> None:
+def check_pairs(z: Tensor, y: Tensor, least: int) -> None:
     """Raise InputError unless z (n, r) and y (n, k) are more than `least` pairs."""
     if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
         raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")

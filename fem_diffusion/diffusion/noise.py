@@ -114,7 +114,8 @@ class CallableNoise:
 
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance (k, k) of the noise averaged over `y` (B, k), estimated from one draw for each row."""
-        error = self._errors(y) - self.mean(y)
+        error = self._errors(y)
+        error = error - error.mean(0)
         return error.T @ error / len(error)
 
     def _errors(self, y: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, plain_base
+from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs, fit_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
@@ -159,8 +159,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
         raise InputError(f"The base is 'gaussian' or 'plain', not {base!r}.")
     _check_finite(z, y)
     z, y = z.double(), y.double()
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
-        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
+    check_pairs(z, y, 1)  # before the noise model sees them
     centred, covariance = y, y.new_zeros(y.shape[1], y.shape[1])
     if noise is not None:
         centred, covariance = y + noise.mean(y), noise.covariance(y)
