@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diffusion import _loop
 from fem_diffusion.diffusion import (
     METHODS, CollapseWarning, Denoiser, GaussianNoise, TrainingOptions, constant_moment, fit_base, fit_denoiser,
-    linear_base, measure_collapse, sample_latents, straight_line, sub_variance_preserving, train, training,
+    linear_base, measure_collapse, sample_latents, straight_line, sub_variance_preserving, train,
     variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError, ModelFileError, SolveError
@@ -49,15 +50,15 @@ def test_a_seed_reproduces_the_run():
 def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch):
     z, y, base = _pairs()
     whole = train(z, y, NOISE, base, QUICK)
-    save = training._Loop._save
+    save = _loop.Loop._save
 
     def interrupted(self):
         save(self)
         raise KeyboardInterrupt
-    monkeypatch.setattr(training._Loop, "_save", interrupted)
+    monkeypatch.setattr(_loop.Loop, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(z, y, NOISE, base, QUICK, checkpoint=tmp_path / "state")
-    monkeypatch.setattr(training._Loop, "_save", save)
+    monkeypatch.setattr(_loop.Loop, "_save", save)
     _assert_same(whole, train(z, y, NOISE, base, QUICK, checkpoint=tmp_path / "state"))
 
 

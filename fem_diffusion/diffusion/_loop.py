@@ -1,0 +1,322 @@
+r"""The loop that every network is trained by: resumable, reproducible, stopped by held-out pairs.
+
+A task says what is learned; the loop knows AdamW, the learning rate, the average of the weights, early stopping,
+checkpoints and the progress bar.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from fem_diffusion.errors import InputError, ModelFileError, SolveError
+
+__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads"]
+
+_FORMAT = "fem_diffusion training checkpoint 2"
+_FEWEST_HELD_OUT = 10
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings of the training loop.
+
+    Parameters
+    ----------
+    steps : int
+        Largest number of optimiser steps.
+    batch : int
+        Pairs a step.
+    learning_rate, weight_decay : float
+        Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
+    ema_decay : float
+        Decay a step of the exponential moving average of the weights, which is what is kept.
+    width, depth : int
+        Of the residual network.
+    validation_fraction : float
+        Share of the pairs held out for early stopping.
+    evaluate_every : int
+        Steps between evaluations of the validation loss, and between checkpoints.
+    patience : int
+        Evaluations without a better validation loss before training stops.
+    log_sigma_mean, log_sigma_std : float
+        Law of log sigma in training, in base coordinates.
+    seed : int
+        Of initial weights, batches and noise.
+    device : str
+        Of the training, e.g. "cpu" or "cuda".
+    threads : int or None
+        Threads of torch while training on the CPU; None leaves torch's setting.
+    """
+
+    steps: int = 10000
+    batch: int = 256
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.1
+    ema_decay: float = 0.998
+    width: int = 128
+    depth: int = 3
+    validation_fraction: float = 0.1
+    evaluate_every: int = 250
+    patience: int = 8
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = 1.2
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def check(self) -> None:
+        """Raise InputError where a setting is out of its range."""
+        positive = ("steps", "batch", "learning_rate", "evaluate_every", "patience", "width", "depth", "log_sigma_std")
+        bad = [name for name in positive if not getattr(self, name) > 0]
+        bad += [name for name in ("steps", "batch", "evaluate_every", "patience", "width", "depth", "seed")
+                if not isinstance(getattr(self, name), Integral)]
+        bad += ["threads"] if self.threads is not None and not self.threads >= 1 else []
+        bad += [name for name in ("ema_decay", "weight_decay") if not 0 <= getattr(self, name) < 1]
+        if bad:
+            raise InputError(f"Training options out of range: {', '.join(bad)}.")
+        if not 0 < self.validation_fraction < 1:
+            raise InputError("validation_fraction must lie between 0 and 1; early stopping needs held-out pairs.")
+        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"Training was asked to run on {self.device!r}, but torch sees no such device here.")
+
+
+@dataclass
+class History:
+    """Training curve: losses at each evaluation; 1 is the loss of the base where the base is the truth.
+
+    Parameters
+    ----------
+    step, train, validation : list
+        Optimiser step, mean training loss since the last evaluation, validation loss of the averaged weights.
+    base : float
+        Validation loss without a network.
+    best_step : int
+        Step of the weights that are kept; 0 where the base alone is kept.
+    spread_ratio, neighbour_ratio : float
+        Of `Collapse`, measured at the end; 1 where the base alone is kept.
+    """
+
+    step: list = field(default_factory=list)
+    train: list = field(default_factory=list)
+    validation: list = field(default_factory=list)
+    base: float = float("nan")
+    best_step: int = 0
+    spread_ratio: float = 1.0
+    neighbour_ratio: float = 1.0
+
+
+class Task(Protocol):
+    """What is learned.
+
+    Attributes
+    ----------
+    name : str
+        Of the progress bar.
+    size : int
+        Number of training pairs.
+    base_losses : Tensor
+        Loss of each held-out pair without a network, shape (held_out,).
+    parts : list of Tensor
+        What a checkpoint depends on.
+    """
+
+    name: str
+    size: int
+    base_losses: Tensor
+    parts: list
+
+    def network(self) -> nn.Module:
+        """A network before training; the loop has seeded torch."""
+
+    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Loss of the training pairs `index` (B,), a scalar to be differentiated."""
+
+    def evaluate(self, network: nn.Module) -> Tensor:
+        """Loss of each held-out pair, shape (held_out,), from draws that are always the same."""
+
+
+class Loop:
+    """One training run; a checkpoint holds all of its state.
+
+    Parameters
+    ----------
+    task : Task
+        What is learned.
+    options : TrainingOptions
+        Settings.
+    checkpoint : path or None
+        File that is written atomically at each evaluation; the run resumes from it where it exists.
+
+    Raises
+    ------
+    InputError
+        If the folder of `checkpoint` is missing.
+    ModelFileError
+        If `checkpoint` is unreadable or belongs to another task or other options.
+    """
+
+    def __init__(self, task: Task, options: TrainingOptions, checkpoint: str | os.PathLike | None):
+        self.task, self.options, self.history = task, options, History()
+        self.device = torch.device(options.device)
+        self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            self.network = task.network().to(self.device)
+        self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
+                                           weight_decay=options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.step, self.stale = 0, 0
+        self.best_losses, self.best = task.base_losses, None
+        self.history.base = float(task.base_losses.mean())
+        self.fingerprint = _fingerprint(task.parts, options)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
+            raise InputError(f"The folder of the checkpoint {self.checkpoint} does not exist: make it first.")
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._load()
+
+    def _rate(self, step: int) -> float:
+        warmup = max(1, round(0.02 * self.options.steps))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.options.steps)))
+
+    def run(self, progress: bool) -> nn.Module | None:
+        """Train; the network with the best loss on held-out pairs, or None where it does not beat the base."""
+        options = self.options
+        with tqdm(total=options.steps, initial=self.step, desc=self.task.name, disable=not progress) as bar:
+            while self.step < options.steps and self.stale < options.patience:
+                losses = []
+                while len(losses) < options.evaluate_every and self.step < options.steps:
+                    losses.append(self._train_step())
+                    self.step += 1
+                    bar.update()
+                self._record(float(torch.stack(losses).mean()))
+                bar.set_postfix(loss=f"{self.history.validation[-1]:.4g}", base=f"{self.history.base:.4g}")
+        return self._result()
+
+    def _train_step(self) -> Tensor:
+        """Loss of one batch, shape (), after which the weights have moved."""
+        index = torch.randint(self.task.size, (self.options.batch,), generator=self.generator, device=self.device)
+        self.network.train()
+        loss = self.task.loss(self.network, index, self.generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.update_parameters(self.network)
+        return loss.detach()
+
+    def _record(self, train_loss: float) -> None:
+        self.average.eval()
+        with torch.no_grad():
+            losses = self.task.evaluate(self.average)
+        value = float(losses.mean())
+        if not math.isfinite(value) or not math.isfinite(train_loss):
+            raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
+                             f"({self.options.learning_rate:g}) or check the scale of the data.")
+        self.history.step.append(self.step)
+        self.history.train.append(train_loss)
+        self.history.validation.append(value)
+        if value < float(self.best_losses.mean()):
+            self.best_losses, self.stale = losses, 0
+            self.best = {name: x.clone() for name, x in self.average.module.state_dict().items()}
+            self.history.best_step = self.step
+        else:
+            self.stale += 1
+        if self.checkpoint is not None:
+            self._save()
+
+    def _result(self) -> nn.Module | None:
+        gain = self.task.base_losses - self.best_losses
+        # Too few held-out pairs cannot speak for a network.
+        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
+        if self.best is None or not float(gain.mean()) > threshold:
+            self.history.best_step = 0
+            return None
+        network = self.task.network().to(self.device)
+        network.load_state_dict(self.best)
+        return network.eval().requires_grad_(False)
+
+    def _parts(self) -> dict:
+        """The objects whose `state_dict` makes up the state of the run."""
+        return {"network": self.network, "average": self.average, "optimiser": self.optimiser,
+                "schedule": self.schedule}
+
+    def _save(self) -> None:
+        state = {name: part.state_dict() for name, part in self._parts().items()}
+        state |= {"format": _FORMAT, "fingerprint": self.fingerprint, "step": self.step, "stale": self.stale,
+                  "best": self.best, "best_losses": self.best_losses, "history": asdict(self.history),
+                  "generator": self.generator.get_state()}
+        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
+        torch.save(state, partial)
+        os.replace(partial, self.checkpoint)
+
+    def _load(self) -> None:
+        remedy = f"Delete {self.checkpoint} or name another file to start afresh."
+        try:
+            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
+            form = state["format"]
+        except Exception as error:
+            raise ModelFileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
+        if form != _FORMAT or state["fingerprint"] != self.fingerprint:
+            raise ModelFileError(f"The checkpoint belongs to other data, noise or options. {remedy}")
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.step, self.stale = state["step"], state["stale"]
+        self.best, self.best_losses = state["best"], state["best_losses"]
+        self.history = History(**state["history"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+@contextlib.contextmanager
+def threads(number: int | None):
+    """Set torch's threads for the duration of a block."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
+    """Indices of the training pairs and of the held-out ones.
+
+    Raises
+    ------
+    InputError
+        If too few pairs are left to train on.
+    """
+    held_out = max(1, round(options.validation_fraction * size))
+    if held_out >= size:
+        raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed))
+    return order[held_out:], order[:held_out]
+
+
+def _warm_average(decay: float):
+    """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
+    def update(averages, currents, n):
+        get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
+    return update
+
+
+def _fingerprint(parts: list[Tensor], options: TrainingOptions) -> str:
+    """Digest of the options and of what a checkpoint depends on: data, base, and draws that show the noise model."""
+    settings = {name: value for name, value in asdict(options).items() if name not in ("device", "threads")}
+    digest = hashlib.sha256(repr(sorted(settings.items())).encode())
+    for x in parts:
+        digest.update(x.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
