@@ -7,8 +7,10 @@ __version__ = "0.1.0"
 # Rooms are imported when a name is first used, so that the torch-only room works where Firedrake is missing.
 _ROOMS = {
     "fem_diffusion.problem.advection_diffusion": ["AdvectionDiffusion"],
+    "fem_diffusion.problem.transient": ["TransientAdvectionDiffusion"],
     "fem_diffusion.problem.prior": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
     "fem_diffusion.problem.observation": ["Observation", "functionals", "point_sensors"],
+    "fem_diffusion.problem.instruments": ["line_averages", "patch_averages", "random_points"],
     "fem_diffusion.problem.density": ["GaussianMixture", "forward_density", "noise_times", "reverse_density"],
     "fem_diffusion.diffusion": ["CallableNoise", "CollapseWarning", "Formulation", "GaussianNoise", "TrainingOptions",
                                 "churn", "constant_moment", "fit_denoiser", "log_density", "sample_latents",

@@ -109,6 +109,31 @@ def test_batch_stack_and_mixed_space(mesh, U, state):
     np.testing.assert_allclose(observed(w), [5, 1])
 
 
+def test_components_of_a_mixed_state_and_some_of_the_rows(mesh, U):
+    x = SpatialCoordinate(mesh)
+    W = MixedFunctionSpace([VectorFunctionSpace(mesh, "CG", 2), U])
+    w = Function(W)
+    w.sub(0).interpolate(as_vector([quadratic(x), x[0] - 2 * x[1]]))
+    w.sub(1).interpolate(quadratic(x) + 1)
+    points = POINTS[:3, :2]
+    velocity, pressure = (point_sensors(W, points, component=i) for i in (0, 1))
+    np.testing.assert_allclose(pressure(w), quadratic(points.T) + 1, atol=1e-13)
+    np.testing.assert_allclose(velocity[1::2](w), points[:, 0] - 2 * points[:, 1], atol=1e-13)
+    both = velocity + pressure
+    failed = np.isin(np.arange(9), [1, 6])
+    for rows, kept in ((4, [4]), (-1, [8]), ([7, 0], [7, 0]), (~failed, [0, 2, 3, 4, 5, 7, 8]), (np.s_[6:], [6, 7, 8])):
+        some = both[rows]
+        np.testing.assert_allclose(some(w), both(w)[kept])
+        assert some.names == tuple(both.names[i] for i in kept) and len(some.points) == len(some) == len(kept)
+    for rows, words in ((9, "no such row"), ([True, False], "boolean"), (np.s_[9:], "keep at least one"),
+                        ("abc", "whole numbers"), ([[0], [1]], "one dimension"), ([], "keep at least one")):
+        with pytest.raises(InputError, match=words):
+            both[rows]
+    for component, words in ((None, "component=0 to 1"), (2, "components 0 to 1"), (True, "components 0 to 1")):
+        with pytest.raises(InputError, match=words):
+            point_sensors(W, points, component=component)
+
+
 @pytest.mark.parametrize("points, words", [
     ([[0.1, np.nan], [0.5, 0.5]], r"points \[0\] are not finite"),
     ([[0.1, 0.2, 0.3]], r"shape \(1, 3\)"),

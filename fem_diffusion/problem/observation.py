@@ -8,6 +8,7 @@ Everything here is collective.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 from firedrake import (
@@ -16,7 +17,7 @@ from firedrake import (
 )
 from mpi4py import MPI
 from pyadjoint import no_annotations
-from scipy.sparse import coo_matrix, csr_matrix, vstack
+from scipy.sparse import coo_matrix, csr_matrix, hstack, vstack
 from ufl import Form
 from ufl.algorithms import expand_derivatives
 from ufl.algorithms.check_arities import ArityMismatch
@@ -41,7 +42,10 @@ class Observation:
     names : tuple of str
         One name for each row.
     points : numpy.ndarray
-        Global, shape (k, gdim): where a row is a point sensor, NaN where it is not.
+        Global, shape (k, gdim): where a row is a point sensor (or the centre of its footprint), NaN where it is
+        neither.
+
+    ``observation[rows]`` is the observation of some of the rows.
     """
 
     U: object
@@ -102,6 +106,36 @@ class Observation:
     def __len__(self):
         return len(self.names)
 
+    __iter__ = None  # a row alone means little, and NumPy would otherwise take an observation for a sequence
+
+    def __getitem__(self, rows):
+        """Observation of some of the rows, for example without a failed sensor.
+
+        Parameters
+        ----------
+        rows : int, slice, sequence of int, or boolean mask of shape (k,)
+            Which rows, in the order of the result.
+
+        Returns
+        -------
+        Observation
+            At least one row, on the same space.
+
+        Raises
+        ------
+        InputError
+            If there is no such row, or none is left.
+        """
+        try:
+            rows = rows if isinstance(rows, slice) or len(np.atleast_1d(rows)) else slice(0)
+            chosen = np.atleast_1d(np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)])
+        except IndexError as error:
+            raise InputError(f"there is no such row ({error}): the observation has {len(self)} rows; select them by "
+                             "whole numbers, a slice or a boolean mask") from error
+        if chosen.ndim != 1 or not len(chosen):
+            raise InputError(f"rows of shape {chosen.shape} are selected: keep at least one, in one dimension")
+        return Observation(self.U, self.rows[chosen], tuple(self.names[i] for i in chosen), self.points[chosen])
+
     def __add__(self, other):
         """Stack the rows of two observations of the same space; InputError if the spaces differ."""
         if not isinstance(other, Observation):
@@ -113,7 +147,7 @@ class Observation:
         return Observation(self.U, rows, self.names + other.names, points)
 
 
-def _checked_names(names, default, count):
+def checked_names(names, default, count):
     """Names as a tuple of count strings."""
     names = tuple(default) if names is None else tuple(str(name) for name in names)
     if len(names) != count:
@@ -121,8 +155,48 @@ def _checked_names(names, default, count):
     return names
 
 
-def _locate(mesh, points, tolerance):
-    """Immerse points in the mesh: the vertex-only mesh and, for each of its points here, the user's index."""
+def component_space(U, component):
+    """The space of a component of a mixed U, and a map of its rows (k, n_owned) to rows over the whole of U.
+
+    Raises
+    ------
+    InputError
+        If U is mixed and no component is named, or there is no such component.
+    """
+    if component is None:
+        if len(U) > 1:
+            raise InputError(f"the state space is mixed: name one of its components, component=0 to {len(U) - 1}, or "
+                             "use functionals")
+        return U, lambda rows: rows
+    if not isinstance(component, Integral) or isinstance(component, bool) or not 0 <= component < len(U):
+        raise InputError(f"component is {component!r}: the state space has components 0 to {len(U) - 1}")
+    spaces = [W.collapse() for W in U]
+    before, after = (sum(owned_size(W) for W in part) for part in (spaces[:component], spaces[component + 1:]))
+
+    def embed(rows):
+        k = rows.shape[0]
+        return hstack([csr_matrix((k, before)), rows, csr_matrix((k, after))], format="csr")
+    return spaces[component], embed
+
+
+def checked_points(mesh, points, what="points"):
+    """Coordinates of rank 0 as an array (k, gdim), or InputError."""
+    gdim = mesh.geometric_dimension
+    points = mesh.comm.bcast(np.array(points, dtype=float))
+    points = points[:, None] if gdim == 1 and points.ndim == 1 else points
+    if points.ndim != 2 or points.shape[1] != gdim or not len(points):
+        raise InputError(f"{what} have shape {points.shape}: give (k, {gdim}), one row for each sensor")
+    if not np.isfinite(points).all():
+        bad = np.flatnonzero(~np.isfinite(points).all(axis=1)).tolist()
+        raise InputError(f"{what} {bad} are not finite: give finite coordinates")
+    return points
+
+
+def locate(mesh, points, tolerance):
+    """Immerse points in the mesh.
+
+    Returns the vertex-only mesh, the user's index of each of its points here, and a global mask (k,) of those found.
+    """
     parent_tolerance = mesh.tolerance
     try:
         vom = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore", tolerance=tolerance)
@@ -130,31 +204,52 @@ def _locate(mesh, points, tolerance):
         mesh.tolerance = parent_tolerance  # VertexOnlyMesh sets the parent's
     order = Function(FunctionSpace(vom.input_ordering, "DG", 0))
     order.dat.data_wo[:] = np.arange(order.dat.data_ro.size)  # all points are on rank 0, in the user's order
-    index = assemble(interpolate(order, FunctionSpace(vom, "DG", 0))).dat.data_ro
+    index = assemble(interpolate(order, FunctionSpace(vom, "DG", 0))).dat.data_ro.real.round().astype(int)
     found = np.zeros(len(points), dtype=np.int64)
-    found[index.real.round().astype(int)] = 1
+    found[index] = 1
     mesh.comm.Allreduce(MPI.IN_PLACE, found)
-    if not found.all():
-        lost = np.flatnonzero(found == 0)
-        first = ", ".join(f"{i} at {tuple(points[i].tolist())}" for i in lost[:5])
-        raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
-                         "move them inside, or give a larger tolerance")
-    return vom, index.real.round().astype(int)
+    return vom, index, found > 0
+
+
+def point_rows(U, vom, index, k):
+    """This rank's columns of the rows that read U at k points of a vertex-only mesh, components running fastest."""
+    shape = U.value_shape
+    at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
+                 if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
+    matrix = assemble(interpolate(TrialFunction(U), at_points), mat_type="aij").petscmat
+    indptr, columns, values = matrix.getValuesCSR()
+    size = int(np.prod(shape, dtype=int))
+    component_rows = (index[:, None] * size + np.arange(size)).ravel()
+    local = (np.repeat(component_rows, np.diff(indptr)), columns, values)
+    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
+    rows, columns, values = (np.concatenate(part) for part in zip(*U.comm.allgather(local)))
+    first, last = matrix.getOwnershipRangeColumn()
+    mine = (first <= columns) & (columns < last)
+    return coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k * size, last - first)).tocsr()
+
+
+def labels(points):
+    """A readable name for each of the points (k, gdim)."""
+    return ["(" + ", ".join(f"{x:g}" for x in point) + ")" for point in points]
 
 
 @no_annotations
-def point_sensors(U, points, names=None, *, tolerance=1e-6):
-    """Sensors that read the state at points.
+def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
+    """Sensors that read the state, or one component of a mixed state, at points.
 
     Parameters
     ----------
     U : firedrake.functionspaceimpl.WithGeometry
-        The state space, not mixed.
+        The state space.
     points : numpy.ndarray
-        Global, those of rank 0 count, shape (k, gdim).  If U is vector-valued, every point gives one row for
-        each component, components running fastest.
+        Global, those of rank 0 count, shape (k, gdim).  If the state (or the component) is vector-valued, every
+        point gives one row for each of its entries, entries running fastest: ``point_sensors(U, points)[0::2]``
+        keeps the first entry of a vector of two.
     names : sequence of str | None
         One name for each row; default the coordinates.
+    component : int | None
+        Index of the component of a mixed U that the sensors read, e.g. 0 for the velocity in Stokes; the rows
+        act on the whole mixed state.
     tolerance : float
         How far outside the mesh a sensor may be, as a fraction of the size of a cell.
 
@@ -166,38 +261,22 @@ def point_sensors(U, points, names=None, *, tolerance=1e-6):
     Raises
     ------
     InputError
-        If U is mixed, a name is missing, or the points have the wrong shape, are not finite or outside the
-        mesh; on every rank.
+        If U is mixed and no component is named, there is no such component, a name is missing, or the points have
+        the wrong shape, are not finite or outside the mesh; on every rank.
     """
-    if len(U) > 1:
-        raise InputError("the state space is mixed: use functionals, with patches in place of points")
-    mesh = U.mesh()
-    gdim = mesh.geometric_dimension
-    points = mesh.comm.bcast(np.array(points, dtype=float))
-    points = points[:, None] if gdim == 1 and points.ndim == 1 else points
-    if points.ndim != 2 or points.shape[1] != gdim or not len(points):
-        raise InputError(f"points have shape {points.shape}: give (k, {gdim}), one row for each sensor")
-    if not np.isfinite(points).all():
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1)).tolist()
-        raise InputError(f"points {bad} are not finite: give finite coordinates")
-    vom, index = _locate(mesh, points, tolerance)
-    shape = U.value_shape
-    at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
-                 if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
-    matrix = assemble(interpolate(TrialFunction(U), at_points), mat_type="aij").petscmat
-    indptr, columns, values = matrix.getValuesCSR()
-    size = int(np.prod(shape, dtype=int))
-    component_rows = (index[:, None] * size + np.arange(size)).ravel()
-    local = (np.repeat(component_rows, np.diff(indptr)), columns, values)
-    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
-    rows, columns, values = (np.concatenate(part) for part in zip(*mesh.comm.allgather(local)))
-    first, last = matrix.getOwnershipRangeColumn()
-    mine = (first <= columns) & (columns < last)
-    k = size * len(points)
-    local = coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k, last - first)).tocsr()
-    labels = ["(" + ", ".join(f"{x:g}" for x in point) + ")" for point in points]
-    default = [label + (f"[{c}]" if shape else "") for label in labels for c in range(size)]
-    return Observation(U, local, _checked_names(names, default, k), np.repeat(points, size, axis=0))
+    W, embed = component_space(U, component)
+    mesh = W.mesh()
+    points = checked_points(mesh, points)
+    vom, index, found = locate(mesh, points, tolerance)
+    if not found.all():
+        lost = np.flatnonzero(~found)
+        first = ", ".join(f"{i} at {tuple(points[i].tolist())}" for i in lost[:5])
+        raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
+                         "move them inside, or give a larger tolerance")
+    size = W.value_size
+    default = [label + (f"[{c}]" if W.value_shape else "") for label in labels(points) for c in range(size)]
+    names = checked_names(names, default, size * len(points))
+    return Observation(U, embed(point_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
 
 
 @no_annotations
@@ -228,7 +307,7 @@ def functionals(U, forms, names=None):
     if not forms:
         raise InputError("there are no forms: give at least one functional of the state")
     rows = [csr_matrix(_row(U, form, argument, i)) for i, form in enumerate(forms)]
-    names = _checked_names(names, (f"functional {i}" for i in range(len(forms))), len(forms))
+    names = checked_names(names, (f"functional {i}" for i in range(len(forms))), len(forms))
     points = np.full((len(forms), U.mesh().geometric_dimension), np.nan)
     return Observation(U, vstack(rows, format="csr"), names, points)
 
