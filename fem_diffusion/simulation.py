@@ -100,8 +100,9 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
     blocks = [(i, min(block, n - i * block)) for i in range(-(-n // block))]
     folder = None if path is None else Path(path)
+    state_space = getattr(forward, "state_space", None)
     for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
-                               ("forward problem", getattr(forward, "V", None), getattr(observation, "U", None))):
+                               ("forward problem", state_space, getattr(observation, "U", None))):
         if ours is not None and theirs is not None and ours != theirs:
             raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
                              "forward problem and observation on the same spaces.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProblem, LinearVariationalSolver,
-                       NonlinearVariationalProblem, NonlinearVariationalSolver, derivative, replace)
+                       NonlinearVariationalProblem, NonlinearVariationalSolver, action, adjoint, derivative, replace)
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
@@ -25,8 +25,8 @@ class Reference:
     u: np.ndarray                     # (n_owned_V,)
     solver: LinearVariationalSolver   # its ksp solves with J
     A: PETSc.Mat | None               # ∂F/∂u without its part from N, where it is needed
-    C: PETSc.Mat | None               # ∂F/∂m, where that is constant
-    D: PETSc.Mat | None               # ∂g/∂m of the Dirichlet lift, where that is constant
+    C: list | None                    # ∂F/∂m by unknown that is no Dirichlet value, where they are constant
+    D: list | None                    # ∂g/∂m by unknown Dirichlet value, where they are constant
     N: np.ndarray | None              # the nonlinear part at u, (n_owned_V,)
     P: np.ndarray | None              # the integrals with m at m, (n_owned_V,), where C is not there
 
@@ -41,6 +41,20 @@ def write(f, values):
         x.array[:] = values
 
 
+def check_block(block):
+    """Refuse a block size that is no positive integer."""
+    if not isinstance(block, int) or block < 1:
+        raise InputError(f"block must be a positive integer, got {block!r}.")
+
+
+def check_parameter(m, M):
+    """Refuse what is no Function in M."""
+    if not isinstance(m, Function) or m.function_space() != M:
+        what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
+        raise InputError(f"the parameter must be a Function in {M}, got {what}; "
+                         "make one with Function(problem.M).interpolate(...).")
+
+
 def parameter_rows(ms, M):
     """Owned coefficients (n, n_owned_M) of Functions or of an array, checked on all ranks together."""
     if not isinstance(ms, np.ndarray):
@@ -52,7 +66,7 @@ def parameter_rows(ms, M):
                              "make them with Function(problem.M).interpolate(...).")
         ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
     good = ms.ndim == 2 and ms.shape[1] == owned_size(M)
-    everywhere = M.mesh().comm.allgather((good, ms.shape[:1]))
+    everywhere = M.comm.allgather((good, ms.shape[:1]))
     if not all(ok for ok, _ in everywhere) or len(set(n for _, n in everywhere)) > 1:
         raise InputError(f"parameters must be an array (n, {owned_size(M)}) on this rank, with the same n on "
                          f"every rank (owned coefficients, as in m.dat.vec_ro), got {ms.shape}.")
@@ -117,6 +131,30 @@ class Factorised:
         V = self._matrix.arguments()[0].function_space()
         # A solve, because that sets up while the options are in place.
         self.solver.solve(Function(V), Cofunction(V.dual()))
+
+
+class Pull:
+    """Products ``pᵀ∂F`` of rows p over V with a two-form, at the present values of its coefficients.
+
+    Parameters
+    ----------
+    form : ufl.Form
+        Two-form, rows over V and columns over W.
+    V, W : FunctionSpace
+    """
+
+    def __init__(self, form, V, W):
+        self._p, self._out, self._zero = Function(V), Cofunction(W.dual()), not form.integrals()
+        self._assembler = None if self._zero else get_assembler(action(adjoint(form), self._p))
+
+    def __call__(self, rows):
+        """Shape (k, n_owned_V) to (k, n_owned_W)."""
+        result = np.zeros((len(rows), owned_size(self._out.function_space())))
+        for row, line in zip(rows, result):
+            if not self._zero:
+                write(self._p, row)
+                line[:] = coefficients(self._assembler.assemble(tensor=self._out))
+        return result
 
 
 def dots(a, b, comm):

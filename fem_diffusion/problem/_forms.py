@@ -1,64 +1,23 @@
-"""What `AdvectionDiffusion` is made of: checks of its arguments and the pieces of its residual."""
+"""What the problem classes are made of: checks of their arguments and the pieces of their residuals."""
 
 from collections.abc import Callable
 from numbers import Number
 
 import numpy as np
-from firedrake import (Constant, DirichletBC, Function, JacobianInverse, Measure, SpatialCoordinate,
-                       TestFunction, TrialFunction, as_matrix, as_vector, assemble, derivative, div, dot,
-                       grad, inner, interpolate, sqrt)
-from firedrake.functionspaceimpl import WithGeometry
+from firedrake import (Constant, JacobianInverse, Measure, SpatialCoordinate, TestFunction, as_matrix, as_vector,
+                       assemble, div, dot, grad, inner, sqrt)
 from firedrake.petsc import DEFAULT_DIRECT_SOLVER
 from scipy.linalg import block_diag
-from ufl import H1, Form, TensorProductCell, as_ufl, diff, variable
+from ufl import Form, TensorProductCell, as_tensor, as_ufl, diff, variable
 from ufl.algorithms import estimate_total_polynomial_degree, expand_derivatives, extract_coefficients
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
+from fem_diffusion.problem import _dg as dg
+from fem_diffusion.problem._unknowns import apply_unknown, is_discontinuous
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
 PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
-UNKNOWNS = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
-
-
-def parse_unknown(unknown):
-    """Split the name of the unknown into its kind and marker (None where it has none)."""
-    if unknown in ("source", "diffusivity", "velocity"):
-        return unknown, None
-    if isinstance(unknown, tuple) and len(unknown) == 2 and unknown[0] in ("flux", "dirichlet"):
-        return unknown
-    raise InputError(f"unknown must be one of {UNKNOWNS}, got {unknown!r}.")
-
-
-def check_spaces(V, M, unknown):
-    """Refuse spaces that do not fit the unknown or each other."""
-    kind, _ = parse_unknown(unknown)
-    for name, space in (("V", V), ("M", M)):
-        if not isinstance(space, WithGeometry):
-            raise InputError(f"{name} must be a FunctionSpace, got {type(space).__name__}.")
-    if V.value_shape != () or V.ufl_element() not in H1:
-        raise InputError(f"V must be scalar and continuous, such as FunctionSpace(mesh, 'CG', 1); got {V}.")
-    shape = (V.mesh().geometric_dimension,) if kind == "velocity" else ()
-    if M.value_shape != shape:
-        space = "VectorFunctionSpace" if shape else "FunctionSpace"
-        raise InputError(f"a {kind} unknown has value shape {shape}, but M has {M.value_shape}; "
-                         f"take M = {space}(mesh, 'CG', 1), say.")
-    here, there = V.mesh().topology, M.mesh().topology
-    if there is not here and (kind != "flux" or getattr(there, "submesh_parent", None) is not here):
-        raise InputError("M must live on V's mesh; only a ('flux', marker) unknown may live on "
-                         "Submesh(mesh, mesh.topological_dimension - 1, marker) of that same mesh.")
-
-
-def apply_unknown(name, given, default, m, kind=None):
-    """A coefficient as it was given, or for the unknown: m, or what a callable makes of it."""
-    if kind is not None and kind != name:
-        return given
-    if given is default or (isinstance(given, Number) and given == default):
-        return m
-    if callable(given) and not isinstance(given, Expr):
-        return given(m)
-    raise InputError(f"{name} is the unknown, so its value is the parameter: leave it out, "
-                     "or give a callable m -> UFL expression.")
 
 
 def mesh_markers(mesh):
@@ -101,6 +60,28 @@ def coefficient(value, shape, name, positive=False):
     if value.ufl_shape != shape:
         raise InputError(f"{name} must have shape {shape}, got {value.ufl_shape}.")
     return value
+
+
+def diffusivity_tensor(value, gdim):
+    """The diffusivity as a UFL scalar or a UFL tensor of shape (gdim, gdim)."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        try:
+            array = np.array(value, dtype=float)
+        except (TypeError, ValueError):
+            value = as_tensor(value)   # rows of UFL scalars
+        else:
+            if array.shape != (gdim, gdim) or not np.allclose(array, array.T) or np.linalg.eigvalsh(array).min() <= 0:
+                raise InputError(f"a diffusivity of numbers must be positive, or a symmetric positive definite "
+                                 f"({gdim}, {gdim}) array, got {value!r}.")
+            value = Constant(array)
+    if isinstance(value, Expr) and value.ufl_shape:
+        return coefficient(value, (gdim, gdim), "diffusivity")
+    return coefficient(value, (), "diffusivity", positive=True)
+
+
+def diffusive_flux(kappa, u):
+    """κ∇u for a scalar or a tensor κ."""
+    return dot(kappa, grad(u)) if kappa.ufl_shape else kappa * grad(u)
 
 
 def robin_pair(pair, marker):
@@ -157,24 +138,31 @@ def _cell_metric(cell):
     return (one + 1) / 2 if cell.cellname in ("triangle", "tetrahedron") else one
 
 
-def supg_tau(V, v, kappa, slope):
+def supg_tau(V, v, kappa, slope, rate):
     """The SUPG time scale of the module docstring of `advection_diffusion`, a UFL scalar."""
     K = JacobianInverse(V.mesh())
     degree = V.ufl_element().embedded_superdegree
     G = 4 * degree**2 * dot(K.T, dot(as_matrix(_cell_metric(V.mesh().ufl_cell()).tolist()), K))
-    return 1 / sqrt(dot(v, dot(G, v)) + 9 * kappa**2 * inner(G, G) + (slope or 0)**2)
+    D = dot(kappa, G) if kappa.ufl_shape else kappa * G
+    return 1 / sqrt(dot(v, dot(G, v)) + 9 * inner(D, D.T) + (slope or 0)**2 + rate**2)
 
 
-def equation(u, m, unknown, *, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow,
-             supg):
-    """Put the parameter in its place, check everything, and write the residual F = A + N.
+def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg,
+             change=None, time_step=None):
+    """Put the unknowns in their places, check everything, and write the residual F = A + N.
 
     Parameters
     ----------
-    u, m : Function
-        State and parameter.
-    unknown, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg
+    u : Function
+        State.
+    unknowns : list of Unknown
+        What is unknown; their values stand for them.
+    velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg
         As for `AdvectionDiffusion`.
+    change : Function, optional
+        ∂u/∂t of a transient problem.
+    time_step : float, optional
+        Its time step.
 
     Returns
     -------
@@ -183,43 +171,80 @@ def equation(u, m, unknown, *, velocity, diffusivity, reaction, source, dirichle
     N : ufl.Form or None
         The rest, where the reaction is nonlinear.
     values : dict
-        Dirichlet values by marker, UFL scalars.
-    marker
-        The marker of an unknown Dirichlet value, else None.
+        Strong Dirichlet values by marker, UFL scalars; empty where V is discontinuous.
     """
-    mesh, there = u.function_space().mesh(), m.function_space().mesh()
-    kind, marker = parse_unknown(unknown)
-    dirichlet, flux, robin = dict(dirichlet or {}), dict(flux or {}), dict(robin or {})
-    if kind in ("flux", "dirichlet"):
-        table = flux if kind == "flux" else dirichlet
-        # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
-        table[marker] = apply_unknown(f"{kind}[{marker!r}]", table.pop(marker, None), None, m)
-    source = apply_unknown("source", source, 0, m, kind)
-    diffusivity = apply_unknown("diffusivity", diffusivity, 1, m, kind)
-    velocity = apply_unknown("velocity", velocity, None, m, kind)
+    mesh = u.function_space().mesh()
+    tables = {"dirichlet": dict(dirichlet or {}), "flux": dict(flux or {}), "robin": dict(robin or {})}
+    single = {"source": source, "diffusivity": diffusivity, "velocity": velocity}
+    defaults = {"source": 0, "diffusivity": 1, "velocity": None}
+    for x in unknowns:
+        if x.kind in ("flux", "dirichlet"):
+            # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
+            table = tables[x.kind]
+            table[x.marker] = apply_unknown(f"{x.kind}[{x.marker!r}]", table.pop(x.marker, None), None, x.value)
+        elif x.kind in single:
+            single[x.kind] = apply_unknown(x.kind, single[x.kind], defaults[x.kind], x.value)
+            if x.shape is not None:
+                single[x.kind] = single[x.kind] * coefficient(x.shape, (), "the shape of the source")
     outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
-    check_markers(mesh, {"dirichlet": dirichlet, "flux": flux, "robin": robin, "outflow": outflow})
-    if there.topology is not mesh.topology:
-        check_submesh(mesh, marker, there)
+    check_markers(mesh, tables | {"outflow": outflow})
+    for x in unknowns:
+        if x.submesh is not None:
+            check_submesh(mesh, x.marker, x.submesh)
 
-    v = None if velocity is None else coefficient(velocity, (mesh.geometric_dimension,), "velocity")
+    v = single["velocity"]
+    v = None if v is None else coefficient(v, (mesh.geometric_dimension,), "velocity")
     r, slope = reaction_terms(reaction, u)
-    if not dirichlet and not robin and u not in extract_coefficients(r):
+    if change is None and not tables["dirichlet"] and not tables["robin"] and u not in extract_coefficients(r):
         raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the state "
                          "is determined only up to a constant; add one of them.")
-    if supg not in ("auto", True, False) or (supg is True and v is None):
-        raise InputError(f"supg must be 'auto', False or, where there is a velocity, True; got {supg!r}.")
-    terms = dict(velocity=v, kappa=coefficient(diffusivity, (), "diffusivity", positive=True), reaction=r,
-                 slope=slope, source=coefficient(source, (), "source"), flux=flux, robin=robin, supg=supg)
-    A, N = residual(u, terms, (marker, there) if there.topology is not mesh.topology else (None, None))
-    if kind != "dirichlet" and m not in A.coefficients():
-        raise InputError(f"the callable given for {unknown!r} makes no use of the parameter.")
-    values = {key: coefficient(g, (), f"dirichlet[{key!r}]") for key, g in dirichlet.items()}
-    return A, N, values, marker if kind == "dirichlet" else None
+    discontinuous = is_discontinuous(u.function_space())
+    if supg not in ("auto", True, False) or (supg is True and (v is None or discontinuous)):
+        raise InputError("supg must be 'auto', False or, where V is continuous and there is a velocity, True; "
+                         f"got {supg!r}.")
+    values = {key: coefficient(g, (), f"dirichlet[{key!r}]") for key, g in tables["dirichlet"].items()}
+    terms = dict(velocity=v, kappa=diffusivity_tensor(single["diffusivity"], mesh.geometric_dimension), reaction=r,
+                 slope=slope, source=coefficient(single["source"], (), "source"), flux=tables["flux"],
+                 robin=tables["robin"], supg=supg, change=change, time_step=time_step)
+    submeshes = {x.marker: x.submesh for x in unknowns if x.submesh is not None}
+    if discontinuous:
+        A, N = dg_residual(u, terms | {"dirichlet": values}, submeshes)
+        values = {}
+    else:
+        A, N = residual(u, terms, submeshes)
+    for x in unknowns:
+        used = x.kind == "initial" or x.value in extract_coefficients(A) or any(
+            x.value in extract_coefficients(g) for g in values.values())
+        if not used:
+            raise InputError(f"the callable given for {x.name!r} makes no use of the parameter.")
+    return A, N, values
 
 
-def residual(u, terms, on_submesh):
-    """The residual as the two forms of `equation`, from UFL coefficients.
+def _volume(u, terms):
+    """Galerkin terms in the cells, without diffusion and advection: A, N and the known part of the residual."""
+    w, dx, rest, N = TestFunction(u.function_space()), Measure("dx", u.function_space().mesh()), -terms["source"], None
+    if terms["slope"] is None:
+        N = terms["reaction"] * w * dx
+    else:
+        rest += terms["reaction"]
+    if terms["change"] is not None:
+        rest += terms["change"]
+    return rest * w * dx, N, rest
+
+
+def _natural(u, terms, submeshes):
+    """Flux and Robin conditions, the same for continuous and discontinuous states."""
+    mesh, w, F = u.function_space().mesh(), TestFunction(u.function_space()), Form([])
+    for key, q in terms["flux"].items():
+        F -= coefficient(q, (), f"flux[{key!r}]") * w * facet_measure(mesh, key, submeshes.get(key))
+    for key, pair in terms["robin"].items():
+        h, u_ext = robin_pair(pair, key)
+        F -= h * (u_ext - u) * w * facet_measure(mesh, key)
+    return F
+
+
+def residual(u, terms, submeshes):
+    """The residual of a continuous state as the two forms of `equation`, from UFL coefficients.
 
     Parameters
     ----------
@@ -227,39 +252,41 @@ def residual(u, terms, on_submesh):
         The state.
     terms : dict
         ``velocity`` (or None), ``kappa``, ``reaction``, ``slope`` (or None), ``source``; ``flux`` and
-        ``robin`` by marker; ``supg``.
-    on_submesh : tuple
-        ``(marker, submesh)`` of a flux that lives on a submesh, or ``(None, None)``.
+        ``robin`` by marker; ``supg``; ``change`` and ``time_step`` (or None).
+    submeshes : dict
+        The submesh of a flux by its marker, where it lives on one.
     """
     V = u.function_space()
-    mesh, w, v, kappa = V.mesh(), TestFunction(V), terms["velocity"], terms["kappa"]
-    rest, N, dx = -terms["source"], None, Measure("dx", mesh)
-    if terms["slope"] is None:
-        N = terms["reaction"] * w * dx
-    else:
-        rest += terms["reaction"]
-    F = kappa * dot(grad(u), grad(w)) * dx + rest * w * dx
+    w, v, kappa, dx = TestFunction(V), terms["velocity"], terms["kappa"], Measure("dx", V.mesh())
+    F, N, rest = _volume(u, terms)
+    F += dot(diffusive_flux(kappa, u), grad(w)) * dx
     if v is not None:
         F += dot(v, grad(u)) * w * dx
     if v is not None and terms["supg"]:
         # The exact solution has no strong residual at any point, so this quadrature need not resolve τ.
         over = dx(degree=2 * V.ufl_element().embedded_superdegree)
-        tested = supg_tau(V, v, kappa, terms["slope"]) * dot(v, grad(w))
-        F += tested * (dot(v, grad(u)) - div(kappa * grad(u)) + rest) * over
+        rate = 2 / Constant(terms["time_step"]) if terms["time_step"] else 0
+        tested = supg_tau(V, v, kappa, terms["slope"], rate) * dot(v, grad(w))
+        F += tested * (dot(v, grad(u)) - div(diffusive_flux(kappa, u)) + rest) * over
         if N is not None:
             N += tested * terms["reaction"] * over
-    for key, q in terms["flux"].items():
-        over = facet_measure(mesh, key, on_submesh[1] if key == on_submesh[0] else None)
-        F -= coefficient(q, (), f"flux[{key!r}]") * w * over
-    for key, pair in terms["robin"].items():
-        h, u_ext = robin_pair(pair, key)
-        F -= h * (u_ext - u) * w * facet_measure(mesh, key)
+    F += _natural(u, terms, submeshes)
     return fix_quadrature(F), N and fix_quadrature(N)
 
 
-def integrals_with(m, F):
-    """The integrals of a form that contain a coefficient, as a form."""
-    return Form([integral for integral in F.integrals() if m in extract_coefficients(integral.integrand())])
+def dg_residual(u, terms, submeshes):
+    """The residual of a discontinuous state, as `residual`, with ``dirichlet`` values by marker in its terms."""
+    F, N, _ = _volume(u, terms)
+    boundary = [(facet_measure(u.function_space().mesh(), key), g) for key, g in terms["dirichlet"].items()]
+    F += dg.transport(u, terms["velocity"], terms["kappa"], boundary)
+    F += _natural(u, terms, submeshes)
+    return fix_quadrature(F), N and fix_quadrature(N)
+
+
+def integrals_with(unknowns, F):
+    """The integrals of a form that contain an unknown, as a form."""
+    values = {x.value for x in unknowns}
+    return Form([integral for integral in F.integrals() if values & set(extract_coefficients(integral.integrand()))])
 
 
 def fix_quadrature(F):
@@ -294,41 +321,3 @@ def linear_options(given, V, advective):
                 "ksp_max_it": 1000, **pc}
     raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, "
                      f"got {given!r}.")
-
-
-class Lift:
-    """Boundary values of a problem with unknown Dirichlet data, as a Function that is zero at free nodes.
-
-    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational
-    solver, so the unknown enters the residual through this lift and the solver sees homogeneous ones.
-
-    Parameters
-    ----------
-    V : FunctionSpace
-        State space.
-    values : dict
-        Dirichlet values by marker, all of them.
-    marker
-        The marker whose value is the parameter.
-    m : Function
-        The parameter.
-    """
-
-    def __init__(self, V, values, marker, m):
-        self.g = Function(V, name="boundary values")
-        known, mask = Function(V), Function(V)
-        for key, g in values.items():
-            if key != marker:
-                DirichletBC(V, g, key).apply(known)
-        DirichletBC(V, 0, marker).apply(known)
-        DirichletBC(V, 1, marker).apply(mask)
-        self._V, self._m, self._masked, self._known = V, m, mask * values[marker], known
-
-    def update(self):
-        """Interpolate the current parameter (recorded if a tape is running)."""
-        self.g.interpolate(self._masked + self._known)
-
-    def derivative(self):
-        """∂g/∂m, a UFL two-form (rows over V, columns over M)."""
-        direction = TrialFunction(self._m.function_space())
-        return interpolate(expand_derivatives(derivative(self._masked, self._m, direction)), self._V)

@@ -1,11 +1,11 @@
-r"""Steady advection-diffusion-reaction with one unknown coefficient, and fast ways to solve it many times.
+r"""Steady advection-diffusion-reaction with unknown coefficients, and fast ways to solve it many times.
 
 Find u with  ``v·∇u - ∇·(κ∇u) + r(u) = f``  in the mesh and, on its boundary, ``u = g`` (Dirichlet),
 ``n·κ∇u = q`` (flux), ``n·κ∇u = h (u_ext - u)`` (Robin) or ``n·κ∇u = 0`` (outflow, and wherever nothing is
 named).
 
-One of f, κ, v, g, q is the parameter m.  For inversion the map m -> u is needed thousands of times, so the
-ways through it are graded by what the unknown touches:
+One of f, κ, v, g, q is the parameter m, or several of them are.  For inversion the map m -> u is needed thousands
+of times, so the ways through it are graded by what the unknown touches:
 
 - J = ∂F/∂u depends neither on u nor on m: one factorisation for ever, u = u_ref - J⁻¹ F(u_ref; m) in blocks;
 - J depends on u but not on m: the whole block iterates with J at a reference state (chord Newton);
@@ -13,15 +13,17 @@ ways through it are graded by what the unknown touches:
 
 SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ
 (Shakib, Hughes & Johan 1991, doi:10.1016/0045-7825(91)90041-4), which follows stretched cells:
-``τ⁻² = v·Gv + 9 κ² G:G + σ²``, ``G = 4 p² KᵀSK``, p the degree, K the inverse cell Jacobian, S the metric in
+``τ⁻² = v·Gv + 9 κG:(κG)ᵀ + σ²``, ``G = 4 p² KᵀSK``, p the degree, K the inverse cell Jacobian, S the metric in
 which the reference cell is regular, σ = r' where that does not depend on u.
+
+A discontinuous V has upwind advection and interior penalty diffusion instead: see `_dg`.
 """
 
 from functools import cached_property
 
 import numpy as np
-from firedrake import Cofunction, DirichletBC, Function, action, adjoint, assemble, derivative, replace
-from firedrake.adjoint import stop_annotating
+from firedrake import Cofunction, DirichletBC, Function, adjoint, assemble, derivative, replace
+from firedrake.adjoint import annotate_tape, stop_annotating
 from firedrake.assemble import get_assembler
 from firedrake.exceptions import ConvergenceError
 from pyadjoint import no_annotations
@@ -31,27 +33,32 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, multiply, owned_size, require_real, solve
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
+from fem_diffusion.problem import _unknowns as unknowns
+from fem_diffusion.problem._lift import Lift
+from fem_diffusion.problem._tape import recorded
 
 __all__ = ["AdvectionDiffusion"]
 
 
 class AdvectionDiffusion:
-    """The map from one unknown coefficient to the state of ``v·∇u - ∇·(κ∇u) + r(u) = f``.
+    """The map from unknown coefficients to the state of ``v·∇u - ∇·(κ∇u) + r(u) = f``.
 
     Parameters
     ----------
     V : FunctionSpace
-        State space, scalar and H1-conforming (CG, Q), any degree, any mesh.
+        State space, scalar, any degree, any mesh: continuous (CG, Q; Dirichlet values strongly, SUPG) or
+        discontinuous (DG, DQ; Dirichlet values weakly, upwind, interior penalty).
     M : FunctionSpace
         Parameter space, on V's mesh; for ``("flux", marker)`` also on ``Submesh(mesh, dim - 1, marker)``.
-    unknown : str or tuple
+    unknown : str, tuple or list
         The coefficient that is the parameter: ``"source"``, ``"diffusivity"``, ``"velocity"``,
         ``("flux", marker)`` or ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a
-        callable ``m -> UFL expression``, e.g. ``diffusivity=ufl.exp``.
+        callable ``m -> UFL expression``, e.g. ``diffusivity=ufl.exp``; with a callable, M may have any value
+        shape.  Several unknowns: a list of these, with ``M = MixedFunctionSpace([...])`` in the same order.
     velocity : UFL vector or sequence of float, optional
         v, of shape ``(gdim,)``.
-    diffusivity : UFL scalar or float
-        κ, positive.
+    diffusivity : UFL scalar or tensor, float or array
+        κ, positive, or symmetric positive definite of shape ``(gdim, gdim)``.
     reaction : callable, optional
         ``u -> UFL expression`` r(u).
     source : UFL scalar or float
@@ -62,7 +69,7 @@ class AdvectionDiffusion:
     outflow : tuple or marker
         Markers with ``n·κ∇u = 0``, which markers not named anywhere get as well.
     supg : "auto" or bool
-        Streamline-upwind Petrov-Galerkin terms; "auto" has them whenever there is a velocity.
+        Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
     solver_parameters : "direct", "iterative" or dict
         PETSc options of every linear solve (and of Newton's method, where there is one).
     options_prefix : str, optional
@@ -70,11 +77,13 @@ class AdvectionDiffusion:
 
     Attributes
     ----------
-    V, M : FunctionSpace
+    V, M, state_space : FunctionSpace
+        Of state and parameter; ``state_space`` is V.
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
-        Residual, a linear form in its test function, with coefficients ``u`` and ``m``.
+        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several
+        unknowns, a Function for each).
     bcs : list of DirichletBC
         The Dirichlet conditions on ``u``.
     linear : bool
@@ -99,27 +108,32 @@ class AdvectionDiffusion:
                  dirichlet=None, flux=None, robin=None, outflow=(), supg="auto", solver_parameters="direct",
                  options_prefix=None):
         require_real()
-        forms.check_spaces(V, M, unknown)
-        self.V, self.M, self._prefix = V, M, options_prefix
+        unknowns.check_spaces(V, M)
+        self.V, self.M, self.state_space, self._prefix = V, M, V, options_prefix
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
-        A, N, values, marker = forms.equation(
-            self.u, self.m, unknown, velocity=velocity, diffusivity=diffusivity, reaction=reaction,
+        self._unknowns = unknowns.read(unknown, V, M, self.m, {
+            "source": source, "diffusivity": diffusivity, "velocity": velocity, "flux": flux, "dirichlet": dirichlet})
+        A, N, values = forms.equation(
+            self.u, self._unknowns, velocity=velocity, diffusivity=diffusivity, reaction=reaction,
             source=source, dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg)
         self.F = F = A if N is None else A + N
-        self._lift = None if marker is None else forms.Lift(V, values, marker, self.m)
+        # Unknown boundary values where they are imposed strongly, and the unknowns that F contains.
+        self._lifted = [x for x in self._unknowns if x.kind == "dirichlet" and x.marker in values]
+        self._loads = [x for x in self._unknowns if x not in self._lifted]
+        self._lift = Lift(V, values, self._lifted) if self._lifted else None
         self.bcs = [DirichletBC(V, self._lift.g if self._lift else g, key) for key, g in values.items()]
         self._zero_bcs = [bc.reconstruct(g=0) for bc in self.bcs]
         nodes = np.unique(np.concatenate([bc.nodes for bc in self.bcs] or [np.empty(0)])).astype(int)
         self._fixed = nodes[nodes < owned_size(V)]
 
         self._J = expand_derivatives(derivative(F, self.u))
-        self._dFdm = expand_derivatives(derivative(F, self.m))
+        self._dFdm = [expand_derivatives(derivative(F, x.value)) for x in self._loads]
         self._A = derivative(A, self.u)
         self.linear = N is None
         self._N = None if self.linear else get_assembler(N)
-        self._with_m = None if self._lift else get_assembler(forms.integrals_with(self.m, F))
-        self.operator_depends_on_parameter = self.m in self._J.coefficients()
-        advective = velocity is not None or unknown == "velocity"
+        self._with_m = get_assembler(forms.integrals_with(self._loads, F)) if self._loads else None
+        self.operator_depends_on_parameter = any(x.value in self._J.coefficients() for x in self._unknowns)
+        advective = velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
         self._parameters = forms.linear_options(solver_parameters, V, advective)
         self._out = Cofunction(V.dual())
         self._w, bcs, equation = self.u, self.bcs, F
@@ -152,17 +166,26 @@ class AdvectionDiffusion:
         SolveError
             If the solver fails.
         """
+        if len(self.M) > 1 and annotate_tape():
+            blocks.check_parameter(m, self.M)
+            return recorded(self, m)
         self._assign(m)
         return self._solve().copy(deepcopy=True)
 
     def _assign(self, m):
         """Copy a Function of M into the problem's parameter."""
-        if not isinstance(m, Function) or m.function_space() != self.M:
-            what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
-            raise InputError(f"the parameter must be a Function in {self.M}, got {what}; "
-                             "make one with Function(problem.M).interpolate(...).")
+        blocks.check_parameter(m, self.M)
         if m is not self.m:
             self.m.assign(m)
+        if len(self.M) > 1:
+            self._set(coefficients(m))
+
+    def _set(self, row):
+        """Set the parameter from owned coefficients (n_owned_M,)."""
+        blocks.write(self.m, row)
+        if len(self.M) > 1:
+            for x in self._unknowns:
+                x.write(row[x.columns])
 
     def _solve(self):
         """Solve for the parameter held in self.m and return self.u."""
@@ -207,7 +230,7 @@ class AdvectionDiffusion:
     def _choose_reference(self, mean):
         """Linearise at owned coefficients of a parameter, at zero where that has no solution."""
         try:
-            blocks.write(self.m, mean)
+            self._set(mean)
             self.linearise_at(self.m)
         except SolveError:
             self.linearise_at(Function(self.M))
@@ -220,13 +243,14 @@ class AdvectionDiffusion:
         if self._lift is not None or not self.linear:
             A = assemble(self._A).petscmat
         # A parameter in the Real space has dense columns that PETSc's products do not take: one by one then.
-        sparse = self.M.ufl_element().family() != "Real"
-        if self._lift is not None:
-            if sparse and self.m not in self._lift.derivative().coefficients():
-                D = assemble(self._lift.derivative()).petscmat
-        elif sparse and not {self.m, self.u} & set(self._dFdm.coefficients()):
-            C = assemble(self._dFdm).petscmat
-        else:
+        sparse = all(x.space.ufl_element().family() != "Real" for x in self._unknowns)
+        varying = {self.u, *(x.value for x in self._unknowns)}
+        lift = [self._lift.derivative(x) for x in self._lifted]
+        if lift and sparse and not any(varying & set(form.coefficients()) for form in lift):
+            D = [assemble(form).petscmat for form in lift]
+        if self._loads and sparse and not any(varying & set(form.coefficients()) for form in self._dFdm):
+            C = [assemble(form).petscmat for form in self._dFdm]
+        elif self._loads:
             P = self._vector(self._with_m).copy()
         N = None if self.linear else self._vector(self._N).copy()
         return blocks.Reference(coefficients(self.m), coefficients(self.u), solver, A, C, D, N, P)
@@ -262,8 +286,7 @@ class AdvectionDiffusion:
             If a sample has no solution that Newton's method finds; the message names it.
         """
         ms = blocks.parameter_rows(ms, self.M)
-        if not isinstance(block, int) or block < 1:
-            raise InputError(f"block must be a positive integer, got {block!r}.")
+        blocks.check_block(block)
         out = np.empty((len(ms), owned_size(self.V)))
         with stop_annotating():
             if not self.operator_depends_on_parameter and self._reference is None:
@@ -278,7 +301,7 @@ class AdvectionDiffusion:
 
     def _solve_one(self, m, index):
         """Full solve for owned coefficients m; its state's owned coefficients."""
-        blocks.write(self.m, m)
+        self._set(m)
         try:
             return coefficients(self._solve())
         except SolveError as error:
@@ -291,17 +314,17 @@ class AdvectionDiffusion:
         """
         ref, comm = self._reference, self.V.mesh().comm
         b, u = np.zeros((len(ms), len(ref.u))), np.tile(ref.u, (len(ms), 1))
-        if ref.C is not None:
-            b += multiply(ref.C, ms - ref.m)
-        elif ref.D is not None:
-            u += multiply(ref.D, ms - ref.m)
-        else:
+        for x, C in zip(self._loads, ref.C or []):
+            b += multiply(C, (ms - ref.m)[:, x.columns])
+        for x, D in zip(self._lifted, ref.D or []):
+            u += multiply(D, (ms - ref.m)[:, x.columns])
+        if (self._loads and ref.C is None) or (self._lifted and ref.D is None):
             blocks.write(self.u, ref.u)
             for m, row, state in zip(ms, b, u):
-                blocks.write(self.m, m)
-                if self._lift is None:
+                self._set(m)
+                if self._loads and ref.C is None:
                     row[:] = self._vector(self._with_m) - ref.P
-                else:
+                if self._lifted and ref.D is None:
                     self._lift.update()
                     state[self._fixed] = self._lift.g.dat.data_ro[self._fixed]
 
@@ -365,20 +388,23 @@ class AdvectionDiffusion:
             self._adjoint.update()
         lam = solve(self._adjoint.solver.snes.ksp, rows)
         lam[:, self._fixed] = 0
-        p, pull, out = self._pull
-        pulled = np.empty((len(rows), owned_size(out.function_space())))
-        for row, line in zip(lam, pulled):
-            blocks.write(p, row)
-            line[:] = coefficients(pull.assemble(tensor=out))
-        if self._lift is None:
-            return -pulled
-        # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
-        D = assemble(self._lift.derivative()).petscmat
-        return multiply(D, rows - pulled, transpose=True)
+        result = np.empty((len(rows), owned_size(self.M)))
+        for x, pull in zip(self._loads, self._pulls):
+            result[:, x.columns] = -pull(lam)
+        if self._lift is not None:
+            # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
+            left = rows - self._pull_state(lam)
+            for x in self._lifted:
+                D = assemble(self._lift.derivative(x)).petscmat
+                result[:, x.columns] = multiply(D, left, transpose=True)
+        return result
 
     @cached_property
-    def _pull(self):
-        """A Function p, an assembler of p·∂F/∂m (with a lift: of p·∂F/∂u) and its tensor."""
-        form, space = (self._dFdm, self.M) if self._lift is None else (self._J, self.V)
-        p = Function(self.V)
-        return p, get_assembler(action(adjoint(form), p)), Cofunction(space.dual())
+    def _pulls(self):
+        """For each unknown in F, the product of rows over V with ∂F/∂m."""
+        return [blocks.Pull(form, self.V, x.space) for x, form in zip(self._loads, self._dFdm)]
+
+    @cached_property
+    def _pull_state(self):
+        """The product of rows over V with ∂F/∂u."""
+        return blocks.Pull(self._J, self.V, self.V)

@@ -1,0 +1,96 @@
+r"""Advection and diffusion of a discontinuous state: upwind and symmetric interior penalty terms.
+
+Advection is that of ``v·∇u``, which need not be divergence-free: a jump counts where a cell's velocity points
+inwards. Diffusion is the symmetric interior penalty method (Arnold, Brezzi, Cockburn & Marini 2002,
+doi:10.1137/S0036142901384162) with normals of the two sides taken separately, which on a surface are no opposites
+(Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The penalty is that of the discrete trace inequality
+(Warburton & Hesthaven 2003), ``C n κ_n |f|/|K|`` with C = (p+1)(p+d)/d on simplices and (p+1)² on tensor products,
+n the number of facets of a cell, κ_n = n·κn. Degree 0 has the two-point flux instead, which is consistent where lines
+between the centres of neighbours are normal to their facets, as on rectangles.
+"""
+
+from firedrake import CellVolume, FacetArea, FacetNormal, Measure, TestFunction, dot, grad, inner
+from ufl import TensorProductCell, max_value
+
+__all__ = ["transport"]
+
+
+def _normal(a, n):
+    """Normal component of a vector or, for κ, n·κn."""
+    if len(a.ufl_shape) == 2:
+        return dot(n, dot(a, n))
+    return dot(a, n) if a.ufl_shape else a
+
+
+def _degree(V):
+    """Highest degree in one direction."""
+    degree = V.ufl_element().degree()
+    return max(degree) if isinstance(degree, tuple) else degree
+
+
+def _trace_constant(V):
+    """The constant of the discrete trace inequality times the number of facets of a cell."""
+    cell, p, d = V.mesh().ufl_cell(), _degree(V), V.mesh().topological_dimension
+    if isinstance(cell, TensorProductCell) or cell.cellname in ("quadrilateral", "hexahedron"):
+        return (p + 1)**2 * 2 * d
+    return (p + 1) * (p + d) / d * (d + 1)
+
+
+def transport(u, v, kappa, boundary):
+    """``∫ (v·∇u - ∇·(κ∇u)) w`` of a discontinuous state, with weak Dirichlet conditions.
+
+    Parameters
+    ----------
+    u : Function
+        The state.
+    v : ufl.core.expr.Expr or None
+        Velocity, of shape (gdim,).
+    kappa : ufl.core.expr.Expr
+        Diffusivity, of shape () or (gdim, gdim).
+    boundary : list of tuple
+        Pairs (measure, value) of the Dirichlet conditions; elsewhere the boundary terms of diffusion are left to flux
+        and Robin conditions.
+
+    Returns
+    -------
+    ufl.Form
+        Linear in its test function.
+    """
+    V = u.function_space()
+    mesh, w = V.mesh(), TestFunction(V)
+    n, dx = FacetNormal(mesh), Measure("dx", mesh)
+    facets = [Measure(name, mesh) for name in (("dS_h", "dS_v") if mesh.extruded else ("dS",))]
+    size = FacetArea(mesh) / CellVolume(mesh)
+    lowest = _degree(V) == 0
+    scale = 2 if lowest else _trace_constant(V)
+
+    def flux(f):
+        """κ∇f."""
+        return dot(kappa, grad(f)) if kappa.ufl_shape else kappa * grad(f)
+
+    F = inner(flux(u), grad(w)) * dx
+    k, jump_u, jump_w = _normal(kappa, n), u("+") - u("-"), w("+") - w("-")
+    if lowest:
+        sigma = 2 * max_value(k("+"), k("-")) / (1 / size("+") + 1 / size("-"))
+    else:
+        sigma = scale * max_value(k("+"), k("-")) * max_value(size("+"), size("-"))
+
+    def normal_flux(f):
+        """Mean of the two sides' κ∇f, along the normal of the first."""
+        q = dot(flux(f), n)
+        return (q("+") - q("-")) / 2
+
+    inside = sigma * jump_u * jump_w - normal_flux(u) * jump_w - normal_flux(w) * jump_u
+    if v is not None:
+        F += dot(v, grad(u)) * w * dx
+        inflow = (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
+        inside += jump_u * (inflow("+") * w("+") - inflow("-") * w("-"))
+    for over in facets:
+        F += inside * over
+    for over, g in boundary:
+        q, p = dot(flux(u), n), dot(flux(w), n)
+        there = scale * k * size * (u - g) * w - q * w - p * (u - g)
+        if v is not None:
+            there += inflow * (u - g) * w
+        F += there * over
+    return F
