@@ -1,6 +1,6 @@
 """Boundary values that contain unknowns."""
 
-from firedrake import DirichletBC, Function, TrialFunction, derivative, interpolate
+from firedrake import Constant, DirichletBC, Function, TrialFunction, derivative, interpolate
 from ufl import as_ufl
 from ufl.algorithms import expand_derivatives
 
@@ -46,6 +46,6 @@ class Lift:
         self.g.interpolate(self._masked + self._known)
 
     def derivative(self, x):
-        """∂g/∂m for one Unknown, a UFL two-form (rows over V, columns over the space of its value)."""
-        direction = TrialFunction(x.value.function_space())
+        """∂g/∂m for one Unknown: an interpolation, of an argument unless the value is a number."""
+        direction = Constant(1.0) if x.strength else TrialFunction(x.value.function_space())
         return interpolate(expand_derivatives(derivative(self._masked, x.value, direction)), self._V)

@@ -23,16 +23,19 @@ With a nonlinear reaction the block iterates with the Jacobian at a typical stat
 method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
 
+from functools import cached_property
+
 import numpy as np
 from firedrake import Constant, Function, VectorFunctionSpace
 from firedrake.adjoint import annotate_tape
 from pyadjoint import no_annotations
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import field, owned_size, require_real
+from fem_diffusion.fields import coefficients, field, owned_size, require_real
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
 from fem_diffusion.problem import _unknowns as unknowns
+from fem_diffusion.problem._backward import Backward
 from fem_diffusion.problem._march import Equation, March
 from fem_diffusion.problem._tape import recorded
 
@@ -194,6 +197,42 @@ class TransientAdvectionDiffusion:
             part = slice(first, first + block)
             out[part] = self._march.run(ms[part], first).reshape(len(ms[part]), -1)
         return out
+
+    @no_annotations
+    def sensitivity(self, m, rows, state=None):
+        """Derivative of observations of the states with respect to the parameter, by one march back for all rows.
+
+        Parameters
+        ----------
+        m : Function
+            Parameter in `M`.
+        rows : scipy sparse matrix or ndarray
+            Observation rows of shape (k, n_owned_U): this rank's columns of the global rows.
+        state : Function, optional
+            As for `AdvectionDiffusion`; it is not used, because the march back needs the states of all steps where
+            it needs any.
+
+        Returns
+        -------
+        ndarray
+            ``d(rows·u)/dm``, this rank's columns of it, of shape (k, n_owned_M).
+
+        Raises
+        ------
+        InputError
+            If m or rows do not fit their spaces.
+        SolveError
+            If the states are needed and cannot be solved for.
+        """
+        blocks.check_parameter(m, self.M)
+        rows = blocks.observation_rows(rows, self.U)
+        rows = rows.reshape(len(rows), owned_size(self.V), len(self.times))
+        return self._backward.rows(coefficients(m)[None], rows)
+
+    @cached_property
+    def _backward(self):
+        """The adjoint march."""
+        return Backward(self._march)
 
 
 def _check_times(times, time_step):
