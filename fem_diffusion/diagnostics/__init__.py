@@ -1,4 +1,4 @@
-"""References and measures that say how good a posterior is; no file here imports Firedrake."""
+"""References and measures that say how good a posterior is; only `fem_reference`, not imported here, knows Firedrake."""
 
 from fem_diffusion.diagnostics.calibration import Calibration, calibrate, sbc_p_values, sbc_ranks
 from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, SAMPLERS, Combination, Sampler, combine

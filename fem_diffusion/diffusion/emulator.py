@@ -1,0 +1,152 @@
+r"""The state as a function of the latents, learned once and valid for every observation operator.
+
+The state is written in modes, :math:`u = \bar u + \sum_j c_j \psi_j`, and its coordinates are regressed on the latents,
+
+.. math:: c = f(z) + \text{residual}, \qquad f(z) = f_0 + A z + \text{network}(z),
+
+by least squares first; a network for what is left is kept only where it helps on held-out pairs. A sensor is a row over
+the coordinates c, so one emulator tells what any sensor would read.
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion._loop import History, Loop, TrainingOptions, hold_out, threads
+from fem_diffusion.errors import InputError
+
+__all__ = ["Emulator", "fit_emulator"]
+
+
+class Emulator(nn.Module):
+    """f(z): an affine map, and a multilayer perceptron where there is one.
+
+    Parameters
+    ----------
+    r : int
+        Number of latents.
+    s : int
+        Number of state coordinates.
+    width, depth : int
+        Of the hidden layers; a depth of 0 leaves the affine map alone.
+
+    Attributes
+    ----------
+    matrix : Tensor
+        A, shape (s, r).
+    offset : Tensor
+        f_0, shape (s,).
+    scale : Tensor
+        What the network's output is multiplied by, shape (s,).
+    residual : Tensor
+        Covariance of c - f(z) on held-out pairs, shape (s, s).
+    """
+
+    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        self.config = {"r": r, "s": s, "width": width, "depth": depth}
+        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s,)), ("residual", (s, s))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        sizes = [r] + depth * [width]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.head = nn.Linear(width, s, bias=False) if depth else None
+        if depth:
+            nn.init.zeros_(self.head.weight)
+
+    def correction(self, z: Tensor) -> Tensor:
+        """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
+        x = z.float()
+        for layer in self.hidden:
+            x = nn.functional.silu(layer(x))
+        return self.head(x)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """State coordinates (B, s) for latents (B, r), in double precision."""
+        affine = self.offset + z.double() @ self.matrix.T
+        return affine if self.head is None else affine + self.scale * self.correction(z).double()
+
+
+class _Regression:
+    """The task of `fit_emulator`: what the affine map leaves, in units of its size."""
+
+    name = "emulate"
+
+    def __init__(self, z: Tensor, rest: Tensor, training: Tensor, held_out: Tensor, options: TrainingOptions):
+        self.options, self.size = options, len(training)
+        self.z, self.rest = z[training], rest[training]
+        self.validation = z[held_out], rest[held_out]
+        self.base_losses = self.validation[1].square().sum(1)
+        self.parts = [z, rest]
+
+    def network(self) -> nn.Module:
+        return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
+
+    def loss(self, network, index, generator):
+        return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
+
+    def evaluate(self, network):
+        model = getattr(network, "module", network)
+        return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
+
+
+def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOptions = TrainingOptions(),
+                 checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
+    """Regress state coordinates on latents.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    c : Tensor
+        State coordinates, shape (n, s).
+    weights : Tensor
+        What an error in each coordinate counts, positive, shape (s,); with the standard deviations of the modes, errors
+        count as they do in the state.
+    options : TrainingOptions
+        Of the network.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Emulator
+        On the CPU; affine where a network does not help on held-out pairs.
+    History
+        Training curve of the network; losses in units of what the affine map leaves.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, there are too few pairs, or a value is not finite.
+    ModelFileError, SolveError
+        As for `train`.
+    """
+    options.check()
+    if z.ndim != 2 or c.ndim != 2 or len(z) != len(c) or not (torch.isfinite(z).all() and torch.isfinite(c).all()):
+        raise InputError(f"Latents {tuple(z.shape)} and state coordinates {tuple(c.shape)} must be finite, a row for "
+                         "each pair.")
+    training, held_out = hold_out(len(z), options)
+    if len(training) <= z.shape[1] + 1:
+        raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
+    z, c = z.double(), c.double()
+    z_mean, c_mean = z[training].mean(0), c[training].mean(0)
+    matrix = torch.linalg.lstsq(z[training] - z_mean, c[training] - c_mean).solution.T
+    offset = c_mean - matrix @ z_mean
+    rest = (c - offset - z @ matrix.T) * weights
+    size = rest[training].square().sum(1).mean().sqrt()
+    emulator, history = Emulator(z.shape[1], c.shape[1], depth=0), History()
+    # Rounding is nothing to learn.
+    if float(size) > 1e-9 * float((c[training].std(0) * weights).norm()):
+        with threads(options.threads):
+            device = torch.device(options.device)
+            task = _Regression(z.float().to(device), (rest / size).float().to(device), training, held_out, options)
+            loop = Loop(task, options, checkpoint)
+            emulator, history = loop.run(progress) or emulator, loop.history
+    emulator.to("cpu").eval().requires_grad_(False)
+    emulator.matrix, emulator.offset, emulator.scale = matrix, offset, size / weights
+    defect = (c - emulator(z))[held_out]
+    emulator.residual = defect.T @ defect / len(defect)
+    return emulator, history

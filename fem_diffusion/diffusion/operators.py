@@ -1,0 +1,222 @@
+"""One model for every set of sensors: training under random layouts, and the denoiser of any one layout."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion._loop import History, Loop, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.emulator import fit_emulator
+from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs
+from fem_diffusion.diffusion.nodes import Spectrum
+from fem_diffusion.diffusion.operator_base import Located, OperatorBase
+from fem_diffusion.diffusion.sensor_network import SensorNetwork
+from fem_diffusion.diffusion.sensors import LayoutLaw, Sensors
+from fem_diffusion.diffusion.support import Support, find_support
+from fem_diffusion.diffusion.training import measure_spectrum, noisy
+
+__all__ = ["OperatorDenoiser", "fit_operators"]
+
+# Noise levels drawn for each located measurement, which costs more than they do.
+_DRAWS, _VALIDATION_DRAWS = 4, 16
+_HELD_OUT, _CHUNK = 2048, 256
+
+
+class OperatorDenoiser:
+    """Base and network for any sensors of a state.
+
+    Parameters
+    ----------
+    base : OperatorBase
+        Gaussian base of any layout.
+    network : SensorNetwork or None
+        None where the base is the answer.
+    spectrum : Spectrum, optional
+        Of the posterior covariance in base coordinates, over the training layouts.
+    support : Support, optional
+        Hard bounds of the latents.
+    standard_prior : bool
+        Whether the latents are known to be N(0, I).
+    """
+
+    def __init__(self, base: OperatorBase, network: SensorNetwork | None, spectrum: Spectrum | None = None,
+                 support: Support | None = None, standard_prior: bool = False):
+        self.base, self.network, self.spectrum, self.support = base, network, spectrum, support
+        self.standard_prior = standard_prior
+
+    def at(self, sensors: Sensors, y: Tensor) -> Denoiser:
+        """The denoiser for one measurement; its cost does not depend on the layouts of the training.
+
+        Parameters
+        ----------
+        sensors : Sensors
+            One layout, B = 1.
+        y : Tensor
+            Measurement, shape (k,).
+
+        Returns
+        -------
+        Denoiser
+            Whose base has the measurement built in. No sensors at all leave the prior.
+        """
+        located = self.base.locate(sensors, y[None])
+        k = len(y)
+        # The mean is that of this very measurement, so the gain is zero.
+        base = GaussianBase(located.mean[0], y, y.new_zeros(self.base.r, k), located.factor[0], located.whitener[0],
+                            torch.eye(k, dtype=y.dtype, device=y.device))
+        if self.network is None or (k == 0 and self.standard_prior):
+            return Denoiser(base, None, None, self.support)
+        with torch.no_grad():
+            context = self.network.context(sensors, located, y[None])
+        return Denoiser(base, _Conditioned(self.network, context, located.factor), self.spectrum, self.support)
+
+
+class _Conditioned(nn.Module):
+    """A sensor network with its measurement built in, as `Denoiser` wants it."""
+
+    def __init__(self, network: SensorNetwork, context: Tensor, factor: Tensor):
+        super().__init__()
+        self.network = network
+        self.register_buffer("context", context)
+        self.register_buffer("factor", factor.to(context))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the weights."""
+        return self.network.dtype
+
+    def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
+        return self.network(v[:, None], angle[:, None], self.context, self.factor)[:, 0]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a network sees of located measurements, and the latents behind them in base coordinates."""
+
+    sensors: Sensors
+    located: Located
+    y: Tensor
+    w: Tensor
+    factor: Tensor
+
+    def context(self, network: nn.Module) -> Tensor:
+        return network.context(self.sensors, self.located, self.y)
+
+
+class _Layouts:
+    """The task of `fit_operators`: denoise latents given measurements by layouts that are never the same."""
+
+    name = "train"
+
+    def __init__(self, z: Tensor, c: Tensor, law: LayoutLaw, base: OperatorBase, options: TrainingOptions):
+        self.options, self.base, self.law = options, base, law
+        training, held_out = hold_out(len(z), options)
+        held_out = held_out[:_HELD_OUT]
+        self.z, self.c, self.size = z[training], c[training], len(training)
+        generator = torch.Generator(z.device).manual_seed(options.seed + 1)
+        self.validation = []
+        for part in held_out.split(_CHUNK):
+            seen = self._measure(z[part], c[part], generator)
+            self.validation.append((seen, noisy(seen.w.expand(_VALIDATION_DRAWS, -1, -1), options, generator)))
+        self.base_losses = self._losses(lambda seen, v, angle: torch.zeros_like(v))
+        self.parts = [z, c, *(x for seen, draws in self.validation for x in (seen.y, *draws))]
+
+    def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator) -> _Measured:
+        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s)."""
+        sensors = self.law.draw(len(z), generator)
+        y = sensors.measure(c, generator)
+        with torch.no_grad():
+            located = self.base.locate(sensors, y)
+            return _Measured(sensors, located, y, located.whiten(z).float(), located.factor.float())
+
+    def network(self) -> nn.Module:
+        return SensorNetwork(self.base.r, self.c.shape[1], self.options.width, self.options.depth)
+
+    def loss(self, network, index, generator):
+        # Each located measurement serves several noise levels, so a batch needs fewer of them.
+        index = index[:max(1, len(index) // _DRAWS)]
+        seen = self._measure(self.z[index], self.c[index], generator)
+        v, angle, target = noisy(seen.w.expand(_DRAWS, -1, -1), self.options, generator)
+        return (network(v, angle, seen.context(network), seen.factor) - target).square().mean()
+
+    def _losses(self, output) -> Tensor:
+        """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
+        return torch.cat([(output(seen, v, angle) - target).square().mean((0, 2))
+                          for seen, (v, angle, target) in self.validation])
+
+    def evaluate(self, network):
+        model = getattr(network, "module", network)
+        return self._losses(lambda seen, v, angle: model(v, angle, seen.context(model), seen.factor))
+
+    def spectrum(self, network: nn.Module) -> Spectrum:
+        """Spectrum of the posteriors of held-out measurements in base coordinates."""
+        seen = [seen for seen, _ in self.validation]
+        contexts = [part.context(network) for part in seen]
+
+        def residual(v, angle):
+            sizes = [len(part.w) for part in seen]
+            return torch.cat([network(a[None], b[None], context, part.factor)[0] for a, b, context, part
+                              in zip(v.split(sizes), angle.split(sizes), contexts, seen)])
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+        return measure_spectrum(residual, torch.cat([part.w for part in seen]), generator)
+
+
+def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, standard_prior: bool = False,
+                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
+                  progress: bool = False) -> tuple[OperatorDenoiser, History]:
+    """Fit one model for all layouts of a law: emulator, base, then the network under it.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    c : Tensor
+        State coordinates of unit variance, shape (n, s).
+    weights : Tensor
+        Standard deviations of the state modes, shape (s,).
+    law : LayoutLaw
+        Draws a fresh layout for every training sample of every step.
+    standard_prior : bool
+        Whether the latents are known to be N(0, I).
+    options : TrainingOptions
+        Of both networks.
+    checkpoint : path, optional
+        Training writes its state there (the emulator's with ``.emulator`` behind the name) and resumes from it.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    OperatorDenoiser
+        On the CPU.
+    History
+        Training curve of the network under the base.
+
+    Raises
+    ------
+    InputError, ModelFileError, SolveError
+        As `fit_emulator` and `train` do.
+    """
+    check_pairs(z, c, z.shape[-1] + 1)
+    z, c = z.double(), c.double()
+    emulator, _ = fit_emulator(z, c, weights, options=options, progress=progress,
+                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+    if standard_prior:
+        mean, factor = z.new_zeros(z.shape[1]), torch.eye(z.shape[1], dtype=z.dtype)
+    else:
+        # Upper triangular, from the Cholesky factor of the covariance in reversed order.
+        mean, factor = z.mean(0), torch.linalg.cholesky(torch.cov(z.T).flip(0, 1)).flip(0, 1)
+    device = torch.device(options.device)
+    base = OperatorBase(mean, factor, emulator)
+    moved = OperatorBase(mean.to(device), factor.to(device), emulator.to(device))
+    with threads(options.threads):
+        task = _Layouts(z.to(device), c.to(device), law.to(device, torch.float64), moved, options)
+        loop = Loop(task, options, checkpoint)
+        network = loop.run(progress)
+        spectrum = None if network is None else task.spectrum(network)
+    emulator.to("cpu")
+    network = None if network is None else network.to("cpu")
+    support = None if standard_prior else find_support(z)
+    return OperatorDenoiser(base, network, spectrum, support, standard_prior), loop.history

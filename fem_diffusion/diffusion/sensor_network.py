@@ -1,0 +1,90 @@
+"""A score network that sees its measurement as a set of sensors, whatever their number and order."""
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion.network import ResidualMLP
+from fem_diffusion.diffusion.operator_base import Located
+from fem_diffusion.diffusion.sensors import Sensors
+
+__all__ = ["SensorNetwork"]
+
+# State coordinates, largest first, that describe what a sensor sees.
+_SEEN = 32
+
+
+class SensorNetwork(nn.Module):
+    """N(v, angle) for a located measurement: attention over sensors once, then a residual network at every noise level.
+
+    Every sensor is a token: what it sees of the state and of the base coordinates, its noise, its reading and how that
+    misses the base. Learned queries attend to the tokens; what they gather, with mean and standard deviations of the
+    base, conditions the residual network, which also sees the noisy state in latent coordinates.
+
+    Parameters
+    ----------
+    r : int
+        Number of latents.
+    s : int
+        Number of state coordinates.
+    width, depth : int
+        Of the residual network.
+    tokens : int
+        Width of a token.
+    queries : int
+        Number of learned queries.
+    """
+
+    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
+        super().__init__()
+        self.config = {"r": r, "s": s, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
+        self.seen = min(s, _SEEN)
+        self.embed = nn.Sequential(nn.Linear(self.seen + r + 3, tokens), nn.SiLU(),
+                                   nn.Linear(tokens, tokens), nn.SiLU())
+        # A token that is always there: attention over no sensors is defined, and their number can be felt.
+        self.nothing = nn.Parameter(torch.zeros(tokens))
+        self.queries = nn.Parameter(torch.randn(queries, tokens) / tokens**0.5)
+        self.attention = nn.MultiheadAttention(tokens, 4, batch_first=True)
+        self.gather = nn.Sequential(nn.Linear(queries * tokens, tokens), nn.SiLU())
+        self.flow = ResidualMLP(r, 3 * r + tokens, width, depth)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the weights."""
+        return self.flow.dtype
+
+    def context(self, sensors: Sensors, located: Located, y: Tensor) -> Tensor:
+        """What the network knows of each measurement, shape (B, 2 r + tokens): mean, log std, gathered sensors."""
+        spread = (sensors.rows.square().sum(2) + sensors.variance).sqrt()
+        row = sensors.rows[:, :, :self.seen] / spread[:, :, None]
+        numbers = [(y - sensors.offset) / spread, located.misfit, torch.log(sensors.variance.sqrt() / spread)]
+        # asinh bounds what a very precise sensor brings in.
+        token = torch.cat([row, torch.asinh(located.sensitivity), torch.asinh(torch.stack(numbers, 2))], 2)
+        token = self.embed(token.to(self.dtype))
+        token = torch.cat([self.nothing.expand(len(token), 1, -1), token], 1)
+        hidden = torch.cat([sensors.present.new_zeros(len(token), 1), ~sensors.present], 1)
+        gathered = self.attention(self.queries.expand(len(token), -1, -1), token, token, key_padding_mask=hidden,
+                                  need_weights=False)[0]
+        base = torch.cat([located.mean, torch.log(located.std)], 1).to(self.dtype)
+        return torch.cat([base, self.gather(gathered.flatten(1))], 1)
+
+    def forward(self, v: Tensor, angle: Tensor, context: Tensor, factor: Tensor) -> Tensor:
+        """Network output.
+
+        Parameters
+        ----------
+        v : Tensor
+            Unit-variance states in base coordinates, shape (R, B, r): R of each measurement.
+        angle : Tensor
+            arctan(sigma), shape (R, B, 1).
+        context : Tensor
+            From `context`, shape (B, 2 r + tokens).
+        factor : Tensor
+            Of the base, shape (B, r, r).
+
+        Returns
+        -------
+        Tensor
+            Shape (R, B, r).
+        """
+        latent = torch.einsum("bij,nbj->nbi", factor, v)
+        return self.flow(v, angle, torch.cat([context.expand(len(v), -1, -1), latent], 2))
