@@ -10,10 +10,12 @@ import numpy as np
 from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
+from mpi4py import MPI
 
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "geometric_key", "multiply", "on_root", "owned_size", "require_real", "solve"]
+__all__ = ["coefficients", "field", "geometric_key", "multiply", "on_root", "owned_columns", "owned_size",
+           "require_real", "solve"]
 
 
 def require_real() -> None:
@@ -85,6 +87,40 @@ def geometric_key(V) -> np.ndarray:
     weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
     with assemble(inner(weight, test) * dx).dat.vec_ro as vector:
         return vector.array_r.copy()
+
+
+def owned_columns(key: np.ndarray, V) -> np.ndarray | None:
+    """Where this rank's degrees of freedom are among stored ones.
+
+    Parameters
+    ----------
+    key : numpy.ndarray
+        Geometric keys in the order of the storage, shape (n_global,).
+    V : firedrake.functionspaceimpl.WithGeometry
+        The space on any number of ranks.
+
+    Returns
+    -------
+    numpy.ndarray or None
+        Indices, shape (n_owned,); None on all ranks where the keys are those of another mesh or space.
+    """
+    ours = geometric_key(V)
+    tolerance = 1e-12 * np.abs(key).max(initial=0.0)
+    if V.dim() != len(key):
+        return None
+    start = sum(V.comm.allgather(len(ours))[:V.comm.rank])
+    same = np.abs(key[start:start + len(ours)] - ours) <= tolerance
+    if V.comm.allreduce(bool(same.all()), MPI.LAND):
+        return np.arange(start, start + len(ours))
+    order = np.argsort(key)
+    place = np.searchsorted(key[order], ours)
+    candidates = order[np.stack([place - 1, place]).clip(0, len(key) - 1)]
+    columns = np.take_along_axis(candidates, np.abs(key[candidates] - ours).argmin(axis=0)[None], axis=0)[0]
+    found = np.concatenate(V.comm.allgather(columns))
+    near = (np.abs(key[columns] - ours) <= tolerance).all()
+    apart = np.diff(key[order]).min(initial=np.inf) > 2 * tolerance
+    complete = np.array_equal(np.sort(found), np.arange(len(key)))
+    return columns if V.comm.allreduce(bool(near and apart and complete), MPI.LAND) else None
 
 
 def _dense(rows: np.ndarray, comm) -> PETSc.Mat:

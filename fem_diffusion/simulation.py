@@ -9,11 +9,13 @@ from pathlib import Path
 import h5py
 import numpy as np
 from firedrake import Ensemble, Function
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from tqdm import tqdm
 
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, geometric_key, on_root, require_real
+from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns, require_real
+from fem_diffusion.problem.observation import no_sensors
 
 __all__ = ["DataSet", "load_pairs", "simulate"]
 
@@ -57,8 +59,9 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     forward : Callable
         Maps a parameter Function to a state Function; where it has a method ``solve_many``, blocks of owned
         coefficients (B, n_owned) are given to that.
-    observation : Observation or Callable
-        Maps a state Function to k numbers.
+    observation : Observation, Callable or firedrake.functionspaceimpl.WithGeometry
+        Maps a state Function to k numbers; the space of the states itself to keep the states and observe nothing, for
+        a model of many observation operators.
     n : int
         Number of pairs.
     seed : int
@@ -94,6 +97,8 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     require_real()
     if n < 1 or block < 1 or seed < 0:
         raise InputError(f"simulate needs n >= 1, block >= 1 and seed >= 0, not {n}, {block} and {seed}.")
+    if isinstance(observation, WithGeometry):
+        observation, keep_states = no_sensors(observation), True
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
     comm = prior.V.comm
@@ -308,21 +313,8 @@ def _read(file: Path, V, U) -> DataSet:
 
 
 def _columns(stored: np.ndarray, V, file: Path) -> np.ndarray:
-    """Columns of a file that hold this rank's degrees of freedom, found by their geometric keys; shape (n_owned,)."""
-    key = geometric_key(V)
-    tolerance = 1e-12 * np.abs(stored).max()
-    start = sum(V.comm.allgather(len(key))[:V.comm.rank])
-    own = stored[start:start + len(key)]
-    if V.comm.allreduce(V.dim() == len(stored) and bool((np.abs(own - key) <= tolerance).all()), MPI.LAND):
-        return np.arange(start, start + len(key))
-    order = np.argsort(stored)
-    place = np.searchsorted(stored[order], key)
-    candidates = order[np.stack([place - 1, place]).clip(0, len(stored) - 1)]
-    columns = np.take_along_axis(candidates, np.abs(stored[candidates] - key).argmin(axis=0)[None], axis=0)[0]
-    found = np.concatenate(V.comm.allgather(columns))
-    near = (np.abs(stored[columns] - key) <= tolerance).all()
-    apart = np.diff(stored[order]).min(initial=np.inf) > 2 * tolerance
-    complete = np.array_equal(np.sort(found), np.arange(len(stored)))
-    if not V.comm.allreduce(bool(near and apart and complete), MPI.LAND):
+    """Columns of a file that hold this rank's degrees of freedom, shape (n_owned,)."""
+    columns = owned_columns(stored, V)
+    if columns is None:
         raise DataError(f"{file} belongs to another mesh or space: use those of the simulation, or simulate anew.")
     return columns

@@ -1,4 +1,7 @@
-"""References and measures that say how good a posterior is; only `fem_reference`, not imported here, knows Firedrake."""
+"""References and measures that say how good a posterior is.
+
+No file but `fem_reference`, which is not imported here, imports Firedrake.
+"""
 
 from fem_diffusion.diagnostics.calibration import Calibration, calibrate, sbc_p_values, sbc_ranks
 from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, SAMPLERS, Combination, Sampler, combine

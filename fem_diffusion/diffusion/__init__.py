@@ -2,6 +2,7 @@
 
 from fem_diffusion.diffusion.collapse import Collapse, CollapseWarning, measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.emulator import Emulator, fit_emulator
 from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
@@ -10,14 +11,19 @@ from fem_diffusion.diffusion.likelihood import log_density
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
+from fem_diffusion.diffusion.operator_base import Located, OperatorBase
+from fem_diffusion.diffusion.operators import OperatorDenoiser, fit_operators
 from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
+from fem_diffusion.diffusion.sensor_network import SensorNetwork
+from fem_diffusion.diffusion.sensors import LayoutLaw, SensorPool, Sensors
 from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
 
 __all__ = [
-    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Formulation", "GaussianBase", "GaussianNoise",
-    "History", "METHODS", "ResidualMLP", "Spectrum", "Support", "TrainingOptions", "churn", "constant_moment",
-    "evaluations", "find_support", "fit_base", "fit_denoiser", "fit_spectrum", "linear_base", "log_density",
-    "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line", "sub_variance_preserving",
-    "train", "variance_exploding", "variance_preserving",
+    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "Formulation", "GaussianBase",
+    "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS", "OperatorBase", "OperatorDenoiser", "ResidualMLP",
+    "SensorNetwork", "SensorPool", "Sensors", "Spectrum", "Support", "TrainingOptions", "churn", "constant_moment",
+    "evaluations", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_operators", "fit_spectrum",
+    "linear_base", "log_density", "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line",
+    "sub_variance_preserving", "train", "variance_exploding", "variance_preserving",
 ]

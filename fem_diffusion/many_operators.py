@@ -1,0 +1,373 @@
+"""One trained model for many observation operators: fit it once, condition it on any sensors of its family."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fem_diffusion.bridge import ModalBasis, pod
+from fem_diffusion.diffusion import (
+    Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, SensorNetwork, SensorPool, Sensors,
+    Spectrum, Support, TrainingOptions, fit_operators,
+)
+from fem_diffusion.errors import DataError, InputError, ModelFileError
+from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
+from fem_diffusion.posterior import ConditionalModel, Posterior
+from fem_diffusion.problem.family import OperatorFamily
+from fem_diffusion.problem.observation import Observation, no_sensors
+from fem_diffusion.simulation import DataSet
+
+__all__ = ["FamilyModel", "FamilyWarning", "fit_family", "load_family"]
+
+_FORMAT = "fem_diffusion family model 1"
+_STATES, _MOST_MODES = 4000, 256
+_RETAINED = 1 - 1e-8
+# What state modes may miss of a reading, in units of its noise.
+_MISSED = 0.2
+# Share of a sensor's prior signal that the most similar training sensor may leave unexplained.
+_UNLIKE = 0.1
+# How far numbers of sensors and noise levels may leave the range of the training.
+_BEYOND = 2.0
+
+
+class FamilyWarning(UserWarning):
+    """An observation operator is far from those of the training: the base holds, the network extrapolates."""
+
+
+def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
+               options: TrainingOptions = TrainingOptions(), state_modes: int | None = None,
+               checkpoint: str | os.PathLike | None = None, progress: bool = True) -> "FamilyModel":
+    """Train one model for all observation operators of a family.
+
+    Parameters
+    ----------
+    data : DataSet
+        With states: ``simulate(prior, forward, U, n, seed=...)``.
+    basis : ModalBasis
+        Coordinates of the fields.
+    family : OperatorFamily
+        Every training sample gets a fresh operator and fresh noise of it, every time.
+    options : TrainingOptions
+        Settings of the training loop, of the emulator's and of the network's.
+    state_modes : int, optional
+        Number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of the variance,
+        at most 256.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show progress bars on rank 0.
+
+    Returns
+    -------
+    FamilyModel
+        The same on all ranks; rank 0 trains.
+
+    Raises
+    ------
+    DataError
+        If the data set has no states.
+    InputError, ModelFileError, SolveError
+        If the pairs are too few, inconsistent or not finite, or training fails; see also `fit_denoiser`.
+    """
+    if data.states is None or not len(data):
+        raise DataError("A model of many operators is trained on states, and the data set has none: "
+                        "simulate(prior, forward, U, n, seed=..., path=...) with the space U of the states keeps them.")
+    U = family.U
+    states = _state_basis(U, data.states, state_modes)
+    z, c = basis.encode(data.fields), states.encode(data.states)
+    pools = []
+    for kind in family.kinds:
+        rows, offset = _project(kind.observation, states)
+        std = torch.tensor(kind.std_range)
+        _check_modes(kind.observation, data.states[:500], c[:500], rows, offset, std[0])
+        shape = (-1, kind.series)
+        pools.append(SensorPool(rows.unflatten(0, shape), offset.unflatten(0, shape), std.unflatten(1, shape),
+                                tuple(int(n) for n in kind.count)))
+    law = LayoutLaw(tuple(pools))
+
+    def run():
+        return fit_operators(z, c, torch.tensor(states.variances).sqrt(), law, standard_prior=basis.standard_prior,
+                             options=options, checkpoint=checkpoint, progress=progress)
+    denoiser, history = on_root(U.comm, run)
+    return FamilyModel(basis, states, denoiser, history, _Seen.of(law))
+
+
+def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
+    """POD modes of the states, as many as asked for or as are needed."""
+    some = states[:_STATES]
+    most = min(_MOST_MODES, len(some) - 1, U.dim())
+    size, most = (16, most) if size is None else (size, size)
+    while True:
+        try:
+            basis = pod(U, some, min(size, most))
+        except InputError:
+            # The states span fewer dimensions than that.
+            most, size = max(1, min(size, most) // 2), most
+            continue
+        enough = np.flatnonzero(np.cumsum(basis.variances) >= _RETAINED * basis.total_variance)
+        if len(enough) or basis.r == most:
+            kept = slice(0, enough[0] + 1 if len(enough) else most)
+            return ModalBasis(U, basis.mean, basis.modes[kept], basis.variances[kept].copy(), basis.total_variance)
+        size *= 2
+
+
+def _project(observation: Observation, states: ModalBasis) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows over the state coordinates (k, s) and readings of the mean state (k,), the same on all ranks."""
+    rows = observation.apply(states.scaled_modes).T
+    offset = observation.apply(coefficients(states.mean)[None])[0]
+    return torch.tensor(rows), torch.tensor(offset)
+
+
+def _check_modes(observation, states, c, rows, offset, std) -> None:
+    """Warn where the state modes miss more of a reading than its noise forgives."""
+    missed = torch.tensor(observation.apply(states)) - offset - c @ rows.T
+    worst = float((missed.square().mean(0).sqrt() / std).max())
+    if worst > _MISSED:
+        warnings.warn(f"The {rows.shape[1]} state modes miss up to {worst:.2g} noise standard deviations of a reading: "
+                      "raise state_modes, or place sensors away from where the state is rough.", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What training has seen of sensors: their signals (K, s) of unit length, noise levels, numbers of rows."""
+
+    signals: torch.Tensor
+    std: tuple[float, float]
+    most: int
+
+    @classmethod
+    def of(cls, law: LayoutLaw) -> "_Seen":
+        signals = torch.cat([pool.rows.flatten(0, 1) for pool in law.pools])
+        std = torch.cat([pool.std.flatten(1) for pool in law.pools], 1)
+        ratio = std / signals.norm(dim=1).clamp(min=1e-300)
+        return cls(_unit(signals).float(), (float(ratio.min()), float(ratio.max())),
+                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools))
+
+    def warn(self, sensors: Sensors, names: Sequence[str]) -> None:
+        """Warn where a layout is far from the training; the message names the measure of distance."""
+        findings = []
+        rows = sensors.rows[0]
+        if len(rows):
+            alike = (_unit(rows).float() @ self.signals.T).abs().amax(1)
+            unlike = 1 - alike.clamp(max=1)**2
+            worst = int(unlike.argmax())
+            if float(unlike[worst]) > _UNLIKE:
+                findings.append(f"sensor {names[worst]}: the most similar training sensor leaves {unlike[worst]:.0%} "
+                                "of the prior variance of its signal unexplained (1 - squared correlation)")
+            ratio = sensors.variance[0].sqrt() / rows.norm(dim=1).clamp(min=1e-300)
+            low, high = float(ratio.min()) / self.std[0], float(ratio.max()) / self.std[1]
+            if low < 1 / _BEYOND or high > _BEYOND:
+                findings.append(f"noise over prior signal reaches {low:.2g} of the smallest and {high:.2g} of the "
+                                "largest value of the training")
+        if len(rows) > _BEYOND * self.most:
+            findings.append(f"{len(rows)} readings, {len(rows) / self.most:.1f} times the most in training")
+        if findings:
+            warnings.warn("This observation operator is far from the training family: " + "; ".join(findings)
+                          + ". The Gaussian base holds for it, the network extrapolates; train with a family that has "
+                          "such sensors.", FamilyWarning, stacklevel=3)
+
+
+def _unit(rows: torch.Tensor) -> torch.Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+
+
+@dataclass(frozen=True)
+class FamilyModel:
+    """A trained model of p(m | operator, y).
+
+    Parameters
+    ----------
+    basis : ModalBasis
+        Coordinates of the fields.
+    states : ModalBasis
+        Coordinates of the states.
+    denoiser : OperatorDenoiser
+        Emulator, base and network.
+    history : History
+        Training curve of the network.
+    seen : object
+        What training has seen of sensors, for the warning.
+    """
+
+    basis: ModalBasis
+    states: ModalBasis
+    denoiser: OperatorDenoiser
+    history: History
+    seen: _Seen
+
+    def condition(self, observation: Observation | None, y: Sequence[float],
+                  noise: GaussianNoise | None = None) -> Posterior:
+        """Posterior for one measurement by any sensors.
+
+        Parameters
+        ----------
+        observation : Observation or None
+            The sensors, on the space of the states; None where there are none, which gives the prior.
+        y : array_like of shape (k,)
+            Their readings, the same on all ranks. NaN stands for a sensor that failed: it is left out.
+        noise : GaussianNoise
+            Of these sensors; a part relative to the noise-free value takes the reading in its place. May be left out
+            where there are no sensors.
+
+        Returns
+        -------
+        Posterior
+
+        Raises
+        ------
+        InputError
+            If the sensors are on another space, shapes disagree, a reading is infinite, or there is no noise model.
+
+        Warns
+        -----
+        FamilyWarning
+            If the operator is far outside the training family.
+        """
+        observation = no_sensors(self.states.V) if observation is None else observation
+        y = np.asarray(y, dtype=float)
+        if not isinstance(observation, Observation) or observation.U != self.states.V:
+            raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
+                             "point_sensors(U, points) with that space U.")
+        if y.shape != (len(observation),):
+            raise InputError(f"{len(observation)} sensors give as many readings; y has shape {y.shape}.")
+        if np.isinf(y).any():
+            raise InputError(f"The readings of sensors {np.flatnonzero(np.isinf(y)).tolist()} are infinite: repair "
+                             "them, or give NaN for a sensor that failed.")
+        if noise is None and len(y):
+            raise InputError("The sensors need a noise model: noise=GaussianNoise(std=...).")
+        rows, offset = _project(observation, self.states)
+        there = np.flatnonzero(~np.isnan(y))
+        covariance = rows.new_zeros(0, 0)
+        if len(y):
+            # All sensors take part here, because a noise model holds a number for each.
+            covariance = noise.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
+        rows, offset, reading = rows[there], offset[there], torch.tensor(y[there])
+        names = [observation.names[i] for i in there]
+        rotated = _decorrelated(rows, offset, covariance, reading)
+        # Where noise is correlated, the sensors of the family are recognised before they are mixed.
+        self.seen.warn(Sensors(rows[None], offset[None], covariance.diagonal()[None], None), names)
+        sensors, reading = rotated
+        model = ConditionalModel(self.basis, self.denoiser.at(sensors, reading), self.history)
+        return Posterior(model, reading.numpy())
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write everything but the basis of the fields (`ModalBasis.save`) to one safetensors file.
+
+        Parameters
+        ----------
+        path : path
+            The file, written atomically by rank 0; it is read on any number of ranks.
+        """
+        U, comm, model = self.states.V, self.states.V.comm, self.denoiser
+        gathered = [comm.gather(x) for x in (geometric_key(U)[None], coefficients(self.states.mean)[None],
+                                             self.states.modes)]
+        signature = self.basis.signature
+
+        def write():
+            key, mean, modes = (torch.tensor(np.concatenate(parts, axis=1)) for parts in gathered)
+            tensors = {"states.key": key[0], "states.mean": mean[0], "states.modes": modes,
+                       "states.variances": torch.tensor(self.states.variances), "seen.signals": self.seen.signals,
+                       "basis.signature": torch.tensor(signature), "base.mean": model.base.mean,
+                       "base.factor": model.base.factor}
+            config = {"emulator": model.base.emulator.config, "network": None, "standard_prior": model.standard_prior,
+                      "total_variance": self.states.total_variance, "std": self.seen.std, "most": self.seen.most}
+            for name, part in (("emulator", model.base.emulator), ("network", model.network)):
+                if part is not None:
+                    config[name] = part.config
+                    tensors |= {f"{name}.{key}": x for key, x in part.state_dict().items()}
+            for name, part in (("spectrum", model.spectrum), ("support", model.support)):
+                if part is not None:
+                    tensors |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(part)}
+            metadata = {"format": _FORMAT, "config": json.dumps(config), "history": json.dumps(asdict(self.history))}
+            partial = Path(f"{path}.partial")
+            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata)
+            partial.replace(path)
+        on_root(comm, write)
+
+
+def _decorrelated(rows, offset, covariance, y) -> tuple[Sensors, torch.Tensor]:
+    """The same measurement with independent noise: as it is, or in the principal axes of the noise."""
+    variance = covariance.diagonal()
+    if len(y) and not torch.equal(covariance, torch.diag(variance)):
+        # Each sensor in units of its own noise first; directions without noise get a little of it.
+        scale = variance.clamp(min=1e-300).sqrt()
+        values, axes = torch.linalg.eigh(covariance / scale / scale[:, None])
+        rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), axes.T @ (y / scale)
+        variance = values
+    # A reading without noise would leave no density: it gets a millionth of its prior spread.
+    floor = 1e-6 * (rows.square().sum(1) + variance)
+    variance = torch.maximum(variance, floor.clamp(min=1e-300))
+    return Sensors(rows[None], offset[None], variance[None], torch.ones(1, len(y), dtype=torch.bool)), y
+
+
+def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
+    """Read what `FamilyModel.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    basis : ModalBasis
+        The basis of the training: computed again, or from `load_basis`.
+    U : firedrake.functionspaceimpl.WithGeometry
+        Space of the states, on the mesh of the training; on any number of ranks.
+
+    Returns
+    -------
+    FamilyModel
+
+    Raises
+    ------
+    ModelFileError
+        If the file is truncated, foreign, or belongs to another basis or another space of states.
+    """
+    tensors, config, denoiser, history = on_root(U.comm, lambda: _read(path))
+    ours, theirs = basis.signature, tensors["basis.signature"].numpy()
+    if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
+        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+    columns = owned_columns(tensors["states.key"].numpy(), U)
+    if columns is None:
+        raise ModelFileError(f"{path} belongs to another mesh or space of states: pass those of its training.")
+    states = ModalBasis(U, field(U, tensors["states.mean"].numpy()[columns], name="mean"),
+                        tensors["states.modes"].numpy()[:, columns], tensors["states.variances"].numpy(),
+                        config["total_variance"])
+    seen = _Seen(tensors["seen.signals"], tuple(config["std"]), config["most"])
+    return FamilyModel(basis, states, denoiser, history, seen)
+
+
+def _read(path) -> tuple[dict, dict, OperatorDenoiser, History]:
+    """Tensors, settings, denoiser and training curve of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r}")
+        config, history = json.loads(metadata["config"]), History(**json.loads(metadata["history"]))
+
+        def under(prefix):
+            return {name[len(prefix) + 1:]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
+        parts = {}
+        for name, kind in (("emulator", Emulator), ("network", SensorNetwork)):
+            parts[name] = None
+            if config[name] is not None:
+                parts[name] = kind(**config[name])
+                parts[name].load_state_dict(under(name))
+                parts[name].eval().requires_grad_(False)
+        extra = {name: kind(**under(name)) if under(name) else None
+                 for name, kind in (("spectrum", Spectrum), ("support", Support))}
+        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], parts["emulator"])
+        if not all(torch.isfinite(x).all() for name, x in tensors.items() if not name.startswith("support.")):
+            raise ValueError("values that are not finite")
+        return tensors, config, OperatorDenoiser(base, parts["network"], **extra,
+                                                 standard_prior=bool(config["standard_prior"])), history
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ModelFileError(f"{path} is no readable family model ({error}): copy it again or train anew.") from error
