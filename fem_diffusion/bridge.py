@@ -16,6 +16,7 @@ Latents are global: the same on all ranks.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 
 import h5py
@@ -45,7 +46,7 @@ class ModalBasis:
     mean : firedrake.Function
         Mean of the field, with the values of inhomogeneous Dirichlet conditions.
     modes : numpy.ndarray
-        Owned coefficients of the modes, shape (r, n_owned), orthonormal in the mass inner product.
+        Owned coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
     variances : numpy.ndarray
         Variance of the field along each mode, shape (r,), decreasing, global.
     total_variance : float
@@ -56,6 +57,9 @@ class ModalBasis:
         Owned coefficients of fields (B, n_owned) to those of the parameter, e.g. the exponential.
     parameter_space : firedrake.functionspaceimpl.WithGeometry or None
         Space of the parameter where there is a transform; V otherwise.
+    weights : tuple of float or None
+        Of the components of a mixed V in its inner product: where each was expanded by itself, one over its total
+        variance, so that `variances` and `retained` compare shares of variance, not units.
 
     Attributes
     ----------
@@ -71,9 +75,10 @@ class ModalBasis:
     prior: object = None
     transform: Callable[[np.ndarray], np.ndarray] | None = None
     parameter_space: object = None
+    weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        weighted = _mass_action(self.V)(self.modes) / np.sqrt(self.variances)[:, None]
+        weighted = _mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
         object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
         if self.parameter_space is None:
@@ -181,10 +186,18 @@ class ModalBasis:
         ----------
         path : path
             The file; written under another name first and renamed when whole.
+
+        Raises
+        ------
+        InputError
+            If the components of a mixed space are on different meshes, which a CheckpointFile does not hold.
         """
+        if len({W.mesh() for W in self.V}) > 1:
+            raise InputError("The components are on different meshes, and a file holds one: compute the basis anew "
+                             "from its prior, which is cheap and gives the same modes.")
         partial = Path(f"{path}.partial.h5")
         with CheckpointFile(str(partial), "w", comm=self.V.comm) as file:
-            mesh = self.V.mesh()
+            mesh = self.V[0].mesh()  # of a mixed space, mesh() is a sequence
             file.save_mesh(mesh)
             file.save_function(self.mean, name="mean")
             for k, mode in enumerate(self.modes):
@@ -193,6 +206,7 @@ class ModalBasis:
             file.set_attr("fem_diffusion", "mesh", mesh.name)
             file.set_attr("fem_diffusion", "variances", self.variances)
             file.set_attr("fem_diffusion", "total_variance", self.total_variance)
+            file.set_attr("fem_diffusion", "weights", np.array(self.weights or ()))
         on_root(self.V.comm, lambda: partial.replace(path))
 
 
@@ -224,23 +238,27 @@ def load_basis(path, comm=None) -> ModalBasis:
         with CheckpointFile(str(path), "r", comm=comm or MPI.COMM_WORLD) as file:
             variances = np.atleast_1d(file.get_attr("fem_diffusion", "variances"))
             total = float(file.get_attr("fem_diffusion", "total_variance"))
+            weights = None
+            if file.has_attr("fem_diffusion", "weights"):  # files of version 0.1.0 have none
+                weights = tuple(np.atleast_1d(file.get_attr("fem_diffusion", "weights")).tolist()) or None
             mesh = file.load_mesh(file.get_attr("fem_diffusion", "mesh"))
             mean = file.load_function(mesh, "mean")
             modes = coefficients([file.load_function(mesh, f"mode_{k}") for k in range(len(variances))])
     except Exception as error:
         raise ModelFileError(f"{path} holds no readable basis ({error}); write one with ModalBasis.save.") from error
-    return ModalBasis(mean.function_space(), mean, modes, variances, total)
+    return ModalBasis(mean.function_space(), mean, modes, variances, total, weights=weights)
 
 
-def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> ModalBasis:
+def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
     """Leading modes of a Gaussian prior's covariance, matrix-free through its covariance operator.
 
     Parameters
     ----------
-    prior : GaussianPrior or TransformedPrior
-        The prior; of a transformed one the Gaussian field inside is expanded.
-    r : int, optional
-        Number of modes; where left out, the fewest that keep `retained` of the variance.
+    prior : GaussianPrior, TransformedPrior or ProductPrior
+        The prior; of a transformed one the Gaussian field inside is expanded, of a product each component by itself.
+    r : int or sequence of int, optional
+        Number of modes, of a product for each component; where left out, the fewest that keep `retained` of the
+        variance (of each component).
     retained : float
         Share of the total variance to keep where `r` is left out.
 
@@ -251,11 +269,26 @@ def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> Moda
     Raises
     ------
     InputError
-        If `r` exceeds the degrees of freedom, or `retained` is not between 0 and 1.
+        If `r` exceeds the degrees of freedom or is not one number for each component, `retained` is not between 0 and
+        1, or the prior (a component of it) is not Gaussian before its transform.
     """
     if not 0 < retained < 1:
         raise InputError(f"retained must lie between 0 and 1, not {retained}.")
     gaussian = getattr(prior, "base", prior)
+    transformed = prior is not gaussian
+    transform = (prior.transform_many, prior.V) if transformed else (None, None)
+    if hasattr(gaussian, "priors"):
+        counts = _counts(r, len(gaussian.priors))
+        parts = [karhunen_loeve(part, count, retained) for part, count in zip(gaussian.priors, counts)]
+        if any(part.transform for part in parts):
+            raise InputError("A transform of a product of transformed priors has no Karhunen-Loeve basis: put both "
+                             "transforms into the outer one.")
+        expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
+        return _joined(gaussian.V, gaussian.mean, expansions, gaussian, *transform)
+    if not hasattr(gaussian, "apply_covariance"):
+        raise InputError(f"A {type(gaussian).__name__} has no covariance operator: use pod with samples of it.")
+    if r is not None and not isinstance(r, Integral):
+        raise InputError(f"r is {r!r}: give one number of modes for one unknown.")
     mean = coefficients(gaussian.mean)
     mass = _mass_action(gaussian.V)
     draws = gaussian.sample_many(_TAIL_DRAWS, seed=0) - mean
@@ -273,12 +306,11 @@ def karhunen_loeve(prior, r: int | None = None, retained: float = 0.999) -> Moda
             modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
             break
         size = min(2 * size, _free_dofs(gaussian.V, gaussian.bcs))
-    transformed = prior is not gaussian
-    return ModalBasis(gaussian.V, gaussian.mean, modes, variances, total, gaussian,
-                      prior.transform_many if transformed else None, prior.V if transformed else None)
+    return ModalBasis(gaussian.V, gaussian.mean, modes, variances, total, gaussian, *transform)
 
 
-def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = (), transform=None, parameter_space=None) -> ModalBasis:
+def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), transform=None,
+        parameter_space=None) -> ModalBasis:
     """Leading modes of the sample covariance in the mass inner product, for priors that are not Gaussian.
 
     Parameters
@@ -287,8 +319,8 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = (), transform=None, para
         Space of the fields.
     fields : sequence of Functions, or numpy.ndarray of shape (n, n_owned)
         Samples of the prior.
-    r : int
-        Number of modes.
+    r : int or sequence of int
+        Number of modes; with one for each component of a mixed V, each is expanded by itself, in its own units.
     bcs : sequence of DirichletBC
         Conditions that every sample satisfies; the modes then vanish there exactly.
     transform, parameter_space
@@ -302,10 +334,12 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = (), transform=None, para
     Raises
     ------
     InputError
-        If there are too few samples, a sample is not finite or violates a condition.
+        If there are too few samples, a sample is not finite or violates a condition, or `r` is not one number for each
+        component.
     """
     fields = fields if isinstance(fields, np.ndarray) else coefficients(fields)
-    if len(fields) <= r:
+    counts = [r] if isinstance(r, Integral) else _counts(r, len(V))
+    if len(fields) <= max(counts):
         raise InputError(f"{len(fields)} samples cannot give {r} modes: simulate more or ask for fewer modes.")
     if not V.comm.allreduce(bool(np.isfinite(fields).all()), MPI.LAND):
         raise InputError("The samples hold values that are not finite.")
@@ -320,17 +354,56 @@ def pod(V, fields, r: int, bcs: Sequence[DirichletBC] = (), transform=None, para
     scale = V.comm.allreduce(float(np.abs(centred).max(initial=0.0)), MPI.MAX)
     if violation > 1e-8 * max(scale, 1e-300):
         raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they satisfy.")
+    if isinstance(r, Integral):
+        return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), None, transform, parameter_space)
+    # The samples satisfy the conditions, and so do the modes, their combinations.
+    parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, _split(V, centred), counts)]
+    return _joined(V, mean, parts, None, transform, parameter_space)
 
+
+def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Modes, their variances and the total variance of centred samples (n, n_owned)."""
     def covariance(x):
         return V.comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(centred) - 1)
 
-    modes, variances = _leading_modes(covariance, V, bcs, r)
     total = V.comm.allreduce(float((centred * _mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
-    return ModalBasis(V, mean, modes, variances, total, None, transform, parameter_space)
+    return *_leading_modes(covariance, V, bcs, r), total
 
 
-def _mass_action(V) -> Callable[[np.ndarray], np.ndarray]:
-    """The mass matrix as a map of owned coefficients (B, n_owned) to owned dual coefficients (B, n_owned)."""
+def _counts(r, components: int) -> list:
+    """A number of modes for each component, or None for each."""
+    counts = [None] * components if r is None else r
+    if isinstance(counts, Integral) or len(counts) != components:
+        raise InputError(f"r is {r!r}: there are {components} components, give a number of modes for each.")
+    return list(counts)
+
+
+def _joined(V, mean, parts: list, prior, transform, parameter_space) -> ModalBasis:
+    """Basis of a mixed space from modes, variances and total variance of its components, in shares of variance."""
+    totals = np.array([total for _, _, total in parts])
+    blocks = []
+    for i, (modes, _, total) in enumerate(parts):
+        zeros = [np.zeros((len(modes), owned_size(W))) for W in V]
+        blocks.append(np.hstack([*zeros[:i], modes * np.sqrt(total), *zeros[i + 1:]]))
+    variances = np.concatenate([variances / total for _, variances, total in parts])
+    order = np.argsort(-variances, kind="stable")
+    return ModalBasis(V, mean, np.vstack(blocks)[order], variances[order], float(len(parts)), prior, transform,
+                      parameter_space, tuple((1 / totals).tolist()))
+
+
+def _split(V, x: np.ndarray) -> list[np.ndarray]:
+    """Owned coefficients (B, n_owned) component by component."""
+    return np.split(x, np.cumsum([owned_size(W) for W in V])[:-1], axis=1)
+
+
+def _mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
+    """The mass matrix as a map of owned coefficients (B, n_owned) to owned dual coefficients (B, n_owned).
+
+    Of a mixed space one matrix for each component (they may be on different meshes), times its weight.
+    """
+    if len(V) > 1:
+        parts = [(_mass_action(W), weight) for W, weight in zip(V, weights or [1.0] * len(V))]
+        return lambda x: np.hstack([weight * mass(y) for (mass, weight), y in zip(parts, _split(V, x))])
     matrix = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
     return lambda x: multiply(matrix, x)
 

@@ -48,8 +48,11 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
         If the parameter is not scalar, the mesh is three-dimensional, or a map is asked for on several ranks.
     """
     V = samples.V
+    if len(V) > 1:
+        raise InputError(f"plot_samples draws one parameter and these samples have {len(V)}: pass one of them, "
+                         "samples.component(0).plot() and so on, or use save().")
     if V.value_size != 1:
-        raise InputError("plot_samples draws scalar parameters; pass the samples of one component, or use save().")
+        raise InputError("plot_samples draws scalar parameters; use save() and a viewer for vectors.")
     dimension = V.mesh().topological_dimension
     if dimension == 1:
         return _plot_lines(samples, axes, truth, reference, curves, xlabel, ylabel)

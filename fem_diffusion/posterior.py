@@ -18,7 +18,7 @@ from fem_diffusion.diffusion import (
     TrainingOptions, fit_denoiser, log_density, sample_latents,
 )
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
-from fem_diffusion.fields import field, on_root
+from fem_diffusion.fields import field, on_root, owned_size
 from fem_diffusion.simulation import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
@@ -314,6 +314,30 @@ class Samples:
     def __iter__(self) -> Iterator[Function]:
         return (self[i] for i in range(len(self)))
 
+    def component(self, i: int) -> "Samples":
+        """Samples of one component of a mixed parameter, for pictures and files; `latents` stay those of all.
+
+        Parameters
+        ----------
+        i : int
+            Index of the component.
+
+        Returns
+        -------
+        Samples
+            In the component's own space.
+
+        Raises
+        ------
+        InputError
+            If there is no such component.
+        """
+        if not 0 <= i < len(self.V):
+            raise InputError(f"There is no component {i}: the parameter has {len(self.V)}, counted from 0.")
+        sizes = [owned_size(W) for W in self.V]
+        columns = slice(sum(sizes[:i]), sum(sizes[:i + 1]))
+        return Samples(self.V[i].collapse() if len(self.V) > 1 else self.V, self.values[:, columns], self.latents)
+
     def mean(self) -> Function:
         """Pointwise mean at the nodes."""
         return field(self.V, self.values.mean(axis=0), name="mean")
@@ -336,7 +360,8 @@ class Samples:
         Parameters
         ----------
         folder : path
-            Receives ``samples.h5``, which appears when it is whole, and ``summary.pvd``.
+            Receives ``samples.h5``, which appears when it is whole, and ``summary.pvd``; of a mixed parameter a
+            folder for each component, ``component_0`` and so on.
         count : int
             Number of samples in the checkpoint.
 
@@ -346,6 +371,10 @@ class Samples:
             If VTK is not installed; the checkpoint is written all the same.
         """
         folder, comm = Path(folder), self.V.comm
+        if len(self.V) > 1:
+            for i in range(len(self.V)):
+                self.component(i).save(folder / f"component_{i}", count)
+            return
         on_root(comm, lambda: folder.mkdir(parents=True, exist_ok=True))
         summary = [self.mean(), self.std(), self.quantile(0.025), self.quantile(0.975)]
         partial = folder / "samples.partial.h5"
