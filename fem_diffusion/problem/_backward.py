@@ -1,4 +1,4 @@
-"""The discrete adjoint of the θ-scheme: rows of observations march back through the steps together."""
+"""Discrete adjoints: products of rows of observations with the derivative of the state by the parameter."""
 
 import numpy as np
 from firedrake import Cofunction, Function, adjoint, assemble
@@ -6,11 +6,54 @@ from firedrake import Cofunction, Function, adjoint, assemble
 from fem_diffusion.fields import coefficients, multiply, owned_size, solve
 from fem_diffusion.problem import _blocks as blocks
 
-__all__ = ["Backward"]
+__all__ = ["Adjoint", "Backward"]
+
+
+class Adjoint:
+    """The derivative of a steady state, at the present values of state and parameter.
+
+    Parameters
+    ----------
+    transpose : Factorised
+        (∂F/∂u)ᵀ.
+    constant : bool
+        Whether it is the same for all states and parameters.
+    J : ufl.Form
+        ∂F/∂u.
+    loads, lifted : list
+        Pairs of an Unknown and a form: ∂F/∂m, and ∂g/∂m of strong Dirichlet values g.
+    fixed : ndarray
+        Numbers of the owned nodes with strong Dirichlet values.
+    V, M : FunctionSpace
+        Spaces of state and parameter.
+    """
+
+    def __init__(self, transpose, constant, J, loads, lifted, fixed, V, M):
+        self._transpose, self._fresh, self._constant = transpose, True, constant
+        self._loads = [(x, blocks.Pull(form, V, x.space)) for x, form in loads]
+        self._lifted, self._fixed, self._M = lifted, fixed, M
+        self._pull_state = blocks.Pull(J, V, V) if lifted else None
+
+    def __call__(self, rows):
+        """d(rows·u)/dm, from shape (k, n_owned_V) to (k, n_owned_M)."""
+        if not (self._constant or self._fresh):
+            self._transpose.update()
+        self._fresh = False
+        multipliers = solve(self._transpose.solver.snes.ksp, rows)
+        multipliers[:, self._fixed] = 0
+        result = np.empty((len(rows), owned_size(self._M)))
+        for x, pull in self._loads:
+            result[:, x.columns] = -pull(multipliers)
+        if self._lifted:
+            # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
+            left = rows - self._pull_state(multipliers)
+            for x, form in self._lifted:
+                result[:, x.columns] = multiply(assemble(form).petscmat, left, transpose=True)
+        return result
 
 
 class Backward:
-    """The transpose of the linearised march.
+    """The derivative of all saved states of a θ-scheme: rows march back through the steps together.
 
     Parameters
     ----------

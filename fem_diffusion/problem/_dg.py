@@ -4,12 +4,13 @@ Advection is that of ``v·∇u``, which need not be divergence-free: a jump coun
 inwards. Diffusion is the symmetric interior penalty method (Arnold, Brezzi, Cockburn & Marini 2002,
 doi:10.1137/S0036142901384162) with normals of the two sides taken separately, which on a surface are no opposites
 (Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The penalty is that of the discrete trace inequality
-(Warburton & Hesthaven 2003), ``C n κ_n |f|/|K|`` with C = (p+1)(p+d)/d on simplices and (p+1)² on tensor products,
-n the number of facets of a cell, κ_n = n·κn. Degree 0 has the two-point flux instead, which is consistent where lines
-between the centres of neighbours are normal to their facets, as on rectangles.
+(Shahbazi 2005, doi:10.1016/j.jcp.2004.11.017), ``C κ_n |∂K|/|K|`` with C = (p+1)(p+d)/d on simplices and (p+1)² on
+tensor products, κ_n = n·κn, the larger of both sides. Degree 0 has the two-point flux instead, which is consistent
+where lines between the centres of neighbours are normal to their facets, as on rectangles.
 """
 
-from firedrake import CellVolume, FacetArea, FacetNormal, Measure, TestFunction, dot, grad, inner
+from firedrake import (CellVolume, FacetArea, FacetNormal, Function, FunctionSpace, Measure, TestFunction, assemble,
+                       dot, grad, inner)
 from ufl import TensorProductCell, max_value
 
 __all__ = ["transport"]
@@ -29,11 +30,28 @@ def _degree(V):
 
 
 def _trace_constant(V):
-    """The constant of the discrete trace inequality times the number of facets of a cell."""
+    """The constant of the discrete trace inequality."""
     cell, p, d = V.mesh().ufl_cell(), _degree(V), V.mesh().topological_dimension
     if isinstance(cell, TensorProductCell) or cell.cellname in ("quadrilateral", "hexahedron"):
-        return (p + 1)**2 * 2 * d
-    return (p + 1) * (p + d) / d * (d + 1)
+        return (p + 1)**2
+    return (p + 1) * (p + d) / d
+
+
+def _measures(mesh):
+    """Exterior and interior facets."""
+    if mesh.extruded:
+        return (Measure("ds_v", mesh) + Measure("ds_t", mesh) + Measure("ds_b", mesh),
+                Measure("dS_h", mesh) + Measure("dS_v", mesh))
+    return Measure("ds", mesh), Measure("dS", mesh)
+
+
+def _surface_over_volume(mesh):
+    """|∂K|/|K| as a Function."""
+    Q = FunctionSpace(mesh, "DG", 0)
+    w, (ds, dS) = TestFunction(Q), _measures(mesh)
+    ratio, volume = Function(Q), assemble(w * Measure("dx", mesh))
+    ratio.dat.data[:] = assemble(w * ds + (w("+") + w("-")) * dS).dat.data_ro / volume.dat.data_ro
+    return ratio
 
 
 def transport(u, v, kappa, boundary):
@@ -59,10 +77,11 @@ def transport(u, v, kappa, boundary):
     V = u.function_space()
     mesh, w = V.mesh(), TestFunction(V)
     n, dx = FacetNormal(mesh), Measure("dx", mesh)
-    facets = [Measure(name, mesh) for name in (("dS_h", "dS_v") if mesh.extruded else ("dS",))]
-    size = FacetArea(mesh) / CellVolume(mesh)
-    lowest = _degree(V) == 0
-    scale = 2 if lowest else _trace_constant(V)
+    dS = _measures(mesh)[1]
+    if _degree(V) == 0:
+        size, scale = FacetArea(mesh) / CellVolume(mesh), 2
+    else:
+        size, scale = _surface_over_volume(mesh), _trace_constant(V)
 
     def flux(f):
         """κ∇f."""
@@ -70,7 +89,7 @@ def transport(u, v, kappa, boundary):
 
     F = inner(flux(u), grad(w)) * dx
     k, jump_u, jump_w = _normal(kappa, n), u("+") - u("-"), w("+") - w("-")
-    if lowest:
+    if _degree(V) == 0:
         sigma = 2 * max_value(k("+"), k("-")) / (1 / size("+") + 1 / size("-"))
     else:
         sigma = scale * max_value(k("+"), k("-")) * max_value(size("+"), size("-"))
@@ -85,8 +104,7 @@ def transport(u, v, kappa, boundary):
         F += dot(v, grad(u)) * w * dx
         inflow = (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
         inside += jump_u * (inflow("+") * w("+") - inflow("-") * w("-"))
-    for over in facets:
-        F += inside * over
+    F += inside * dS
     for over, g in boundary:
         q, p = dot(flux(u), n), dot(flux(w), n)
         there = scale * k * size * (u - g) * w - q * w - p * (u - g)

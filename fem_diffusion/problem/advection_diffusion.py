@@ -1,20 +1,20 @@
 r"""Steady advection-diffusion-reaction with unknown coefficients, and fast ways to solve it many times.
 
-Find u with  ``v·∇u - ∇·(κ∇u) + r(u) = f``  in the mesh and, on its boundary, ``u = g`` (Dirichlet),
-``n·κ∇u = q`` (flux), ``n·κ∇u = h (u_ext - u)`` (Robin) or ``n·κ∇u = 0`` (outflow, and wherever nothing is
-named).
+Find u with  ``v·∇u - ∇·(κ∇u) + r(u) = f``  in the mesh and, on its boundary, ``u = g`` (Dirichlet), ``n·κ∇u = q``
+(flux), ``n·κ∇u = h (u_ext - u)`` (Robin) or ``n·κ∇u = 0`` (outflow, and wherever nothing is named).
 
 One of f, κ, v, g, q is the parameter m, or several of them are.  For inversion the map m -> u is needed thousands
 of times, so the ways through it are graded by what the unknown touches:
 
-- J = ∂F/∂u depends neither on u nor on m: one factorisation for ever, u = u_ref - J⁻¹ F(u_ref; m) in blocks;
+- J = ∂F/∂u depends neither on u nor on m: one factorisation for ever, u = u_ref - J⁻¹ F(u_ref; m) in blocks, and
+  where F is affine in m and m has few coefficients, a dense product with the responses to each of them;
 - J depends on u but not on m: the whole block iterates with J at a reference state (chord Newton);
 - J depends on m: a loop over the reused solver.
 
-SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ
-(Shakib, Hughes & Johan 1991, doi:10.1016/0045-7825(91)90041-4), which follows stretched cells:
-``τ⁻² = v·Gv + 9 κG:(κG)ᵀ + σ²``, ``G = 4 p² KᵀSK``, p the degree, K the inverse cell Jacobian, S the metric in
-which the reference cell is regular, σ = r' where that does not depend on u.
+SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ (Shakib, Hughes & Johan 1991,
+doi:10.1016/0045-7825(91)90041-4), which follows stretched cells: ``τ⁻² = v·Gv + 9 κG:(κG)ᵀ + σ²``,
+``G = 4 p² KᵀSK``, p the degree, K the inverse cell Jacobian, S the metric in which the reference cell is regular,
+σ = r' where that does not depend on u.
 
 A discontinuous V has upwind advection and interior penalty diffusion instead: see `_dg`.
 """
@@ -34,6 +34,7 @@ from fem_diffusion.fields import coefficients, multiply, owned_size, require_rea
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
 from fem_diffusion.problem import _unknowns as unknowns
+from fem_diffusion.problem._backward import Adjoint
 from fem_diffusion.problem._lift import Lift
 from fem_diffusion.problem._tape import recorded
 
@@ -47,14 +48,15 @@ class AdvectionDiffusion:
     ----------
     V : FunctionSpace
         State space, scalar, any degree, any mesh: continuous (CG, Q; Dirichlet values strongly, SUPG) or
-        discontinuous (DG, DQ; Dirichlet values weakly, upwind, interior penalty).
+        discontinuous (DG, DQ; Dirichlet values weakly, upwind, interior penalty; degree 0 on rectangles only,
+        because its diffusion is wrong elsewhere).
     M : FunctionSpace
         Parameter space, on V's mesh; for ``("flux", marker)`` also on ``Submesh(mesh, dim - 1, marker)``.
     unknown : str, tuple or list
-        The coefficient that is the parameter: ``"source"``, ``"diffusivity"``, ``"velocity"``,
-        ``("flux", marker)`` or ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a
-        callable ``m -> UFL expression``, e.g. ``diffusivity=ufl.exp``; with a callable, M may have any value
-        shape.  Several unknowns: a list of these, with ``M = MixedFunctionSpace([...])`` in the same order.
+        The coefficient that is the parameter: ``"source"``, ``"diffusivity"``, ``"velocity"``, ``("flux", marker)`` or
+        ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a callable ``m -> UFL expression``, e.g.
+        ``diffusivity=ufl.exp``; with a callable, M may have any value shape.  Several unknowns: a list of these, with
+        ``M = MixedFunctionSpace([...])`` in the same order.
     velocity : UFL vector or sequence of float, optional
         v, of shape ``(gdim,)``.
     diffusivity : UFL scalar or tensor, float or array
@@ -64,8 +66,8 @@ class AdvectionDiffusion:
     source : UFL scalar or float
         f.
     dirichlet, flux, robin : dict, optional
-        ``{marker: g}``, ``{marker: q}`` and ``{marker: (h, u_ext)}``.  A marker is an integer, a tuple of
-        integers, ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
+        ``{marker: g}``, ``{marker: q}`` and ``{marker: (h, u_ext)}``.  A marker is an integer, a tuple of integers,
+        ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
     outflow : tuple or marker
         Markers with ``n·κ∇u = 0``, which markers not named anywhere get as well.
     supg : "auto" or bool
@@ -140,11 +142,11 @@ class AdvectionDiffusion:
         if self._lift is not None:   # solve for u minus the lift
             self._w, bcs = Function(V), self._zero_bcs
             equation = replace(F, {self.u: self._w + self._lift.g})
-        self._solver = blocks.make_solver(
-            equation, self._w, bcs, self.linear, not self.operator_depends_on_parameter,
-            {"solver_parameters": self._parameters, "options_prefix": options_prefix})
+        options = {"solver_parameters": self._parameters, "options_prefix": options_prefix}
+        self._solver = blocks.make_solver(equation, self._w, bcs, self.linear, not self.operator_depends_on_parameter,
+                                          options)
         self._start = Function(V)   # where every solve starts: fixed, so that m -> u has no memory
-        self._reference = self._adjoint = None
+        self._reference = None
 
     def __call__(self, m):
         """Solve for one parameter; recorded if a tape of firedrake.adjoint is running.
@@ -195,9 +197,8 @@ class AdvectionDiffusion:
         try:
             self._solver.solve()
         except ConvergenceError as error:
-            raise SolveError(f"{' '.join(str(error).split())}; check the range of the parameter, call "
-                             "linearise_at(m) with a typical one to start from its state, or pass other "
-                             "solver_parameters.") from error
+            raise SolveError(f"{' '.join(str(error).split())}; check the range of the parameter, call linearise_at(m) "
+                             "with a typical one to start from its state, or pass other solver_parameters.") from error
         if self._lift is not None:
             self.u.assign(self._w + self._lift.g)
         with stop_annotating(), self.u.dat.vec_ro as x:
@@ -293,11 +294,30 @@ class AdvectionDiffusion:
                 self._choose_reference(blocks.centre(ms, self.V.mesh().comm))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
-                if self.operator_depends_on_parameter:
+                if self._superposes(len(ms)):
+                    out[part] = self._finite(self._response(ms[part]), ms[part], first)
+                elif self.operator_depends_on_parameter:
                     out[part] = [self._solve_one(m, first + i) for i, m in enumerate(ms[part])]
                 else:
                     out[part] = self._solve_block(ms[part], first)
         return out
+
+    def _superposes(self, n):
+        """Whether the state is affine in the parameter, and n samples are enough to add up responses."""
+        ref = self._reference
+        if ref is None or not self.linear or (self._loads and ref.C is None) or (self._lifted and ref.D is None):
+            return False
+        return "_response" in vars(self) or blocks.Response.pays(n, self.M, owned_size(self.V))
+
+    @cached_property
+    def _response(self):
+        return blocks.Response(lambda ms: self._solve_block(ms, 0), self.M)
+
+    def _finite(self, u, ms, first):
+        """The states u; those that are not finite are solved for one by one, which names the sample."""
+        for j in np.flatnonzero(~np.isfinite(blocks.norms(u, self.V.mesh().comm))):
+            u[j] = self._solve_one(ms[j], first + j)
+        return u
 
     def _solve_one(self, m, index):
         """Full solve for owned coefficients m; its state's owned coefficients."""
@@ -341,10 +361,8 @@ class AdvectionDiffusion:
         start = b if self._lift is None else residuals(slice(None), u)
         u -= solve(ref.ksp, start)
         if self.linear:
-            bad = np.flatnonzero(~np.isfinite(blocks.norms(u, comm)))
-        else:
-            bad = blocks.chord(residuals, ref.ksp, u, comm)
-        for j in bad:
+            return self._finite(u, ms, first)
+        for j in blocks.chord(residuals, ref.ksp, u, comm):
             u[j] = self._solve_one(ms[j], first + j)
         return u
 
@@ -378,33 +396,12 @@ class AdvectionDiffusion:
         with stop_annotating():
             self._assign(m)
             self._solve() if state is None else self.u.assign(state)
-            return self._adjoint_rows(rows)
-
-    def _adjoint_rows(self, rows):
-        """d(rows·u)/dm at the parameter and state held in self.m and self.u, of shape (k, n_owned_M)."""
-        if self._adjoint is None:
-            self._adjoint = self._factorise(adjoint(self._J), "adjoint_")
-        elif not self.linear or self.operator_depends_on_parameter:
-            self._adjoint.update()
-        lam = solve(self._adjoint.solver.snes.ksp, rows)
-        lam[:, self._fixed] = 0
-        result = np.empty((len(rows), owned_size(self.M)))
-        for x, pull in zip(self._loads, self._pulls):
-            result[:, x.columns] = -pull(lam)
-        if self._lift is not None:
-            # u = (free part) + g(m): what the equation leaves of the rows meets ∂g/∂m.
-            left = rows - self._pull_state(lam)
-            for x in self._lifted:
-                D = assemble(self._lift.derivative(x)).petscmat
-                result[:, x.columns] = multiply(D, left, transpose=True)
-        return result
+            return self._adjoint(rows)
 
     @cached_property
-    def _pulls(self):
-        """For each unknown in F, the product of rows over V with ∂F/∂m."""
-        return [blocks.Pull(form, self.V, x.space) for x, form in zip(self._loads, self._dFdm)]
-
-    @cached_property
-    def _pull_state(self):
-        """The product of rows over V with ∂F/∂u."""
-        return blocks.Pull(self._J, self.V, self.V)
+    def _adjoint(self):
+        """Products of rows with the derivative at the parameter and state held in self.m and self.u."""
+        transpose = self._factorise(adjoint(self._J), "adjoint_")
+        constant = self.linear and not self.operator_depends_on_parameter
+        return Adjoint(transpose, constant, self._J, list(zip(self._loads, self._dFdm)),
+                       [(x, self._lift.derivative(x)) for x in self._lifted], self._fixed, self.V, self.M)

@@ -19,6 +19,7 @@ interpolated, and takes the Dirichlet values (at t = 0) at Dirichlet nodes.
 
 Samples march together: while ∂F/∂u contains no unknown, a step of a block is one sparse product and one solve with
 a block of right-hand sides, and one factorisation serves all steps (one each where the operator depends on time).
+Where the states are affine in a parameter with few coefficients, the responses to each of them are kept and added up.
 With a nonlinear reaction the block iterates with the Jacobian at a typical state; what that loses goes to Newton's
 method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
@@ -30,7 +31,7 @@ from firedrake import Constant, Function, VectorFunctionSpace
 from firedrake.adjoint import annotate_tape
 from pyadjoint import no_annotations
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, field, owned_size, require_real
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
@@ -193,10 +194,25 @@ class TransientAdvectionDiffusion:
         blocks.check_block(block)
         block = 1 if self.operator_depends_on_parameter else block
         out = np.empty((len(ms), owned_size(self.U)))
+        superpose = self._march.affine and (
+            "_response" in vars(self) or blocks.Response.pays(len(ms), self.M, owned_size(self.U)))
         for first in range(0, len(ms), block):
             part = slice(first, first + block)
-            out[part] = self._march.run(ms[part], first).reshape(len(ms[part]), -1)
+            states = self._response(ms[part]) if superpose else self._run(ms[part], first)
+            bad = np.flatnonzero(~np.isfinite(blocks.norms(states, self.V.mesh().comm)))
+            if len(bad):
+                raise SolveError(f"sample {first + bad[0]}: the state is not finite; look for NaN in the parameter and "
+                                 "coefficients, a diffusivity that is not positive, and a singular operator.")
+            out[part] = states
         return out
+
+    def _run(self, ms, first=0):
+        """States (n, n_owned_U) of one block by marching."""
+        return self._march.run(ms, first).reshape(len(ms), -1)
+
+    @cached_property
+    def _response(self):
+        return blocks.Response(self._run, self.M)
 
     @no_annotations
     def sensitivity(self, m, rows, state=None):
