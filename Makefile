@@ -22,11 +22,15 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-pde test test-slow lint benchmark-formulations benchmark-collapse benchmark-peers clean
+.PHONY: help install demo demo-pde demo-logistic demo-stokes demo-elastic test test-slow lint clean \
+        benchmark-formulations benchmark-collapse benchmark-ensemble benchmark-peers
 
 help:
 	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
 	@echo "make demo-pde   diffusion models solved as PDEs for the density, forward and back"
+	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
+	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
+	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
 	@echo "make test       flake8 and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-slow  the slow tests"
 	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
@@ -34,6 +38,7 @@ help:
 	@echo "make benchmark-formulations [QUICK=1]   formulations, samplers and network evaluations on known posteriors"
 	@echo "make benchmark-collapse                 does long training shrink the posterior?"
 	@echo "make benchmark-peers                    side by side with sbi, in an environment of its own"
+	@echo "make benchmark-ensemble                 pairs a second of two ensemble members against one"
 	@echo "make clean      remove what tests, demos and builds left (.venv stays)"
 
 install:
@@ -44,6 +49,15 @@ demo: install
 
 demo-pde: install
 	$(RUN) demos/diffusion_as_pde/diffusion_as_pde.py
+
+demo-logistic: install
+	$(RUN) demos/logistic_reaction/logistic_reaction.py
+
+demo-stokes: install
+	$(RUN) demos/stokes_inflow/stokes_inflow.py
+
+demo-elastic: install
+	$(RUN) demos/elastic_stiffness/elastic_stiffness.py
 
 test: lint
 	$(RUN) -m pytest $(TESTS)
@@ -60,6 +74,9 @@ benchmark-formulations: install
 
 benchmark-collapse: install
 	$(RUN) benchmarks/collapse.py
+
+benchmark-ensemble: install
+	mpiexec -n 2 $(RUN) benchmarks/ensemble.py
 
 benchmark-peers:
 	@scripts/install_peers.sh

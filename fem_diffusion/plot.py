@@ -9,7 +9,7 @@ from fem_diffusion.fields import coefficients
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
 
-__all__ = ["plot_history", "plot_predictive", "plot_samples"]
+__all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"]
 
 TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 
@@ -160,6 +160,37 @@ def plot_history(history: History, axes=None):
     else:
         axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept", fontsize="medium")
     axes.set(xlabel="optimiser step", ylabel="denoising loss (1 = unit variance target)")
+    axes.legend(fontsize="small", frameon=False)
+    return axes
+
+
+def plot_calibration(calibration, axes=None):
+    """Ranks of held-out truths among their draws: the share below each level, minus the level itself.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Of `calibrate` or `calibrate_model`.
+    axes : matplotlib Axes, optional
+        Where to draw; a new figure where left out.
+
+    Returns
+    -------
+    matplotlib Axes
+        A curve for each coordinate; 95 % of curves of calibrated draws stay wholly within the band (Kolmogorov).
+    """
+    axes = axes if axes is not None else plt.subplots(figsize=(5, 4), layout="constrained")[1]
+    pairs, coordinates = calibration.ranks.shape
+    level = np.linspace(0, 1, 201)
+    position = np.sort((calibration.ranks + 0.5) / (calibration.draws + 1), axis=0)
+    for column in position.T:
+        axes.plot(level, np.searchsorted(column, level) / pairs - level, color=MODEL, linewidth=0.8, alpha=0.6)
+    axes.plot([], [], color=MODEL, linewidth=0.8, label=f"{coordinates} latents")
+    band = 1.358 / np.sqrt(pairs)  # the 95 % point of Kolmogorov's statistic
+    axes.axhspan(-band, band, color="grey", alpha=0.15, label=f"95 % of calibrated curves, {pairs} pairs")
+    axes.axhline(0.0, color=TRUTH, linewidth=0.8)
+    axes.set(xlabel="rank of the truth among the draws (share)", ylabel="share of truths below, minus rank",
+             xlim=(0, 1), ylim=(-2 * band, 2 * band))
     axes.legend(fontsize="small", frameon=False)
     return axes
 

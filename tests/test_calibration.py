@@ -1,9 +1,13 @@
 """Calibration: uniform where draws are right, and every usual fault of a sampler is seen."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
-from fem_diffusion.diagnostics import calibrate, sbc_p_values, sbc_ranks
+from fem_diffusion.diagnostics import calibrate, calibrate_model, sbc_p_values, sbc_ranks
+from fem_diffusion.diffusion import GaussianNoise
 from fem_diffusion.errors import InputError
 
 M, N, R = 600, 99, 3
@@ -78,3 +82,34 @@ def test_wrong_shapes_are_refused(draws, truth, words):
 def test_wrong_bins_are_refused(bins):
     with pytest.raises(InputError, match="bins"):
         sbc_p_values(np.zeros((40, 1), dtype=int), N, bins)
+
+
+class _ExactModel:
+    """z ~ N(0, I) and y = z + e with e ~ N(0, I / 4): the posterior is N(0.8 y, 0.2 I)."""
+
+    basis = SimpleNamespace(encode=torch.as_tensor)
+
+    def __init__(self, std=np.sqrt(0.2)):
+        self.std = std
+
+    def condition(self, y):
+        def sample(n, *, seed, refill):
+            assert refill is False
+            noise = np.random.default_rng(seed).standard_normal((n, len(y)))
+            return SimpleNamespace(latents=torch.as_tensor(0.8 * y + self.std * noise))
+        return SimpleNamespace(sample=sample)
+
+
+def test_a_model_is_calibrated_on_held_out_pairs():
+    z = np.random.default_rng(0).standard_normal((400, 5))
+    data, noise = SimpleNamespace(fields=z, observations=z), GaussianNoise(std=0.5)
+    right = calibrate_model(_ExactModel(), data, noise, seed=1)
+    assert right.p_value > 1e-3 and right.ranks.shape == (400, 5) and right.draws == 99
+    for level, share in right.coverage.items():
+        error = right.coverage_error(level)
+        # Latents are independent here, so the error is that of 2,000 coins.
+        assert error == pytest.approx(np.sqrt(level * (1 - level) / 2000), rel=0.2) and abs(share - level) < 4 * error
+    wrong = calibrate_model(_ExactModel(0.3), data, noise, seed=1, leading=2)
+    assert wrong.ranks.shape == (400, 2) and wrong.coverage[0.9] < 0.9 - 4 * wrong.coverage_error(0.9)
+    blind = calibrate_model(_ExactModel(), SimpleNamespace(fields=z, observations=z), None, seed=1)
+    assert blind.p_value < 1e-3  # without the noise that the posterior expects

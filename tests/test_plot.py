@@ -6,9 +6,10 @@ import pytest
 import torch
 from firedrake import FunctionSpace, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace
 
+from fem_diffusion.diagnostics import calibrate
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
-from fem_diffusion.plot import plot_history, plot_predictive, plot_samples
+from fem_diffusion.plot import plot_calibration, plot_history, plot_predictive, plot_samples
 from fem_diffusion.posterior import Samples
 
 matplotlib.use("Agg")
@@ -52,3 +53,13 @@ def test_predictive_intervals_are_quantiles():
     axes = plot_predictive(np.zeros(3), predictions, ylabel="concentration")
     bars = axes.containers[0].lines[2][0].get_segments()
     np.testing.assert_allclose([bar[:, 1] for bar in bars], np.quantile(predictions, [0.025, 0.975], axis=0).T)
+
+
+def test_ranks_of_right_draws_stay_in_the_band():
+    draws = np.random.default_rng(0).standard_normal((200, 100, 4))
+    right = plot_calibration(calibrate(draws[:, 1:], draws[:, 0]))
+    narrow = plot_calibration(calibrate(0.5 * draws[:, 1:], draws[:, 0]))
+    band = 1.358 / np.sqrt(200)
+    curves = [[np.abs(line.get_ydata()).max() for line in axes.lines if len(line.get_ydata()) == 201]
+              for axes in (right, narrow)]
+    assert len(curves[0]) == 4 and max(curves[0]) < 1.3 * band and min(curves[1]) > band

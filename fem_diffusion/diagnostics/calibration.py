@@ -7,12 +7,13 @@ the draws is uniform on 0..n in every coordinate (Talts et al. 2018, theorem 1).
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.stats import chisquare
 
 from fem_diffusion.diagnostics.distances import energy_score
 from fem_diffusion.errors import InputError
 
-__all__ = ["Calibration", "calibrate", "sbc_p_values", "sbc_ranks"]
+__all__ = ["Calibration", "calibrate", "calibrate_model", "sbc_p_values", "sbc_ranks"]
 
 
 def sbc_ranks(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -91,17 +92,30 @@ class Calibration:
         Level of a central interval to the share of truths inside, averaged over coordinates.
     energy_score : numpy.ndarray
         Of each pair, shape (m,); lower is better, and the true conditional has the lowest mean.
+    draws : int
+        Number n of draws a truth.
     """
 
     ranks: np.ndarray
     p_values: np.ndarray
     coverage: dict
     energy_score: np.ndarray
+    draws: int
 
     @property
     def p_value(self) -> float:
         """One p-value for all coordinates: the smallest, times their number (Bonferroni), at most 1."""
         return float(min(1.0, len(self.p_values) * self.p_values.min()))
+
+    def coverage_error(self, level: float) -> float:
+        """Standard error of the coverage at a level; pairs are independent, coordinates of one pair are not."""
+        inside = _inside(self.ranks, self.draws, level).mean(axis=1)
+        return float(inside.std(ddof=1) / np.sqrt(len(inside)))
+
+
+def _inside(ranks: np.ndarray, n: int, level: float) -> np.ndarray:
+    """Whether ranks among n draws lie in the central interval of a level; shape of the ranks."""
+    return np.abs((ranks + 0.5) / (n + 1) - 0.5) <= level / 2
 
 
 def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)) -> Calibration:
@@ -130,6 +144,46 @@ def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = 
     """
     ranks = sbc_ranks(draws, truth)
     n = np.shape(draws)[1]
-    distance = np.abs((ranks + 0.5) / (n + 1) - 0.5)
-    coverage = {level: float((distance <= level / 2).mean()) for level in levels}
-    return Calibration(ranks, sbc_p_values(ranks, n), coverage, energy_score(draws, truth))
+    coverage = {level: float(_inside(ranks, n, level).mean()) for level in levels}
+    return Calibration(ranks, sbc_p_values(ranks, n), coverage, energy_score(draws, truth), n)
+
+
+def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: int | None = None,
+                    levels: tuple[float, ...] = (0.5, 0.9), **sampling) -> Calibration:
+    """Calibration of a trained model in its latents, on pairs that were not used in training.
+
+    Parameters
+    ----------
+    model : ConditionalModel
+        The trained model.
+    data : DataSet
+        Held-out pairs, from `simulate` with another seed.
+    noise : GaussianNoise, CallableNoise or None
+        Noise of the measurements; None where the observations hold it already.
+    seed : int
+        Of noise and draws.
+    draws : int
+        Draws a pair.
+    leading : int, optional
+        Look at the first latents only, those with the largest prior variance; all where left out.
+    levels : tuple of float
+        Of the central intervals.
+    **sampling
+        Passed to `Posterior.sample`, e.g. ``steps=8``.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    y = torch.as_tensor(data.observations, dtype=torch.float64)
+    if noise is not None:
+        y = noise.sample(y, torch.Generator().manual_seed(seed))
+    latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents.numpy()
+                        for i, row in enumerate(y.numpy())])
+    truth = model.basis.encode(data.fields).numpy()
+    return calibrate(latents[:, :, :leading], truth[:, :leading], levels)

@@ -1,0 +1,163 @@
+"""What flows into a narrowing channel? Twelve velocity probes, and an exact answer to compare with.
+
+Slow, viscous flow (Stokes) enters a channel of 4 cm x 1 cm from the left with an unknown profile g, passes a narrow
+part and leaves on the right:
+
+    -∇·(μ∇u) + ∇p = 0,  ∇·u = 0,    u = (g, 0) at the inflow,  u = 0 on the walls,  μ ∂u/∂n = p n at the outflow.
+
+The state is mixed (velocity and pressure), the unknown a field on the boundary alone, zero at both its ends. The solver
+below is any Firedrake user's. The lines marked "added" are all that turns it into a sampler of g given the probes. The
+problem is linear and the prior Gaussian, so `check` computes the posterior exactly.
+
+    python demos/stokes_inflow/stokes_inflow.py [--output FOLDER]
+"""
+
+import argparse
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from firedrake import (
+    Constant, DirichletBC, Function, FunctionSpace, LinearVariationalProblem, LinearVariationalSolver, RectangleMesh,
+    SpatialCoordinate, Submesh, TestFunction, TestFunctions, TrialFunction, TrialFunctions, VectorFunctionSpace, action,
+    assemble, div, dx, grad, inner, interpolate,
+)
+from firedrake.pyplot import tripcolor
+from matplotlib import pyplot as plt
+
+from fem_diffusion import GaussianNoise, GaussianPrior, fit, karhunen_loeve, point_sensors, simulate  # added
+from fem_diffusion import TrainingOptions
+from fem_diffusion.diagnostics import linear_gaussian_posterior
+from fem_diffusion.fields import coefficients, field
+from fem_diffusion.plot import plot_predictive
+
+INFLOW, OUTFLOW, BOTTOM, TOP = 1, 2, 3, 4
+VISCOSITY = 1.0  # Pa s; with velocities in cm/s the pressure is in Pa
+NOISE = 0.02  # cm/s
+PROBES = [(x, y) for x in (0.4, 0.8, 1.4, 2.2) for y in (0.25, 0.5, 0.75)]  # cm
+
+# ## The problem, as in any Firedrake script
+
+
+def channel(n):
+    """Spaces of the profile and of velocity and pressure, with n cells across, and the solver: profile to both."""
+    mesh = RectangleMesh(3 * n, n, 4.0, 1.0)
+    x, y = mesh.coordinates.dat.data_ro.T
+    mesh.coordinates.dat.data[:, 1] = 0.5 + (y - 0.5) * (1 - 0.4 * np.exp(-((x - 1.8) / 0.5)**2))
+    inflow = Submesh(mesh, 1, INFLOW)
+    V = VectorFunctionSpace(mesh, "CG", 2)
+    W, M = V * FunctionSpace(mesh, "CG", 1), FunctionSpace(inflow, "CG", 2)
+    (u, p), (v, q), w, boundary = TrialFunctions(W), TestFunctions(W), Function(W), Function(V)
+    a = (VISCOSITY * inner(grad(u), grad(v)) - p * div(v) - q * div(u)) * dx
+    rhs = inner(Constant((0.0, 0.0)), v) * dx
+    bcs = [DirichletBC(W.sub(0), 0, (BOTTOM, TOP)), DirichletBC(W.sub(0), boundary, INFLOW)]
+    problem = LinearVariationalProblem(a, rhs, w, bcs, constant_jacobian=True)
+    solver = LinearVariationalSolver(problem, solver_parameters={
+        "mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"})
+    extend = assemble(interpolate(TrialFunction(M), FunctionSpace(mesh, "CG", 2), allow_missing_dofs=True))
+
+    def flow(profile):
+        boundary.sub(0).assign(assemble(action(extend, profile)))
+        solver.solve()
+        return w.copy(deepcopy=True)
+    return M, W, flow
+
+
+# ## What is added
+
+
+def infer(M, W, solver, pairs, folder, options, progress):
+    """Prior, probes, noise and trained model."""
+    y = SpatialCoordinate(M.mesh())[1]
+    no_slip = DirichletBC(M, 0, "on_boundary")
+    prior = GaussianPrior(M, std=0.4, correlation_length=0.3, mean=4 * y * (1 - y), bcs=no_slip)  # added
+    sensors = point_sensors(W, PROBES, component=0)  # added
+    data = simulate(prior, solver, sensors, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
+    noise = GaussianNoise(std=NOISE)  # added
+    model = fit(data, karhunen_loeve(prior), noise, options=options, progress=progress)  # added
+    return prior, sensors, model
+
+
+# ## Is it right?
+
+
+def exact_posterior(prior, solver, sensors):
+    """Mean (for a measurement) and standard deviation of the finite element posterior; the solver run on every node."""
+    M, centre = prior.V, coefficients(prior.mean)
+    operator = np.stack([sensors(solver(field(M, unit))) for unit in np.eye(M.dim())], axis=1)
+
+    def mean_and_std(y):
+        noise = NOISE**2 * np.eye(len(sensors))
+        shift, covariance = linear_gaussian_posterior(operator, prior.covariance_matrix(), noise, y - operator @ centre)
+        return centre + shift, np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    return mean_and_std
+
+
+def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOptions(), progress=True):
+    """The whole job; returns a row (error of the mean, of the standard deviation) for each truth."""
+    start = time.perf_counter()
+    M, W, solver = channel(n)
+    prior, sensors, model = infer(M, W, solver, pairs, folder, options, progress)
+    print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} readings; simulated and trained after "
+          f"{time.perf_counter() - start:.0f} s, network "
+          f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
+    exact, rows, drawn = exact_posterior(prior, solver, sensors), [], []
+    weights = coefficients(assemble(TestFunction(M) * dx).riesz_representation("l2"))
+
+    def error(value, reference):
+        return float(np.sqrt((weights * (value - reference)**2).sum() / (weights * reference**2).sum()))
+    for number in range(truths):
+        truth = prior.sample(seed=22 - number)
+        y = sensors(solver(truth)) + NOISE * np.random.default_rng(number).standard_normal(len(sensors))
+        posterior = model.condition(y).sample(samples, seed=4 + number)  # added
+        mean, std = exact(y)
+        rows.append((error(coefficients(posterior.mean()), mean), error(coefficients(posterior.std()), std)))
+        drawn.append((truth, y, posterior, (mean, std)))
+    print("\n| truth | error of the mean | error of the standard deviation |\n|---|---|---|")
+    for number, row in enumerate(rows):
+        print("| {} | {:.1%} | {:.1%} |".format(number + 1, *row))
+    draw(folder, drawn, solver, sensors)
+    print(f"\nfinished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
+    return rows
+
+
+def draw(folder, drawn, solver, sensors):
+    """Set-up, profiles against the exact posterior, and the readings that the samples predict."""
+    truth, y, posterior, _ = drawn[0]
+    velocity = solver(truth).subfunctions[0]
+    figure, axes = plt.subplots(figsize=(10, 2.9), layout="constrained")
+    S = FunctionSpace(velocity.function_space().mesh(), "CG", 1)
+    speed = Function(S).interpolate(inner(velocity, velocity)**0.5)
+    colours = tripcolor(speed, axes=axes, cmap="viridis", shading="gouraud")
+    label = f"{len(PROBES)} velocity probes"
+    axes.plot(*np.transpose(PROBES), "o", color="tab:red", markeredgecolor="white", label=label)
+    axes.set(xlabel="x [cm]", ylabel="y [cm]", aspect="equal", title="flow of truth 1; its inflow is unknown")
+    axes.legend(loc="upper center", fontsize="small")
+    figure.colorbar(colours, ax=axes, label="speed [cm/s]", shrink=0.8)
+    figure.savefig(folder / "setup.png", dpi=150)
+
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4), layout="constrained", sharey=True,
+                                squeeze=False)
+    for number, (ax, (truth, _, samples, reference)) in enumerate(zip(axes[0], drawn)):
+        samples.plot(axes=ax, truth=truth, reference=reference, xlabel="y [cm]", ylabel="inflow g [cm/s]")
+        ax.set_title(f"truth {number + 1}")
+        ax.label_outer()
+        if number:
+            ax.get_legend().remove()
+    figure.savefig(folder / "inflow.png", dpi=150)
+
+    predictions = np.array([sensors(solver(m)) for m in islice(posterior, 200)])
+    noise = NOISE * np.random.default_rng(5).standard_normal(predictions.shape)
+    axes = plot_predictive(y, predictions + noise, ylabel="velocity [cm/s]")
+    axes.set(xlabel="reading (horizontal and vertical velocity of each probe)", title="the samples explain the probes")
+    axes.figure.savefig(folder / "predictive.png", dpi=150)
+    plt.close("all")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    arguments, _ = parser.parse_known_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    run(arguments.output)

@@ -1,0 +1,77 @@
+"""The demos of any solver: ten added lines, tiny in the default run, full and checked in the slow one."""
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from firedrake import COMM_WORLD, Ensemble
+
+from fem_diffusion.diffusion import TrainingOptions
+from fem_diffusion.simulation import simulate
+
+matplotlib.use("Agg")
+DEMOS = Path(__file__).parent.parent / "demos"
+PICTURES = {"logistic_reaction": ("setup", "source", "check"), "stokes_inflow": ("setup", "inflow", "predictive"),
+            "elastic_stiffness": ("setup", "stiffness", "check")}
+
+
+def _load(name):
+    specification = importlib.util.spec_from_file_location(name, DEMOS / name / f"{name}.py")
+    demo = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(demo)
+    return demo
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_ten_added_lines_embed_the_plugin(name):
+    source = (DEMOS / name / f"{name}.py").read_text()
+    added = [line for line in source.splitlines() if line.endswith("# added")]
+    assert 1 <= len(added) <= 10
+    # The solver knows nothing of the plugin: its part of the script uses no name that the added imports bring.
+    imported = {word.strip() for line in added if line.startswith("from") for word in
+                line.split("import")[1].split("#")[0].split(",")}
+    solver = source.split("# ## The problem")[1].split("# ## What is added")[0]
+    assert not [name for name in imported if f"{name}(" in solver]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_tiny(name, tmp_path):
+    sizes = {"truths": 1} if name == "stokes_inflow" else {"held_out": 20}
+    _load(name).run(tmp_path, n=6, pairs=150, samples=50, options=TrainingOptions(steps=50), progress=False, **sizes)
+    for picture in PICTURES[name]:
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["logistic_reaction", "elastic_stiffness"])
+def test_held_out_truths_are_covered(name, tmp_path):
+    calibration = _load(name).run(tmp_path, progress=False)
+    assert len(calibration.ranks) == 400
+    for level, share in calibration.coverage.items():
+        assert abs(share - level) < 4 * calibration.coverage_error(level) + 0.01  # and 1 % for an approximate law
+    assert calibration.p_value > 1e-4
+
+
+@pytest.mark.slow
+def test_stokes_is_the_exact_posterior(tmp_path):
+    samples = 4000
+    # Fitted to 3,000 pairs with 24 readings and about 16 latents: the base adds about (k + r) / pairs to its variance.
+    tolerance = 4 * (np.sqrt(1 / (2 * samples)) + 40 / 3000)
+    for mean_error, std_error in _load("stokes_inflow").run(tmp_path, samples=samples, progress=False):
+        assert mean_error < tolerance and std_error < tolerance
+
+
+@pytest.mark.parallel(2)
+def test_an_ensemble_shares_the_runs_of_a_plain_solver(tmp_path_factory):
+    specification = importlib.util.spec_from_file_location("ensemble", DEMOS.parent / "benchmarks" / "ensemble.py")
+    benchmark = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(benchmark)
+    ensemble = Ensemble(COMM_WORLD, 1)
+    folder = COMM_WORLD.bcast(str(tmp_path_factory.mktemp("pairs")))
+    prior, solve, sensors = benchmark.problem(4, ensemble.comm)
+    shared = simulate(prior, solve, sensors, 12, seed=1, block=3, path=folder, ensemble=ensemble, progress=False)
+    alone = simulate(prior, solve, sensors, 12, seed=1, block=3, progress=False)
+    np.testing.assert_array_equal(shared.observations, alone.observations)
+    np.testing.assert_array_equal(shared.fields, alone.fields)
