@@ -31,6 +31,7 @@ help:
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
+	@echo "make demo-release  find where a contaminant was released in a town, and check the answer on 200 unseen cases"
 	@echo "make test       flake8 and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-slow  the slow tests"
 	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
@@ -58,6 +59,9 @@ demo-stokes: install
 
 demo-elastic: install
 	$(RUN) demos/elastic_stiffness/elastic_stiffness.py
+
+demo-release: install
+	$(RUN) demos/source_release/source_release.py
 
 test: lint
 	$(RUN) -m pytest $(TESTS)

@@ -1,0 +1,51 @@
+"""The demo of a contaminant's release runs, leaves its pictures, and is calibrated."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fem_diffusion import TrainingOptions
+from fem_diffusion.fields import field
+
+FILE = Path(__file__).parent.parent / "demos" / "source_release" / "source_release.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    specification = importlib.util.spec_from_file_location("source_release", FILE)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def _check_pictures(folder):
+    for picture in ("setup", "posterior", "hospital", "calibration", "training"):
+        assert (folder / f"{picture}.png").stat().st_size > 10000
+
+
+def test_source_release_runs(demo, tmp_path):
+    options = TrainingOptions(steps=40, evaluate_every=20, width=32)
+    calibration, coverage = demo.run(tmp_path, pairs=160, cases=3, draws=19, samples=40, modes=12, options=options)
+    assert calibration.ranks.shape == (3, len(demo.QUANTITIES))
+    assert all(0 <= share <= 1 for share in coverage.values())
+    _check_pictures(tmp_path)
+
+
+def test_rows_of_the_hospital_are_its_readings(demo):
+    problem = demo.transport()
+    release = demo.clouds(5).dat.data_ro**2
+    sensor = demo.point_sensors(problem.U, [demo.HOSPITAL])
+    reading = sensor(problem(field(demo.V, release)))
+    assert np.allclose(demo.hospital_rows(problem) @ release, reading, atol=1e-9 * reading.max())
+
+
+@pytest.mark.slow
+def test_source_release_is_calibrated(demo, tmp_path):
+    calibration, coverage = demo.run(tmp_path)
+    _check_pictures(tmp_path)
+    for level in demo.LEVELS:
+        assert abs(calibration.coverage[level] - level) < 0.04
+        assert abs(coverage[level] - level) < 0.04
+    assert (calibration.p_values > 0.01).all() and len(calibration.p_values) >= 5
