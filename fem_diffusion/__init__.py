@@ -9,8 +9,10 @@ _ROOMS = {
     "fem_diffusion.problem.advection_diffusion": ["AdvectionDiffusion"],
     "fem_diffusion.problem.transient": ["TransientAdvectionDiffusion"],
     "fem_diffusion.problem.prior": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
+    "fem_diffusion.problem.product": ["ProductPrior"],
     "fem_diffusion.problem.observation": ["Observation", "functionals", "point_sensors"],
     "fem_diffusion.problem.instruments": ["line_averages", "patch_averages", "random_points"],
+    "fem_diffusion.problem.family": ["OperatorFamily", "SensorKind"],
     "fem_diffusion.problem.density": ["GaussianMixture", "forward_density", "noise_times", "reverse_density"],
     "fem_diffusion.diffusion": ["CallableNoise", "CollapseWarning", "Formulation", "GaussianNoise", "TrainingOptions",
                                 "churn", "constant_moment", "fit_denoiser", "log_density", "sample_latents",
@@ -19,6 +21,7 @@ _ROOMS = {
     "fem_diffusion.bridge": ["ModalBasis", "karhunen_loeve", "load_basis", "pod"],
     "fem_diffusion.simulation": ["DataSet", "load_pairs", "simulate"],
     "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"],
+    "fem_diffusion.many_operators": ["FamilyModel", "FamilyWarning", "fit_family", "load_family"],
     "fem_diffusion.errors": ["DataError", "FemDiffusionError", "InputError", "InstallError", "ModelFileError",
                              "SolveError"],
 }

@@ -54,11 +54,11 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
 
     Parameters
     ----------
-    prior : GaussianPrior, TransformedPrior or CallablePrior
+    prior : GaussianPrior, TransformedPrior, CallablePrior or ProductPrior
         Prior of the parameter.
     forward : Callable
-        Maps a parameter Function to a state Function; where it has a method ``solve_many``, blocks of owned
-        coefficients (B, n_owned) are given to that.
+        Maps a parameter Function to a state Function, mixed where there are several of either; where it has a method
+        ``solve_many``, blocks of owned coefficients (B, n_owned) are given to that.
     observation : Observation, Callable or firedrake.functionspaceimpl.WithGeometry
         Maps a state Function to k numbers; the space of the states itself to keep the states and observe nothing, for
         a model of many observation operators.

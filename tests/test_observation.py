@@ -161,6 +161,7 @@ def test_other_input_errors(mesh, U, state):
         (lambda: sensors + point_sensors(other, [[0.5, 0.5]]), "cannot stack"),
         (lambda: sensors(Function(other)), "expected a Function in"),
         (lambda: sensors(3.0), "float"),
+        (lambda: sensors((state, state)), "one mixed Function"),
         (lambda: sensors.apply(np.zeros(3)), "shape"),
         (lambda: point_sensors(U, [[0.5, 0.5]], names=["a", "b"]), "2 names for 1"),
         (lambda: point_sensors(MixedFunctionSpace([U, other]), [[0.5, 0.5]]), "mixed"),

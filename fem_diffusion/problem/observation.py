@@ -26,7 +26,7 @@ from ufl.algorithms.formtransformations import compute_form_arities
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, owned_size
 
-__all__ = ["Observation", "point_sensors", "functionals"]
+__all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +73,9 @@ class Observation:
         """
         got = u.function_space() if isinstance(u, Function) else type(u).__name__
         if got != self.U:
-            raise InputError(f"the state is in {got}, expected a Function in {self.U}: interpolate it into "
-                             "the observation's space")
+            remedy = ("return one mixed Function from the solver" if isinstance(u, (tuple, list)) else
+                      "interpolate it into the observation's space")
+            raise InputError(f"the state is in {got}, expected a Function in {self.U}: {remedy}")
         return self.apply(coefficients(u)[None])[0]
 
     def apply(self, values):
@@ -330,3 +331,9 @@ def _row(U, form, argument, i):
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
     return coefficients(covector).reshape(1, owned_size(U))
+
+
+def no_sensors(U):
+    """The observation without a single row: nothing is measured."""
+    gdim = U.mesh().geometric_dimension
+    return Observation(U, csr_matrix((0, owned_size(U))), (), np.empty((0, gdim)))
