@@ -277,7 +277,8 @@ class FamilyModel:
                        "basis.signature": torch.tensor(signature), "base.mean": model.base.mean,
                        "base.factor": model.base.factor}
             config = {"emulator": model.base.emulator.config, "network": None, "standard_prior": model.standard_prior,
-                      "total_variance": self.states.total_variance, "std": self.seen.std, "most": self.seen.most}
+                      "total_variance": self.states.total_variance, "std": self.seen.std, "most": self.seen.most,
+                      "updates": model.base.updates}
             for name, part in (("emulator", model.base.emulator), ("network", model.network)):
                 if part is not None:
                     config[name] = part.config
@@ -364,7 +365,7 @@ def _read(path) -> tuple[dict, dict, OperatorDenoiser, History]:
                 parts[name].eval().requires_grad_(False)
         extra = {name: kind(**under(name)) if under(name) else None
                  for name, kind in (("spectrum", Spectrum), ("support", Support))}
-        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], parts["emulator"])
+        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], parts["emulator"], int(config["updates"]))
         if not all(torch.isfinite(x).all() for name, x in tensors.items() if not name.startswith("support.")):
             raise ValueError("values that are not finite")
         return tensors, config, OperatorDenoiser(base, parts["network"], **extra,

@@ -138,6 +138,9 @@ class Task(Protocol):
     def network(self) -> nn.Module:
         """A network before training; the loop has seeded torch."""
 
+    def prepare(self, generator: torch.Generator) -> None:
+        """Called after every evaluation and before the first step: what follows depends on the generator alone."""
+
     def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         """Loss of the training pairs `index` (B,), a scalar to be differentiated."""
 
@@ -196,6 +199,7 @@ class Loop:
         with tqdm(total=options.steps, initial=self.step, desc=self.task.name, disable=not progress) as bar:
             while self.step < options.steps and self.stale < options.patience:
                 losses = []
+                self.task.prepare(self.generator)
                 while len(losses) < options.evaluate_every and self.step < options.steps:
                     losses.append(self._train_step())
                     self.step += 1

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.diffusion._loop import History, Loop, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
 __all__ = ["Emulator", "fit_emulator"]
@@ -67,7 +67,7 @@ class Emulator(nn.Module):
         return affine if self.head is None else affine + self.scale * self.correction(z).double()
 
 
-class _Regression:
+class _Regression(Task):
     """The task of `fit_emulator`: what the affine map leaves, in units of its size."""
 
     name = "emulate"

@@ -22,9 +22,9 @@ from torch import Tensor
 from fem_diffusion.diffusion.emulator import Emulator
 from fem_diffusion.diffusion.sensors import Sensors
 
-__all__ = ["Located", "OperatorBase"]
+__all__ = ["UPDATES", "Located", "OperatorBase"]
 
-_UPDATES = 6
+UPDATES = 6
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,15 @@ class OperatorBase:
         F with F Fᵀ = C, the covariance of the latents, upper triangular, shape (r, r).
     emulator : Emulator
         Of the state coordinates.
+    updates : int
+        1 stops at the joint Gaussian of latents and measurement, which is never overconfident on average; more follow
+        the posterior, until it does not change any more.
     """
 
     mean: Tensor
     factor: Tensor
     emulator: Emulator
+    updates: int = UPDATES
 
     @property
     def r(self) -> int:
@@ -105,7 +109,7 @@ class OperatorBase:
         noise = torch.diag_embed(sensors.variance) + sensors.rows @ self.emulator.residual @ sensors.rows.mT
         mean, factor, affine = prior_mean, prior, self.emulator.head is None
         points = None if affine else _points(self.r, y)
-        for _ in range(1 if affine else _UPDATES):
+        for _ in range(1 if affine else self.updates):
             if affine:
                 G, expected, rest = sensors.rows @ self.emulator.matrix, sensors.read(self.emulator(mean)), noise
             else:

@@ -1,17 +1,17 @@
 """One model for every set of sensors: training under random layouts, and the denoiser of any one layout."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.diffusion._loop import History, Loop, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.emulator import fit_emulator
 from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs
 from fem_diffusion.diffusion.nodes import Spectrum
-from fem_diffusion.diffusion.operator_base import Located, OperatorBase
+from fem_diffusion.diffusion.operator_base import UPDATES, Located, OperatorBase
 from fem_diffusion.diffusion.sensor_network import SensorNetwork
 from fem_diffusion.diffusion.sensors import LayoutLaw, Sensors
 from fem_diffusion.diffusion.support import Support, find_support
@@ -20,7 +20,7 @@ from fem_diffusion.diffusion.training import measure_spectrum, noisy
 __all__ = ["OperatorDenoiser", "fit_operators"]
 
 # Noise levels drawn for each located measurement, which costs more than they do.
-_DRAWS, _VALIDATION_DRAWS = 4, 16
+_DRAWS, _VALIDATION_DRAWS = 16, 16
 _HELD_OUT, _CHUNK = 2048, 256
 
 
@@ -93,19 +93,28 @@ class _Conditioned(nn.Module):
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a network sees of located measurements, and the latents behind them in base coordinates."""
+    """What a network sees of B located measurements, and the latents behind them in base coordinates, w (B, r)."""
 
     sensors: Sensors
     located: Located
     y: Tensor
     w: Tensor
-    factor: Tensor
 
     def context(self, network: nn.Module) -> Tensor:
         return network.context(self.sensors, self.located, self.y)
 
+    def select(self, index: Tensor) -> "_Measured":
+        """Some of the measurements."""
+        return _Measured(*(_map(lambda x: x[index], part) for part in (self.sensors, self.located)), self.y[index],
+                         self.w[index])
 
-class _Layouts:
+
+def _map(function, part):
+    """A dataclass of tensors with the function applied to each."""
+    return type(part)(*(function(getattr(part, f.name)) for f in fields(part)))
+
+
+class _Layouts(Task):
     """The task of `fit_operators`: denoise latents given measurements by layouts that are never the same."""
 
     name = "train"
@@ -124,22 +133,27 @@ class _Layouts:
         self.parts = [z, c, *(x for seen, draws in self.validation for x in (seen.y, *draws))]
 
     def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator) -> _Measured:
-        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s)."""
+        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s), in single precision."""
         sensors = self.law.draw(len(z), generator)
         y = sensors.measure(c, generator)
         with torch.no_grad():
-            located = self.base.locate(sensors, y)
-            return _Measured(sensors, located, y, located.whiten(z).float(), located.factor.float())
+            parts = [self.base.locate(_map(lambda x: x[rows], sensors), y[rows])
+                     for rows in torch.arange(len(z), device=z.device).split(_CHUNK)]
+        located = Located(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Located)))
+        return _Measured(_map(_single, sensors), _map(_single, located), _single(y), _single(located.whiten(z)))
 
     def network(self) -> nn.Module:
         return SensorNetwork(self.base.r, self.c.shape[1], self.options.width, self.options.depth)
 
+    def prepare(self, generator):
+        count = min(self.size, -(-self.options.batch * self.options.evaluate_every // _DRAWS))
+        index = torch.randperm(self.size, generator=generator, device=self.z.device)[:count]
+        self.bank = self._measure(self.z[index], self.c[index], generator)
+
     def loss(self, network, index, generator):
-        # Each located measurement serves several noise levels, so a batch needs fewer of them.
-        index = index[:max(1, len(index) // _DRAWS)]
-        seen = self._measure(self.z[index], self.c[index], generator)
-        v, angle, target = noisy(seen.w.expand(_DRAWS, -1, -1), self.options, generator)
-        return (network(v, angle, seen.context(network), seen.factor) - target).square().mean()
+        seen = self.bank.select(index % len(self.bank.w))
+        v, angle, target = noisy(seen.w[None], self.options, generator)
+        return (network(v, angle, seen.context(network), seen.located.factor) - target).square().mean()
 
     def _losses(self, output) -> Tensor:
         """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
@@ -148,7 +162,7 @@ class _Layouts:
 
     def evaluate(self, network):
         model = getattr(network, "module", network)
-        return self._losses(lambda seen, v, angle: model(v, angle, seen.context(model), seen.factor))
+        return self._losses(lambda seen, v, angle: model(v, angle, seen.context(model), seen.located.factor))
 
     def spectrum(self, network: nn.Module) -> Spectrum:
         """Spectrum of the posteriors of held-out measurements in base coordinates."""
@@ -157,10 +171,14 @@ class _Layouts:
 
         def residual(v, angle):
             sizes = [len(part.w) for part in seen]
-            return torch.cat([network(a[None], b[None], context, part.factor)[0] for a, b, context, part
+            return torch.cat([network(a[None], b[None], context, part.located.factor)[0] for a, b, context, part
                               in zip(v.split(sizes), angle.split(sizes), contexts, seen)])
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
         return measure_spectrum(residual, torch.cat([part.w for part in seen]), generator)
+
+
+def _single(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, standard_prior: bool = False,
@@ -209,14 +227,19 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
         # Upper triangular, from the Cholesky factor of the covariance in reversed order.
         mean, factor = z.mean(0), torch.linalg.cholesky(torch.cov(z.T).flip(0, 1)).flip(0, 1)
     device = torch.device(options.device)
-    base = OperatorBase(mean, factor, emulator)
-    moved = OperatorBase(mean.to(device), factor.to(device), emulator.to(device))
+    moved = [x.to(device) for x in (z, c, mean, factor)]
+    emulator.to(device)
+    law = law.to(device, torch.float64)
     with threads(options.threads):
-        task = _Layouts(z.to(device), c.to(device), law.to(device, torch.float64), moved, options)
+        # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
+        tasks = [_Layouts(*moved[:2], law, OperatorBase(*moved[2:], emulator, updates), options)
+                 for updates in ((1,) if emulator.head is None else (1, UPDATES))]
+        task = min(tasks, key=lambda task: float(task.base_losses.mean()))
         loop = Loop(task, options, checkpoint)
         network = loop.run(progress)
         spectrum = None if network is None else task.spectrum(network)
     emulator.to("cpu")
     network = None if network is None else network.to("cpu")
     support = None if standard_prior else find_support(z)
+    base = OperatorBase(mean, factor, emulator, task.base.updates)
     return OperatorDenoiser(base, network, spectrum, support, standard_prior), loop.history

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.diffusion._loop import History, Loop, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs, fit_base, plain_base
@@ -138,7 +138,7 @@ def _check_finite(z: Tensor, y: Tensor) -> None:
         raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
 
 
-class _Pairs:
+class _Pairs(Task):
     """The task of `train`: denoise latents in base coordinates, given their measurement."""
 
     name = "train"
