@@ -1,7 +1,7 @@
 """Discrete adjoints: products of rows of observations with the derivative of the state by the parameter."""
 
 import numpy as np
-from firedrake import Cofunction, Function, adjoint, assemble
+from firedrake import Cofunction, Function, assemble
 
 from fem_diffusion.fields import coefficients, multiply, owned_size, solve
 from fem_diffusion.problem import _blocks as blocks
@@ -61,7 +61,7 @@ class Backward:
     """
 
     def __init__(self, march):
-        self.march, self._factorised, self._matrices = march, None, None
+        self.march = march
         self._pulls = [None if x.strength else blocks.Pull(form, march.V, x.value.function_space())
                        for x, form in zip(march.loads, march.load.derivatives)]
         # States count where the Jacobian or ∂R/∂m contains them.
@@ -91,17 +91,18 @@ class Backward:
         total = np.zeros(rows.shape[:2])   # of the multipliers, for what has the same derivative at all steps
         same = march.load.affine and not march.load.columns_move
         at_once = [same and not x.moves for x in march.loads]
-        a, last = np.zeros(rows.shape[:2]), len(e.steps) - 2
-        for k in range(last, -1, -1):
+        a = np.zeros(rows.shape[:2])
+        for k in range(len(e.steps) - 2, -1, -1):
             for j in np.flatnonzero(e.saved == k + 1):
                 a = a + rows[:, :, j]
             load.write(k, 0)
-            e.t.assign(march.between[k])
             if self._varying:
                 blocks.write(march.new, path[k + 1])
                 blocks.write(march.old, path[k])
-            ksp, J, J_old = self._operators(k == last)
-            multipliers = solve(ksp, a)
+            if not march.linear:
+                march.prepare(path[k], path[k + 1])   # the Jacobian of this very step, no typical one
+            ksp, J, J_old = self._operators(k)
+            multipliers = blocks.solve_transposed(ksp, a)
             multipliers[:, march.fixed] = 0
             total += multipliers
             for i, (x, once) in enumerate(zip(march.loads, at_once)):
@@ -121,18 +122,13 @@ class Backward:
                 result[:, x.columns] -= multiply(column, total, transpose=True)
         return result
 
-    def _operators(self, first):
-        """(ksp of the transpose, ∂R/∂u_new or None, ∂R/∂u_old) at the present values."""
+    def _operators(self, k):
+        """(ksp, ∂R/∂u_new, ∂R/∂u_old) of step k at the present values; the second where there is a lift."""
         march = self.march
-        if self._factorised is None:
-            self._factorised = blocks.Factorised(adjoint(march.J), march.zero_bcs, march.options,
-                                                 march.prefix and march.prefix + "adjoint_")
-        elif not march.linear or march.operator_moves or (march.by_member and first):
-            self._factorised.update()
-        else:
-            return self._factorised.solver.snes.ksp, *self._matrices
-        self._matrices = (assemble(march.J).petscmat if march.lifted else None), assemble(march.J_old).petscmat
-        return self._factorised.solver.snes.ksp, *self._matrices
+        _, A, B, ksp = march.operators(k)
+        if march.linear:
+            return ksp, A, B
+        return ksp, assemble(march.J).petscmat if march.lifted else None, assemble(march.J_old).petscmat
 
     def _load_rows(self, i, x, multipliers):
         """Products of the multipliers with ∂R/∂(value of x)."""

@@ -8,10 +8,11 @@ from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProb
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, owned_size, solve
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
+CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
 CHORD_SWEEPS = 25
 NEWTON = {"snes_type": "newtonls", "snes_linesearch_type": "bt", "snes_max_it": 50,
           "snes_rtol": 1e-10, "snes_stol": 1e-10}
@@ -190,6 +191,23 @@ class Response:
         return self._base + np.concatenate(self._comm.allgather(ms), axis=1) @ self._rows
 
 
+def solve_transposed(ksp, rows):
+    """Solution of the transposed system for every row of an array (k, n_owned); an array of the same shape."""
+    matrix, result = ksp.getOperators()[0], np.empty_like(rows)
+    b, x = matrix.createVecs()
+    for row, line in zip(rows, result):
+        b.array[:] = row
+        ksp.solveTranspose(b, x)
+        line[:] = x.array_r
+    reason = ksp.getConvergedReason()
+    b.destroy()
+    x.destroy()
+    if reason < 0:
+        raise SolveError(f"The linear solver failed on a transposed system (KSP reason {reason}): take a direct "
+                         "solver.")
+    return result
+
+
 def dots(a, b, comm):
     """Euclidean products (k,) over all ranks of the rows of two arrays (k, n_owned)."""
     return comm.allreduce(np.einsum("ij,ij->i", a, b))
@@ -222,20 +240,25 @@ def chord(residuals, ksp, u, comm):
         The members that stalled, diverged or ran out of sweeps.
     """
     left, last, lost = np.arange(len(u)), np.full(len(u), np.inf), []
-    before = None
+    before = first = None
     for _ in range(CHORD_SWEEPS):
         here = u[left]
-        step = -solve(ksp, residuals(left, here))
+        F = residuals(left, here)
+        now = norms(F, comm)
+        first = now if first is None else first
+        step = -solve(ksp, F)
         size = norms(step, comm)
         u[left] += step
-        done = size <= CHORD_TOLERANCE * norms(u[left], comm)
-        keep = ~done & (size < 0.9 * last)   # false for NaN too
+        total, shrinks = norms(u[left], comm), size < 0.9 * last   # false for NaN too
+        # A small step may only mean that J is too large: then the residual has not shrunk. At rounding it cannot.
+        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)) | (size <= 1e-13 * total)
+        keep = ~done & shrinks
         if before is not None:
             change = step - before[1]
             weight = dots(change, step, comm) / np.maximum(dots(change, change, comm), np.finfo(float).tiny)
             u[left[keep]] -= (weight[:, None] * (here - before[0] + change))[keep]
         lost.extend(left[~done & ~keep])
-        left, last, before = left[keep], size[keep], (here[keep], step[keep])
+        left, last, first, before = left[keep], size[keep], first[keep], (here[keep], step[keep])
         if not len(left):
             break
     return lost + list(left)

@@ -25,7 +25,7 @@ class Lift:
 
     def __init__(self, V, values, unknowns):
         self.g = Function(V, name="boundary values")
-        self._V, self._known, self._masked = V, Function(V), as_ufl(0)
+        self._V, self.known, self._masked = V, Function(V), as_ufl(0)
         markers = [x.marker for x in unknowns]
         self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in values.items()]
         for i, marker in enumerate(markers):
@@ -39,11 +39,11 @@ class Lift:
     def refresh(self):
         """Evaluate the known values again, which may depend on time."""
         for bc in self._bcs:
-            bc.apply(self._known)
+            bc.apply(self.known)
 
     def update(self):
         """Interpolate the current parameter (recorded if a tape is running)."""
-        self.g.interpolate(self._masked + self._known)
+        self.g.interpolate(self._masked + self.known)
 
     def derivative(self, x):
         """∂g/∂m for one Unknown: an interpolation, of an argument unless the value is a number."""

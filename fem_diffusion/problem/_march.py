@@ -8,6 +8,7 @@ from firedrake import (Cofunction, Constant, DirichletBC, Function, NonlinearVar
                        NonlinearVariationalSolver, TrialFunction, assemble, derivative, interpolate, replace)
 from firedrake.assemble import get_assembler
 from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
 from ufl import as_ufl
 from ufl.algorithms import expand_derivatives
 from ufl.algorithms.analysis import extract_type
@@ -88,8 +89,9 @@ class March:
         self.zero_bcs = [DirichletBC(V, 0, key) for key in e.values]
         nodes = np.unique(np.concatenate([bc.nodes for bc in self.zero_bcs] or [np.empty(0)])).astype(int)
         self.fixed = nodes[nodes < owned_size(V)]
-        self._assemblers = [get_assembler(affine[0] + affine[1]), get_assembler(affine[0])]
+        self._assemblers = [get_assembler(form) for form in affine]
         self._matrices = self._factorised = None
+        self._stale = True
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
         self.load = Load(self)
@@ -104,26 +106,30 @@ class March:
 
     # --- operators
 
-    def prepare(self, mean):
-        """Forget the operators, which depend on the block; mean: a typical state (n_owned_V,)."""
+    def prepare(self, old, new):
+        """Forget the operators where they depend on the block; old, new: typical states (n_owned_V,)."""
         if self.by_member or self.operator_moves or not self.linear or self._factorised is None:
             self._stale = True
-            blocks.write(self.old, mean)
-            blocks.write(self.new, mean)
+            blocks.write(self.old, old)
+            blocks.write(self.new, new)
 
     def operators(self, k):
-        """(K, A, ksp) of step k: ∂A/∂u_new + ∂A/∂u_old, ∂A/∂u_new, and the factorised Jacobian."""
+        """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old, and the factorised Jacobian."""
         self.e.t.assign(self.between[k])
         if self._stale or self.operator_moves:
             if self._matrices is None:
                 self._matrices = [assembler.assemble() for assembler in self._assemblers]
+                self._K = self._matrices[0].petscmat.duplicate()
                 self._factorised = blocks.Factorised(self.J, self.zero_bcs, self.options, self.prefix)
             else:
                 for assembler, matrix in zip(self._assemblers, self._matrices):
                     assembler.assemble(tensor=matrix)
                 self._factorised.update()
+            A, B = (matrix.petscmat for matrix in self._matrices)
+            A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+            self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
             self._stale = False
-        return (*(matrix.petscmat for matrix in self._matrices), self._factorised.solver.snes.ksp)
+        return self._K, *(matrix.petscmat for matrix in self._matrices), self._factorised.solver.snes.ksp
 
     # --- marching
 
@@ -181,7 +187,8 @@ class March:
         load, boundary = self.load.start(ms), self.boundary.start(ms)
         if e.values:
             u[:, self.fixed] = boundary(0)[:, self.fixed]
-        self.prepare(blocks.centre(u, self.V.mesh().comm))
+        mean = blocks.centre(u, self.V.mesh().comm)
+        self.prepare(mean, mean)
         out = np.empty((*u.shape, len(e.saved)))
         for k in range(len(e.steps)):
             if k:
@@ -199,7 +206,7 @@ class March:
             start = u.copy()
             start[:, self.fixed] = boundary(k + 1)[:, self.fixed]
         b = load(k)
-        K, A, ksp = self.operators(k)
+        K, A, _, ksp = self.operators(k)
         base = multiply(K, u) + b
         if self.linear:
             if self.boundary.moves:
@@ -221,7 +228,8 @@ class March:
         for i in lost:
             new[i] = self._newton(k, u[i], start[i], load, i, first + i)
         if lost:   # a Jacobian at the present states serves the next steps better
-            self.prepare(blocks.centre(new, self.V.mesh().comm))
+            mean = blocks.centre(new, self.V.mesh().comm)
+            self.prepare(mean, mean)
         return new
 
     @cached_property
@@ -300,7 +308,7 @@ class _Part:
             result = []
             for i in range(len(ms)):
                 write(k, i)
-                result.append(self.value(k).copy())
+                result.append(self.value(k))
             return np.array(result)
 
         def together(k):
@@ -333,7 +341,7 @@ class Load(_Part):
         self.march.e.t.assign(self.march.between[k])
         if self._assembler is None:
             return np.zeros(owned_size(self.march.V))
-        return self.march.vector(self._assembler)
+        return self.march.vector(self._assembler).copy()   # it outlives the next call
 
 
 class Boundary(_Part):
@@ -350,6 +358,8 @@ class Boundary(_Part):
         """At the present values and step k, (n_owned_V,)."""
         self.march.e.t.assign(self.march.e.steps[k])
         self.lift.refresh()
+        if not self.unknowns:
+            return coefficients(self.lift.known)
         self.lift.update()
         return coefficients(self.lift.g)
 

@@ -30,6 +30,7 @@ import numpy as np
 from firedrake import Constant, Function, VectorFunctionSpace
 from firedrake.adjoint import annotate_tape
 from pyadjoint import no_annotations
+from ufl.algorithms import extract_coefficients
 
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, field, owned_size, require_real
@@ -135,6 +136,8 @@ class TransientAdvectionDiffusion:
         for x in found:
             if x.kind == "initial":
                 initial = unknowns.apply_unknown("initial", initial, 0, x.value)
+                if x.value not in extract_coefficients(initial):
+                    raise InputError("the callable given for 'initial' makes no use of the parameter.")
         advective = velocity is not None or any(x.kind == "velocity" for x in found)
         self._march = March(
             Equation(u, change, A, N, values, forms.coefficient(initial, (), "initial"), found, self.t, steps, saved,
