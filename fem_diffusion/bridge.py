@@ -13,7 +13,6 @@ All coefficient arrays are owned coefficients: float64, this rank's part of ``wi
 Latents are global: the same on all ranks.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -22,16 +21,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from firedrake import CheckpointFile, DirichletBC, Function, TestFunction, TrialFunction, assemble, dx, inner
+from firedrake import CheckpointFile, DirichletBC, Function
 from mpi4py import MPI
 
+from fem_diffusion.eigenmodes import free_dofs, leading_modes, mass_action, split, without_conditions
 from fem_diffusion.errors import InputError, ModelFileError
-from fem_diffusion.fields import coefficients, field, geometric_key, multiply, on_root, owned_size
+from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_size
 
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
-_MAX_SWEEPS = 60
-_TOLERANCE = 1e-9
 _TAIL_DRAWS = 64
 
 
@@ -78,7 +76,7 @@ class ModalBasis:
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        weighted = _mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
+        weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
         object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
         if self.parameter_space is None:
@@ -290,11 +288,11 @@ def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float 
     if r is not None and not isinstance(r, Integral):
         raise InputError(f"r is {r!r}: give one number of modes for one unknown.")
     mean = coefficients(gaussian.mean)
-    mass = _mass_action(gaussian.V)
+    mass = mass_action(gaussian.V)
     draws = gaussian.sample_many(_TAIL_DRAWS, seed=0) - mean
-    size = r if r is not None else min(16, _free_dofs(gaussian.V, gaussian.bcs))
+    size = r if r is not None else min(16, free_dofs(gaussian.V, gaussian.bcs))
     while True:
-        modes, variances = _leading_modes(gaussian.apply_covariance, gaussian.V, gaussian.bcs, size)
+        modes, variances = leading_modes(gaussian.apply_covariance, gaussian.V, gaussian.bcs, size)
         # The tail is the mean square of what prior draws keep outside the modes.
         outside = draws - gaussian.V.comm.allreduce(draws @ mass(modes).T, MPI.SUM) @ modes
         tail = gaussian.V.comm.allreduce(float((outside * mass(outside)).sum()), MPI.SUM) / len(draws)
@@ -305,7 +303,7 @@ def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float 
         if len(enough):
             modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
             break
-        size = min(2 * size, _free_dofs(gaussian.V, gaussian.bcs))
+        size = min(2 * size, free_dofs(gaussian.V, gaussian.bcs))
     return ModalBasis(gaussian.V, gaussian.mean, modes, variances, total, gaussian, *transform)
 
 
@@ -348,7 +346,7 @@ def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), tran
     for bc in bcs:
         bc.apply(mean)
     centred = fields - coefficients(mean)
-    outside = centred - _without_conditions(V, bcs, centred)
+    outside = centred - without_conditions(V, bcs, centred)
     violation = V.comm.allreduce(float(np.abs(outside).max(initial=0.0)), MPI.MAX)
     centred = centred - outside
     scale = V.comm.allreduce(float(np.abs(centred).max(initial=0.0)), MPI.MAX)
@@ -357,7 +355,7 @@ def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), tran
     if isinstance(r, Integral):
         return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), None, transform, parameter_space)
     # The samples satisfy the conditions, and so do the modes, their combinations.
-    parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, _split(V, centred), counts)]
+    parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, split(V, centred), counts)]
     return _joined(V, mean, parts, None, transform, parameter_space)
 
 
@@ -366,8 +364,8 @@ def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.n
     def covariance(x):
         return V.comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(centred) - 1)
 
-    total = V.comm.allreduce(float((centred * _mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
-    return *_leading_modes(covariance, V, bcs, r), total
+    total = V.comm.allreduce(float((centred * mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
+    return *leading_modes(covariance, V, bcs, r), total
 
 
 def _counts(r, components: int) -> list:
@@ -389,92 +387,3 @@ def _joined(V, mean, parts: list, prior, transform, parameter_space) -> ModalBas
     order = np.argsort(-variances, kind="stable")
     return ModalBasis(V, mean, np.vstack(blocks)[order], variances[order], float(len(parts)), prior, transform,
                       parameter_space, tuple((1 / totals).tolist()))
-
-
-def _split(V, x: np.ndarray) -> list[np.ndarray]:
-    """Owned coefficients (B, n_owned) component by component."""
-    return np.split(x, np.cumsum([owned_size(W) for W in V])[:-1], axis=1)
-
-
-def _mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
-    """The mass matrix as a map of owned coefficients (B, n_owned) to owned dual coefficients (B, n_owned).
-
-    Of a mixed space one matrix for each component (they may be on different meshes), times its weight.
-    """
-    if len(V) > 1:
-        parts = [(_mass_action(W), weight) for W, weight in zip(V, weights or [1.0] * len(V))]
-        return lambda x: np.hstack([weight * mass(y) for (mass, weight), y in zip(parts, _split(V, x))])
-    matrix = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
-    return lambda x: multiply(matrix, x)
-
-
-def _free_dofs(V, bcs) -> int:
-    """Degrees of freedom of V that no condition of `bcs` fixes."""
-    ones = _without_conditions(V, bcs, np.ones((1, owned_size(V))))
-    return int(V.comm.allreduce(float(ones.sum()), MPI.SUM))
-
-
-def _without_conditions(V, bcs, x: np.ndarray) -> np.ndarray:
-    """Owned coefficients (B, n_owned) with zeros where `bcs` fix the field."""
-    if not bcs:
-        return x
-    mask = field(V, np.ones(x.shape[1]))
-    for bc in bcs:
-        bc.zero(mask)
-    return x * coefficients(mask)
-
-
-def _leading_modes(covariance, V, bcs, r: int) -> tuple[np.ndarray, np.ndarray]:
-    """Leading eigenpairs of C M φ = λ φ by subspace iteration with Rayleigh-Ritz (Halko, Martinsson, Tropp 2011).
-
-    `covariance` maps owned dual coefficients (B, n_owned) to primal ones. Returns modes (r, n_owned), orthonormal in
-    the mass inner product with a sign fixed by the geometry alone, and variances (r,).
-    """
-    comm, free = V.comm, _free_dofs(V, bcs)
-    if not 1 <= r <= free:
-        raise InputError(f"r = {r} modes were asked for; the space has {free} free degrees of freedom.")
-    mass = _mass_action(V)
-    block = min(free, r + max(8, r // 2))
-    modes = np.random.default_rng([0, comm.rank]).standard_normal((block, owned_size(V)))
-    modes = _orthonormalise(_without_conditions(V, bcs, modes), mass, comm)
-    for _ in range(_MAX_SWEEPS):
-        image = _without_conditions(V, bcs, covariance(mass(modes)))
-        projected = comm.allreduce(modes @ mass(image).T, MPI.SUM)
-        values, rotation = np.linalg.eigh((projected + projected.T) / 2)
-        values, rotation = values[::-1], rotation[:, ::-1]
-        modes, image = rotation.T @ modes, rotation.T @ image
-        defect = image[:r] - values[:r, None] * modes[:r]
-        residual = np.sqrt(comm.allreduce((defect * mass(defect)).sum(axis=1), MPI.SUM))
-        if (residual <= _TOLERANCE * values[0]).all():
-            break
-        modes = _orthonormalise(image, mass, comm)
-    else:
-        warnings.warn(f"The modes are converged to {residual.max() / values[0]:.1e} of the largest variance only, "
-                      f"after {_MAX_SWEEPS} sweeps; a smaller r converges faster.", RuntimeWarning, stacklevel=3)
-    rank = int((values[:r] > 1e-14 * values[0]).sum())
-    if rank < r:
-        raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
-    modes, values = modes[:r], values[:r]
-    return modes * _signs(V, modes)[:, None], values
-
-
-def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:
-    """Basis of the span of the rows of `x` (B, n_owned), orthonormal in the mass inner product.
-
-    The Gram matrix squares the condition number, so its inverse square root is applied until nothing is left to do.
-    """
-    for _ in range(5):
-        gram = comm.allreduce(x @ mass(x).T, MPI.SUM)
-        scale = 1 / np.sqrt(np.diag(gram))
-        gram = gram * scale * scale[:, None]
-        values, vectors = np.linalg.eigh(gram)
-        x = (vectors / np.sqrt(np.maximum(values, 1e-14 * values[-1]))).T @ (x * scale[:, None])
-        if np.abs(gram - np.eye(len(gram))).max() < 1e-8:
-            break
-    return x
-
-
-def _signs(V, modes: np.ndarray) -> np.ndarray:
-    """Signs that make the integral of each mode against a fixed generic function positive, shape (r,)."""
-    overlap = V.comm.allreduce(modes @ geometric_key(V), MPI.SUM)
-    return np.where(overlap < 0, -1.0, 1.0)
