@@ -75,10 +75,11 @@ def case(name, comm=COMM_WORLD, **change):
     return channel(mesh=mesh, **(options | change))
 
 
-QUICK = ["initial", "strength", "flux in space and time", "dirichlet in time", "several",
-         "squared flux in space and time, reaction", "diffusivity in space and time"]
-SLOW = ["exponential initial, reaction", "source", "exponential strength", "flux", "flux times sin(t)", "dirichlet",
-        "dirichlet in space and time", "diffusivity", "velocity", "velocity depends on time"]
+QUICK = ["flux in space and time", "several"]
+SLOW = ["initial", "strength", "dirichlet in time", "squared flux in space and time, reaction",
+        "diffusivity in space and time", "exponential initial, reaction", "source", "exponential strength", "flux",
+        "flux times sin(t)", "dirichlet", "dirichlet in space and time", "diffusivity", "velocity",
+        "velocity depends on time"]
 each_case = pytest.mark.parametrize("name, family", [
     *((name, "CG") for name in QUICK),
     *(pytest.param(name, "CG", marks=pytest.mark.slow) for name in SLOW),
@@ -92,6 +93,7 @@ def error_at_end(mesh, family, degree, steps, theta, exact, kappa=0.05, end=1.0,
     V, t = FunctionSpace(mesh, family, degree), Constant(0.0)
     x, y = SpatialCoordinate(mesh)
     u, v = exact(x, y, t), as_vector([1 + y, 0.5 - 0.2 * x])
+    kappa = Constant(kappa)
     q = kappa * dot(FacetNormal(mesh), grad(u))
     s = variable(t)
     rate = diff(exact(x, y, s), s)
@@ -105,7 +107,7 @@ def error_at_end(mesh, family, degree, steps, theta, exact, kappa=0.05, end=1.0,
     return errornorm(exact(x, y, end), last, degree_rise=2)
 
 
-@pytest.mark.parametrize("family", ["CG", "DG"])
+@pytest.mark.parametrize("family", ["CG", pytest.param("DG", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("theta, order", [(0.5, 2), (1.0, 1)])
 def test_order_in_time(family, theta, order):
     """The solution is quadratic in space, so all error comes from time, with SUPG only where that is consistent."""
@@ -116,9 +118,8 @@ def test_order_in_time(family, theta, order):
     assert abs(np.log2(coarse / fine) - order) < 0.15
 
 
-@pytest.mark.parametrize("family, degree", [("CG", 1), pytest.param("CG", 2, marks=pytest.mark.slow),
-                                            pytest.param("DG", 1, marks=pytest.mark.slow),
-                                            pytest.param("DG", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family, degree", [("CG", 1), ("CG", 2), ("DG", 1), ("DG", 2)])
 @pytest.mark.parametrize("kappa", [0.05, 1e-4])
 def test_order_in_space_and_time(family, degree, kappa):
     def exact(x, y, t):
@@ -142,6 +143,7 @@ def test_supg_suppresses_oscillations():
     assert overshoot[True] < 0.6 * overshoot[False]
 
 
+@pytest.mark.slow
 def test_long_time_gives_the_steady_state():
     mesh = UnitSquareMesh(6, 6)
     V = FunctionSpace(mesh, "CG", 1)
@@ -195,6 +197,7 @@ def draws(problem, n, seed=1):
     return 0.5 * np.random.default_rng(seed).standard_normal((n, owned(Function(problem.M)).size))
 
 
+@pytest.mark.slow
 def test_strength_in_time_is_the_source_in_time():
     """Nodal values of 1 - 2t on the interval, and of t + y in space and time, are these functions."""
     mesh = UnitSquareMesh(4, 4)
@@ -239,6 +242,7 @@ def test_taylor():
         assert taylor_test(functional, m, h) > 1.95
 
 
+@pytest.mark.slow
 def test_members_that_the_chord_loses_go_to_newton():
     problem = channel(reaction=lambda u: u**5, dirichlet={1: 0}, source=0, supg=False)
     ms = np.abs(draws(problem, 3)) * np.array([[0.1], [8.0], [30.0]])
@@ -258,7 +262,7 @@ def test_no_solution_names_sample_and_time():
     assert np.isfinite(problem.solve_many([Function(V).assign(0.01)])).all()
 
 
-@pytest.mark.parametrize("name", ["initial", "diffusivity"])
+@pytest.mark.parametrize("name", ["initial", pytest.param("diffusivity", marks=pytest.mark.slow)])
 def test_nan_is_a_solve_error(name):
     problem = case(name)
     ms = draws(problem, 2)
@@ -288,10 +292,11 @@ def summary(name, comm):
     return np.array([norm(u) for u in states] + [comm.allreduce(change[0])])
 
 
-@pytest.mark.parallel([1, 2])
-def test_ranks():
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("names", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["quick", "slow"])
+def test_ranks(names):
     """Two ranks find what one finds (one mpiexec for all)."""
-    for name in QUICK:
+    for name in names:
         spread, alone = (summary(name, comm) for comm in (COMM_WORLD, COMM_SELF))
         assert np.allclose(spread, alone, rtol=1e-8, atol=0), name
 
