@@ -39,7 +39,7 @@ def test_ten_added_lines_embed_the_plugin(name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_tiny(name, tmp_path):
     sizes = {"truths": 1} if name == "stokes_inflow" else {"held_out": 20}
-    _load(name).run(tmp_path, n=6, pairs=150, samples=50, options=TrainingOptions(steps=50), progress=False, **sizes)
+    _load(name).run(tmp_path, n=6, pairs=100, samples=30, options=TrainingOptions(steps=50), progress=False, **sizes)
     for picture in PICTURES[name]:
         assert (tmp_path / f"{picture}.png").stat().st_size > 10000
 
