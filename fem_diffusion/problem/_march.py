@@ -333,7 +333,7 @@ class Load(_Part):
         self._assembler = get_assembler(form) if form.integrals() else None
         moving = [march.e.t, *(x.value for x in march.loads if x.moves)]
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
-        super().__init__(march, march.loads, [derivative_by(march.A, x) for x in march.loads],
+        super().__init__(march, march.loads, [derivative_by(march.R, x) for x in march.loads],
                          march.operator_moves or contains(form, moving), [march.new, march.old, *values])
 
     def value(self, k):
