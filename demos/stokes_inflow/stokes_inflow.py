@@ -69,8 +69,8 @@ def channel(n):
 
 def infer(M, W, solver, pairs, folder, options, progress):
     """Prior, probes, noise and trained model."""
-    y = SpatialCoordinate(M.mesh())[1]
-    no_slip = DirichletBC(M, 0, "on_boundary")
+    y = SpatialCoordinate(M.mesh())[1]  # added
+    no_slip = DirichletBC(M, 0, "on_boundary")  # added
     prior = GaussianPrior(M, std=0.4, correlation_length=0.3, mean=4 * y * (1 - y), bcs=no_slip)  # added
     sensors = point_sensors(W, PROBES, component=0)  # added
     data = simulate(prior, solver, sensors, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
