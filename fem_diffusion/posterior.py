@@ -216,7 +216,8 @@ class Posterior:
     def sample(self, n: int, *, seed: int, alpha: float | Callable[[torch.Tensor], torch.Tensor] = 0.0,
                steps: int = 20, formulation: Formulation | None = None, method: str | None = None,
                coordinates: str = "whitened", nodes: str | None = None, refill: bool | None = None,
-               device: str = "cpu", callback: Callable | None = None, progress: bool = False) -> "Samples":
+               corrections: int | None = None, device: str = "cpu", callback: Callable | None = None,
+               progress: bool = False) -> "Samples":
         """Draw samples of the parameter.
 
         Parameters
@@ -225,7 +226,7 @@ class Posterior:
             Number of samples.
         seed : int
             Of all draws.
-        alpha, steps, formulation, method, coordinates, nodes, callback
+        alpha, steps, formulation, method, coordinates, nodes, corrections, callback
             Of the sampler, as for `sample_latents`: without them the probability-flow ODE in 20 network evaluations, at
             noise levels chosen from the spectrum of the posterior. The callback runs on rank 0 alone: it must not call
             Firedrake, which would wait for the other ranks.
@@ -252,9 +253,11 @@ class Posterior:
 
         def draw():
             y = torch.as_tensor(self.y, dtype=torch.float64, device=device)
+            generator = torch.Generator(device).manual_seed(seed)
             return sample_latents(self.model.denoiser.to(device), y.expand(n, -1), formulation, alpha=alpha,
-                                  steps=steps, method=method, coordinates=coordinates, nodes=nodes, callback=callback,
-                                  progress=progress, generator=torch.Generator(device).manual_seed(seed)).cpu()
+                                  steps=steps, method=method, coordinates=coordinates, nodes=nodes,
+                                  corrections=corrections, callback=callback, progress=progress,
+                                  generator=generator).cpu()
         z = on_root(comm, draw)
         refill = basis.standard_prior if refill is None else refill
         # A stream of its own, apart from that of the latents and from those of the training pairs.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.support import Support
+from fem_diffusion.diffusion.surrogate import Surrogate
 
 __all__ = ["Denoiser"]
 
@@ -37,14 +38,17 @@ class Denoiser:
         Of the posterior covariance in base coordinates, from which samplers place their steps.
     support : Support, optional
         Hard bounds of the latents, which samplers keep.
+    surrogate : Surrogate, optional
+        Density of the posterior by an emulator, with which samplers correct what the network has missed.
     """
 
     def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None,
-                 support: Support | None = None):
+                 support: Support | None = None, surrogate: Surrogate | None = None):
         self.base = base
         self.network = network
         self.spectrum = spectrum
         self.support = support
+        self.surrogate = surrogate
 
     def features(self, y: Tensor) -> Tensor:
         """What the network sees of measurements `y` (B, k): shape (B, k), in the precision of the network."""
@@ -101,4 +105,5 @@ class Denoiser:
     def to(self, device: str | torch.device) -> "Denoiser":
         """A copy on another device; this one stays where it is."""
         network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
-        return Denoiser(self.base.to(device), network, self.spectrum, self.support)
+        surrogate = self.surrogate and self.surrogate.to(device)
+        return Denoiser(self.base.to(device), network, self.spectrum, self.support, surrogate)

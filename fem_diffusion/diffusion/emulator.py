@@ -9,6 +9,7 @@ the coordinates c, so one emulator tells what any sensor would read.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,26 @@ class Emulator(nn.Module):
         """State coordinates (B, s) for latents (B, r), in double precision."""
         affine = self.offset + z.double() @ self.matrix.T
         return affine if self.head is None else affine + self.scale * self.correction(z).double()
+
+    def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
+        x, gates = z.float(), []
+        for layer in self.hidden:
+            before = layer(x)
+            gate = torch.sigmoid(before)
+            x = before * gate
+            gates.append(gate * (1 + before * (1 - gate)))   # slope of silu
+        affine = self.offset + z.double() @ self.matrix.T
+
+        def pull(covector: Tensor) -> Tensor:
+            result = covector @ self.matrix
+            if self.head is None:
+                return result
+            back = (covector * self.scale).float() @ self.head.weight
+            for layer, gate in zip(reversed(self.hidden), reversed(gates)):
+                back = (back * gate) @ layer.weight
+            return result + back.double()
+        return affine if self.head is None else affine + self.scale * self.head(x).double(), pull
 
 
 class _Regression(Task):

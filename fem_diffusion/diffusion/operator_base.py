@@ -14,6 +14,7 @@ Where f is affine and the latents are Gaussian the first update is the exact pos
 layouts, and neither the order nor the number of sensors matters.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,22 @@ class OperatorBase:
         """Number of latents."""
         return len(self.mean)
 
+    def to(self, device: str | torch.device) -> "OperatorBase":
+        """A copy on another device; this one stays where it is."""
+        return OperatorBase(self.mean.to(device), self.factor.to(device), deepcopy(self.emulator).to(device),
+                            self.updates)
+
+    @property
+    def precision(self) -> Tensor:
+        """C⁻¹, shape (r, r)."""
+        identity = torch.eye(self.r, dtype=self.factor.dtype, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor, identity, upper=True)
+        return inverse.T @ inverse
+
+    def noise(self, sensors: Sensors) -> Tensor:
+        """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k)."""
+        return torch.diag_embed(sensors.variance) + sensors.rows @ self.emulator.residual @ sensors.rows.mT
+
     def locate(self, sensors: Sensors, y: Tensor) -> Located:
         """Gaussian approximation of the posterior of each measurement.
 
@@ -104,9 +121,7 @@ class OperatorBase:
         """
         size, identity = len(sensors), torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior = self.factor.expand(size, -1, -1)
-        inverse = torch.linalg.solve_triangular(self.factor, identity, upper=True)
-        precision, prior_mean = inverse.T @ inverse, self.mean.expand(size, -1)
-        noise = torch.diag_embed(sensors.variance) + sensors.rows @ self.emulator.residual @ sensors.rows.mT
+        precision, prior_mean, noise = self.precision, self.mean.expand(size, -1), self.noise(sensors)
         mean, factor, affine = prior_mean, prior, self.emulator.head is None
         points = None if affine else _points(self.r, y)
         for _ in range(1 if affine else self.updates):

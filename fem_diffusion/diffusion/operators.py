@@ -14,6 +14,7 @@ from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.operator_base import UPDATES, Located, OperatorBase
 from fem_diffusion.diffusion.sensor_network import SensorNetwork
 from fem_diffusion.diffusion.sensors import LayoutLaw, Sensors
+from fem_diffusion.diffusion.surrogate import surrogate
 from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import measure_spectrum, noisy
 
@@ -66,11 +67,17 @@ class OperatorDenoiser:
         # The mean is that of this very measurement, so the gain is zero.
         base = GaussianBase(located.mean[0], y, y.new_zeros(self.base.r, k), located.factor[0], located.whitener[0],
                             torch.eye(k, dtype=y.dtype, device=y.device))
-        if self.network is None or (k == 0 and self.standard_prior):
-            return Denoiser(base, None, None, self.support)
+        if k == 0 and self.standard_prior:
+            return Denoiser(base, None)
+        density = None
+        if self.standard_prior and self.base.emulator.head is not None:
+            density = surrogate(self.base, sensors, y[None], located)
+        if self.network is None:
+            return Denoiser(base, None, None, self.support, density)
         with torch.no_grad():
             context = self.network.context(sensors, located, y[None])
-        return Denoiser(base, _Conditioned(self.network, context, located.factor), self.spectrum, self.support)
+        network = _Conditioned(self.network, context, located.factor)
+        return Denoiser(base, network, self.spectrum, self.support, density)
 
 
 class _Conditioned(nn.Module):
@@ -93,7 +100,7 @@ class _Conditioned(nn.Module):
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a network sees of B located measurements, and the latents behind them in base coordinates, w (B, r)."""
+    """What a network sees of B located measurements, and n samples of their posteriors in base coordinates."""
 
     sensors: Sensors
     located: Located
@@ -106,7 +113,7 @@ class _Measured:
     def select(self, index: Tensor) -> "_Measured":
         """Some of the measurements."""
         return _Measured(*(_map(lambda x: x[index], part) for part in (self.sensors, self.located)), self.y[index],
-                         self.w[index])
+                         self.w[:, index])
 
 
 def _map(function, part):
@@ -119,8 +126,9 @@ class _Layouts(Task):
 
     name = "train"
 
-    def __init__(self, z: Tensor, c: Tensor, law: LayoutLaw, base: OperatorBase, options: TrainingOptions):
-        self.options, self.base, self.law = options, base, law
+    def __init__(self, z: Tensor, c: Tensor, law: LayoutLaw, base: OperatorBase, standard_prior: bool,
+                 options: TrainingOptions):
+        self.options, self.base, self.law, self.standard_prior = options, base, law, standard_prior
         training, held_out = hold_out(len(z), options)
         held_out = held_out[:_HELD_OUT]
         self.z, self.c, self.size = z[training], c[training], len(training)
@@ -132,15 +140,25 @@ class _Layouts(Task):
         self.base_losses = self._losses(lambda seen, v, angle: torch.zeros_like(v))
         self.parts = [z, c, *(x for seen, draws in self.validation for x in (seen.y, *draws))]
 
-    def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator) -> _Measured:
-        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s), in single precision."""
+    def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> _Measured:
+        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s), in single precision.
+
+        The latents are a sample of their posterior; Hamiltonian moves from there make more.
+        """
         sensors = self.law.draw(len(z), generator)
         y = sensors.measure(c, generator)
+        parts, samples = [], []
         with torch.no_grad():
-            parts = [self.base.locate(_map(lambda x: x[rows], sensors), y[rows])
-                     for rows in torch.arange(len(z), device=z.device).split(_CHUNK)]
+            for rows in torch.arange(len(z), device=z.device).split(_CHUNK):
+                part, reading = _map(lambda x: x[rows], sensors), y[rows]
+                parts.append(self.base.locate(part, reading))
+                density = surrogate(self.base, part, reading, parts[-1])
+                chain = [parts[-1].whiten(z[rows])]
+                for _ in range(moves):
+                    chain.append(density.move(chain[-1][:, None], generator)[0][:, 0])
+                samples.append(torch.stack(chain))
         located = Located(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Located)))
-        return _Measured(_map(_single, sensors), _map(_single, located), _single(y), _single(located.whiten(z)))
+        return _Measured(_map(_single, sensors), _map(_single, located), _single(y), _single(torch.cat(samples, 1)))
 
     def network(self) -> nn.Module:
         return SensorNetwork(self.base.r, self.c.shape[1], self.options.width, self.options.depth)
@@ -148,11 +166,13 @@ class _Layouts(Task):
     def prepare(self, generator):
         count = min(self.size, -(-self.options.batch * self.options.evaluate_every // _DRAWS))
         index = torch.randperm(self.size, generator=generator, device=self.z.device)[:count]
-        self.bank = self._measure(self.z[index], self.c[index], generator)
+        self.bank = self._measure(self.z[index], self.c[index], generator, _DRAWS - 1 if self.standard_prior else 0)
 
     def loss(self, network, index, generator):
-        seen = self.bank.select(index % len(self.bank.w))
-        v, angle, target = noisy(seen.w[None], self.options, generator)
+        seen = self.bank.select(index % len(self.bank.y))
+        draw = torch.randint(len(seen.w), (len(index),), generator=generator, device=index.device)
+        w = seen.w.gather(0, draw[None, :, None].expand(1, -1, seen.w.shape[2]))
+        v, angle, target = noisy(w, self.options, generator)
         return (network(v, angle, seen.context(network), seen.located.factor) - target).square().mean()
 
     def _losses(self, output) -> Tensor:
@@ -170,11 +190,11 @@ class _Layouts(Task):
         contexts = [part.context(network) for part in seen]
 
         def residual(v, angle):
-            sizes = [len(part.w) for part in seen]
+            sizes = [len(part.y) for part in seen]
             return torch.cat([network(a[None], b[None], context, part.located.factor)[0] for a, b, context, part
                               in zip(v.split(sizes), angle.split(sizes), contexts, seen)])
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
-        return measure_spectrum(residual, torch.cat([part.w for part in seen]), generator)
+        return measure_spectrum(residual, torch.cat([part.w[0] for part in seen]), generator)
 
 
 def _single(x: Tensor) -> Tensor:
@@ -232,7 +252,8 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
     law = law.to(device, torch.float64)
     with threads(options.threads):
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
-        tasks = [_Layouts(*moved[:2], law, OperatorBase(*moved[2:], emulator, updates), options)
+        tasks = [_Layouts(*moved[:2], law, OperatorBase(*moved[2:], emulator, updates), standard_prior,
+                          options)
                  for updates in ((1,) if emulator.head is None else (1, UPDATES))]
         task = min(tasks, key=lambda task: float(task.base_losses.mean()))
         loop = Loop(task, options, checkpoint)

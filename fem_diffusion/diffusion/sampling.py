@@ -24,7 +24,7 @@ every :math:`\alpha`. All formulations coincide in these coordinates; they diffe
 import math
 import warnings
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from fem_diffusion.errors import InputError
 
 __all__ = ["METHODS", "churn", "evaluations", "sample_latents"]
 
-_REDRAWS = 20
+_REDRAWS, _CORRECTIONS = 20, 6
 # Between these noise levels a formulation has to run.
 _SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": _whitened.METHODS, "plain": _plain.METHODS}
@@ -114,7 +114,7 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
                    generator: torch.Generator, method: str | None = None,
                    alpha: float | Callable[[Tensor], Tensor] = 0.0, steps: int = 20, coordinates: str = "whitened",
                    nodes: str | None = None, callback: Callable[[int, float, Tensor], None] | None = None,
-                   memory: int = 2**28, progress: bool = False) -> Tensor:
+                   corrections: int | None = None, memory: int = 2**28, progress: bool = False) -> Tensor:
     """Draw one latent vector for each row of measurements.
 
     Parameters
@@ -146,6 +146,9 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     callback : Callable, optional
         Called after each step with its number, the noise level it reached and the state in latent coordinates,
         shape (B, r); the adaptive method calls it once, at the end.
+    corrections : int, optional
+        Hamiltonian moves at the end, under the density of the emulator, where the denoiser has one: they take samples
+        to the emulator's posterior, wherever the network put them. 6 where there is one and this is left out.
     memory : int
         Bound in bytes on what one evaluation of the network may hold; larger batches are evaluated in parts. Samples
         do not depend on it beyond rounding.
@@ -162,12 +165,14 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     ------
     InputError
         If `alpha` is negative, `steps` is not a positive whole number, a word is unknown, the method does not serve
-        alpha > 0, the formulation's noise does not reach far enough, or `y` is of the wrong shape or not finite.
+        alpha > 0, the formulation's noise does not reach far enough, `y` is of the wrong shape or not finite, or
+        corrections are asked for without a surrogate.
     """
     y = y.to(denoiser.base.latent_mean)
     if method is None:
         method = "exponential" if coordinates == "plain" else "multistep" if _is_zero(alpha) else "heun"
     scheme = _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation)
+    corrections = _corrections(denoiser, corrections)
     nodes = nodes or ("spectrum" if formulation is None else "time")
     formulation = formulation or variance_preserving()
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
@@ -184,7 +189,10 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
 
         def normal() -> Tensor:
             return torch.randn(len(y), denoiser.base.r, generator=generator, dtype=y.dtype, device=y.device)
-        return denoiser.base.colour(scheme.run(network, normal, formulation, angles, rate, report), y)
+        w = scheme.run(network, normal, formulation, angles, rate, report)
+        for _ in range(corrections):
+            w = denoiser.surrogate.move(w[None], generator)[0][0]
+        return denoiser.base.colour(w, y)
     with torch.no_grad(), tqdm(total=int(steps), desc="sample", disable=not progress) as bar:
         def report(step: int, sigma: float, state: Tensor) -> None:
             bar.update(step - bar.n)
@@ -208,6 +216,18 @@ def _redraw(z: Tensor, y: Tensor, support: Support, draw: Callable) -> Tensor:
                       f"{_REDRAWS} draws: the measurement is unlike the training measurements, or the prior has no "
                       "hard bounds and `denoiser.support` should be None.", stacklevel=3)
     return z
+
+
+def _corrections(denoiser: Denoiser, corrections: int | None) -> int:
+    """Number of corrections; raises InputError where they are asked for in vain."""
+    if corrections is None:
+        return _CORRECTIONS if denoiser.surrogate is not None else 0
+    if not isinstance(corrections, Integral) or corrections < 0:
+        raise InputError(f"The number of corrections is a whole number >= 0, not {corrections!r}.")
+    if corrections and denoiser.surrogate is None:
+        raise InputError("Corrections need the density of an emulator, which models of many operators with a Gaussian "
+                         "prior have: leave `corrections` out.")
+    return int(corrections)
 
 
 def _is_zero(alpha) -> bool:
