@@ -95,7 +95,7 @@ def test_blocks_and_derivatives(name, reaction):
 def summary(name, comm):
     """Norms of states and a derivative of their mean: the same however the mesh is spread."""
     mesh = UnitSquareMesh(6, 6, comm=comm)
-    problem = channel(mesh=mesh, family="DG", M=FunctionSpace(mesh, "CG", 1), **CASES[name])
+    problem = channel(mesh=mesh, family="DG", **CASES[name])
     x = SpatialCoordinate(mesh)
     ms = [Function(problem.M).interpolate(1 + sin((k + 2) * x[0] + x[1])) for k in range(3)]
     states = [as_function(problem.V, row) for row in problem.solve_many(ms, block=2)]
@@ -105,12 +105,11 @@ def summary(name, comm):
     return np.array([norm(u) for u in states] + [comm.allreduce(change[0])])
 
 
-@slow
-@pytest.mark.parallel([1, 2])
+@pytest.mark.parallel(2)
 def test_ranks():
-    for name in ("flux", "squared dirichlet", "diffusivity"):
-        spread, alone = (summary(name, comm) for comm in (COMM_WORLD, COMM_SELF))
-        assert np.allclose(spread, alone, rtol=1e-9, atol=0), name
+    """Two ranks find what one finds (not slow, because a child would deselect what is)."""
+    spread, alone = (summary("dirichlet", comm) for comm in (COMM_WORLD, COMM_SELF))
+    assert np.allclose(spread, alone, rtol=1e-9, atol=0)
 
 
 # --- errors
