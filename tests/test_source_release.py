@@ -27,25 +27,26 @@ def _check_pictures(folder):
 
 def test_source_release_runs(demo, tmp_path):
     options = TrainingOptions(steps=40, evaluate_every=20, width=32)
-    calibration, coverage = demo.run(tmp_path, pairs=160, cases=3, draws=19, samples=40, modes=12, options=options)
-    assert calibration.ranks.shape == (3, len(demo.QUANTITIES))
-    assert all(0 <= share <= 1 for share in coverage.values())
+    found = demo.run(tmp_path, pairs=160, cases=2, draws=19, samples=40, modes=12, options=options)
+    assert found.quantities.ranks.shape == (2, len(demo.QUANTITIES)) and found.hospital.ranks.shape == (2, 12)
+    assert all(0 <= share <= 1 for share, _ in found.field.values())
     _check_pictures(tmp_path)
 
 
-def test_rows_of_the_hospital_are_its_readings(demo):
+def test_rows_over_the_release_are_the_readings(demo):
     problem = demo.transport()
     release = demo.clouds(5).dat.data_ro**2
     sensor = demo.point_sensors(problem.U, [demo.HOSPITAL])
     reading = sensor(problem(field(demo.V, release)))
-    assert np.allclose(demo.hospital_rows(problem) @ release, reading, atol=1e-9 * reading.max())
+    seen = demo.seen_from_start(problem, sensor)
+    assert np.allclose(seen.rows @ release, reading, atol=1e-9 * reading.max())
 
 
 @pytest.mark.slow
 def test_source_release_is_calibrated(demo, tmp_path):
-    calibration, coverage = demo.run(tmp_path)
+    found = demo.run(tmp_path)
     _check_pictures(tmp_path)
     for level in demo.LEVELS:
-        assert abs(calibration.coverage[level] - level) < 0.04
-        assert abs(coverage[level] - level) < 0.04
-    assert (calibration.p_values > 0.01).all() and len(calibration.p_values) >= 5
+        for share in (found.quantities.coverage[level], found.hospital.coverage[level], found.field[level][0]):
+            assert abs(share - level) < 0.04
+    assert (found.quantities.p_values > 0.01).all() and len(found.quantities.p_values) >= 5
