@@ -22,11 +22,12 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-pde demo-logistic demo-stokes demo-elastic test test-slow lint clean \
+.PHONY: help install demo demo-sensors demo-pde demo-logistic demo-stokes demo-elastic test test-slow lint clean \
         benchmark-formulations benchmark-collapse benchmark-ensemble benchmark-peers
 
 help:
 	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
+	@echo "make demo-sensors one model for any set of sensors: twenty layouts it has never seen"
 	@echo "make demo-pde   diffusion models solved as PDEs for the density, forward and back"
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
@@ -47,6 +48,9 @@ install:
 
 demo: install
 	$(DEMO)
+
+demo-sensors: install
+	$(RUN) demos/many_sensors/many_sensors.py
 
 demo-pde: install
 	$(RUN) demos/diffusion_as_pde/diffusion_as_pde.py

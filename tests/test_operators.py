@@ -178,7 +178,7 @@ def test_the_density_of_the_emulator_has_its_gradient_and_keeps_its_law(bent):
     start = grid[torch.multinomial(weights, 4000, replacement=True, generator=_generator(2))][None]
     moved, accepted = density.move(start, _generator(3))
     assert accepted.double().mean() > 0.5 and (moved != start).any()
-    white = np.linalg.solve(np.linalg.cholesky(covariance), (moved[0] - mean).T).T
+    white = np.linalg.solve(np.linalg.cholesky(covariance.numpy()), (moved[0] - mean).numpy().T).T
     # Five standard errors of means, and of variances of a law with tails twice as heavy as a normal's.
     assert np.abs(white.mean(0)).max() < 5 / 4000**0.5
     assert np.abs(np.cov(white, rowvar=False) - np.eye(2)).max() < 5 * (5 / 4000)**0.5
@@ -208,19 +208,18 @@ def _mixture(sensors, y):
 
 def test_the_network_learns_what_the_base_cannot_know():
     z = _two_modes(8000, 0)
-    model, history = fit_operators(z, z, torch.ones(2).double(), _law(), options=replace(QUICK, steps=1500, batch=256))
+    model, history = fit_operators(z, z, torch.ones(2).double(), _law(), options=QUICK)
     assert history.best_step and model.base.emulator.head is None and model.at(*next(_cases(0))).surrogate is None
     found, plain = [], []
-    for number in range(4):
+    for number in range(8):
         sensors = _law((1, 3)).draw(1, _generator(number))
         y = sensors.measure(_two_modes(1, 50 + number), _generator(number))[0]
         exact, denoiser = _mixture(sensors, y), model.at(sensors, y)
         found.append(_errors(denoiser, sensors, y, exact))
         plain.append(_errors(Denoiser(denoiser.base, None), sensors, y, exact))
-    print(np.round(found, 3), np.round(plain, 3))
     found, plain = np.array(found), np.array(plain)
-    assert found[:, 0].max() < 0.2 and found[:, 1].max() < 0.25
-    assert plain[:, 0].max() > 0.3 or plain[:, 1].max() > 0.5
+    assert (found.mean(0) < 0.2).all() and found.max() < 0.4
+    assert (plain.mean(0) > 0.4).all()
 
 
 def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_path):

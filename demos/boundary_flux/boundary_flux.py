@@ -34,7 +34,8 @@ from fem_diffusion import (
     variance_exploding, variance_preserving,
 )
 from fem_diffusion.fields import coefficients, field
-from fem_diffusion.diagnostics import gauss_newton, hmc, sliced_wasserstein
+from fem_diffusion.diagnostics import sliced_wasserstein
+from fem_diffusion.diagnostics.fem_reference import exact_posterior, hmc_posterior
 from fem_diffusion.plot import plot_history, plot_predictive
 
 INFLOW, OUTFLOW, WALL = 1, 2, 3
@@ -79,66 +80,24 @@ def positive_case():
 
 
 def exact_reference(prior, forward, noise_std):
-    """Exact posterior of the linear-Gaussian case: mean, standard deviation and sets of samples for a measurement.
-
-    The Kalman update with the prior's covariance operator; samples are prior draws plus their update (Matheron's
-    rule), so nothing dense is built and any number of ranks will do.
-    """
-    operator = forward.sensitivity(prior.mean, observation.rows)
-    offset, centre = observation(forward(prior.mean)), coefficients(prior.mean)
-    cross = prior.apply_covariance(operator)
-    innovation = M.comm.allreduce(operator @ cross.T) + noise_std**2 * np.eye(len(offset))
-    gain = np.linalg.solve(innovation, cross)
-    variance = coefficients(prior.pointwise_std())**2 - (cross * gain).sum(axis=0)
+    """Exact posterior of the linear-Gaussian case for a measurement, with sets of samples and their distances."""
+    posterior = exact_posterior(prior, forward, observation, noise_std)
 
     def solve(y, seed):
-        draws = prior.sample_many(4 * SAMPLES, seed=1000 + seed)
-        noise = noise_std * np.random.default_rng(seed).standard_normal((len(draws), len(y)))
-        seen = offset + M.comm.allreduce((draws - centre) @ operator.T) + noise
-        sets = np.sqrt(weights) * (draws + (y - seen) @ gain).reshape(4, SAMPLES, -1)
+        sets = np.sqrt(weights) * posterior.sample(4 * SAMPLES, y, 1000 + seed).reshape(4, SAMPLES, -1)
         floor = np.mean([distance(a, b) for a, b in combinations(sets, 2)])
-        return {"mean": centre + (y - offset) @ gain, "std": np.sqrt(variance), "sets": sets, "floor": floor}
+        return {"mean": posterior.mean(y), "std": posterior.std, "sets": sets, "floor": floor}
     return solve
 
 
 def hmc_reference(basis, forward, noise_std, progress):
-    """Posterior mean and standard deviation by Hamiltonian Monte Carlo in the latents.
-
-    The acceptance test uses the finite element model. The leapfrog force uses its linearisation in the flux at the
-    maximum a posteriori point, which costs no solve.
-    """
-    def observe(q):
-        return observation.apply(forward.solve_many(q))
-
-    def fluxes(z):
-        return basis.parameters(torch.as_tensor(z))
-
+    """Posterior by Hamiltonian Monte Carlo for a measurement; the flux is an exponential, its own derivative."""
     def solve(y, seed):
-        def linearise(z):
-            q = fluxes(z[None])
-            rows = forward.sensitivity(field(M, q[0]), observation.rows)
-            jacobian = M.comm.allreduce((rows * q) @ basis.scaled_modes.T)
-            return (observe(q)[0] - y) / noise_std, jacobian / noise_std
-        centre, hessian = gauss_newton(linearise, basis.r)
-        q_map = fluxes(centre[None])
-        rows, offset = forward.sensitivity(field(M, q_map[0]), observation.rows), observe(q_map)[0]
-
-        def potential(z):
-            # A trajectory that leaves twelve prior standard deviations is refused without a solve.
-            inside = np.abs(z).max(axis=1) < 12
-            misfit = (observe(fluxes(np.where(inside[:, None], z, centre))) - y) / noise_std
-            return np.where(inside, ((z**2).sum(axis=1) + (misfit**2).sum(axis=1)) / 2, np.inf)
-
-        def gradient(z):
-            q = fluxes(np.clip(z, -12, 12))
-            misfit = offset + M.comm.allreduce((q - q_map) @ rows.T) - y
-            return z + M.comm.allreduce(((misfit / noise_std**2) @ rows * q) @ basis.scaled_modes.T)
-        result = hmc(potential, gradient, centre, hessian, chains=100, draws=40, warmup=10, step=0.35, leaps=5,
-                     seed=seed, progress=progress)
-        mean, std, mean_error, std_error = result.moments(fluxes)
-        lower, upper = np.quantile(fluxes(result.samples.reshape(-1, basis.r)), [0.025, 0.975], axis=0)
-        return {"mean": mean, "std": std, "band": (mean, lower, upper), "acceptance": result.acceptance,
-                "error": (error(mean + mean_error, mean), error(std + std_error, std))}
+        found = hmc_posterior(basis, forward, observation, y, noise_std, slope=lambda q: q, seed=seed,
+                              progress=progress)
+        return {"mean": found.mean, "std": found.std, "band": (found.mean, found.lower, found.upper),
+                "acceptance": found.acceptance, "error": (error(found.mean + found.mean_error, found.mean),
+                                                          error(found.std + found.std_error, found.std))}
     return solve
 
 

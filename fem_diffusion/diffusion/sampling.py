@@ -296,4 +296,5 @@ def _row_bytes(denoiser: Denoiser, y: Tensor) -> int:
     """Estimate of what the evaluation of one row holds: the outputs of all linear layers, twice, and the state."""
     layers = denoiser.network.modules() if isinstance(denoiser.network, nn.Module) else ()
     width = sum(layer.out_features for layer in layers if isinstance(layer, nn.Linear))
+    width += getattr(denoiser.network, "row_size", 0)  # of layers on a mesh
     return 8 * width + 8 * (y.shape[1] + 4 * denoiser.base.r)

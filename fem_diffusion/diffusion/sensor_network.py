@@ -18,7 +18,8 @@ class SensorNetwork(nn.Module):
 
     Every sensor is a token: what it sees of the state and of the base coordinates, its noise, its reading and how that
     misses the base. Learned queries attend to the tokens; what they gather, with mean and standard deviations of the
-    base, conditions the residual network, which also sees the noisy state in latent coordinates.
+    base, conditions a residual network, which sees the noisy state both in base coordinates and as the latents that the
+    base makes of it, and answers in both: a law of the latents is the same in latents, whatever the sensors.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ class SensorNetwork(nn.Module):
         self.queries = nn.Parameter(torch.randn(queries, tokens) / tokens**0.5)
         self.attention = nn.MultiheadAttention(tokens, 4, batch_first=True)
         self.gather = nn.Sequential(nn.Linear(queries * tokens, tokens), nn.SiLU())
-        self.flow = ResidualMLP(r, 3 * r + tokens, width, depth)
+        self.flow = ResidualMLP(2 * r, 2 * r + tokens, width, depth)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,5 +87,8 @@ class SensorNetwork(nn.Module):
         Tensor
             Shape (R, B, r).
         """
-        latent = torch.einsum("bij,nbj->nbi", factor, v)
-        return self.flow(v, angle, torch.cat([context.expand(len(v), -1, -1), latent], 2))
+        r = v.shape[2]
+        latent = context[:, :r] + torch.cos(angle) * torch.einsum("bij,nbj->nbi", factor, v)
+        output = self.flow(torch.cat([v, latent], 2), angle, context.expand(len(v), -1, -1))
+        # A score of the latents becomes one of base coordinates by the transposed factor.
+        return output[..., :r] + torch.einsum("bij,nbi->nbj", factor, output[..., r:])

@@ -1,0 +1,243 @@
+"""One trained model for any set of sensors: which flux enters the channel of demos/boundary_flux?
+
+The model is trained on states, under random operators: probes at random places of the channel, from a handful to
+dozens, and beams that measure the mean concentration along a line across it. Then it answers for layouts that it has
+never seen, next to the reference posterior and to a model that was trained for that layout alone.
+
+Case "gaussian": 20 layouts of 1 to 64 probes, against the exact finite element posterior.
+Case "positive": five layouts, among them an array of which five sensors have failed and a mixture of probes and beams,
+against Hamiltonian Monte Carlo with the finite element model.
+
+    python demos/many_sensors/many_sensors.py [--output FOLDER] [--case gaussian|positive]
+
+What has been computed is kept in the output folder: an interrupted run continues.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from firedrake import COMM_WORLD, Function, SpatialCoordinate
+from firedrake.pyplot import tripcolor
+from matplotlib import pyplot as plt
+
+from fem_diffusion import (
+    DataSet, GaussianNoise, OperatorFamily, SensorKind, TrainingOptions, fit, fit_family, karhunen_loeve,
+    line_averages, point_sensors, random_points, simulate,
+)
+from fem_diffusion.diagnostics.fem_reference import MonteCarloPosterior, exact_posterior, hmc_posterior
+from fem_diffusion.fields import coefficients, field
+from fem_diffusion.plot import plot_history
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "boundary_flux"))
+from boundary_flux import M, V, error, gaussian_case, mesh, positive_case, say, sensors as ARRAY  # noqa: E402
+
+PROBE, BEAM = 0.046, 0.02   # noise of a probe and of a beam, mol/m³
+SAMPLES = 8000
+
+# ## The family: what a measurement may hold
+
+
+def beams(positions, tilts):
+    """Lines from wall to wall that start at these positions and lean by these lengths, in m."""
+    ends = np.clip(np.add(positions, tilts), 0.0, 4.0)
+    return line_averages(V, [(x, 0.0) for x in positions], [(x, 1.0) for x in ends])
+
+
+def probes_family(most):
+    """Probes at random places, up to so many."""
+    return OperatorFamily(SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (1, most)))
+
+
+def mixed_family():
+    """Probes at random places and beams, together."""
+    rng = np.random.default_rng(11)
+    return OperatorFamily((
+        SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (4, 24)),
+        SensorKind(beams(rng.uniform(0.2, 3.8, 500), rng.uniform(-0.5, 0.5, 500)), BEAM, (0, 4)),
+    ))
+
+
+# ## Layouts that training has not seen
+
+BEAMS = (0.8, 2.0, 3.2), (0.3, -0.2, 0.1)
+
+
+def layouts():
+    """Name, sensors, noise and which of them have failed, for the positive case."""
+    probes = [point_sensors(V, random_points(mesh, k, seed=20 + k)) for k in (6, 12, 24, 8)]
+    mixture = probes[3] + beams(*BEAMS)
+    array = point_sensors(V, ARRAY)
+    failed = np.isin(np.arange(len(array)), [1, 4, 5, 10, 13])
+    plain = [(f"{len(p)} probes", p, np.full(len(p), PROBE), np.zeros(len(p), dtype=bool)) for p in probes[:3]]
+    return plain + [
+        ("array of 16, 5 failed", array, np.full(16, PROBE), failed),
+        ("8 probes, 3 beams", mixture, np.repeat([PROBE, BEAM], [8, 3]), np.zeros(11, dtype=bool)),
+    ]
+
+
+def measure(observation, std, state, seed):
+    """A noisy measurement of a state."""
+    return observation(state) + std * np.random.default_rng(seed).standard_normal(len(observation))
+
+
+def trained_alone(data, basis, observation, std, options, checkpoint):
+    """A model of this one layout, from the same states."""
+    pairs = DataSet(data.fields, observation.apply(data.states))
+    return fit(pairs, basis, GaussianNoise(std=std), options=options, checkpoint=checkpoint, progress=False)
+
+
+def reference_posterior(file, basis, forward, observation, y, std, seed, draws, progress):
+    """The reference by Hamiltonian Monte Carlo, which a second run finds in the file."""
+    if M.comm.size == 1 and file.exists():
+        kept = np.load(file)
+        if kept["y"].shape == y.shape and np.allclose(kept["y"], y):
+            return MonteCarloPosterior(*(kept[f.name] for f in fields(MonteCarloPosterior)))
+    found = hmc_posterior(basis, forward, observation, y, std, slope=lambda q: q, seed=seed, draws=draws,
+                          progress=progress)
+    if M.comm.size == 1:
+        partial = file.with_suffix(".partial.npz")
+        np.savez(partial, y=y, **asdict(found))
+        partial.replace(file)
+    return found
+
+
+def errors(samples, mean, std):
+    """Relative errors of mean and standard deviation over the wall."""
+    return error(coefficients(samples.mean()), mean), error(coefficients(samples.std()), std)
+
+
+def gaussian(folder, progress, pairs=2000, count=20):
+    """Rows (number of probes, errors of the one model, errors of the model of that layout alone)."""
+    start = time.perf_counter()
+    prior, forward = gaussian_case()
+    basis = karhunen_loeve(prior)
+    data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_gaussian", progress=progress)
+    options = TrainingOptions(steps=1000)
+    model = fit_family(data, basis, probes_family(64), options=options, checkpoint=folder / "training_gaussian.pt",
+                       progress=progress)
+    say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {basis.r} modes of the flux, "
+        f"{model.states.r} of the state; network kept: {bool(model.history.best_step)}")
+    rows = []
+    for number, k in enumerate(np.geomspace(1, 64, count).round().astype(int).tolist()):
+        observation = point_sensors(V, random_points(mesh, k, seed=1000 + number))
+        y = measure(observation, PROBE, forward(prior.sample(seed=2000 + number)), number)
+        exact = exact_posterior(prior, forward, observation, PROBE)
+        alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.pt")
+        both = [posterior.sample(2 * SAMPLES, seed=number) for posterior in
+                (model.condition(observation, y, GaussianNoise(std=PROBE)), alone.condition(y))]
+        rows.append([k, *(x for samples in both for x in errors(samples, exact.mean(y), exact.std))])
+    say("\n| probes | mean error | std error | alone: mean | alone: std |\n|---|---|---|---|---|")
+    for k, *values in rows:
+        say(f"| {k} | " + " | ".join(f"{value:.2%}" for value in values) + " |")
+    if M.comm.rank == 0:
+        draw_counts(rows, folder / "gaussian.png")
+    return rows
+
+
+def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000), draws=120):
+    """Rows (layout, errors of the one model, errors of the model of that layout alone, errors of the reference)."""
+    start = time.perf_counter()
+    prior, forward = positive_case()
+    basis = karhunen_loeve(prior)
+    data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_positive", progress=progress)
+    simulated = time.perf_counter()
+    model = fit_family(data, basis, mixed_family(), options=options, checkpoint=folder / "training_positive.pt",
+                       progress=progress)
+    say(f"\npositive flux: {pairs} states in {simulated - start:.0f} s, one model trained in "
+        f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state, weights of step "
+        f"{model.history.best_step}")
+    model.save(folder / "model_positive.safetensors")
+    rows, drawn = [], []
+    for number, (name, observation, std, failed) in enumerate(layouts()):
+        truth = prior.sample(seed=300 + number)
+        y = measure(observation, std, forward(truth), number)
+        begun = time.perf_counter()
+        samples = model.condition(observation, np.where(failed, np.nan, y),
+                                  GaussianNoise(std=std)).sample(SAMPLES, seed=number)
+        sampled = time.perf_counter()
+        working, y, std = observation[~failed], y[~failed], std[~failed]
+        alone = trained_alone(data, basis, working, std, options, folder / f"alone_positive_{number}.pt")
+        trained = time.perf_counter()
+        reference = reference_posterior(folder / f"reference_{number}.npz", basis, forward, working, y, std, number,
+                                        draws, progress)
+        other = alone.condition(y).sample(SAMPLES, seed=number)
+        own = (error(reference.mean + reference.mean_error, reference.mean),
+               error(reference.std + reference.std_error, reference.std))
+        rows.append([name, *errors(samples, reference.mean, reference.std),
+                     *errors(other, reference.mean, reference.std), *own])
+        say(f"{name}: sampled in {sampled - begun:.1f} s; alone trained in {trained - sampled:.0f} s; HMC accepts "
+            f"{reference.acceptance:.0%}")
+        drawn.append((name, working, samples, other, field(M, coefficients(truth)), reference, forward(truth)))
+    say("\n| layout | mean error | std error | alone: mean | alone: std | reference: mean | reference: std |\n"
+        "|---|---|---|---|---|---|---|")
+    for name, *values in rows:
+        say(f"| {name} | " + " | ".join(f"{value:.1%}" for value in values) + " |")
+    draw_layouts(drawn, folder / "positive.png")
+    if M.comm.rank == 0:
+        plot_history(model.history).figure.savefig(folder / "training.png", dpi=150)
+        plt.close("all")
+    say(f"positive case finished after {time.perf_counter() - start:.0f} s; figures in {folder}")
+    return rows
+
+
+# ## Pictures
+
+
+def draw_counts(rows, file):
+    """Errors over the number of probes."""
+    k, *values = np.array(rows).T
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for ax, name, limit, ours, alone in zip(axes, ("mean", "standard deviation"), (0.05, 0.08), values[:2], values[2:]):
+        ax.loglog(k, 100 * ours, "o", color="tab:blue", label="one model for all layouts")
+        ax.loglog(k, 100 * alone, "x", color="tab:green", label="a model of that layout alone")
+        ax.axhline(100 * limit, color="grey", linestyle="--", linewidth=1, label=f"{limit:.0%}")
+        ax.set(xlabel="number of probes", ylabel="error against the exact posterior [%]", title=f"posterior {name}")
+        ax.label_outer()
+        ax.legend(fontsize="small", frameon=False)
+    figure.savefig(file, dpi=150)
+    plt.close("all")
+
+
+def draw_layouts(drawn, file):
+    """Sensors over the concentration, and the flux through the wall below them, one column for each layout."""
+    if mesh.comm.size > 1:
+        say("the layouts are drawn on one rank only")
+        return
+    x = coefficients(Function(M).interpolate(SpatialCoordinate(M.mesh())[0]))
+    order = np.argsort(x)
+    figure, axes = plt.subplots(2, len(drawn), figsize=(4.2 * len(drawn), 5.6), layout="constrained", sharex=True,
+                                height_ratios=(1, 2.2))
+    for column, (name, working, samples, other, truth, reference, state) in zip(axes.T, drawn):
+        colours = tripcolor(state, axes=column[0], cmap="viridis", shading="gouraud", vmin=0.9, vmax=4)
+        column[0].plot(*working.points.T, "o", color="tab:red", markeredgecolor="white", markersize=5)
+        if "beams" in name:
+            for x, tilt in zip(*BEAMS):
+                column[0].plot([x, x + tilt], [0, 1], color="tab:red", linewidth=2)
+        column[0].set(title=name, ylabel="y [m]", aspect="equal")
+        samples.plot(axes=column[1], truth=truth, reference=(reference.mean, reference.lower, reference.upper),
+                     xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")
+        column[1].plot(x[order], coefficients(other.mean())[order], color="tab:green", linewidth=1.2, linestyle="-.",
+                       label="model of this layout alone, mean")
+        column[1].legend(fontsize="x-small", frameon=False)
+        for ax in column:
+            ax.label_outer()
+    figure.colorbar(colours, ax=axes[0], label="concentration [mol/m³]", shrink=0.9)
+    figure.savefig(file, dpi=150)
+    plt.close("all")
+
+
+CASES = {"gaussian": gaussian, "positive": positive}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    parser.add_argument("--case", choices=CASES, action="append")
+    arguments, _ = parser.parse_known_args()
+    if COMM_WORLD.rank == 0:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    for case in arguments.case or CASES:
+        CASES[case](arguments.output, progress=True)

@@ -1,0 +1,201 @@
+"""One model for many observation operators, on a small channel: exact posteriors of unseen layouts, and bad input."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from firedrake import FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, as_vector, ds
+from mpi4py import MPI
+
+from fem_diffusion import (
+    AdvectionDiffusion, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily, SensorKind, TrainingOptions,
+    TransformedPrior, fit_family, functionals, karhunen_loeve, line_averages, load_family, patch_averages,
+    point_sensors, random_points, simulate,
+)
+from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diagnostics.fem_reference import exact_posterior
+from fem_diffusion.errors import DataError, InputError, ModelFileError
+
+COMM = MPI.COMM_WORLD
+NOISE = 0.05
+OPTIONS = TrainingOptions(steps=100, evaluate_every=50, width=16, depth=1)
+
+
+def _problem(pairs=300, transform=None):
+    mesh = RectangleMesh(24, 6, 4.0, 1.0)
+    V, M = FunctionSpace(mesh, "CG", 1), FunctionSpace(Submesh(mesh, 1, 3), "CG", 1)
+    _, height = SpatialCoordinate(mesh)
+    prior = GaussianPrior(M, std=0.3, correlation_length=1.0, mean=0.2)
+    prior = prior if transform is None else TransformedPrior(prior, transform)
+    forward = AdvectionDiffusion(V, M, ("flux", 3), velocity=as_vector([6 * height * (1 - height), 0 * height]),
+                                 diffusivity=0.1, dirichlet={1: 1.0})
+    return prior, forward, V, simulate(prior, forward, V, pairs, seed=1, progress=False)
+
+
+def _family(V):
+    """Probes at random places, wide averages along lines, and one mean over the outflow."""
+    mesh = V.mesh()
+    start = np.random.default_rng(0).uniform(0.1, 3.9, 40)
+    lines = line_averages(V, np.stack([start, 0 * start], 1), np.stack([start, 0 * start + 1], 1))
+    return OperatorFamily([SensorKind(point_sensors(V, random_points(mesh, 200, seed=1)), (0.02, 0.1), (0, 8)),
+                           SensorKind(lines, NOISE, (0, 3)),
+                           SensorKind(functionals(V, [lambda u: u * ds(2)]), NOISE, (0, 1))])
+
+
+@pytest.fixture(scope="module")
+def job():
+    prior, forward, V, data = _problem()
+    return prior, forward, V, data, fit_family(data, karhunen_loeve(prior, retained=0.99), _family(V), options=OPTIONS,
+                                               progress=False)
+
+
+def _p_values(posterior, exact, y, basis, seed=3):
+    """How well latents agree with those of the exact posterior, whose moments follow from the basis."""
+    samples = posterior.sample(3000, seed=seed)
+    mean = basis.encode(exact.mean(y)[None])[0].numpy()
+    operator = COMM.allreduce(exact.operator @ basis.scaled_modes.T)
+    covariance = np.linalg.inv(np.eye(basis.r) + (operator / exact.noise_std[:, None]**2).T @ operator)
+    return moment_p_values(samples.latents.numpy(), mean, covariance)
+
+
+@pytest.mark.parallel([1, 2])
+def test_layouts_never_seen_have_the_exact_posterior():
+    prior, forward, V, data = _problem()
+    basis = karhunen_loeve(prior, 5)
+    model = fit_family(data, basis, _family(V), options=OPTIONS, progress=False)
+    assert data.observations.shape == (300, 0) and model.history.best_step == 0
+    points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15), (3.3, 0.4)])
+    line = line_averages(V, [(2.5, 0.0)], [(2.5, 1.0)])
+    cases = (points, 0.05), (line, 0.05), (points + line, [0.02, 0.05, 0.1, 0.03])
+    for number, (observation, std) in enumerate(cases):
+        # A truth in the span of the modes, so that the posterior in latents is exact as well.
+        truth = basis.functions(torch.randn(1, 5, generator=torch.Generator().manual_seed(number)))[0]
+        y = observation(forward(truth)) + 0.03
+        exact = exact_posterior(_Spanned(basis, prior), forward, observation, std)
+        posterior = model.condition(observation, y, GaussianNoise(std=std))
+        assert min(_p_values(posterior, exact, y, basis)) > 1e-4
+        # The same sampler with readings in another order is wrong, and is seen to be.
+        if len(y) > 1:
+            wrong = model.condition(observation, y[::-1].copy(), GaussianNoise(std=std))
+            assert min(_p_values(wrong, exact, y, basis)) < 1e-6
+
+
+class _Spanned:
+    """The prior without what its basis leaves out."""
+
+    def __init__(self, basis, prior):
+        self.V, self.mean, self.basis, self.pointwise_std = prior.V, prior.mean, basis, prior.pointwise_std
+
+    def apply_covariance(self, rows):
+        return COMM.allreduce(rows @ self.basis.scaled_modes.T) @ self.basis.scaled_modes
+
+
+def test_failed_sensors_are_left_out_and_none_leave_the_prior(job):
+    prior, forward, V, _, model = job
+    points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15), (3.3, 0.4)])
+    y = points(forward(prior.mean))
+    noise = GaussianNoise(std=[0.05, 0.02, 0.05])
+    failed = model.condition(points, [y[0], np.nan, y[2]], noise).sample(50, seed=0)
+    less = model.condition(points[[0, 2]], y[[0, 2]], GaussianNoise(std=0.05)).sample(50, seed=0)
+    np.testing.assert_allclose(failed.values, less.values, rtol=1e-9)
+    for nothing in (model.condition(None, []), model.condition(points, 3 * [np.nan], noise)):
+        latents = nothing.sample(3000, seed=1).latents.numpy()
+        assert min(moment_p_values(latents, np.zeros(model.basis.r), np.eye(model.basis.r))) > 1e-4
+
+
+def test_repeated_sensors_and_singular_noise_are_answered(job):
+    prior, forward, V, _, model = job
+    twice = point_sensors(V, [(0.7, 0.2), (0.7, 0.2)])
+    y = twice(forward(prior.mean))
+    repeated = model.condition(twice, y, GaussianNoise(std=0.05)).sample(50, seed=0)
+    once = model.condition(twice[[0]], y[:1], GaussianNoise(std=0.05 / 2**0.5)).sample(50, seed=0)
+    np.testing.assert_allclose(repeated.values, once.values, rtol=1e-6, atol=1e-8)
+    # Perfectly correlated noise: two sensors that err together say no more than one.
+    together = model.condition(twice, y, GaussianNoise(covariance=0.05**2 * np.ones((2, 2)))).sample(50, seed=0)
+    alone = model.condition(twice[[0]], y[:1], GaussianNoise(std=0.05)).sample(50, seed=0)
+    np.testing.assert_allclose(together.values, alone.values, rtol=1e-3, atol=1e-3)
+    assert np.isfinite(together.values).all()
+
+
+def test_a_far_operator_is_told_with_the_measure_of_distance(job):
+    prior, forward, V, _, model = job
+    state = forward(prior.mean)
+    near = point_sensors(V, [(0.7, 0.2)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.condition(near, near(state), GaussianNoise(std=0.05))
+    difference = functionals(V, [lambda u: u.dx(1) * ds(2)], names=["slope"])
+    with pytest.warns(FamilyWarning, match=r"slope.*1 - squared correlation"):
+        model.condition(difference, difference(state), GaussianNoise(std=0.05))
+    with pytest.warns(FamilyWarning, match="noise over prior signal"):
+        model.condition(near, near(state), GaussianNoise(std=1e-4))
+    many = point_sensors(V, random_points(V.mesh(), 40, seed=4))
+    with pytest.warns(FamilyWarning, match="times the most"):
+        samples = model.condition(many, many(state), GaussianNoise(std=0.05)).sample(20, seed=0)
+    assert np.isfinite(samples.values).all()
+
+
+def test_a_saved_model_answers_as_before(job, tmp_path):
+    prior, forward, V, _, model = job
+    points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15)])
+    y, noise = points(forward(prior.mean)), GaussianNoise(std=0.05)
+    file = tmp_path / "model.safetensors"
+    model.save(file)
+    again = load_family(file, model.basis, V)
+    np.testing.assert_allclose(again.condition(points, y, noise).sample(20, seed=0).values,
+                               model.condition(points, y, noise).sample(20, seed=0).values, rtol=1e-9)
+    with pytest.raises(ModelFileError, match="another basis"):
+        load_family(file, karhunen_loeve(prior, 3), V)
+    with pytest.raises(ModelFileError, match="another mesh"):
+        load_family(file, model.basis, FunctionSpace(V.mesh(), "CG", 2))
+    content = file.read_bytes()
+    for broken in (content[:len(content) // 2], b"", b"no model"):
+        file.write_bytes(broken)
+        with pytest.raises(ModelFileError, match="no readable family model"):
+            load_family(file, model.basis, V)
+
+
+def test_a_network_and_an_emulator_survive_the_file(tmp_path):
+    from firedrake import exp
+    prior, forward, V, data = _problem(600, exp)
+    basis = karhunen_loeve(prior, 4)
+    family = OperatorFamily(SensorKind(patch_averages(V, random_points(V.mesh(), 60, seed=2), 0.3), NOISE, (1, 6)))
+    model = fit_family(data, basis, family, options=TrainingOptions(steps=150, evaluate_every=50, width=32, depth=2),
+                       progress=False)
+    assert model.denoiser.base.emulator.head is not None
+    model.save(tmp_path / "model")
+    again = load_family(tmp_path / "model", basis, V)
+    patch = patch_averages(V, [(1.0, 0.3), (2.0, 0.3)], 0.3)
+    for corrections in (0, 2):
+        one, two = (m.condition(patch, [1.5, 1.6], GaussianNoise(std=NOISE)).sample(20, seed=0, corrections=corrections)
+                    for m in (model, again))
+        np.testing.assert_allclose(one.values, two.values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda V, m: m.condition(point_sensors(V, [(9.0, 0.5)]), [1.0]), "outside the mesh"),
+    (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0, 2.0]), "as many readings"),
+    (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [np.inf]), "infinite"),
+    (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0]), "need a noise model"),
+    (lambda V, m: m.condition(lambda u: 1.0, [1.0]), "must be an Observation"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.0, (1, 1)), "Every sensor needs noise"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, (1, 2)), "candidates"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, 3), "fewest and the most"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, (1, 1), series=2), "split into sensors"),
+    (lambda V, m: SensorKind(lambda u: 1.0, 0.1, (1, 1)), "linear sensors"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), [0.1, 0.2, 0.3], (1, 1)), "std has shape"),
+    (lambda V, m: OperatorFamily([]), "at least one"),
+    (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0], GaussianNoise(std=0.1)).sample(
+        9, seed=0, corrections=3), "Corrections need"),
+])
+def test_bad_input_is_refused_with_a_remedy(job, call, message):
+    with pytest.raises(InputError, match=message):
+        call(job[2], job[4])
+
+
+def test_a_data_set_without_states_is_refused(job):
+    prior, forward, V, _, model = job
+    points = point_sensors(V, [(1.0, 0.5)])
+    with pytest.raises(DataError, match="has none"):
+        fit_family(simulate(prior, forward, points, 50, seed=0, progress=False), model.basis, _family(V))
