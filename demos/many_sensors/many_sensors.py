@@ -111,7 +111,7 @@ def errors(samples, mean, std):
 
 
 def gaussian(folder, progress, pairs=2000, count=20):
-    """Rows (number of probes, errors of the one model, errors of the model of that layout alone)."""
+    """Rows (number of probes; errors of the one model, of the model of that layout alone, of as many exact samples)."""
     start = time.perf_counter()
     prior, forward = gaussian_case()
     basis = karhunen_loeve(prior)
@@ -129,10 +129,15 @@ def gaussian(folder, progress, pairs=2000, count=20):
         alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.pt")
         both = [posterior.sample(2 * SAMPLES, seed=number) for posterior in
                 (model.condition(observation, y, GaussianNoise(std=PROBE)), alone.condition(y))]
-        rows.append([k, *(x for samples in both for x in errors(samples, exact.mean(y), exact.std))])
-    say("\n| probes | mean error | std error | alone: mean | alone: std |\n|---|---|---|---|---|")
+        values = exact.sample(2 * SAMPLES, y, seed=3000 + number)
+        floor = error(values.mean(axis=0), exact.mean(y)), error(values.std(axis=0), exact.std)
+        rows.append([k, *(x for samples in both for x in errors(samples, exact.mean(y), exact.std)), *floor])
+    say("\n| probes | mean error | std error | alone: mean | alone: std | exact samples: mean | std |\n"
+        "|---|---|---|---|---|---|---|")
     for k, *values in rows:
         say(f"| {k} | " + " | ".join(f"{value:.2%}" for value in values) + " |")
+    ratios = np.exp(np.log(np.array(rows)[:, 1:3] / np.array(rows)[:, 3:5]).mean(axis=0))
+    say("one model over alone, geometric means: {:.2f} and {:.2f}".format(*ratios))
     if M.comm.rank == 0:
         draw_counts(rows, folder / "gaussian.png")
     return rows
@@ -190,14 +195,18 @@ def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000),
 def draw_counts(rows, file):
     """Errors over the number of probes."""
     k, *values = np.array(rows).T
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
-    for ax, name, limit, ours, alone in zip(axes, ("mean", "standard deviation"), (0.05, 0.08), values[:2], values[2:]):
-        ax.loglog(k, 100 * ours, "o", color="tab:blue", label="one model for all layouts")
-        ax.loglog(k, 100 * alone, "x", color="tab:green", label="a model of that layout alone")
-        ax.axhline(100 * limit, color="grey", linestyle="--", linewidth=1, label=f"{limit:.0%}")
-        ax.set(xlabel="number of probes", ylabel="error against the exact posterior [%]", title=f"posterior {name}")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for i, (ax, name, limit) in enumerate(zip(axes, ("mean", "standard deviation"), (5, 8))):
+        ax.loglog(k, 100 * values[i], "o", color="tab:blue", label="one model for all layouts")
+        ax.loglog(k, 100 * values[2 + i], "x", color="tab:green", label="a model of that layout alone")
+        ax.loglog(k, 100 * values[4 + i], ".", color="grey", label="as many exact samples")
+        ax.axhline(limit, color="grey", linestyle="--", linewidth=1, label=f"{limit} %, the target")
+        ax.set(xlabel="number of probes, at places never seen", ylabel="error against the exact posterior [%]",
+               title=f"posterior {name}", ylim=(0.1, 20))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
         ax.label_outer()
-        ax.legend(fontsize="small", frameon=False)
+        ax.legend(fontsize="small", frameon=False, ncols=2, loc="upper left")
     figure.savefig(file, dpi=150)
     plt.close("all")
 
