@@ -1,37 +1,33 @@
 """Train, condition, sample, summarise: Functions in, Functions out."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from firedrake import CheckpointFile, Function, VTKFile
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
-    CallableNoise, Denoiser, Formulation, GaussianBase, GaussianNoise, History, ResidualMLP, Spectrum, Support,
-    TrainingOptions, fit_denoiser, log_density, sample_latents,
+    CallableNoise, Denoiser, Formulation, GaussianNoise, History, TrainingOptions, fit_denoiser, log_density,
+    sample_latents,
 )
+from fem_diffusion.diffusion.model_file import read_model, write_model
 from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
+from fem_diffusion.field_geometry import field_geometry, on_mesh
 from fem_diffusion.fields import field, on_root, owned_size
 from fem_diffusion.simulation import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
 
-_FORMAT = "fem_diffusion model 2"
 _TAIL_STREAM = 0x7A11
-# Parts of a denoiser that may be missing.
-_PARTS = {"spectrum": Spectrum, "support": Support}
 
 
 def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
-        options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
-        progress: bool = True) -> "ConditionalModel":
+        network: str = "latents", options: TrainingOptions = TrainingOptions(),
+        checkpoint: str | os.PathLike | None = None, progress: bool = True) -> "ConditionalModel":
     """Train a conditional diffusion model on simulated pairs.
 
     Parameters
@@ -42,6 +38,9 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
         Coordinates of the fields.
     noise : GaussianNoise, CallableNoise or None
         Noise of the measurements, drawn afresh in every batch; None where the observations already hold noise.
+    network : {"latents", "field"}
+        Fully connected between latents and measurements, or with layers on the mesh, for one scalar unknown that enters
+        the forward map through a nonlinearity at every point; see docs/field_network.md.
     options : TrainingOptions
         Settings of the training loop.
     checkpoint : path, optional
@@ -57,18 +56,22 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
     Raises
     ------
     InputError, DataError, ModelFileError
-        If the pairs are too few, inconsistent or not finite; see also `train`.
+        If the pairs are too few, inconsistent or not finite, or the network is unknown or does not fit the basis; see
+        also `train`.
     """
+    if network not in ("latents", "field"):
+        raise InputError(f"The network is 'latents' or 'field', not {network!r}.")
     if len(data) == 0 or len(data.fields) != len(data.observations):
         raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
                         "simulate pairs first.")
     comm = basis.V.comm
     z = basis.encode(data.fields)
     y = torch.as_tensor(data.observations, dtype=torch.float64)
+    geometry = field_geometry(basis) if network == "field" else None
 
     def run():
         return fit_denoiser(z, y, noise, standard_prior=basis.standard_prior, options=options, checkpoint=checkpoint,
-                            progress=progress)
+                            geometry=geometry, progress=progress)
     denoiser, history = on_root(comm, run)
     return ConditionalModel(basis, denoiser, history)
 
@@ -76,6 +79,9 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
 @dataclass(frozen=True)
 class ConditionalModel:
     """A trained model of p(m | y).
+
+    A model moves to another mesh of the same domain by the basis alone: ``ConditionalModel(other_basis,
+    model.denoiser, model.history)``, where both bases are Karhunen-Loeve bases of one prior, of equal size.
 
     Parameters
     ----------
@@ -90,6 +96,9 @@ class ConditionalModel:
     basis: ModalBasis
     denoiser: Denoiser
     history: History
+
+    def __post_init__(self):
+        object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
 
     def condition(self, y: Sequence[float]) -> "Posterior":
         """Posterior for one measurement.
@@ -127,23 +136,7 @@ class ConditionalModel:
             The file, written atomically by rank 0.
         """
         signature = self.basis.signature
-
-        def write():
-            tensors = {f"base.{f.name}": getattr(self.denoiser.base, f.name).contiguous() for f in fields(GaussianBase)}
-            tensors["basis.signature"] = torch.as_tensor(signature)
-            config = None
-            for name, kind in _PARTS.items():
-                part = getattr(self.denoiser, name)
-                if part is not None:
-                    tensors |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(kind)}
-            if self.denoiser.network is not None:
-                config = self.denoiser.network.config
-                tensors |= {f"network.{name}": x for name, x in self.denoiser.network.state_dict().items()}
-            metadata = {"format": _FORMAT, "network": json.dumps(config), "history": json.dumps(asdict(self.history))}
-            partial = Path(f"{path}.partial")
-            save_file(tensors, partial, metadata)
-            partial.replace(path)
-        on_root(self.basis.V.comm, write)
+        on_root(self.basis.V.comm, lambda: write_model(path, signature, self.denoiser, self.history))
 
 
 def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
@@ -165,37 +158,12 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     ModelFileError
         If the file is truncated, foreign or belongs to another basis.
     """
-    signature, denoiser, history = on_root(basis.V.comm, lambda: _read_model(path))
+    signature, denoiser, history = on_root(basis.V.comm, lambda: read_model(path))
     ours = basis.signature
     if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
         raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
                              "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
     return ConditionalModel(basis, denoiser, history)
-
-
-def _read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
-    """Signature of the basis, denoiser and training curve in a model file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"format {metadata.get('format')!r}")
-        base = GaussianBase(*(tensors[f"base.{f.name}"] for f in fields(GaussianBase)))
-        signature = tensors["basis.signature"].numpy()
-        config, history = json.loads(metadata["network"]), History(**json.loads(metadata["history"]))
-        network = None
-        parts = {name: kind(*(tensors[f"{name}.{f.name}"] for f in fields(kind))) for name, kind in _PARTS.items()
-                 if any(key.startswith(f"{name}.") for key in tensors)}
-        if config is not None:
-            network = ResidualMLP(**config)
-            prefix = "network."
-            network.load_state_dict({n[len(prefix):]: x for n, x in tensors.items() if n.startswith(prefix)})
-            network.eval().requires_grad_(False)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ModelFileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
-            from error
-    return signature, Denoiser(base, network, **parts), history
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from fem_diffusion.diffusion.collapse import Collapse, CollapseWarning, measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.emulator import Emulator, fit_emulator
+from fem_diffusion.diffusion.field_network import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
@@ -20,10 +21,11 @@ from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
 
 __all__ = [
-    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "Formulation", "GaussianBase",
-    "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS", "OperatorBase", "OperatorDenoiser", "ResidualMLP",
-    "SensorNetwork", "SensorPool", "Sensors", "Spectrum", "Support", "TrainingOptions", "churn", "constant_moment",
-    "evaluations", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_operators", "fit_spectrum",
-    "linear_base", "log_density", "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line",
-    "sub_variance_preserving", "train", "variance_exploding", "variance_preserving",
+    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "FieldGeometry", "FieldNetwork",
+    "Formulation", "GaussianBase", "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS", "OperatorBase",
+    "OperatorDenoiser", "ResidualMLP", "SensorNetwork", "SensorPool", "Sensors", "Spectrum", "Support",
+    "TrainingOptions", "churn", "constant_moment", "evaluations", "find_support", "fit_base", "fit_denoiser",
+    "fit_emulator", "fit_operators", "fit_spectrum", "linear_base", "log_density", "measure_collapse", "place_angles",
+    "plain_base", "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
+    "variance_preserving",
 ]

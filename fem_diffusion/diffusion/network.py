@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 from fem_diffusion.errors import InputError
 
-__all__ = ["ResidualMLP"]
+__all__ = ["Block", "ResidualMLP", "harmonics"]
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Pre-normalised residual block whose scale and shift come from the conditioning."""
 
     def __init__(self, width: int):
@@ -22,6 +22,11 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.modulation(condition).chunk(2, dim=-1)
         return x + self.inner(self.norm(x) * (1 + scale) + shift)
+
+
+def harmonics(angle: Tensor) -> Tensor:
+    """What a network sees of the angle (B, 1): shape (B, 6)."""
+    return torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
 
 
 class ResidualMLP(nn.Module):
@@ -51,7 +56,7 @@ class ResidualMLP(nn.Module):
         self.config = {"r": r, "k": k, "width": width, "depth": depth}
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, r)
         nn.init.zeros_(self.head.weight)
@@ -79,8 +84,7 @@ class ResidualMLP(nn.Module):
         Tensor
             Shape (B, r).
         """
-        harmonics = torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
-        condition = self.embed_condition(torch.cat([features, harmonics], dim=-1))
+        condition = self.embed_condition(torch.cat([features, harmonics(angle)], dim=-1))
         x = self.embed_input(torch.cat([v, features], dim=-1))
         for block in self.blocks:
             x = block(x, condition)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.field_network import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs, fit_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
@@ -31,7 +32,8 @@ _SPECTRUM_PAIRS, _SPECTRUM_ANGLES = 2048, 48
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None = None, *, base: str = "gaussian",
                  standard_prior: bool = False, options: TrainingOptions = TrainingOptions(),
-                 checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Denoiser, History]:
+                 checkpoint: str | os.PathLike | None = None, geometry: FieldGeometry | None = None,
+                 progress: bool = False) -> tuple[Denoiser, History]:
     """Fit a conditional model to joint samples: the base first, then the network under it, and the latents' bounds.
 
     Parameters
@@ -46,7 +48,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
         Joint Gaussian of latents and measurements, or mere standardisation.
     standard_prior : bool
         Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
-    options, checkpoint, progress
+    options, checkpoint, geometry, progress
         As for `train`.
 
     Returns
@@ -69,14 +71,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
         centred, covariance = y + noise.mean(y), noise.covariance(y)
     fitted = (fit_base(z, centred, covariance, standard_prior) if base == "gaussian"
               else plain_base(z, centred, covariance))
-    denoiser, history = train(z, y, noise, fitted, options, checkpoint=checkpoint, progress=progress)
+    denoiser, history = train(z, y, noise, fitted, options, checkpoint=checkpoint, geometry=geometry, progress=progress)
     denoiser.support = None if standard_prior else find_support(z)
     return denoiser, history
 
 
 def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, base: GaussianBase,
           options: TrainingOptions = TrainingOptions(), *, checkpoint: str | os.PathLike | None = None,
-          progress: bool = False) -> tuple[Denoiser, History]:
+          geometry: FieldGeometry | None = None, progress: bool = False) -> tuple[Denoiser, History]:
     """Fit the network under the base by denoising score matching.
 
     Every batch draws fresh measurement noise, so a training pair cannot be recognised by its measurement. The
@@ -98,6 +100,8 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
         Settings of the loop.
     checkpoint : path, optional
         File that is written atomically at each evaluation; training resumes from it where it exists.
+    geometry : FieldGeometry, optional
+        Train a `FieldNetwork` on this mesh; the fully connected `ResidualMLP` where left out.
     progress : bool
         Show a progress bar.
 
@@ -123,7 +127,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
                          f"(r = {base.r}, k = {base.k}).")
     _check_finite(z, y)
     with threads(options.threads):
-        task = _Pairs(z, y, noise, base, options)
+        task = _Pairs(z, y, noise, base, options, geometry)
         loop = Loop(task, options, checkpoint)
         network = loop.run(progress)
         if network is None:
@@ -143,8 +147,8 @@ class _Pairs(Task):
 
     name = "train"
 
-    def __init__(self, z, y, noise, base, options):
-        self.options, self.noise = options, noise
+    def __init__(self, z, y, noise, base, options, geometry=None):
+        self.options, self.noise, self.geometry = options, noise, geometry
         self.device = torch.device(options.device)
         training, held_out = hold_out(len(z), options)
         # Pairs stay in double precision until they are centred; the network works in single precision.
@@ -156,9 +160,12 @@ class _Pairs(Task):
         self.validation = self._draw(*(x.repeat(_VALIDATION_DRAWS, 1) for x in self.held_out), generator)
         self.base_losses = self._pair_losses(torch.zeros_like(self.validation[0]))
         self.parts = [z, y, *(getattr(base, f.name) for f in fields(base)), *self.validation]
+        if geometry is not None:
+            self.parts += [getattr(geometry, f.name) for f in fields(geometry)]
 
     def network(self) -> nn.Module:
-        return ResidualMLP(self.base.r, self.base.k, self.options.width, self.options.depth)
+        sizes = self.base.r, self.base.k, self.options.width, self.options.depth
+        return ResidualMLP(*sizes) if self.geometry is None else FieldNetwork(*sizes).on(self.geometry, self.base)
 
     def _draw(self, z, y, generator):
         """One draw of measurement noise, noise level and diffusion noise: network inputs and target."""
@@ -179,7 +186,7 @@ class _Pairs(Task):
         return (output - self.validation[3]).square().mean(1).view(_VALIDATION_DRAWS, -1).mean(0)
 
     def evaluate(self, network):
-        parts = zip(*(x.split(8192) for x in self.validation[:3]))
+        parts = zip(*(x.split(2048) for x in self.validation[:3]))
         return self._pair_losses(torch.cat([network(*part) for part in parts]))
 
     def finish(self, network: nn.Module, history: History) -> Denoiser:

@@ -1,0 +1,106 @@
+"""A network with layers on the mesh against the fully connected one: the release of a contaminant, equal training time.
+
+    OMP_NUM_THREADS=1 python benchmarks/field_network.py [--output FOLDER] [--seconds 100] [--seeds 0 1]
+
+The pairs are those of demos/source_release, simulated to FOLDER or read from there; the last thousand take no part in
+training. Time is that of the processor, one thread, so that what else the machine does counts as little as it can;
+every network gets as many steps, on its own cosine, as fit into the time.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fem_diffusion.diagnostics import energy_score
+from fem_diffusion.diffusion import TrainingOptions, fit_base, sample_latents, train
+from fem_diffusion.diffusion._loop import Loop
+from fem_diffusion.diffusion.training import _Pairs, noisy
+from fem_diffusion.field_geometry import field_geometry
+
+DEMO = Path(__file__).parents[1] / "demos" / "source_release"
+SCORED, DRAWS = 400, 32  # of the unseen pairs; samples for each
+NETWORKS = {"on the mesh, 128": (True, 128), "fully connected, 64": (False, 64), "fully connected, 128": (False, 128),
+            "fully connected, 192": (False, 192)}
+
+
+def step_time(z, y, noise, base, options, geometry):
+    """Median processor time of a training step, and the number of weights."""
+    loop = Loop(_Pairs(z[:3000], y[:3000], noise, base, options, geometry), options, None)
+    times = []
+    for _ in range(25):
+        start = time.process_time()
+        loop._train_step()
+        times.append(time.process_time() - start)
+    return float(np.median(times[5:])), sum(p.numel() for p in loop.network.parameters())
+
+
+def denoising_loss(denoiser, z, y, noise):
+    """Loss on pairs that training has not seen, with the noise that training draws; its standard error."""
+    generator = torch.Generator().manual_seed(1)
+    z, y = z.repeat(8, 1), noise.sample(y.repeat(8, 1), generator)
+    w, features = denoiser.base.whiten(z, y).float(), denoiser.base.features(y).float()
+    v, angle, features, target = noisy(w, TrainingOptions(), generator, features)
+    with torch.no_grad():
+        parts = zip(v.split(1000), angle.split(1000), features.split(1000))
+        losses = (torch.cat([denoiser.residual(*part) for part in parts]) - target).square().mean(1).view(8, -1).mean(0)
+    return float(losses.mean()), float(losses.std() / len(losses)**0.5)
+
+
+def score(denoiser, z, y, noise, scale):
+    """Energy score of samples of sqrt(m) in L2, in units of the prior's spread; one for each pair."""
+    y = noise.sample(y, torch.Generator().manual_seed(2)).repeat_interleave(DRAWS, 0)
+    draws = sample_latents(denoiser, y, generator=torch.Generator().manual_seed(3))
+    return energy_score((draws * scale).view(-1, DRAWS, z.shape[1]).numpy(), (z * scale).numpy())
+
+
+def run(folder, pairs=40000, seconds=100.0, seeds=(0, 1), modes=64, unseen=1000):
+    """Train all networks for equal time and print a row for each."""
+    sys.path.insert(0, str(DEMO))
+    from source_release import training_pairs
+    _, basis, data, noise, _, _ = training_pairs(folder, pairs, modes)
+    torch.set_num_threads(1)
+    z, y = basis.encode(data.fields), torch.as_tensor(data.observations)
+    del data  # nodal values fill most of the memory
+    scale = torch.as_tensor(np.sqrt(basis.variances / basis.variances.sum()))
+    geometry = field_geometry(basis)
+    z, z_new, y, y_new = z[:-unseen], z[-unseen:], y[:-unseen], y[-unseen:]
+    base = fit_base(z, y + noise.mean(y), noise.covariance(y))
+    print(f"{len(z)} pairs, {basis.r} latents, {y.shape[1]} measurements, {geometry.modes.shape[1]} points\n\n"
+          "| network, width | seed | weights | ms a step | steps | seconds | loss on unseen pairs | energy score |\n"
+          "|---|---|---|---|---|---|---|---|", flush=True)
+    scores = {}
+    for seed in seeds:
+        for name, (on_mesh, width) in NETWORKS.items():
+            where = geometry if on_mesh else None
+            probe = TrainingOptions(width=width, seed=seed)
+            step, weights = step_time(z, y, noise, base, probe, where)
+            steps = round(seconds / step)
+            options = TrainingOptions(steps=steps, width=width, seed=seed, validation_fraction=0.02,
+                                      evaluate_every=-(-steps // 4))
+            start = time.process_time()
+            denoiser, _ = train(z, y, noise, base, options, geometry=where)
+            spent = time.process_time() - start
+            loss, error = denoising_loss(denoiser, z_new, y_new, noise)
+            scores[name, seed] = values = score(denoiser, z_new[:SCORED], y_new[:SCORED], noise, scale)
+            print(f"| {name} | {seed} | {weights:,} | {1e3 * step:.1f} | {steps} | {spent:.0f} "
+                  f"| {loss:.3f} ± {error:.3f} | {values.mean():.4f} ± {values.std() / SCORED**0.5:.4f} |", flush=True)
+        ours, *others = (scores[name, seed] for name in NETWORKS)
+        best = min(others, key=np.mean)
+        print(f"\nseed {seed}: energy score of the best fully connected network minus that of the one on the mesh, "
+              f"pair by pair: {(best - ours).mean():.4f} ± {(best - ours).std() / SCORED**0.5:.4f}\n", flush=True)
+    return scores
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=DEMO / "output")
+    parser.add_argument("--pairs", type=int, default=40000)
+    parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    arguments, _ = parser.parse_known_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    run(arguments.output, arguments.pairs, arguments.seconds, arguments.seeds)
