@@ -52,11 +52,12 @@ def without_conditions(V, bcs, x: np.ndarray) -> np.ndarray:
     return x * coefficients(mask)
 
 
-def leading_modes(covariance, V, bcs, r: int) -> tuple[np.ndarray, np.ndarray]:
+def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Leading eigenpairs of C M φ = λ φ by subspace iteration with Rayleigh-Ritz (Halko, Martinsson, Tropp 2011).
 
     `covariance` maps owned dual coefficients (B, n_owned) to primal ones. Returns modes (r, n_owned), orthonormal in
-    the mass inner product with a sign fixed by the geometry alone, and variances (r,).
+    the mass inner product with a sign fixed by the geometry alone, and variances (r,). A covariance of lower rank is an
+    error, unless `fewer` modes will do.
     """
     comm, free = V.comm, free_dofs(V, bcs)
     if not 1 <= r <= free:
@@ -80,9 +81,9 @@ def leading_modes(covariance, V, bcs, r: int) -> tuple[np.ndarray, np.ndarray]:
         warnings.warn(f"The modes are converged to {residual.max() / values[0]:.1e} of the largest variance only, "
                       f"after {_MAX_SWEEPS} sweeps; a smaller r converges faster.", RuntimeWarning, stacklevel=3)
     rank = int((values[:r] > 1e-14 * values[0]).sum())
-    if rank < r:
+    if rank < r and not fewer:
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
-    modes, values = modes[:r], values[:r]
+    modes, values = modes[:min(r, rank)], values[:min(r, rank)].copy()
     return modes * _signs(V, modes)[:, None], values
 
 

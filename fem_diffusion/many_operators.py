@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fem_diffusion.bridge import ModalBasis, pod
+from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, SensorNetwork, SensorPool, Sensors,
     Spectrum, Support, TrainingOptions, fit_operators,
 )
+from fem_diffusion.eigenmodes import leading_modes, mass_action
 from fem_diffusion.errors import DataError, InputError, ModelFileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior
@@ -27,7 +29,7 @@ from fem_diffusion.simulation import DataSet
 __all__ = ["FamilyModel", "FamilyWarning", "fit_family", "load_family"]
 
 _FORMAT = "fem_diffusion family model 1"
-_STATES, _MOST_MODES = 4000, 256
+_STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
 # What state modes may miss of a reading, in units of its noise.
 _MISSED = 0.2
@@ -35,6 +37,10 @@ _MISSED = 0.2
 _UNLIKE = 0.1
 # How far numbers of sensors and noise levels may leave the range of the training.
 _BEYOND = 2.0
+# Signals below this share of the strongest are none.
+_BLIND = 1e-6
+# Smallest variance of noise, in units of the prior variance of the reading.
+_FLOOR = 1e-12
 
 
 class FamilyWarning(UserWarning):
@@ -80,13 +86,15 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
         raise DataError("A model of many operators is trained on states, and the data set has none: "
                         "simulate(prior, forward, U, n, seed=..., path=...) with the space U of the states keeps them.")
     U = family.U
-    states = _state_basis(U, data.states, state_modes)
+    # The last states are not among those that the modes are made of.
+    apart = min(_CHECKED, len(data) // 10)
+    states = _state_basis(U, data.states[:len(data) - apart][:_STATES], state_modes)
     z, c = basis.encode(data.fields), states.encode(data.states)
     pools = []
     for kind in family.kinds:
         rows, offset = _project(kind.observation, states)
         std = torch.tensor(kind.std_range)
-        _check_modes(kind.observation, data.states[:500], c[:500], rows, offset, std[0])
+        _check_modes(kind.observation, data.states[len(data) - apart:], c[len(data) - apart:], rows, offset, std[0])
         shape = (-1, kind.series)
         pools.append(SensorPool(rows.unflatten(0, shape), offset.unflatten(0, shape), std.unflatten(1, shape),
                                 tuple(int(n) for n in kind.count)))
@@ -100,22 +108,31 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
 
 
 def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
-    """POD modes of the states, as many as asked for or as are needed."""
-    some = states[:_STATES]
-    most = min(_MOST_MODES, len(some) - 1, U.dim())
-    size, most = (16, most) if size is None else (size, size)
+    """POD modes of the states, as many as asked for or as are needed, at most as many as the states span."""
+    comm = U.comm
+    mean = states.mean(axis=0)
+    centred = states - mean
+    finite = comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
+    total = 0.0
+    if finite and len(states) > 1:
+        total = comm.allreduce(float((centred * mass_action(U)(centred)).sum()), MPI.SUM) / (len(states) - 1)
+    if not total > 0:
+        raise DataError("The states are not finite or all the same: check the forward problem.")
+    most = min(_MOST_MODES, len(states) - 1, U.dim())
+    if size is not None and not 1 <= size <= most:
+        raise InputError(f"state_modes is {size}: between 1 and {most} modes can be had here.")
+
+    def covariance(x):
+        return comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(states) - 1)
+    count = 16 if size is None else size
     while True:
-        try:
-            basis = pod(U, some, min(size, most))
-        except InputError:
-            # The states span fewer dimensions than that.
-            most, size = max(1, min(size, most) // 2), most
-            continue
-        enough = np.flatnonzero(np.cumsum(basis.variances) >= _RETAINED * basis.total_variance)
-        if len(enough) or basis.r == most:
-            kept = slice(0, enough[0] + 1 if len(enough) else most)
-            return ModalBasis(U, basis.mean, basis.modes[kept], basis.variances[kept].copy(), basis.total_variance)
-        size *= 2
+        modes, variances = leading_modes(covariance, U, (), min(count, most), fewer=True)
+        enough = np.flatnonzero(np.cumsum(variances) >= _RETAINED * total)
+        if size is None and len(enough):
+            modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
+        if size is not None or len(enough) or len(variances) < count:
+            return ModalBasis(U, field(U, mean, name="mean"), modes, variances, total)
+        count *= 2
 
 
 def _project(observation: Observation, states: ModalBasis) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,6 +144,8 @@ def _project(observation: Observation, states: ModalBasis) -> tuple[torch.Tensor
 
 def _check_modes(observation, states, c, rows, offset, std) -> None:
     """Warn where the state modes miss more of a reading than its noise forgives."""
+    if not len(states):
+        return
     missed = torch.tensor(observation.apply(states)) - offset - c @ rows.T
     worst = float((missed.square().mean(0).sqrt() / std).max())
     if worst > _MISSED:
@@ -136,38 +155,44 @@ def _check_modes(observation, states, c, rows, offset, std) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What training has seen of sensors: their signals (K, s) of unit length, noise levels, numbers of rows."""
+    """What training has seen of sensors: unit signals (K, s), noise over signal, most rows, strongest signal."""
 
     signals: torch.Tensor
     std: tuple[float, float]
     most: int
+    strongest: float
 
     @classmethod
     def of(cls, law: LayoutLaw) -> "_Seen":
         signals = torch.cat([pool.rows.flatten(0, 1) for pool in law.pools])
         std = torch.cat([pool.std.flatten(1) for pool in law.pools], 1)
-        ratio = std / signals.norm(dim=1).clamp(min=1e-300)
+        # Candidates that see next to nothing, on a Dirichlet boundary, say nothing about noise either.
+        strength = signals.norm(dim=1)
+        ratio = (std / strength)[:, strength > _BLIND * strength.max()]
         return cls(_unit(signals).float(), (float(ratio.min()), float(ratio.max())),
-                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools))
+                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools), float(strength.max()))
 
     def warn(self, sensors: Sensors, names: Sequence[str]) -> None:
         """Warn where a layout is far from the training; the message names the measure of distance."""
         findings = []
-        rows = sensors.rows[0]
+        strength = sensors.rows[0].norm(dim=1)
+        seeing = torch.where(strength > _BLIND * self.strongest)[0]
+        rows = sensors.rows[0][seeing]
         if len(rows):
             alike = (_unit(rows).float() @ self.signals.T).abs().amax(1)
             unlike = 1 - alike.clamp(max=1)**2
             worst = int(unlike.argmax())
             if float(unlike[worst]) > _UNLIKE:
-                findings.append(f"sensor {names[worst]}: the most similar training sensor leaves {unlike[worst]:.0%} "
-                                "of the prior variance of its signal unexplained (1 - squared correlation)")
-            ratio = sensors.variance[0].sqrt() / rows.norm(dim=1).clamp(min=1e-300)
+                findings.append(f"sensor {names[seeing[worst]]}: the most similar training sensor leaves "
+                                f"{unlike[worst]:.0%} of the prior variance of its signal unexplained (1 - squared "
+                                "correlation)")
+            ratio = sensors.variance[0][seeing].sqrt() / strength[seeing]
             low, high = float(ratio.min()) / self.std[0], float(ratio.max()) / self.std[1]
             if low < 1 / _BEYOND or high > _BEYOND:
                 findings.append(f"noise over prior signal reaches {low:.2g} of the smallest and {high:.2g} of the "
                                 "largest value of the training")
-        if len(rows) > _BEYOND * self.most:
-            findings.append(f"{len(rows)} readings, {len(rows) / self.most:.1f} times the most in training")
+        if len(names) > _BEYOND * self.most:
+            findings.append(f"{len(names)} readings, {len(names) / self.most:.1f} times the most in training")
         if findings:
             warnings.warn("This observation operator is far from the training family: " + "; ".join(findings)
                           + ". The Gaussian base holds for it, the network extrapolates; train with a family that has "
@@ -240,8 +265,8 @@ class FamilyModel:
         if np.isinf(y).any():
             raise InputError(f"The readings of sensors {np.flatnonzero(np.isinf(y)).tolist()} are infinite: repair "
                              "them, or give NaN for a sensor that failed.")
-        if noise is None and len(y):
-            raise InputError("The sensors need a noise model: noise=GaussianNoise(std=...).")
+        if len(y) and not isinstance(noise, GaussianNoise):
+            raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
         rows, offset = _project(observation, self.states)
         there = np.flatnonzero(~np.isnan(y))
         covariance = rows.new_zeros(0, 0)
@@ -250,12 +275,10 @@ class FamilyModel:
             covariance = noise.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
         rows, offset, reading = rows[there], offset[there], torch.tensor(y[there])
         names = [observation.names[i] for i in there]
-        rotated = _decorrelated(rows, offset, covariance, reading)
         # Where noise is correlated, the sensors of the family are recognised before they are mixed.
         self.seen.warn(Sensors(rows[None], offset[None], covariance.diagonal()[None], None), names)
-        sensors, reading = rotated
-        model = ConditionalModel(self.basis, self.denoiser.at(sensors, reading), self.history)
-        return Posterior(model, reading.numpy())
+        denoiser = self.denoiser.at(*_decorrelated(rows, offset, covariance, reading))
+        return Posterior(_OneMeasurement(self.basis, denoiser, self.history), y[there])
 
     def save(self, path: str | os.PathLike) -> None:
         """Write everything but the basis of the fields (`ModalBasis.save`) to one safetensors file.
@@ -278,6 +301,7 @@ class FamilyModel:
                        "base.factor": model.base.factor}
             config = {"emulator": model.base.emulator.config, "network": None, "standard_prior": model.standard_prior,
                       "total_variance": self.states.total_variance, "std": self.seen.std, "most": self.seen.most,
+                      "strongest": self.seen.strongest,
                       "updates": model.base.updates}
             for name, part in (("emulator", model.base.emulator), ("network", model.network)):
                 if part is not None:
@@ -295,17 +319,26 @@ class FamilyModel:
 
 def _decorrelated(rows, offset, covariance, y) -> tuple[Sensors, torch.Tensor]:
     """The same measurement with independent noise: as it is, or in the principal axes of the noise."""
-    variance = covariance.diagonal()
-    if len(y) and not torch.equal(covariance, torch.diag(variance)):
-        # Each sensor in units of its own noise first; directions without noise get a little of it.
-        scale = variance.clamp(min=1e-300).sqrt()
-        values, axes = torch.linalg.eigh(covariance / scale / scale[:, None])
+    # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
+    variance = torch.maximum(covariance.diagonal(), _FLOOR * rows.square().sum(1) + 1e-300)
+    if len(y) and not torch.equal(covariance, torch.diag(covariance.diagonal())):
+        # Each sensor in units of its own noise first: pascals beside mole fractions lose nothing.
+        scale = variance.sqrt()
+        values, axes = torch.linalg.eigh((covariance + torch.diag(variance - covariance.diagonal())) / scale
+                                         / scale[:, None])
         rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), axes.T @ (y / scale)
-        variance = values
-    # A reading without noise would leave no density: it gets a millionth of its prior spread.
-    floor = 1e-6 * (rows.square().sum(1) + variance)
-    variance = torch.maximum(variance, floor.clamp(min=1e-300))
+        variance = torch.maximum(values, _FLOOR * rows.square().sum(1) + 1e-14)
     return Sensors(rows[None], offset[None], variance[None], torch.ones(1, len(y), dtype=torch.bool)), y
+
+
+class _OneMeasurement(ConditionalModel):
+    """A family model with its sensors and readings built in, as a `Posterior` wants it."""
+
+    def condition(self, y):
+        raise InputError("This model has its measurement built in: call FamilyModel.condition for another one.")
+
+    def save(self, path):
+        raise InputError("This model has its measurement built in: save the FamilyModel, or the samples.")
 
 
 def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
@@ -340,7 +373,7 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     states = ModalBasis(U, field(U, tensors["states.mean"].numpy()[columns], name="mean"),
                         tensors["states.modes"].numpy()[:, columns], tensors["states.variances"].numpy(),
                         config["total_variance"])
-    seen = _Seen(tensors["seen.signals"], tuple(config["std"]), config["most"])
+    seen = _Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
     return FamilyModel(basis, states, denoiser, history, seen)
 
 
@@ -365,6 +398,10 @@ def _read(path) -> tuple[dict, dict, OperatorDenoiser, History]:
                 parts[name].eval().requires_grad_(False)
         extra = {name: kind(**under(name)) if under(name) else None
                  for name, kind in (("spectrum", Spectrum), ("support", Support))}
+        missing = {"total_variance", "std", "most", "strongest"} - set(config)
+        missing |= {f"states.{name}" for name in ("key", "mean", "modes", "variances")} - set(tensors)
+        if missing or "seen.signals" not in tensors or "basis.signature" not in tensors:
+            raise KeyError(f"{sorted(missing)} missing")
         base = OperatorBase(tensors["base.mean"], tensors["base.factor"], parts["emulator"], int(config["updates"]))
         if not all(torch.isfinite(x).all() for name, x in tensors.items() if not name.startswith("support.")):
             raise ValueError("values that are not finite")

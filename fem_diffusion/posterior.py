@@ -234,7 +234,7 @@ class Posterior:
         return Samples(basis.parameter_space, values, z)
 
     def log_density(self, samples: "Samples") -> np.ndarray:
-        """Log density of the samples' latents under this posterior, by `log_density`.
+        """Log density of the samples' latents under the diffusion model, without corrections, by `log_density`.
 
         Parameters
         ----------

@@ -9,9 +9,9 @@ from firedrake import FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, 
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily, SensorKind, TrainingOptions,
-    TransformedPrior, fit_family, functionals, karhunen_loeve, line_averages, load_family, patch_averages,
-    point_sensors, random_points, simulate,
+    AdvectionDiffusion, CallableNoise, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily, SensorKind,
+    TrainingOptions, TransformedPrior, fit_family, functionals, karhunen_loeve, line_averages, load_family,
+    patch_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diagnostics.fem_reference import exact_posterior
@@ -116,6 +116,19 @@ def test_repeated_sensors_and_singular_noise_are_answered(job):
     alone = model.condition(twice[[0]], y[:1], GaussianNoise(std=0.05)).sample(50, seed=0)
     np.testing.assert_allclose(together.values, alone.values, rtol=1e-3, atol=1e-3)
     assert np.isfinite(together.values).all()
+    # A sensor without noise among correlated ones pins its own reading and spares the others.
+    three = point_sensors(V, [(0.7, 0.2), (1.9, 0.15), (3.3, 0.4)])
+    covariance = 0.05**2 * np.array([[1, 0, 0.5], [0, 0, 0], [0.5, 0, 1]])
+    y = three(forward(prior.mean)) + [0.02, 0.01, -0.02]
+    with pytest.warns(FamilyWarning, match="noise over prior signal"):
+        pinned = model.condition(three, y, GaussianNoise(covariance=covariance)).sample(50, seed=0, refill=False)
+    readings = three.apply(forward.solve_many(pinned.values))
+    assert readings[:, 1].std() < 0.02 * readings[:, 0].std() and readings[:, 0].std() < 0.06
+    # Noise far below the prior spread counts as given.
+    with pytest.warns(FamilyWarning, match="noise over prior signal"):
+        fine, rough = (model.condition(three[[0]], y[:1], GaussianNoise(std=std)).model.denoiser.base.covariance
+                       for std in (2e-3, 5e-3))
+    assert float(torch.linalg.slogdet(fine)[1] - torch.linalg.slogdet(rough)[1]) < 2 * np.log(0.5)
 
 
 def test_a_far_operator_is_told_with_the_measure_of_distance(job):
@@ -174,6 +187,9 @@ def test_a_network_and_an_emulator_survive_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("call, message", [
+    (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0], CallableNoise(lambda y, g: y)), "Gaussian one"),
+    (lambda V, m: m.condition(None, []).model.condition([1.0]), "measurement built in"),
+    (lambda V, m: m.condition(None, []).model.save("file"), "measurement built in"),
     (lambda V, m: m.condition(point_sensors(V, [(9.0, 0.5)]), [1.0]), "outside the mesh"),
     (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0, 2.0]), "as many readings"),
     (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [np.inf]), "infinite"),

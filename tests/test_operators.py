@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diffusion import _loop
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, LayoutLaw, OperatorBase, OperatorDenoiser, SensorPool, Sensors, TrainingOptions, fit_emulator,
     fit_operators, linear_base, sample_latents,
@@ -48,10 +49,8 @@ def _quadrature(sensors, y):
 @pytest.fixture(scope="module")
 def bent():
     """A model trained on the bent map, and a layout with its measurement that training has not seen."""
-    z = torch.randn(4000, 2, generator=_generator(), dtype=torch.float64)
-    model, history = fit_operators(z, _bent(z), torch.ones(2, dtype=torch.float64), _law(), standard_prior=True,
-                                   options=QUICK)
-    return model, history
+    z = torch.randn(3000, 2, generator=_generator(), dtype=torch.float64)
+    return fit_operators(z, _bent(z), torch.ones(2, dtype=torch.float64), _law(), standard_prior=True, options=QUICK)
 
 
 def _cases(seed):
@@ -218,17 +217,30 @@ def test_the_network_learns_what_the_base_cannot_know():
         found.append(_errors(denoiser, sensors, y, exact))
         plain.append(_errors(Denoiser(denoiser.base, None), sensors, y, exact))
     found, plain = np.array(found), np.array(plain)
-    assert (found.mean(0) < 0.2).all() and found.max() < 0.4
+    assert (found.mean(0) < 0.25).all() and found.max() < 0.6
     assert (plain.mean(0) > 0.4).all()
 
 
-def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_path):
+def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_path, monkeypatch):
     z = torch.randn(600, 2, generator=_generator(), dtype=torch.float64)
     arguments = (z, _bent(z), torch.ones(2).double())
     few = replace(QUICK, steps=60, evaluate_every=20)
-    first, history = fit_operators(*arguments, _law(), options=few, checkpoint=tmp_path / "state")
-    again, other = fit_operators(*arguments, _law(), options=few, checkpoint=tmp_path / "state")
-    assert history.validation == other.validation
+    _, history = fit_operators(*arguments, _law(), options=few)
+    save, calls = _loop.Loop._save, []
+
+    def interrupted(self):
+        save(self)
+        calls.append(self.task.name)
+        # The first evaluation of the sensor network, after all of the emulator's.
+        if calls[-1] == "train":
+            raise KeyboardInterrupt
+    monkeypatch.setattr(_loop.Loop, "_save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit_operators(*arguments, _law(), options=few, checkpoint=tmp_path / "state")
+    monkeypatch.setattr(_loop.Loop, "_save", save)
+    _, other = fit_operators(*arguments, _law(), options=few, checkpoint=tmp_path / "state")
+    np.testing.assert_allclose(history.validation, other.validation, rtol=1e-5)
+    assert len(history.validation) == 3
     with pytest.raises(ModelFileError, match="other data"):
         fit_operators(*arguments, _law((1, 3)), options=few, checkpoint=tmp_path / "state")
 
@@ -237,6 +249,7 @@ def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_
     (lambda z: fit_emulator(z, z[:5], torch.ones(2)), "a row for each pair"),
     (lambda z: fit_emulator(z[:4], z[:4], torch.ones(2)), "simulate more"),
     (lambda z: fit_operators(z, z * torch.nan, torch.ones(2), _law()), "finite"),
+    (lambda z: fit_operators(z[:, :1], z * torch.nan, torch.ones(2), _law()), "finite"),
     (lambda z: _law((0, 65)), "cannot be drawn"),
     (lambda z: _law((3, 2)), "cannot be drawn"),
 ])

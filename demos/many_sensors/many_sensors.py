@@ -224,8 +224,8 @@ def draw_layouts(drawn, file):
         colours = tripcolor(state, axes=column[0], cmap="viridis", shading="gouraud", vmin=0.9, vmax=4)
         column[0].plot(*working.points.T, "o", color="tab:red", markeredgecolor="white", markersize=5)
         if "beams" in name:
-            for x, tilt in zip(*BEAMS):
-                column[0].plot([x, x + tilt], [0, 1], color="tab:red", linewidth=2)
+            for foot, tilt in zip(*BEAMS):
+                column[0].plot([foot, foot + tilt], [0, 1], color="tab:red", linewidth=2)
         column[0].set(title=name, ylabel="y [m]", aspect="equal")
         samples.plot(axes=column[1], truth=truth, reference=(reference.mean, reference.lower, reference.upper),
                      xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")

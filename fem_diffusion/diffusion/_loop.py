@@ -260,8 +260,8 @@ class Loop:
     def _save(self) -> None:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"format": _FORMAT, "fingerprint": self.fingerprint, "marks": self.marks, "step": self.step,
-                  "stale": self.stale, "best": self.best, "best_losses": self.best_losses, "history": asdict(self.history),
-                  "generator": self.generator.get_state()}
+                  "stale": self.stale, "best": self.best, "best_losses": self.best_losses,
+                  "history": asdict(self.history), "generator": self.generator.get_state()}
         partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
         torch.save(state, partial)
         os.replace(partial, self.checkpoint)

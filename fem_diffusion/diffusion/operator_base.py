@@ -22,10 +22,13 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.emulator import Emulator
 from fem_diffusion.diffusion.sensors import Sensors
+from fem_diffusion.errors import SolveError
 
 __all__ = ["UPDATES", "Located", "OperatorBase"]
 
 UPDATES = 6
+# Below so many latents points lie on two shells; there are at least so many points.
+_FEW, _FEWEST_POINTS = 16, 48
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class OperatorBase:
     emulator : Emulator
         Of the state coordinates.
     updates : int
-        1 stops at the joint Gaussian of latents and measurement, which is never overconfident on average; more follow
-        the posterior, until it does not change any more.
+        Kalman updates: 1 stops at the joint Gaussian of latents and measurement, more follow the posterior.
     """
 
     mean: Tensor
@@ -118,6 +120,11 @@ class OperatorBase:
         Returns
         -------
         Located
+
+        Raises
+        ------
+        SolveError
+            If a covariance is not positive.
         """
         size, identity = len(sensors), torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior = self.factor.expand(size, -1, -1)
@@ -130,10 +137,10 @@ class OperatorBase:
             else:
                 G, expected, spread = self._fit(sensors.rows, mean, factor, points)
                 expected, rest = sensors.offset + expected, noise + spread
-            root = torch.linalg.cholesky(rest)
+            root = _cholesky(rest)
             target = y - expected + _apply(G, mean - prior_mean)
             white, target = (torch.linalg.solve_triangular(root, x, upper=False) for x in (G, target.unsqueeze(2)))
-            M = torch.linalg.cholesky(precision + white.mT @ white)
+            M = _cholesky(precision + white.mT @ white)
             mean = prior_mean + torch.cholesky_solve(white.mT @ target, M).squeeze(2)
             factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
         scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
@@ -156,13 +163,31 @@ class OperatorBase:
         return slope, expected, rest @ rest.mT / len(points)
 
 
+def _cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factors (B, n, n); SolveError where a matrix is not positive."""
+    root, info = torch.linalg.cholesky_ex(matrix)
+    if info.any():
+        raise SolveError("The base of a layout has no positive covariance: the emulator grows without bound between "
+                         "the training latents. Simulate more pairs, or keep fewer modes.")
+    return root
+
+
 def _apply(matrix: Tensor, x: Tensor) -> Tensor:
     """Products (B, m) of matrices (B, m, n) with vectors (B, n)."""
     return (matrix @ x.unsqueeze(2)).squeeze(2)
 
 
 def _points(r: int, like: Tensor) -> Tensor:
-    """2r points with the mean, covariance and third moments of a standard normal, in general position, (2r, r)."""
+    """Points (n, r) with the mean, covariance and third moments of a standard normal, in general position.
+
+    For few latents they lie on two shells, in several rotations, to come near the fourth moments as well, on which
+    depends what counts as not affine; for many latents a normal law is near one shell itself.
+    """
     generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))[0]
-    return torch.cat([rotation, -rotation]).to(like) * r**0.5
+    apart = 0.0 if r >= _FEW else min(1.0, (2 / r)**0.5)
+    shells = [(r * (1 + sign * apart))**0.5 for sign in ((1, -1) if apart else (0,))]
+    points = []
+    while 2 * len(shells) * r * len(points) < _FEWEST_POINTS or not points:
+        rotation = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))[0]
+        points.append(torch.cat([radius * side for radius in shells for side in (rotation, -rotation)]))
+    return torch.cat(points).to(like)

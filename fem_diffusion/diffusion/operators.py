@@ -123,6 +123,11 @@ def _map(function, part):
     return type(part)(*(function(getattr(part, f.name)) for f in fields(part)))
 
 
+def _joined(parts: list):
+    """Dataclasses of tensors behind each other."""
+    return type(parts[0])(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(parts[0])))
+
+
 class _Layouts(Task):
     """The task of `fit_operators`: denoise latents given measurements by layouts that are never the same."""
 
@@ -140,6 +145,9 @@ class _Layouts(Task):
             seen = self._measure(z[part], c[part], generator)
             self.validation.append((seen, noisy(seen.w.expand(_VALIDATION_DRAWS, -1, -1), options, generator)))
         self.base_losses = self._losses(lambda seen, v, angle: torch.zeros_like(v))
+        # Minus the log density of the base at held-out latents: the denoising loss knows no determinants.
+        self.surprise = float(torch.cat([seen.w[0].square().sum(1) / 2 - torch.diagonal(
+            seen.located.whitener, dim1=1, dim2=2).log().sum(1) for seen, _ in self.validation]).mean())
         self.parts = [z, c, *(x for seen, draws in self.validation for x in (seen.y, *draws))]
 
     def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> _Measured:
@@ -147,28 +155,31 @@ class _Layouts(Task):
 
         The latents are a sample of their posterior; Hamiltonian moves from there make more.
         """
-        sensors = self.law.draw(len(z), generator)
-        y = sensors.measure(c, generator)
-        parts, samples = [], []
+        parts = []
         with torch.no_grad():
-            for rows in torch.arange(len(z), device=z.device).split(_CHUNK):
-                part, reading = _map(lambda x: x[rows], sensors), y[rows]
-                parts.append(self.base.locate(part, reading))
-                density = surrogate(self.base, part, reading, parts[-1])
-                chain = [parts[-1].whiten(z[rows])]
-                for _ in range(moves):
-                    chain.append(density.move(chain[-1][:, None], generator)[0][:, 0])
-                samples.append(torch.stack(chain))
-        located = Located(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Located)))
-        return _Measured(_map(_single, sensors), _map(_single, located), _single(y), _single(torch.cat(samples, 1)))
+            for latents, state in zip(z.split(_CHUNK), c.split(_CHUNK)):
+                sensors = self.law.draw(len(latents), generator)
+                y = sensors.measure(state, generator)
+                located = self.base.locate(sensors, y)
+                chain = [located.whiten(latents)]
+                if moves:
+                    density = surrogate(self.base, sensors, y, located)
+                    for _ in range(moves):
+                        chain.append(density.move(chain[-1][:, None], generator)[0][:, 0])
+                parts.append(_Measured(_map(_single, sensors), _map(_single, located), _single(y),
+                                       _single(torch.stack(chain, 1))))
+        return _Measured(*(_joined([getattr(part, name) for part in parts]) for name in ("sensors", "located")),
+                         torch.cat([part.y for part in parts]), torch.cat([part.w for part in parts]).transpose(0, 1))
 
     def network(self) -> nn.Module:
         return SensorNetwork(self.base.r, self.c.shape[1], self.options.width, self.options.depth)
 
     def prepare(self, generator):
-        count = min(self.size, -(-self.options.batch * self.options.evaluate_every // _DRAWS))
-        index = torch.randperm(self.size, generator=generator, device=self.z.device)[:count]
-        self.bank = self._measure(self.z[index], self.c[index], generator, _DRAWS - 1 if self.standard_prior else 0)
+        count = -(-self.options.batch * self.options.evaluate_every // _DRAWS)
+        index = torch.randint(self.size, (count,), generator=generator, device=self.z.device)
+        # Under an affine emulator the base is all that moves could find.
+        known = self.standard_prior and self.base.emulator.head is not None
+        self.bank = self._measure(self.z[index], self.c[index], generator, _DRAWS - 1 if known else 0)
 
     def loss(self, network, index, generator):
         seen = self.bank.select(index % len(self.bank.y))
@@ -217,7 +228,8 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
     weights : Tensor
         Standard deviations of the state modes, shape (s,).
     law : LayoutLaw
-        Draws a fresh layout for every training sample of every step.
+        Of the layouts. Each one that is drawn, with its noise, serves eight noise levels, since to locate its base
+        costs more than a step.
     standard_prior : bool
         Whether the latents are known to be N(0, I).
     options : TrainingOptions
@@ -232,7 +244,7 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
     OperatorDenoiser
         On the CPU.
     History
-        Training curve of the network under the base.
+        Training curve of the network under the base; its collapse ratios are not measured, NaN.
 
     Raises
     ------
@@ -247,7 +259,8 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
         mean, factor = z.new_zeros(z.shape[1]), torch.eye(z.shape[1], dtype=z.dtype)
     else:
         # Upper triangular, from the Cholesky factor of the covariance in reversed order.
-        mean, factor = z.mean(0), torch.linalg.cholesky(torch.cov(z.T).flip(0, 1)).flip(0, 1)
+        covariance = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
+        mean, factor = z.mean(0), torch.linalg.cholesky(covariance.flip(0, 1)).flip(0, 1)
     device = torch.device(options.device)
     options = replace(options, learning_rate=_RATE * options.learning_rate)
     moved = [x.to(device) for x in (z, c, mean, factor)]
@@ -258,10 +271,12 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
         tasks = [_Layouts(*moved[:2], law, OperatorBase(*moved[2:], emulator, updates), standard_prior,
                           options)
                  for updates in ((1,) if emulator.head is None else (1, UPDATES))]
-        task = min(tasks, key=lambda task: float(task.base_losses.mean()))
+        task = min(tasks, key=lambda task: task.surprise)
         loop = Loop(task, options, checkpoint)
         network = loop.run(progress)
         spectrum = None if network is None else task.spectrum(network)
+        if network is not None:
+            loop.history.spread_ratio = loop.history.neighbour_ratio = float("nan")
     emulator.to("cpu")
     network = None if network is None else network.to("cpu")
     support = None if standard_prior else find_support(z)

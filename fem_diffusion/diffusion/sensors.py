@@ -81,15 +81,14 @@ class SensorPool:
             raise InputError(f"A layout of {least} to {most} sensors cannot be drawn from {len(self.rows)} candidates.")
 
     def draw(self, size: int, generator: torch.Generator) -> Sensors:
-        """Layouts without repetition, shape (size, k, s) with k the largest of them times g."""
+        """Layouts without repetition, all padded to the most that there can be."""
         least, most = self.count
         move = {"device": self.rows.device, "generator": generator}
         number = (least + 1) * ((most + 2) / (least + 1))**torch.rand(size, dtype=torch.float64, **move)
         number = (number.long() - 1).clamp(least, most)
-        widest = max(1, int(number.max()))
-        chosen = torch.rand(size, len(self.rows), **move).topk(widest, dim=1).indices
-        present = torch.arange(widest, device=self.rows.device) < number[:, None]
-        share = torch.rand(size, widest, 1, dtype=self.std.dtype, **move)
+        chosen = torch.rand(size, len(self.rows), **move).topk(most, dim=1).indices
+        present = torch.arange(most, device=self.rows.device) < number[:, None]
+        share = torch.rand(size, most, 1, dtype=self.std.dtype, **move)
         low, high = self.std[:, chosen]
         std = low**(1 - share) * high**share
         seen = present[:, :, None].expand_as(std)

@@ -23,6 +23,8 @@ from fem_diffusion.diffusion.sensors import Sensors
 __all__ = ["Surrogate", "surrogate"]
 
 _LEAPS = 4
+# Points whose states are held at once.
+_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class Surrogate:
 
     def energy(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log density (B, n) up to a constant, and its gradient (B, n, r), at n points each (B, n, r)."""
+        if w.shape[1] > _ROWS:
+            parts = [self.energy(part) for part in w.split(_ROWS, dim=1)]
+            return torch.cat([value for value, _ in parts], 1), torch.cat([slope for _, slope in parts], 1)
         z = self.mean[:, None] + w @ self.factor.mT
         away = z - self.base.mean
         c, pull = self.base.emulator.with_pull(z.flatten(0, 1))
