@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
-from firedrake import Function, SpatialCoordinate
+from firedrake import Function, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake.petsc import PETSc
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import Denoiser, FieldGeometry, FieldNetwork
 from fem_diffusion.eigenmodes import mass_action
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, geometric_key, on_root
+from fem_diffusion.fields import coefficients, geometric_key, multiply, on_root, solve
 
 __all__ = ["field_geometry", "on_mesh"]
 
@@ -47,9 +48,10 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
                          "connected network.")
     x = np.stack([coefficients(Function(V).interpolate(c)) for c in SpatialCoordinate(V.mesh())])
     share = mass_action(V)(np.ones((1, x.shape[1])))
-    rows = np.vstack([geometric_key(V), x, share, coefficients(basis.mean), basis.modes])
-    parts = V.comm.gather(rows)
-    return on_root(V.comm, lambda: _geometry(np.hstack(parts), len(x), basis.variances, points))
+    values = np.vstack([coefficients(basis.mean), basis.modes])
+    parts = V.comm.gather(np.vstack([geometric_key(V), x, share, values, *_gradients(V, values)]))
+    dimension = V.mesh().topological_dimension
+    return on_root(V.comm, lambda: _geometry(np.hstack(parts), len(x), dimension, basis.variances, points))
 
 
 def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
@@ -72,18 +74,38 @@ def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
     return Denoiser(denoiser.base, network, denoiser.spectrum, denoiser.support)
 
 
-def _geometry(rows: np.ndarray, dimension: int, variances: np.ndarray, points: int) -> FieldGeometry:
-    """Geometry from keys, coordinates, shares, mean and modes at all nodes, stacked as rows (., n)."""
+def _gradients(V, values: np.ndarray) -> list[np.ndarray]:
+    """L2 projections to V of the derivatives of fields (B, n_owned), one array for each direction."""
+    u, v = TrialFunction(V), TestFunction(V)
+    mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
+    ksp = PETSc.KSP().create(V.comm)
+    ksp.setOperators(mass)
+    ksp.setType("preonly")
+    ksp.getPC().setType("lu")
+    ksp.getPC().setFactorSolverType("mumps")
+    derivatives = (assemble(inner(grad(u)[i], v) * dx, mat_type="aij").petscmat
+                   for i in range(len(SpatialCoordinate(V.mesh()))))
+    gradients = [solve(ksp, multiply(derivative, values)) for derivative in derivatives]
+    ksp.destroy()  # on all ranks together
+    return gradients
+
+
+def _geometry(rows: np.ndarray, d: int, dimension: int, variances: np.ndarray, points: int) -> FieldGeometry:
+    """Geometry from keys, d coordinates, shares, mean, modes and their gradients at all nodes, as rows (., n)."""
     rows = rows[1:, np.argsort(rows[0])]  # whatever the numbering of the mesh, the same nodes are chosen
-    x, share, mean, modes = rows[:dimension].T, rows[dimension], rows[dimension + 1], rows[dimension + 2:]
+    x, share, fields = rows[:d].T, rows[d], rows[d + 1:].reshape(1 + d, 1 + len(variances), -1)
     measure, total = share.sum(), variances.sum()
     chosen, nearest = _spread_out(x, min(points, len(x)))
-    if len(chosen) < len(modes):
-        raise InputError(f"{len(chosen)} points cannot tell {len(modes)} modes apart: take more points or fewer modes.")
+    if len(chosen) < len(variances):
+        raise InputError(f"{len(chosen)} points cannot tell {len(variances)} modes apart: take more points or fewer "
+                         "modes.")
     weights = np.bincount(nearest, share / measure, minlength=len(chosen))
-    scale, modes = np.sqrt(total / measure), modes[:, chosen] * np.sqrt(measure)
-    projector = np.linalg.solve(modes * weights @ modes.T, modes * weights).T
-    return FieldGeometry(*map(torch.as_tensor, (modes, projector, mean[chosen] / scale, np.sqrt(variances / total))))
+    means, modes = fields[:, 0, chosen] / np.sqrt(total / measure), fields[:, 1:, chosen] * np.sqrt(measure)
+    # The distance between modes makes derivatives as large as values; unlike a norm of theirs, it knows no mesh.
+    distance = (measure / len(variances))**(1 / dimension)
+    projector = np.linalg.solve(modes[0] * weights @ modes[0].T, modes[0] * weights).T
+    parts = modes[0], projector, distance * modes[1:], means[0], distance * means[1:], np.sqrt(variances / total)
+    return FieldGeometry(*map(torch.as_tensor, parts))
 
 
 def _spread_out(x: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

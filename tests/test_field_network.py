@@ -5,7 +5,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from firedrake import COMM_SELF, FunctionSpace, RectangleMesh, VectorFunctionSpace
+from firedrake import COMM_SELF, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, VectorFunctionSpace
 from mpi4py import MPI
 
 from fem_diffusion import DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve, load_model, pod
@@ -60,10 +60,22 @@ def test_projection_is_that_of_the_mass_matrix(degree):
     assert np.linalg.norm(error) < 0.005 * np.linalg.norm(exact)
 
 
+def test_gradients_of_a_linear_field():
+    V = FunctionSpace(RectangleMesh(6, 6, 1.7, 1.0), "CG", 1)
+    x, y = SpatialCoordinate(V.mesh())
+    geometry = field_geometry(pod(V, [Function(V).interpolate(s * (x - 2 * y) + 3 * y) for s in (-1, 1)], 1))
+    slopes = geometry.gradients[:, 0] / geometry.gradients[0, 0, 0]
+    np.testing.assert_allclose(slopes, np.outer([1, -2], np.ones(3)), atol=1e-8)
+    np.testing.assert_allclose(geometry.mean_gradient[0] / geometry.mean_gradient[1].abs().max(), 0, atol=1e-8)
+    # Units: the mode is a multiple of x - 2 y, and the distance between modes the root of the area.
+    values, at = geometry.modes[0], np.sqrt(1.7) / geometry.gradients[0, 0, 0]
+    assert float((values.max() - values.min()) * at) <= 1.7 + 2 + 1e-8
+
+
 @pytest.mark.parallel([1, 2])
 def test_geometry_does_not_depend_on_the_ranks():
     ours, alone = field_geometry(_basis()), field_geometry(_basis(COMM_SELF))
-    for name in ("modes", "projector", "mean", "std"):
+    for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
         np.testing.assert_allclose(getattr(ours, name), getattr(alone, name), atol=1e-6)
 
 

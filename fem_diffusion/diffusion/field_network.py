@@ -39,15 +39,19 @@ class FieldGeometry:
         Values of the modes at the points, orthonormal in L2, shape (r, q).
     projector : Tensor
         Maps values at the points to amplitudes of the modes, shape (q, r).
-    mean : Tensor
-        Mean of the field at the points, shape (q,).
+    gradients : Tensor
+        Of the modes at the points, in units of one over the distance between modes, shape (d, r, q).
+    mean, mean_gradient : Tensor
+        Mean of the field at the points and its gradient, shapes (q,) and (d, q).
     std : Tensor
         Standard deviations of the amplitudes, shape (r,).
     """
 
     modes: Tensor
     projector: Tensor
+    gradients: Tensor
     mean: Tensor
+    mean_gradient: Tensor
     std: Tensor
 
 
@@ -66,6 +70,8 @@ class FieldNetwork(nn.Module):
         Of the residual network between the layers on the mesh.
     channels : int
         Fields that the layers on the mesh hold.
+    dimension : int
+        Components of a gradient.
 
     Raises
     ------
@@ -73,15 +79,14 @@ class FieldNetwork(nn.Module):
         If a size is not positive.
     """
 
-    def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8):
+    def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
         super().__init__()
-        if min(r, k, width, depth, channels) < 1:
-            raise InputError(f"Network sizes must be positive: r={r}, k={k}, width={width}, depth={depth}, "
-                             f"channels={channels}.")
-        self.config = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels}
+        self.config = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels, "dimension": dimension}
+        if min(self.config.values()) < 1:
+            raise InputError(f"Network sizes must be positive: {self.config}.")
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
-        self.lift = nn.Linear(_FIELDS, 2 * channels)
+        self.lift = nn.Linear(_FIELDS + dimension, 2 * channels)
         self.lift_condition = nn.Linear(width, 2 * channels)
         self.read = nn.Linear(channels * r, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
@@ -93,7 +98,7 @@ class FieldNetwork(nn.Module):
         for parameter in (*self.lift_condition.parameters(), *self.head.parameters(), self.head_field.weight):
             nn.init.zeros_(parameter)
         # Geometry is no state: it belongs to a mesh, the weights to all.
-        for name in ("modes", "projector", "mean", "spread", "gain"):
+        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "spread", "gain"):
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -123,17 +128,21 @@ class FieldNetwork(nn.Module):
         Raises
         ------
         InputError
-            If geometry or base have another number of latents or measurements.
+            If geometry or base have another number of latents, measurements or dimensions.
         """
-        r, k = self.config["r"], self.config["k"]
-        if (len(geometry.std), base.r, base.k) != (r, r, k):
-            raise InputError(f"The network was made for {r} latents and {k} measurements; the geometry has "
-                             f"{len(geometry.std)} modes, the base {base.r} latents and {base.k} measurements.")
+        r, k, dimension = self.config["r"], self.config["k"], self.config["dimension"]
+        if (len(geometry.std), base.r, base.k, len(geometry.gradients)) != (r, r, k, dimension):
+            raise InputError(f"The network was made for {r} latents, {k} measurements and {dimension} dimensions; the "
+                             f"geometry has {len(geometry.std)} modes in {len(geometry.gradients)} dimensions, the "
+                             f"base {base.r} latents and {base.k} measurements.")
         network, weight = deepcopy(self), self.head.weight
         std = geometry.std.to(base.factor)
-        mean = geometry.mean.to(std) + (std * base.latent_mean) @ geometry.modes.to(std)
-        network.modes, network.projector = geometry.modes.to(weight), geometry.projector.to(weight)
-        network.mean, network.spread = mean.to(weight), (std[:, None] * base.factor).to(weight)
+        shift = std * base.latent_mean
+        for name, modes in (("mean", geometry.modes), ("mean_gradient", geometry.gradients)):
+            setattr(network, name, (getattr(geometry, name).to(std) + shift @ modes.to(std)).to(weight))
+        for name in ("modes", "projector", "gradients"):
+            setattr(network, name, getattr(geometry, name).to(weight))
+        network.spread = (std[:, None] * base.factor).to(weight)
         network.gain = (std[:, None] * (base.gain @ torch.linalg.pinv(base.whitener))).to(weight)
         return network
 
@@ -170,7 +179,8 @@ class FieldNetwork(nn.Module):
         state, centre = v @ self.spread.T, features @ self.gain.T
         amplitudes = torch.stack([centre + torch.cos(angle) * state, centre, torch.sin(angle) * state])
         fields = amplitudes @ self.modes
-        fields = torch.cat([fields[:2] + self.mean, fields[2:]])
+        slopes = amplitudes[0] @ self.gradients + self.mean_gradient[:, None]
+        fields = torch.cat([fields[:2] + self.mean, fields[2:], slopes])
         values, switches = (_at_points(self.lift, fields) + self.lift_condition(condition).T[:, :, None]).chunk(2)
         return values, torch.tanh(switches)
 

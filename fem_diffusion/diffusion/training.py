@@ -165,7 +165,9 @@ class _Pairs(Task):
 
     def network(self) -> nn.Module:
         sizes = self.base.r, self.base.k, self.options.width, self.options.depth
-        return ResidualMLP(*sizes) if self.geometry is None else FieldNetwork(*sizes).on(self.geometry, self.base)
+        if self.geometry is None:
+            return ResidualMLP(*sizes)
+        return FieldNetwork(*sizes, dimension=len(self.geometry.gradients)).on(self.geometry, self.base)
 
     def _draw(self, z, y, generator):
         """One draw of measurement noise, noise level and diffusion noise: network inputs and target."""
