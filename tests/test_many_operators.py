@@ -1,19 +1,21 @@
 """One model for many observation operators, on a small channel: exact posteriors of unseen layouts, and bad input."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from firedrake import FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, as_vector, ds
+from firedrake import FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, as_vector, ds, exp
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, CallableNoise, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily, SensorKind,
-    TrainingOptions, TransformedPrior, fit_family, functionals, karhunen_loeve, line_averages, load_family,
-    patch_averages, point_sensors, random_points, simulate,
+    AdvectionDiffusion, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily,
+    SensorKind, TrainingOptions, TransformedPrior, TransientAdvectionDiffusion, fit_family, functionals,
+    karhunen_loeve, line_averages, load_family, patch_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diffusion import OperatorDenoiser, SensorNetwork, Spectrum
 from fem_diffusion.diagnostics.fem_reference import exact_posterior
 from fem_diffusion.errors import DataError, InputError, ModelFileError
 
@@ -170,20 +172,54 @@ def test_a_saved_model_answers_as_before(job, tmp_path):
 
 
 def test_a_network_and_an_emulator_survive_the_file(tmp_path):
-    from firedrake import exp
     prior, forward, V, data = _problem(600, exp)
     basis = karhunen_loeve(prior, 4)
     family = OperatorFamily(SensorKind(patch_averages(V, random_points(V.mesh(), 60, seed=2), 0.3), NOISE, (1, 6)))
-    model = fit_family(data, basis, family, options=TrainingOptions(steps=150, evaluate_every=50, width=32, depth=2),
+    model = fit_family(data, basis, family, options=TrainingOptions(steps=60, evaluate_every=30, width=32, depth=2),
                        progress=False)
     assert model.denoiser.base.emulator.head is not None
+    # So little training may keep no network; any weights will do here.
+    torch.manual_seed(0)
+    network = SensorNetwork(4, model.states.r, 16, 1)
+    torch.nn.init.normal_(network.flow.head.weight, std=0.05)
+    spectrum = Spectrum(torch.tensor([0.5]).double(), torch.tensor([0.3]).double())
+    denoiser = OperatorDenoiser(model.denoiser.base, network.requires_grad_(False), spectrum, None, True)
+    model = replace(model, denoiser=denoiser)
     model.save(tmp_path / "model")
     again = load_family(tmp_path / "model", basis, V)
     patch = patch_averages(V, [(1.0, 0.3), (2.0, 0.3)], 0.3)
+    drawn = {}
     for corrections in (0, 2):
         one, two = (m.condition(patch, [1.5, 1.6], GaussianNoise(std=NOISE)).sample(20, seed=0, corrections=corrections)
                     for m in (model, again))
         np.testing.assert_allclose(one.values, two.values, rtol=1e-6)
+        drawn[corrections] = one.values
+    assert np.abs(drawn[0] - drawn[2]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_time_series_of_a_transient_state_are_sensors_too():
+    mesh = RectangleMesh(16, 8, 2.0, 1.0)
+    V, times = FunctionSpace(mesh, "CG", 1), [0.2, 0.4, 0.6]
+    prior = GaussianPrior(V, std=1.0, correlation_length=0.8)
+    forward = TransientAdvectionDiffusion(V, V, "initial", times=times, time_step=0.1, velocity=(1.0, 0.0),
+                                          diffusivity=0.05, dirichlet={1: 0.0})
+    basis = karhunen_loeve(prior, 12)
+    # Fields in the span of the modes: what lies outside would count as noise, and the reference knows none of it.
+    fields = basis.decode(torch.randn(400, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    data = DataSet(fields, np.empty((400, 0)), forward.solve_many(fields))
+    series = SensorKind(point_sensors(forward.U, random_points(mesh, 80, seed=2)), 0.1, (1, 5), series=len(times))
+    model = fit_family(data, basis, OperatorFamily(series), options=OPTIONS, progress=False)
+    sensors = point_sensors(forward.U, [(0.7, 0.4), (1.5, 0.6)])
+    truth = basis.functions(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)))[0]
+    y = sensors(forward(truth)) + 0.05
+    exact = exact_posterior(_Spanned(basis, prior), forward, sensors, 0.1)
+    assert len(y) == 6
+    assert min(_p_values(model.condition(sensors, y, GaussianNoise(std=0.1)), exact, y, basis)) > 1e-4
+    # The second sensor fails: so do all of its readings.
+    y[3:] = np.nan
+    half = exact_posterior(_Spanned(basis, prior), forward, sensors[:3], 0.1)
+    assert min(_p_values(model.condition(sensors, y, GaussianNoise(std=0.1)), half, y[:3], basis)) > 1e-4
 
 
 @pytest.mark.parametrize("call, message", [
