@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
-    Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, SensorNetwork, SensorPool, Sensors,
-    Spectrum, Support, TrainingOptions, fit_operators,
+    Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
+    Sensors, Spectrum, Support, TrainingOptions, fit_operators,
 )
 from fem_diffusion.eigenmodes import leading_modes, mass_action
 from fem_diffusion.errors import DataError, InputError, ModelFileError
@@ -26,25 +26,15 @@ from fem_diffusion.problem.family import OperatorFamily
 from fem_diffusion.problem.observation import Observation, no_sensors
 from fem_diffusion.simulation import DataSet
 
-__all__ = ["FamilyModel", "FamilyWarning", "fit_family", "load_family"]
+__all__ = ["FamilyModel", "fit_family", "load_family"]
 
 _FORMAT = "fem_diffusion family model 1"
 _STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
 # What state modes may miss of a reading, in units of its noise.
 _MISSED = 0.2
-# Share of a sensor's prior signal that the most similar training sensor may leave unexplained.
-_UNLIKE = 0.1
-# How far numbers of sensors and noise levels may leave the range of the training.
-_BEYOND = 2.0
-# Signals below this share of the strongest are none.
-_BLIND = 1e-6
 # Smallest variance of noise, in units of the prior variance of the reading.
 _FLOOR = 1e-12
-
-
-class FamilyWarning(UserWarning):
-    """An observation operator is far from those of the training: the base holds, the network extrapolates."""
 
 
 def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
@@ -104,7 +94,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
         return fit_operators(z, c, torch.tensor(states.variances).sqrt(), law, standard_prior=basis.standard_prior,
                              options=options, checkpoint=checkpoint, progress=progress)
     denoiser, history = on_root(U.comm, run)
-    return FamilyModel(basis, states, denoiser, history, _Seen.of(law))
+    return FamilyModel(basis, states, denoiser, history, Seen.of(law))
 
 
 def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
@@ -154,56 +144,6 @@ def _check_modes(observation, states, c, rows, offset, std) -> None:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What training has seen of sensors: unit signals (K, s), noise over signal, most rows, strongest signal."""
-
-    signals: torch.Tensor
-    std: tuple[float, float]
-    most: int
-    strongest: float
-
-    @classmethod
-    def of(cls, law: LayoutLaw) -> "_Seen":
-        signals = torch.cat([pool.rows.flatten(0, 1) for pool in law.pools])
-        std = torch.cat([pool.std.flatten(1) for pool in law.pools], 1)
-        # Candidates that see next to nothing, on a Dirichlet boundary, say nothing about noise either.
-        strength = signals.norm(dim=1)
-        ratio = (std / strength)[:, strength > _BLIND * strength.max()]
-        return cls(_unit(signals).float(), (float(ratio.min()), float(ratio.max())),
-                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools), float(strength.max()))
-
-    def warn(self, sensors: Sensors, names: Sequence[str]) -> None:
-        """Warn where a layout is far from the training; the message names the measure of distance."""
-        findings = []
-        strength = sensors.rows[0].norm(dim=1)
-        seeing = torch.where(strength > _BLIND * self.strongest)[0]
-        rows = sensors.rows[0][seeing]
-        if len(rows):
-            alike = (_unit(rows).float() @ self.signals.T).abs().amax(1)
-            unlike = 1 - alike.clamp(max=1)**2
-            worst = int(unlike.argmax())
-            if float(unlike[worst]) > _UNLIKE:
-                findings.append(f"sensor {names[seeing[worst]]}: the most similar training sensor leaves "
-                                f"{unlike[worst]:.0%} of the prior variance of its signal unexplained (1 - squared "
-                                "correlation)")
-            ratio = sensors.variance[0][seeing].sqrt() / strength[seeing]
-            low, high = float(ratio.min()) / self.std[0], float(ratio.max()) / self.std[1]
-            if low < 1 / _BEYOND or high > _BEYOND:
-                findings.append(f"noise over prior signal reaches {low:.2g} of the smallest and {high:.2g} of the "
-                                "largest value of the training")
-        if len(names) > _BEYOND * self.most:
-            findings.append(f"{len(names)} readings, {len(names) / self.most:.1f} times the most in training")
-        if findings:
-            warnings.warn("This observation operator is far from the training family: " + "; ".join(findings)
-                          + ". The Gaussian base holds for it, the network extrapolates; train with a family that has "
-                          "such sensors.", FamilyWarning, stacklevel=3)
-
-
-def _unit(rows: torch.Tensor) -> torch.Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
-
-
-@dataclass(frozen=True)
 class FamilyModel:
     """A trained model of p(m | operator, y).
 
@@ -225,7 +165,7 @@ class FamilyModel:
     states: ModalBasis
     denoiser: OperatorDenoiser
     history: History
-    seen: _Seen
+    seen: Seen
 
     def condition(self, observation: Observation | None, y: Sequence[float],
                   noise: GaussianNoise | None = None) -> Posterior:
@@ -373,7 +313,7 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     states = ModalBasis(U, field(U, tensors["states.mean"].numpy()[columns], name="mean"),
                         tensors["states.modes"].numpy()[:, columns], tensors["states.variances"].numpy(),
                         config["total_variance"])
-    seen = _Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
+    seen = Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
     return FamilyModel(basis, states, denoiser, history, seen)
 
 

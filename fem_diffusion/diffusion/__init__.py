@@ -15,17 +15,18 @@ from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
 from fem_diffusion.diffusion.operator_base import Located, OperatorBase
 from fem_diffusion.diffusion.operators import OperatorDenoiser, fit_operators
 from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
+from fem_diffusion.diffusion.seen import FamilyWarning, Seen
 from fem_diffusion.diffusion.sensor_network import SensorNetwork
 from fem_diffusion.diffusion.sensors import LayoutLaw, SensorPool, Sensors
 from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
 
 __all__ = [
-    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "FieldGeometry", "FieldNetwork",
-    "Formulation", "GaussianBase", "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS", "OperatorBase",
-    "OperatorDenoiser", "ResidualMLP", "SensorNetwork", "SensorPool", "Sensors", "Spectrum", "Support",
-    "TrainingOptions", "churn", "constant_moment", "evaluations", "find_support", "fit_base", "fit_denoiser",
-    "fit_emulator", "fit_operators", "fit_spectrum", "linear_base", "log_density", "measure_collapse", "place_angles",
-    "plain_base", "sample_latents", "straight_line", "sub_variance_preserving", "train", "variance_exploding",
-    "variance_preserving",
+    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "FamilyWarning", "FieldGeometry",
+    "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS",
+    "OperatorBase", "OperatorDenoiser", "ResidualMLP", "Seen", "SensorNetwork", "SensorPool", "Sensors", "Spectrum",
+    "Support", "TrainingOptions", "churn", "constant_moment", "evaluations", "find_support", "fit_base",
+    "fit_denoiser", "fit_emulator", "fit_operators", "fit_spectrum", "linear_base", "log_density",
+    "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line", "sub_variance_preserving",
+    "train", "variance_exploding", "variance_preserving",
 ]
