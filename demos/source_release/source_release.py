@@ -178,6 +178,10 @@ PAIRS, LEVELS = 60000, (0.5, 0.9)
 OPTIONS = TrainingOptions(steps=10000, width=256, learning_rate=3e-3, log_sigma_mean=-1.0, log_sigma_std=1.4,
                           validation_fraction=0.04, evaluate_every=500)
 
+# The reverse SDE mends some of the network's errors, which the ODE carries along. Chosen on 200 other cases (seed 3):
+# there the 50 % bands of the quantities cover 55 % by the ODE and 52 % by the SDE.
+SAMPLING = {"alpha": 1.0, "steps": 60}
+
 
 def held_out(prior, problem, observation, cases, seed=5):
     """Of cases unseen in training: releases, noisy measurements as `scaled`, and noisy readings at the hospital."""
@@ -198,7 +202,7 @@ class Check:
     field: dict  # level to share of the truth inside, and its standard error
 
 
-def check(model, releases, measurements, readings, at_hospital, draws, progress):
+def check(model, releases, measurements, readings, at_hospital, draws, sampling, progress):
     """Where the truths of unseen cases are among the samples.
 
     Readings, of the samples as of the truth, hold noise: it is part of the question, and without it plumes that pass
@@ -208,7 +212,7 @@ def check(model, releases, measurements, readings, at_hospital, draws, progress)
     """
     asked, read, covered = [], [], []
     for case, y in enumerate(tqdm(measurements, desc="check", disable=not progress)):
-        m = model.condition(y).sample(draws, seed=10_000 + case).values
+        m = model.condition(y).sample(draws, seed=10_000 + case, **sampling).values
         clean = torch.as_tensor(at_hospital.apply(m))
         read.append(METER.sample(clean, torch.Generator().manual_seed(10_000 + case)).numpy())
         asked.append(quantities(m, read[-1]))
@@ -221,7 +225,8 @@ def check(model, releases, measurements, readings, at_hospital, draws, progress)
                  calibrate(np.array(read), readings, LEVELS), dict(zip(LEVELS, shares)))
 
 
-def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, options=OPTIONS, progress=False):
+def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, options=OPTIONS, sampling=SAMPLING,
+        progress=False):
     """From prior to pictures.
 
     Parameters
@@ -234,6 +239,8 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
         Unseen cases and samples for each; draws + 1 is best a multiple of 20.
     samples : int
         Of the maps and of the prediction.
+    sampling : dict
+        How they are drawn, as for `Posterior.sample`.
     progress : bool
         Show progress bars.
 
@@ -253,12 +260,12 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
 
     releases, measurements, readings = held_out(prior, problem, observation, cases)
     at_hospital = seen_from_start(problem, point_sensors(problem.U, [HOSPITAL]))
-    found = check(model, releases, measurements, readings, at_hospital, draws, progress)
+    found = check(model, releases, measurements, readings, at_hospital, draws, sampling, progress)
     print_table(found)
 
     draw_setup(problem, releases[0], folder / "setup.png")
     shown = range(min(3, cases))  # the first ones, not chosen
-    posteriors = [model.condition(measurements[case]).sample(samples, seed=case) for case in shown]
+    posteriors = [model.condition(measurements[case]).sample(samples, seed=case, **sampling) for case in shown]
     draw_posteriors(posteriors, releases, folder / "posterior.png")
     draw_prediction(posteriors, releases, readings, folder / "hospital.png")
     draw_calibration(found, folder / "calibration.png")
