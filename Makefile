@@ -23,7 +23,8 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
 .PHONY: help install demo demo-sensors demo-pde demo-logistic demo-stokes demo-elastic test test-slow lint clean \
-        benchmark-formulations benchmark-collapse benchmark-ensemble benchmark-peers
+        benchmark-formulations benchmark-collapse benchmark-ensemble benchmark-peers benchmark-forward \
+        benchmark-networks
 
 help:
 	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
@@ -38,6 +39,8 @@ help:
 	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
 	@echo "make lint       flake8"
 	@echo "make benchmark-formulations [QUICK=1]   formulations, samplers and network evaluations on known posteriors"
+	@echo "make benchmark-forward                  blocks of samples against loops over solvers, steady and transient"
+	@echo "make benchmark-networks                 fully connected network against layers on the mesh (after make demo-release)"
 	@echo "make benchmark-collapse                 does long training shrink the posterior?"
 	@echo "make benchmark-peers                    side by side with sbi, in an environment of its own"
 	@echo "make benchmark-ensemble                 pairs a second of two ensemble members against one"
@@ -79,6 +82,13 @@ lint: install
 
 benchmark-formulations: install
 	$(RUN) benchmarks/formulations.py --size $(if $(QUICK),quick,full)
+
+benchmark-forward: install
+	$(RUN) benchmarks/forward.py
+	$(RUN) benchmarks/transient.py
+
+benchmark-networks: install
+	$(RUN) benchmarks/field_network.py
 
 benchmark-collapse: install
 	$(RUN) benchmarks/collapse.py
