@@ -22,29 +22,29 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-sensors demo-pde demo-logistic demo-stokes demo-elastic test test-slow lint clean \
-        benchmark-formulations benchmark-collapse benchmark-ensemble benchmark-peers benchmark-forward \
-        benchmark-networks
+.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-pde test test-slow \
+        lint clean benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
+        benchmark-ensemble benchmark-peers
 
 help:
-	@echo "make demo       infer the flux through a boundary from a few sensors, start to end"
-	@echo "make demo-sensors one model for any set of sensors: twenty layouts it has never seen"
-	@echo "make demo-pde   diffusion models solved as PDEs for the density, forward and back"
+	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
+	@echo "make demo-sensors    one model for any set of sensors: layouts it has never seen"
+	@echo "make demo-release    where was a contaminant released in a town? checked on 200 unseen cases"
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
-	@echo "make demo-release  find where a contaminant was released in a town, and check the answer on 200 unseen cases"
-	@echo "make test       flake8 and all tests but the slow ones, on one and on several MPI ranks"
-	@echo "make test-slow  the slow tests"
-	@echo "make install    only the environment: .venv with PETSc, Firedrake and torch"
-	@echo "make lint       flake8"
-	@echo "make benchmark-formulations [QUICK=1]   formulations, samplers and network evaluations on known posteriors"
-	@echo "make benchmark-forward                  blocks of samples against loops over solvers, steady and transient"
-	@echo "make benchmark-networks                 fully connected network against layers on the mesh (after make demo-release)"
-	@echo "make benchmark-collapse                 does long training shrink the posterior?"
-	@echo "make benchmark-peers                    side by side with sbi, in an environment of its own"
-	@echo "make benchmark-ensemble                 pairs a second of two ensemble members against one"
-	@echo "make clean      remove what tests, demos and builds left (.venv stays)"
+	@echo "make demo-pde        diffusion models solved as PDEs for the density, forward and back"
+	@echo "make test            flake8 and all tests but the slow ones, on one and on several MPI ranks"
+	@echo "make test-slow       the slow tests"
+	@echo "make install         only the environment: .venv with PETSc, Firedrake and torch"
+	@echo "make lint            flake8"
+	@echo "make benchmark-forward       blocks of samples against loops over solvers, steady and transient"
+	@echo "make benchmark-formulations  formulations, samplers and evaluations on known posteriors (QUICK=1: fewer)"
+	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
+	@echo "make benchmark-collapse      does long training shrink the posterior?"
+	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
+	@echo "make benchmark-peers         side by side with sbi, in an environment of its own"
+	@echo "make clean           remove what tests, demos and builds left (.venv stays)"
 
 install:
 	@scripts/install.sh
