@@ -64,9 +64,10 @@ def _p_values(posterior, exact, y, basis, seed=3):
 @pytest.mark.parallel([1, 2])
 def test_layouts_never_seen_have_the_exact_posterior():
     prior, forward, V, data = _problem()
+    assert data.observations.shape == (300, 0)
     basis = karhunen_loeve(prior, 5)
-    model = fit_family(data, basis, _family(V), options=OPTIONS, progress=False)
-    assert data.observations.shape == (300, 0) and model.history.best_step == 0
+    model = fit_family(_spanned(basis, forward, 300), basis, _family(V), options=OPTIONS, progress=False)
+    assert model.history.best_step == 0
     points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15), (3.3, 0.4)])
     line = line_averages(V, [(2.5, 0.0)], [(2.5, 1.0)])
     cases = (points, 0.05), (line, 0.05), (points + line, [0.02, 0.05, 0.1, 0.03])
@@ -81,6 +82,13 @@ def test_layouts_never_seen_have_the_exact_posterior():
         if len(y) > 1:
             wrong = model.condition(observation, y[::-1].copy(), GaussianNoise(std=std))
             assert min(_p_values(wrong, exact, y, basis)) < 1e-6
+
+
+def _spanned(basis, forward, n):
+    """States of fields in the span of the modes: what lies outside would count as noise, unknown to the reference."""
+    z = torch.randn(n, basis.r, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fields = basis.decode(z)
+    return DataSet(fields, np.empty((n, 0)), forward.solve_many(fields))
 
 
 class _Spanned:
@@ -205,9 +213,7 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     forward = TransientAdvectionDiffusion(V, V, "initial", times=times, time_step=0.1, velocity=(1.0, 0.0),
                                           diffusivity=0.05, dirichlet={1: 0.0})
     basis = karhunen_loeve(prior, 12)
-    # Fields in the span of the modes: what lies outside would count as noise, and the reference knows none of it.
-    fields = basis.decode(torch.randn(400, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    data = DataSet(fields, np.empty((400, 0)), forward.solve_many(fields))
+    data = _spanned(basis, forward, 400)
     series = SensorKind(point_sensors(forward.U, random_points(mesh, 80, seed=2)), 0.1, (1, 5), series=len(times))
     model = fit_family(data, basis, OperatorFamily(series), options=OPTIONS, progress=False)
     sensors = point_sensors(forward.U, [(0.7, 0.4), (1.5, 0.6)])
