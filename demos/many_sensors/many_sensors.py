@@ -219,7 +219,7 @@ def draw_layouts(drawn, file):
     x = coefficients(Function(M).interpolate(SpatialCoordinate(M.mesh())[0]))
     order = np.argsort(x)
     figure, axes = plt.subplots(2, len(drawn), figsize=(4.2 * len(drawn), 5.6), layout="constrained", sharex=True,
-                                height_ratios=(1, 2.2))
+                                sharey="row", height_ratios=(1, 2.2))
     for column, (name, working, samples, other, truth, reference, state) in zip(axes.T, drawn):
         colours = tripcolor(state, axes=column[0], cmap="viridis", shading="gouraud", vmin=0.9, vmax=4)
         column[0].plot(*working.points.T, "o", color="tab:red", markeredgecolor="white", markersize=5)
@@ -229,8 +229,9 @@ def draw_layouts(drawn, file):
         column[0].set(title=name, ylabel="y [m]", aspect="equal")
         samples.plot(axes=column[1], truth=truth, reference=(reference.mean, reference.lower, reference.upper),
                      xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")
-        column[1].plot(x[order], coefficients(other.mean())[order], color="tab:green", linewidth=1.2, linestyle="-.",
-                       label="model of this layout alone, mean")
+        if other is not None:
+            column[1].plot(x[order], coefficients(other.mean())[order], color="tab:green", linewidth=1.2,
+                           linestyle="-.", label="model of this layout alone, mean")
         column[1].legend(fontsize="x-small", frameon=False)
         for ax in column:
             ax.label_outer()
