@@ -24,7 +24,9 @@ import torch
 from firedrake import CheckpointFile, DirichletBC, Function
 from mpi4py import MPI
 
-from fem_diffusion.eigenmodes import free_dofs, leading_modes, mass_action, split, without_conditions
+from fem_diffusion.eigenmodes import (
+    free_dofs, leading_modes, mass_action, sample_covariance, split, without_conditions,
+)
 from fem_diffusion.errors import InputError, ModelFileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_size
 
@@ -97,6 +99,13 @@ class ModalBasis:
         """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
         rows = np.vstack([coefficients(self.mean), self.scaled_modes])
         return self.V.comm.allreduce(rows @ geometric_key(self.V), MPI.SUM)
+
+    def check_signature(self, signature: np.ndarray, path) -> None:
+        """Raise ModelFileError unless a model file was trained in this basis, whose signature it holds."""
+        ours = self.signature
+        if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
+            raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                                 "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
 
     @property
     def standard_prior(self) -> bool:
@@ -361,10 +370,7 @@ def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), tran
 
 def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Modes, their variances and the total variance of centred samples (n, n_owned)."""
-    def covariance(x):
-        return V.comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(centred) - 1)
-
-    total = V.comm.allreduce(float((centred * mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
+    covariance, total = sample_covariance(V, centred)
     return *leading_modes(covariance, V, bcs, r), total
 
 

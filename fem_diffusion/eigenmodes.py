@@ -13,7 +13,7 @@ from mpi4py import MPI
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, geometric_key, multiply, owned_size
 
-__all__ = ["free_dofs", "leading_modes", "mass_action", "split", "without_conditions"]
+__all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "split", "without_conditions"]
 
 _MAX_SWEEPS = 60
 _TOLERANCE = 1e-9
@@ -85,6 +85,15 @@ def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.n
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
     modes, values = modes[:min(r, rank)], values[:min(r, rank)].copy()
     return modes * _signs(V, modes)[:, None], values
+
+
+def sample_covariance(V, centred: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+    """The covariance of centred samples (n, n_owned), as `leading_modes` takes it, and its total variance."""
+    comm = V.comm
+
+    def covariance(x):
+        return comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(centred) - 1)
+    return covariance, comm.allreduce(float((centred * mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
 
 
 def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:

@@ -18,7 +18,7 @@ from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
     Sensors, Spectrum, Support, TrainingOptions, fit_operators,
 )
-from fem_diffusion.eigenmodes import leading_modes, mass_action
+from fem_diffusion.eigenmodes import leading_modes, sample_covariance
 from fem_diffusion.errors import DataError, InputError, ModelFileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior
@@ -99,21 +99,17 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
 
 def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
     """POD modes of the states, as many as asked for or as are needed, at most as many as the states span."""
-    comm = U.comm
     mean = states.mean(axis=0)
     centred = states - mean
-    finite = comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
+    finite = U.comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
     total = 0.0
     if finite and len(states) > 1:
-        total = comm.allreduce(float((centred * mass_action(U)(centred)).sum()), MPI.SUM) / (len(states) - 1)
+        covariance, total = sample_covariance(U, centred)
     if not total > 0:
         raise DataError("The states are not finite or all the same: check the forward problem.")
     most = min(_MOST_MODES, len(states) - 1, U.dim())
     if size is not None and not 1 <= size <= most:
         raise InputError(f"state_modes is {size}: between 1 and {most} modes can be had here.")
-
-    def covariance(x):
-        return comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(states) - 1)
     count = 16 if size is None else size
     while True:
         modes, variances = leading_modes(covariance, U, (), min(count, most), fewer=True)
@@ -303,10 +299,7 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
         If the file is truncated, foreign, or belongs to another basis or another space of states.
     """
     tensors, config, denoiser, history = on_root(U.comm, lambda: _read(path))
-    ours, theirs = basis.signature, tensors["basis.signature"].numpy()
-    if theirs.shape != ours.shape or not np.allclose(theirs, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
-        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+    basis.check_signature(tensors["basis.signature"].numpy(), path)
     columns = owned_columns(tensors["states.key"].numpy(), U)
     if columns is None:
         raise ModelFileError(f"{path} belongs to another mesh or space of states: pass those of its training.")

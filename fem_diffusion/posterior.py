@@ -15,7 +15,7 @@ from fem_diffusion.diffusion import (
     sample_latents,
 )
 from fem_diffusion.diffusion.model_file import read_model, write_model
-from fem_diffusion.errors import DataError, InputError, InstallError, ModelFileError
+from fem_diffusion.errors import DataError, InputError, InstallError
 from fem_diffusion.field_geometry import field_geometry, on_mesh
 from fem_diffusion.fields import field, on_root, owned_size
 from fem_diffusion.simulation import DataSet
@@ -159,10 +159,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
         If the file is truncated, foreign or belongs to another basis.
     """
     signature, denoiser, history = on_root(basis.V.comm, lambda: read_model(path))
-    ours = basis.signature
-    if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
-        raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                             "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+    basis.check_signature(signature, path)
     return ConditionalModel(basis, denoiser, history)
 
 

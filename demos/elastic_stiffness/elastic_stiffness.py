@@ -96,18 +96,10 @@ def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingO
     y = sensors(displacement) + NOISE * np.random.default_rng(5).standard_normal(len(sensors))
     posterior = model.condition(y).sample(samples, seed=4)  # added
     calibration = check(prior, solver, sensors, noise, model, held_out, progress)
-    report(calibration)
+    print(calibration.table())
     draw(folder, truth, displacement, posterior, solver, sensors, y, calibration)
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return calibration
-
-
-def report(calibration):
-    """Coverage with its standard error, as a Markdown table."""
-    print("\n| central interval | truths inside | standard error |\n|---|---|---|")
-    for level, share in calibration.coverage.items():
-        print(f"| {level:.0%} | {share:.1%} | {calibration.coverage_error(level):.1%} |")
-    print(f"\n{len(calibration.ranks)} held-out pairs; uniform ranks of all latents: p = {calibration.p_value:.2f}\n")
 
 
 def draw(folder, truth, displacement, posterior, solver, sensors, y, calibration):

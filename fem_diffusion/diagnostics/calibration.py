@@ -112,6 +112,14 @@ class Calibration:
         inside = _inside(self.ranks, self.draws, level).mean(axis=1)
         return float(inside.std(ddof=1) / np.sqrt(len(inside)))
 
+    def table(self) -> str:
+        """Coverage with its standard error as a Markdown table, and the p-value of uniform ranks."""
+        lines = ["", "| central interval | truths inside | standard error |", "|---|---|---|"]
+        lines += [f"| {level:.0%} | {share:.1%} | {self.coverage_error(level):.1%} |"
+                  for level, share in self.coverage.items()]
+        return "\n".join([*lines, "", f"{len(self.ranks)} held-out pairs; uniform ranks of all latents: "
+                          f"p = {self.p_value:.2f}", ""])
+
 
 def _inside(ranks: np.ndarray, n: int, level: float) -> np.ndarray:
     """Whether ranks among n draws lie in the central interval of a level; shape of the ranks."""
