@@ -97,7 +97,8 @@ def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measu
     floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
     if not values[-1] > 0 or values[0] < -floor:
         raise InputError("The covariance of the measurements is not positive; check the observations and the noise.")
-    whitener = vectors.T / values.clamp(min=floor).sqrt()[:, None] / spread
+    # Symmetric roots: eigenvectors of close eigenvalues turn with rounding, their products do not.
+    whitener = vectors / values.clamp(min=floor).sqrt() @ vectors.T / spread
     half_gain = cross @ whitener.T
     gain = half_gain @ whitener
     posterior = latent_covariance - half_gain @ half_gain.T
@@ -105,8 +106,8 @@ def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measu
     unit = torch.diagonal(latent_covariance).sqrt()
     variances, axes = torch.linalg.eigh((posterior + posterior.T) / 2 / unit / unit[:, None])
     scale = variances.clamp(min=_SMALLEST_STD**2).sqrt()
-    return GaussianBase(latent_mean, measurement_mean, gain, unit[:, None] * axes * scale,
-                        axes.T / scale[:, None] / unit, whitener)
+    return GaussianBase(latent_mean, measurement_mean, gain, unit[:, None] * (axes * scale @ axes.T),
+                        axes / scale @ axes.T / unit, whitener)
 
 
 def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | None = None) -> GaussianBase:
