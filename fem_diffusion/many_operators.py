@@ -1,23 +1,20 @@
 """One trained model for many observation operators: fit it once, condition it on any sensors of its family."""
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from mpi4py import MPI
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
     Sensors, Spectrum, Support, TrainingOptions, fit_operators,
 )
+from fem_diffusion.diffusion.model_file import Content, read_content, write_content
 from fem_diffusion.eigenmodes import leading_modes, sample_covariance
 from fem_diffusion.errors import DataError, InputError, ModelFileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
@@ -28,7 +25,8 @@ from fem_diffusion.simulation import DataSet
 
 __all__ = ["FamilyModel", "fit_family", "load_family"]
 
-_FORMAT = "fem_diffusion family model 1"
+_FORMAT = "fem_diffusion family model 2"
+_STATE_PARTS = "key", "mean", "modes", "variances"
 _STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
 # What state modes may miss of a reading, in units of its noise.
@@ -235,21 +233,12 @@ class FamilyModel:
                        "states.variances": torch.tensor(self.states.variances), "seen.signals": self.seen.signals,
                        "basis.signature": torch.tensor(signature), "base.mean": model.base.mean,
                        "base.factor": model.base.factor}
-            config = {"emulator": model.base.emulator.config, "network": None, "standard_prior": model.standard_prior,
-                      "total_variance": self.states.total_variance, "std": self.seen.std, "most": self.seen.most,
-                      "strongest": self.seen.strongest,
+            parts = {"emulator": (model.base.emulator, [Emulator]), "network": (model.network, [SensorNetwork]),
+                     "spectrum": model.spectrum, "support": model.support}
+            config = {"standard_prior": model.standard_prior, "total_variance": self.states.total_variance,
+                      "std": self.seen.std, "most": self.seen.most, "strongest": self.seen.strongest,
                       "updates": model.base.updates}
-            for name, part in (("emulator", model.base.emulator), ("network", model.network)):
-                if part is not None:
-                    config[name] = part.config
-                    tensors |= {f"{name}.{key}": x for key, x in part.state_dict().items()}
-            for name, part in (("spectrum", model.spectrum), ("support", model.support)):
-                if part is not None:
-                    tensors |= {f"{name}.{f.name}": getattr(part, f.name) for f in fields(part)}
-            metadata = {"format": _FORMAT, "config": json.dumps(config), "history": json.dumps(asdict(self.history))}
-            partial = Path(f"{path}.partial")
-            save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata)
-            partial.replace(path)
+            write_content(path, _FORMAT, tensors, parts, config, self.history)
         on_root(comm, write)
 
 
@@ -298,47 +287,28 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     ModelFileError
         If the file is truncated, foreign, or belongs to another basis or another space of states.
     """
-    tensors, config, denoiser, history = on_root(U.comm, lambda: _read(path))
-    basis.check_signature(tensors["basis.signature"].numpy(), path)
-    columns = owned_columns(tensors["states.key"].numpy(), U)
+    content, denoiser, seen = on_root(U.comm, lambda: _read(path))
+    key, mean, modes, variances = (content.tensors[f"states.{name}"].numpy() for name in _STATE_PARTS)
+    basis.check_signature(content.tensors["basis.signature"].numpy(), path)
+    columns = owned_columns(key, U)
     if columns is None:
         raise ModelFileError(f"{path} belongs to another mesh or space of states: pass those of its training.")
-    states = ModalBasis(U, field(U, tensors["states.mean"].numpy()[columns], name="mean"),
-                        tensors["states.modes"].numpy()[:, columns], tensors["states.variances"].numpy(),
-                        config["total_variance"])
-    seen = Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
-    return FamilyModel(basis, states, denoiser, history, seen)
+    states = ModalBasis(U, field(U, mean[columns], name="mean"), modes[:, columns], variances,
+                        content.config["total_variance"])
+    return FamilyModel(basis, states, denoiser, content.history, seen)
 
 
-def _read(path) -> tuple[dict, dict, OperatorDenoiser, History]:
-    """Tensors, settings, denoiser and training curve of a file."""
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"format {metadata.get('format')!r}")
-        config, history = json.loads(metadata["config"]), History(**json.loads(metadata["history"]))
-
-        def under(prefix):
-            return {name[len(prefix) + 1:]: x for name, x in tensors.items() if name.startswith(f"{prefix}.")}
-        parts = {}
-        for name, kind in (("emulator", Emulator), ("network", SensorNetwork)):
-            parts[name] = None
-            if config[name] is not None:
-                parts[name] = kind(**config[name])
-                parts[name].load_state_dict(under(name))
-                parts[name].eval().requires_grad_(False)
-        extra = {name: kind(**under(name)) if under(name) else None
-                 for name, kind in (("spectrum", Spectrum), ("support", Support))}
-        missing = {"total_variance", "std", "most", "strongest"} - set(config)
-        missing |= {f"states.{name}" for name in ("key", "mean", "modes", "variances")} - set(tensors)
-        if missing or "seen.signals" not in tensors or "basis.signature" not in tensors:
+def _read(path) -> tuple[Content, OperatorDenoiser, Seen]:
+    """Content of a file, and the parts that know no mesh."""
+    with read_content(path, _FORMAT) as content:
+        tensors, config = content.tensors, content.config
+        missing = {"basis.signature", *(f"states.{name}" for name in _STATE_PARTS)} - set(tensors)
+        missing |= {"total_variance"} - set(config)
+        if missing:
             raise KeyError(f"{sorted(missing)} missing")
-        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], parts["emulator"], int(config["updates"]))
-        if not all(torch.isfinite(x).all() for name, x in tensors.items() if not name.startswith("support.")):
-            raise ValueError("values that are not finite")
-        return tensors, config, OperatorDenoiser(base, parts["network"], **extra,
-                                                 standard_prior=bool(config["standard_prior"])), history
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise ModelFileError(f"{path} is no readable family model ({error}): copy it again or train anew.") from error
+        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], content.part("emulator", Emulator),
+                            int(config["updates"]))
+        denoiser = OperatorDenoiser(base, content.part("network", SensorNetwork), content.part("spectrum", Spectrum),
+                                    content.part("support", Support), bool(config["standard_prior"]))
+        seen = Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
+        return content, denoiser, seen

@@ -12,7 +12,7 @@ from mpi4py import MPI
 from fem_diffusion import (
     AdvectionDiffusion, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, OperatorFamily,
     SensorKind, TrainingOptions, TransformedPrior, TransientAdvectionDiffusion, fit_family, functionals,
-    karhunen_loeve, line_averages, load_family, patch_averages, point_sensors, random_points, simulate,
+    karhunen_loeve, line_averages, load_family, load_model, patch_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import OperatorDenoiser, SensorNetwork, Spectrum
@@ -179,10 +179,12 @@ def test_a_saved_model_answers_as_before(job, tmp_path):
         load_family(file, karhunen_loeve(prior, 3), V)
     with pytest.raises(ModelFileError, match="another mesh"):
         load_family(file, model.basis, FunctionSpace(V.mesh(), "CG", 2))
+    with pytest.raises(ModelFileError, match="its format is 'fem_diffusion family model"):
+        load_model(file, model.basis)
     content = file.read_bytes()
     for broken in (content[:len(content) // 2], b"", b"no model"):
         file.write_bytes(broken)
-        with pytest.raises(ModelFileError, match="no readable family model"):
+        with pytest.raises(ModelFileError, match="no readable model"):
             load_family(file, model.basis, V)
 
 
