@@ -38,6 +38,16 @@ def test_fitted_base_is_exact_for_a_linear_map():
     torch.testing.assert_close(base.covariance, exact.covariance)
 
 
+def test_rounding_does_not_turn_the_base():
+    operator, _, _, g = _problem()
+    z = torch.randn(50, R, generator=g, dtype=torch.float64)
+    y = z @ torch.cat([operator, operator]).T  # equal sensors, and directions that no sensor sees
+    order = torch.randperm(50, generator=g)
+    one, other = (fit_base(z[i], y[i], 0.01 * torch.eye(2 * K), standard_prior=True) for i in (slice(None), order))
+    for name in ("factor", "factor_inverse", "whitener"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=1e-8)
+
+
 def test_fitted_base_matches_sample_moments():
     operator, noise, _, g = _problem()
     n = 20000
