@@ -14,7 +14,6 @@ from fem_diffusion.fields import coefficients, geometric_key, multiply, on_root,
 __all__ = ["field_geometry", "on_mesh"]
 
 _POINTS_PER_MODE = 3
-_NODAL = ("Lagrange", "Discontinuous Lagrange", "Q", "DQ")
 
 
 def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometry:
@@ -43,7 +42,7 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
     """
     V = basis.V
     points = _POINTS_PER_MODE * basis.r if points is None else points
-    if len(V) > 1 or V.value_shape or V.ufl_element().family() not in _NODAL:
+    if len(V) > 1 or V.value_shape or not V.finat_element.has_pointwise_dual_basis:
         raise InputError(f"A network on fields needs one scalar unknown with values at nodes, not {V}: take the fully "
                          "connected network.")
     x = np.stack([coefficients(Function(V).interpolate(c)) for c in SpatialCoordinate(V.mesh())])

@@ -4,7 +4,7 @@ Owned coefficients are this rank's part of ``with f.dat.vec_ro as v: v.array``: 
 spaces alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
@@ -15,7 +15,7 @@ from mpi4py import MPI
 from fem_diffusion.errors import InstallError, SolveError
 
 __all__ = ["coefficients", "field", "geometric_key", "multiply", "on_root", "owned_columns", "owned_size",
-           "require_real", "solve"]
+           "require_real", "solve", "solve_each"]
 
 
 def require_real() -> None:
@@ -160,19 +160,44 @@ def multiply(matrix: PETSc.Mat, rows: np.ndarray, transpose: bool = False) -> np
 
 
 def solve(ksp: PETSc.KSP, rows: np.ndarray) -> np.ndarray:
-    """Solution for every row of an array (k, n_owned) as right-hand side, as one block; an array of the same shape.
+    """Solution for every row of an array (k, n_owned) as right-hand side; an array of the same shape.
+
+    A direct solver takes them as one block.
 
     Raises
     ------
     SolveError
-        If the linear solver reports failure.
+        If the linear solver reports failure for any of them.
     """
+    if ksp.getType() != "preonly":
+        return solve_each(ksp, rows, ksp.solve)
     rhs, out = _dense(rows, ksp.comm), _dense(np.zeros_like(rows), ksp.comm)
     ksp.matSolve(rhs, out)
-    result, reason = out.getDenseArray().T.copy(), ksp.getConvergedReason()
+    result = out.getDenseArray().T.copy()
     rhs.destroy()
     out.destroy()
-    if reason < 0:
-        raise SolveError(f"The linear solver failed on a block of right-hand sides (KSP reason {reason}): take a "
-                         "direct solver, or look for a singular operator.")
+    _check_solved(ksp)
     return result
+
+
+def solve_each(ksp: PETSc.KSP, rows: np.ndarray, method: Callable[[PETSc.Vec, PETSc.Vec], None]) -> np.ndarray:
+    """As `solve`, one after the other by a method of the solver: ``ksp.solve`` or ``ksp.solveTranspose``."""
+    result = np.empty_like(rows)
+    b, x = ksp.getOperators()[0].createVecs()
+    for row, line in zip(rows, result):
+        b.array[:] = row
+        x.set(0.0)
+        method(b, x)
+        # PETSc keeps the reason of the last solve alone.
+        _check_solved(ksp)
+        line[:] = x.array_r
+    b.destroy()
+    x.destroy()
+    return result
+
+
+def _check_solved(ksp: PETSc.KSP) -> None:
+    reason = ksp.getConvergedReason()
+    if reason < 0:
+        raise SolveError(f"The linear solver failed (KSP reason {reason}): take a direct solver, or look for a "
+                         "singular operator.")

@@ -1,6 +1,7 @@
 """Joint samples of parameter and observation, written block by block to a resumable HDF5 data set."""
 
 import json
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         If the forward problem has no solution for a sample.
     """
     require_real()
+    try:
+        n, block, seed = (operator.index(number) for number in (n, block, seed))
+    except TypeError as error:
+        raise InputError(f"n, block and seed of simulate are integers ({error}).") from error
     if n < 1 or block < 1 or seed < 0:
         raise InputError(f"simulate needs n >= 1, block >= 1 and seed >= 0, not {n}, {block} and {seed}.")
     if isinstance(observation, WithGeometry):
@@ -200,9 +205,11 @@ def _run_block(prior, forward, observation, size: int, seed: list[int], keep_sta
             if keep_states:
                 states.append(coefficients(state))
         states, observations = np.array(states), np.stack(observations)
-    finite = np.isfinite(observations).all() and np.isfinite(fields).all()
-    if not prior.V.comm.allreduce(bool(finite), MPI.LAND):
-        bad = np.flatnonzero(~np.isfinite(observations).all(axis=1))
+    parts = (fields, observations, states) if keep_states else (fields, observations)
+    finite = np.logical_and.reduce([np.isfinite(part).all(axis=1) for part in parts])
+    finite = prior.V.comm.allreduce(finite, MPI.LAND)
+    if not finite.all():
+        bad = np.flatnonzero(~finite)
         raise DataError(f"Samples {bad.tolist()} of block {seed[1]} (seed {seed[0]}) are not finite; check prior and "
                         "forward problem there. Finished blocks are kept.")
     return DataSet(fields, observations, states if keep_states else None)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from firedrake import (Constant, ExtrudedMesh, FacetNormal, Function, FunctionSpace, PeriodicUnitSquareMesh,
                        SpatialCoordinate, Submesh, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace,
-                       as_vector, div, dot, errornorm, exp, grad)
+                       as_vector, div, dot, errornorm, exp, grad, norm)
 
 from channel import channel, manufactured_error, owned, quadratic
 from fem_diffusion.errors import InputError, InstallError, SolveError
@@ -168,6 +168,42 @@ def test_extruded_markers_are_listed():
     V = FunctionSpace(ExtrudedMesh(UnitIntervalMesh(3), 3), "CG", 1)
     with pytest.raises(InputError, match="1, 2, 'bottom', 'top'"):
         AdvectionDiffusion(V, V, "source", dirichlet={3: 0})
+
+
+def test_the_whole_boundary_of_an_extruded_mesh_has_a_top_and_a_bottom():
+    mesh = ExtrudedMesh(UnitIntervalMesh(4), 4)
+    x, y = SpatialCoordinate(mesh)
+    markers = (1, 2, "bottom", "top")
+    for family in ("CG", "DQ"):
+        V = FunctionSpace(mesh, family, 1)
+        m = Function(V).interpolate(x * y)
+        for make in (lambda keys: {"dirichlet": dict.fromkeys(keys, x**2 - y**2)},
+                     lambda keys: {"robin": dict.fromkeys(keys, (2.0, x))},
+                     lambda keys: {"flux": dict.fromkeys(keys, y), "reaction": lambda u: u}):
+            whole, named = (AdvectionDiffusion(V, V, "source", **make(keys))(m) for keys in (["on_boundary"], markers))
+            assert errornorm(whole, named) < 1e-12 * norm(named)
+    with pytest.raises(InputError, match="name one of 1, 2, 'bottom', 'top'"):
+        AdvectionDiffusion(FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "CG", 1), ("dirichlet", "on_boundary"))
+
+
+def test_one_right_hand_side_that_fails_in_a_block_is_an_error():
+    problem = channel(n=6, dirichlet={1: 0}, source=0, robin={4: (1.0, 0)}, solver_parameters={
+        "mat_type": "aij", "ksp_type": "gmres", "pc_type": "none", "ksp_max_it": 5, "ksp_rtol": 1e-10})
+    one, zero = np.ones(problem.M.dim()), np.zeros(problem.M.dim())
+    for ms in ([zero, one], [one, zero]):   # zero is solved at once
+        with pytest.raises(SolveError):
+            problem.solve_many(np.array(ms))
+    rows = np.random.default_rng(0).standard_normal((2, problem.V.dim())) * [[1.0], [0.0]]
+    with pytest.raises(SolveError):
+        problem.sensitivity(Function(problem.M), rows, state=Function(problem.V))
+
+
+def test_conditions_that_are_no_dict_are_refused():
+    for name in ("flux", "dirichlet", "robin"):
+        with pytest.raises(InputError, match=f"{name} must be a dict"):
+            channel(n=3, unknown="source", **{name: 3.0})
+    with pytest.raises(InputError, match="flux must be a dict"):
+        channel(n=3, flux=3.0)
 
 
 def test_wrong_parameters():

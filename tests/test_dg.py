@@ -69,6 +69,12 @@ def test_it_converges_to_the_continuous_state():
     assert gap[1] < 0.45 * gap[0] < 0.02
 
 
+def test_degree_0_on_triangles_warns_of_its_diffusion():
+    with pytest.warns(UserWarning, match="does not converge on triangles"):
+        channel(n=3, family="DG", degree=0)
+    channel(mesh=UnitSquareMesh(3, 3, quadrilateral=True), family="DG", degree=0)
+
+
 # --- unknowns and blocks
 
 @pytest.mark.parametrize("name, reaction", [

@@ -254,6 +254,9 @@ def test_same_vector_and_boundary_samples_and_estimated_variance_on_any_number_o
     monkeypatch.setattr(_matern, "_EXACT_LIMIT", 10)
     prior = GaussianPrior(V, 1.0, 0.3)
     assert V.comm.allreduce(abs(prior._scale / exact - 1).max(), op=MPI.MAX) < 0.04
+    # Asked for, the exact spread of what the estimated scale gives.
+    truth = coefficients(prior.pointwise_std(exact=True))
+    assert V.comm.allreduce(abs(truth * exact / prior._scale - 1).max(), op=MPI.MAX) < 1e-8
     if V.comm.size > 1:
         with pytest.raises(InputError, match="one rank"):
             prior.covariance_matrix()

@@ -1,6 +1,7 @@
 """Data sets: reproducible, resumable, shared by ensembles, and refused where they do not fit."""
 
 import json
+import re
 
 import h5py
 import numpy as np
@@ -40,6 +41,27 @@ def test_pairs_belong_together():
     assert len(data) == 20
     np.testing.assert_allclose(observation.apply(data.states), data.observations)
     np.testing.assert_allclose(observation.apply(data.fields**2), data.observations, rtol=1e-12)
+
+
+@pytest.mark.parametrize("space", [False, True], ids=["sensors", "states alone"])
+def test_any_part_of_a_sample_that_is_not_finite_is_an_error(space, tmp_path):
+    prior, forward, observation = _problem()
+
+    def fails_sometimes(m):
+        return Function(prior.V).assign(np.nan) if m.dat.data_ro[0] > 1 else forward(m)
+    bad = np.flatnonzero(simulate(prior, forward, prior.V, 10, seed=3, progress=False).fields[:, 0] > 1)
+    assert 0 < len(bad) < 10
+    for path in (None, tmp_path / "pairs"):
+        with pytest.raises(DataError, match=re.escape(str(bad.tolist()))):
+            simulate(prior, fails_sometimes, prior.V if space else observation, 10, seed=3, path=path, progress=False)
+    assert not list((tmp_path / "pairs").glob("block*"))
+
+
+def test_numbers_of_numpy_will_do(tmp_path):
+    prior, forward, observation = _problem()
+    assert len(simulate(prior, forward, observation, np.int64(3), seed=np.int64(1), path=tmp_path / "a")) == 3
+    with pytest.raises(InputError, match="integers"):
+        simulate(prior, forward, observation, 3, seed=1.5)
 
 
 def test_interrupted_run_continues_where_it_stopped(tmp_path):

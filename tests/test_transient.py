@@ -300,6 +300,13 @@ def test_ranks():
         assert np.allclose(spread, alone, rtol=1e-8, atol=0), name
 
 
+def test_the_initial_state_is_that_of_time_0():
+    t = Constant(0.5)
+    problem = channel(n=3, t=t, times=[0.0, 0.5], initial=lambda m: m * exp(-t), dirichlet={}, supg=False)
+    state = owned(problem(Function(problem.M).assign(2.0)))
+    assert np.allclose(state.reshape(-1, 2)[:, 0], 2.0)
+
+
 # --- errors
 
 @pytest.mark.parametrize("change, words", [
@@ -318,6 +325,7 @@ def test_ranks():
     (dict(parameter_times=[0.0]), "two or more increasing"),
     (dict(parameter_times=[0.0, 0.4]), "at least the last saved time 0.5"),
     (dict(parameter_times=[0.1, 0.5]), "from 0"),
+    (dict(parameter_times=[0.0, 0.5]), "no unknown has as many components"),
     (dict(initial=3.0), "is the unknown"),
     (dict(initial=lambda m: Constant(1.0)), "no use of the parameter"),
     (dict(unknown="start"), "must be one of 'initial'"),

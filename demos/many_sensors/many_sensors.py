@@ -97,7 +97,7 @@ def reference_posterior(file, basis, forward, observation, y, std, seed, draws, 
         if kept["y"].shape == y.shape and np.allclose(kept["y"], y):
             return MonteCarloPosterior(*(kept[f.name] for f in fields(MonteCarloPosterior)))
     found = hmc_posterior(basis, forward, observation, y, std, slope=lambda q: q, seed=seed, draws=draws,
-                          progress=progress)
+                          step=0.15, leaps=6, progress=progress)
     if M.comm.size == 1:
         partial = file.with_suffix(".partial.npz")
         np.savez(partial, y=y, **asdict(found))

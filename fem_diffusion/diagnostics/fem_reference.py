@@ -10,12 +10,15 @@ import numpy as np
 import torch
 
 from fem_diffusion.diagnostics.reference import gauss_newton, hmc
+from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field
 
 __all__ = ["ExactPosterior", "MonteCarloPosterior", "exact_posterior", "hmc_posterior"]
 
 # Beyond so many prior standard deviations a trajectory is refused without a solve.
 _FAR = 12
+# What rounding and solvers may change of a reading, as a share of the largest.
+_AFFINE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,29 @@ def exact_posterior(prior, forward, observation, noise_std) -> ExactPosterior:
     Returns
     -------
     ExactPosterior
+
+    Raises
+    ------
+    InputError
+        If `forward` is not affine.
     """
     operator, offset = forward.sensitivity(prior.mean, observation.rows), observation(forward(prior.mean))
     noise_std = np.broadcast_to(np.asarray(noise_std, dtype=float), offset.shape)
+    _check_affine(prior, forward, observation, operator, offset)
     cross = prior.apply_covariance(operator)
     gain = np.linalg.solve(prior.V.comm.allreduce(operator @ cross.T) + np.diag(noise_std**2), cross)
-    variance = coefficients(prior.pointwise_std())**2 - (cross * gain).sum(axis=0)
-    return ExactPosterior(prior, operator, offset, gain, np.sqrt(variance), noise_std)
+    variance = coefficients(prior.pointwise_std(exact=True))**2 - (cross * gain).sum(axis=0)
+    return ExactPosterior(prior, operator, offset, gain, np.sqrt(np.maximum(variance, 0.0)), noise_std)
+
+
+def _check_affine(prior, forward, observation, operator, offset):
+    """Raise InputError where the derivative at the prior mean does not tell what a prior sample gives."""
+    m = prior.sample(seed=0)
+    change = prior.V.comm.allreduce(operator @ (coefficients(m) - coefficients(prior.mean)))
+    found = observation(forward(m)) - offset
+    if not np.allclose(found, change, rtol=0, atol=_AFFINE * np.abs(found).max(initial=0.0)):
+        raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
+                         "hmc_posterior.")
 
 
 @dataclass(frozen=True)
@@ -111,7 +130,8 @@ class MonteCarloPosterior:
 
 def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
                   slope: Callable[[np.ndarray], np.ndarray] = np.ones_like, seed: int, chains: int = 100,
-                  draws: int = 40, progress: bool = False) -> MonteCarloPosterior:
+                  draws: int = 40, step: float = 0.35, leaps: int = 5,
+                  progress: bool = False) -> MonteCarloPosterior:
     """Posterior by Hamiltonian Monte Carlo in the latents of a Gaussian field.
 
     The acceptance test uses the finite element model. The leapfrog force uses its linearisation in the parameter at the
@@ -132,8 +152,8 @@ def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
     slope : Callable
         Derivative of the parameter by the field, node by node, as a function of the parameter's coefficients: itself
         for an exponential, ones where there is no transform.
-    seed, chains, draws, progress
-        As for `hmc`.
+    seed, chains, draws, step, leaps, progress
+        As for `hmc`. Where the posterior is far from Gaussian, a shorter step frees chains in its tails.
 
     Returns
     -------
@@ -166,7 +186,7 @@ def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
         m = parameters(np.clip(z, -_FAR, _FAR))
         misfit = offset + comm.allreduce((m - m_map) @ rows.T) - y
         return z + comm.allreduce(((misfit / np.square(noise_std)) @ rows * slope(m)) @ basis.scaled_modes.T)
-    result = hmc(potential, gradient, centre, hessian, chains=chains, draws=draws, warmup=10, step=0.35, leaps=5,
+    result = hmc(potential, gradient, centre, hessian, chains=chains, draws=draws, warmup=10, step=step, leaps=leaps,
                  seed=seed, progress=progress)
     mean, std, mean_error, std_error = result.moments(parameters)
     lower, upper = np.quantile(parameters(result.samples.reshape(-1, basis.r)), [0.025, 0.975], axis=0)

@@ -22,7 +22,7 @@ from fem_diffusion.errors import InputError, ModelFileError, SolveError
 
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads"]
 
-_FORMAT = "fem_diffusion training checkpoint 3"
+_FORMAT = "fem_diffusion training checkpoint 4"
 _FEWEST_HELD_OUT = 10
 
 
@@ -261,7 +261,8 @@ class Loop:
         state = {name: part.state_dict() for name, part in self._parts().items()}
         state |= {"format": _FORMAT, "fingerprint": self.fingerprint, "marks": self.marks, "step": self.step,
                   "stale": self.stale, "best": self.best, "best_losses": self.best_losses,
-                  "history": asdict(self.history), "generator": self.generator.get_state()}
+                  "history": asdict(self.history), "generator": self.generator.get_state(),
+                  "device": self.device.type}
         partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
         torch.save(state, partial)
         os.replace(partial, self.checkpoint)
@@ -273,6 +274,9 @@ class Loop:
             form = state["format"]
         except Exception as error:
             raise ModelFileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
+        if form == _FORMAT and state["device"] != self.device.type:
+            raise ModelFileError(f"The checkpoint was written on {state['device']!r}, whose random numbers are others: "
+                                 f"resume with TrainingOptions(device={state['device']!r}). {remedy}")
         same = form == _FORMAT and state["fingerprint"] == self.fingerprint and state["marks"].shape == self.marks.shape
         if not same or not torch.allclose(state["marks"].cpu(), self.marks, rtol=1e-4, atol=1e-4):
             raise ModelFileError(f"The checkpoint belongs to other data, noise or options. {remedy}")

@@ -3,7 +3,7 @@
 import numpy as np
 from firedrake import Cofunction, Function, assemble
 
-from fem_diffusion.fields import coefficients, multiply, owned_size, solve
+from fem_diffusion.fields import coefficients, multiply, owned_size, solve, solve_each
 from fem_diffusion.problem import _blocks as blocks
 
 __all__ = ["Adjoint", "Backward"]
@@ -102,7 +102,7 @@ class Backward:
             if not march.linear:
                 march.prepare(path[k], path[k + 1])   # the Jacobian of this very step, no typical one
             ksp, J, J_old = self._operators(k)
-            multipliers = blocks.solve_transposed(ksp, a)
+            multipliers = solve_each(ksp, a, ksp.solveTranspose)
             multipliers[:, march.fixed] = 0
             total += multipliers
             for i, (x, once) in enumerate(zip(march.loads, at_once)):

@@ -8,7 +8,7 @@ from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProb
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
 
-from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, owned_size, solve
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
@@ -191,23 +191,6 @@ class Response:
         return self._base + np.concatenate(self._comm.allgather(ms), axis=1) @ self._rows
 
 
-def solve_transposed(ksp, rows):
-    """Solution of the transposed system for every row of an array (k, n_owned); an array of the same shape."""
-    matrix, result = ksp.getOperators()[0], np.empty_like(rows)
-    b, x = matrix.createVecs()
-    for row, line in zip(rows, result):
-        b.array[:] = row
-        ksp.solveTranspose(b, x)
-        line[:] = x.array_r
-    reason = ksp.getConvergedReason()
-    b.destroy()
-    x.destroy()
-    if reason < 0:
-        raise SolveError(f"The linear solver failed on a transposed system (KSP reason {reason}): take a direct "
-                         "solver.")
-    return result
-
-
 def dots(a, b, comm):
     """Euclidean products (k,) over all ranks of the rows of two arrays (k, n_owned)."""
     return comm.allreduce(np.einsum("ij,ij->i", a, b))
@@ -246,7 +229,8 @@ def chord(residuals, ksp, u, comm):
         F = residuals(left, here)
         now = norms(F, comm)
         first = now if first is None else first
-        step = -solve(ksp, F)
+        sound = np.isfinite(now)[:, None]
+        step = np.where(sound, -solve(ksp, np.where(sound, F, 0.0)), np.nan)
         size = norms(step, comm)
         u[left] += step
         total, shrinks = norms(u[left], comm), size < 0.9 * last   # false for NaN too

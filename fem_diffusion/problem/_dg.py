@@ -9,6 +9,8 @@ tensor products, κ_n = n·κn, the larger of both sides. Degree 0 has the two-p
 where lines between the centres of neighbours are normal to their facets, as on rectangles.
 """
 
+import warnings
+
 from firedrake import (CellVolume, FacetArea, FacetNormal, Function, FunctionSpace, Measure, TestFunction, assemble,
                        dot, grad, inner)
 from ufl import TensorProductCell, max_value
@@ -87,6 +89,9 @@ def transport(u, v, kappa, boundary):
         """κ∇f."""
         return dot(kappa, grad(f)) if kappa.ufl_shape else kappa * grad(f)
 
+    if _degree(V) == 0 and mesh.ufl_cell().cellname in ("triangle", "tetrahedron"):
+        warnings.warn("Diffusion of a discontinuous state of degree 0 does not converge on triangles and tetrahedra: "
+                      "take degree 1, or rectangles.", stacklevel=6)
     F = inner(flux(u), grad(w)) * dx
     k, jump_u, jump_w = _normal(kappa, n), u("+") - u("-"), w("+") - w("-")
     if _degree(V) == 0:

@@ -14,7 +14,7 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import _dg as dg
-from fem_diffusion.problem._unknowns import apply_unknown, is_discontinuous
+from fem_diffusion.problem._unknowns import apply_unknown, by_marker, is_discontinuous
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
 PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
@@ -100,7 +100,7 @@ def facet_measure(mesh, marker, submesh=None):
         extra["intersect_measures"] = (Measure("dx", submesh),)
     measure = Measure("ds_v" if mesh.extruded else "ds", mesh, **extra)
     if mesh.extruded and marker == "on_boundary":
-        measure += Measure("ds_t", mesh) + Measure("ds_b", mesh)
+        return measure + Measure("ds_t", mesh) + Measure("ds_b", mesh)
     return measure
 
 
@@ -174,7 +174,8 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
         Strong Dirichlet values by marker, UFL scalars; empty where V is discontinuous.
     """
     mesh = u.function_space().mesh()
-    tables = {"dirichlet": dict(dirichlet or {}), "flux": dict(flux or {}), "robin": dict(robin or {})}
+    tables = {"dirichlet": by_marker(dirichlet, "dirichlet"), "flux": by_marker(flux, "flux"),
+              "robin": by_marker(robin, "robin")}
     single = {"source": source, "diffusivity": diffusivity, "velocity": velocity}
     defaults = {"source": 0, "diffusivity": 1, "velocity": None}
     for x in unknowns:
@@ -188,6 +189,14 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
                 single[x.kind] = single[x.kind] * coefficient(x.shape, (), "the shape of the source")
     outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
     check_markers(mesh, tables | {"outflow": outflow})
+    discontinuous = is_discontinuous(u.function_space())
+    if mesh.extruded and not discontinuous and "on_boundary" in tables["dirichlet"]:
+        # Firedrake's strong condition on "on_boundary" leaves out top and bottom.
+        if any(x.marker == "on_boundary" for x in unknowns if x.kind == "dirichlet"):
+            raise InputError("on an extruded mesh an unknown Dirichlet value belongs to one marker, not to "
+                             f"'on_boundary': name one of {', '.join(map(repr, mesh_markers(mesh)))}.")
+        whole = tables["dirichlet"].pop("on_boundary")
+        tables["dirichlet"] |= dict.fromkeys(mesh_markers(mesh), whole)
     for x in unknowns:
         if x.submesh is not None:
             check_submesh(mesh, x.marker, x.submesh)
@@ -198,7 +207,6 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
     if change is None and not tables["dirichlet"] and not tables["robin"] and u not in extract_coefficients(r):
         raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the state "
                          "is determined only up to a constant; add one of them.")
-    discontinuous = is_discontinuous(u.function_space())
     if supg not in ("auto", True, False) or (supg is True and (v is None or discontinuous)):
         raise InputError("supg must be 'auto', False or, where V is continuous and there is a velocity, True; "
                          f"got {supg!r}.")

@@ -155,6 +155,7 @@ class March:
     @cached_property
     def _start_matrices(self):
         """∂(initial state)/∂m by unknown, or None where they are not constant."""
+        self.e.t.assign(0.0)
         forms = [self.start_derivative(x) for x in self.starts]
         if any(contains(form, [x.value for x in self.starts]) for form in forms) or any(map(_is_real, self.starts)):
             return None

@@ -215,13 +215,17 @@ def matern_operator(V, L, m, bcs, solver_parameters):
 
 def pointwise_variance(op):
     """Diagonal of ``R M Rᵀ``, owned, shape (n_owned,): exact, or estimated for large spaces."""
-    total = op.mass.getSizes()[0][1]
-    return _exact_variance(op, total) if total <= _EXACT_LIMIT else _estimated_variance(op)
+    return exact_variance(op) if variance_is_exact(op) else _estimated_variance(op)
 
 
-def _exact_variance(op, total):
+def variance_is_exact(op):
+    """Whether the space is small enough for `pointwise_variance` to be exact."""
+    return op.mass.getSizes()[0][1] <= _EXACT_LIMIT
+
+
+def exact_variance(op):
     """Diagonal of ``R M Rᵀ`` from one solve per unknown: ``diag_i = |Rᵀ e_i|²_M``."""
-    first, last = op.mass.getOwnershipRange()
+    total, (first, last) = op.mass.getSizes()[0][1], op.mass.getOwnershipRange()
     result, block = np.zeros(last - first), op.block()
     for start in range(0, total, block):
         stop = min(start + block, total)

@@ -92,7 +92,7 @@ def parse(name, transient=False):
         return name, None, None
     if isinstance(name, tuple) and len(name) == 2:
         if name[0] in ("flux", "dirichlet"):
-            return *name, None
+            return name[0], tuple(name[1]) if isinstance(name[1], list) else name[1], None
         if transient and name[0] == "source" and isinstance(name[1], (Expr, Number)):
             return "source", None, name[1]
     raise InputError(f"unknown must be one of {TRANSIENT if transient else STEADY}, or a list of them, got {name!r}.")
@@ -155,7 +155,7 @@ def read(unknown, V, M, m, given, times=None, nodes=None):
     ends = np.cumsum([0] + [owned_size(space) for space in spaces])
     found = []
     for (kind, marker, shape), name, space, first, last in zip(parsed, names, spaces, ends, ends[1:]):
-        coefficient = given[kind] if marker is None else (given[kind] or {}).get(marker)
+        coefficient = given[kind] if marker is None else by_marker(given[kind], kind).get(marker)
         found.append(_one(name, kind, marker, shape, space, slice(first, last), V, None if several else m,
                           coefficient, times, nodes))
     return found
@@ -189,6 +189,13 @@ def _one(name, kind, marker, shape, space, columns, V, m, given, times, nodes):
         raise InputError(f"a {kind} unknown has value shape {shapes[0]}, but M has {space.value_shape}; "
                          f"take M = {family}(mesh, 'CG', 1), say, or give {kind} as a callable m -> UFL expression.")
     return Unknown(name, kind, marker, shape, space, columns, Function(space) if m is None else m, submesh=submesh)
+
+
+def by_marker(table, name):
+    """A table of boundary conditions, copied."""
+    if table is not None and not isinstance(table, dict):
+        raise InputError(f"{name} must be a dict from markers to values, such as {name}={{1: ...}}, got {table!r}.")
+    return dict(table or {})
 
 
 def is_callable(given):

@@ -210,7 +210,9 @@ class AdvectionDiffusion:
     def linearise_at(self, m):
         """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
 
-        Without it the first `solve_many` takes the mean of its parameters, or zero where that fails.
+        Without it single solves start from zero, and the first `solve_many` keeps the Jacobian at the mean of its
+        parameters, or at zero where that fails; its blocks start from the state there. For a reaction with several
+        solutions this choice may decide which one is found: then call this with a typical parameter first.
 
         Parameters
         ----------
@@ -229,12 +231,14 @@ class AdvectionDiffusion:
                 self._reference = self._make_reference()
 
     def _choose_reference(self, mean):
-        """Linearise at owned coefficients of a parameter, at zero where that has no solution."""
+        """Linearise at owned coefficients of a parameter, at zero where that fails; solves start where they did."""
         try:
             self._set(mean)
-            self.linearise_at(self.m)
+            self._solve()
         except SolveError:
-            self.linearise_at(Function(self.M))
+            self._assign(Function(self.M))
+            self._solve()
+        self._reference = self._make_reference()
 
     def _make_reference(self):
         """Factorise at the parameter and state held in self.m and self.u."""

@@ -1,5 +1,6 @@
 """Families of observation operators: which sensors a measurement may hold, and how noisy each may be."""
 
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +50,7 @@ class SensorKind:
         if not isinstance(self.series, int) or self.series < 1 or rows % self.series:
             raise InputError(f"series is {self.series!r}: {rows} rows must split into sensors of that many rows.")
         try:
-            least, most = (int(n) for n in self.count)
+            least, most = (operator.index(n) for n in self.count)
         except (TypeError, ValueError):
             raise InputError(f"count is {self.count!r}: give the fewest and the most sensors, e.g. (1, 64).") from None
         if not 0 <= least <= most or most < 1 or most > rows // self.series:

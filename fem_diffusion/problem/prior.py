@@ -36,7 +36,7 @@ from fem_diffusion.problem._checks import (
     check_count, check_lagrange, check_seed, interpolated, prepared_interpolation, root_space,
 )
 from fem_diffusion.problem._matern import (
-    matern_correlation, matern_operator, operator_order, pointwise_variance,
+    exact_variance, matern_correlation, matern_operator, operator_order, pointwise_variance, variance_is_exact,
 )
 
 __all__ = ["GaussianPrior", "TransformedPrior", "CallablePrior", "level_set", "matern_correlation"]
@@ -254,14 +254,23 @@ class GaussianPrior:
             return self._std
         return self._scale * np.sqrt(pointwise_variance(self._operator))
 
-    def pointwise_std(self):
+    @no_annotations
+    def pointwise_std(self, exact=False):
         """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
+
+        Parameters
+        ----------
+        exact : bool
+            Whether to solve once for each unknown, however many there are.
 
         Returns
         -------
         firedrake.Function
-            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent.
+            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
+            to be `exact`.
         """
+        if exact and not variance_is_exact(self._operator):
+            return field(self.V, self._scale * np.sqrt(exact_variance(self._operator)))
         return field(self.V, self._pointwise_std)
 
 

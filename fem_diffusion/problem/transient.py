@@ -128,6 +128,10 @@ class TransientAdvectionDiffusion:
         given = {"initial": initial, "source": source, "diffusivity": diffusivity, "velocity": velocity, "flux": flux,
                  "dirichlet": dirichlet}
         found = unknowns.read(unknown, V, M, self.m, given, steps, nodes)
+        if nodes is not None and all(x.nodes is None for x in found):
+            raise InputError(f"parameter_times has {len(nodes)} times, but no unknown has as many components: take "
+                             f"VectorFunctionSpace(mesh, 'CG', 1, dim={len(nodes)}) for one that depends on space and "
+                             "time, or leave parameter_times out.")
         u, change = Function(V), Function(V)
         A, N, values = forms.equation(
             u, found, velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
