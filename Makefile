@@ -3,9 +3,11 @@
 # Variables: PYTHON       an interpreter of 3.11 or later; if it has Firedrake already, it is used and no .venv is built
 #            TORCH_INDEX  where pip takes torch from (PyTorch's CPU index saves a few GB)
 #            TESTS        what `make test` and `make test-slow` run (default: tests)
+#            JOBS         how many tests `make test` runs side by side (default: 2)
 
 DEMO ?= $(RUN) demos/boundary_flux/boundary_flux.py
 TESTS ?= tests
+JOBS ?= 2
 
 # Evaluated when a recipe uses it, that is, after `install`.
 RUN = $(shell scripts/install.sh --which)
@@ -71,7 +73,7 @@ demo-release: install
 	$(RUN) demos/source_release/source_release.py
 
 test: lint
-	$(RUN) -m pytest $(TESTS)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 # Through the environment, because mpi-pytest hands its options to the MPI processes it starts this way only.
 test-slow: install

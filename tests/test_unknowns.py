@@ -69,7 +69,7 @@ def test_taylor(name, reaction):
         assert taylor_test(functional, m, h) > 1.95
 
 
-@pytest.mark.parametrize("family", ["CG", "DG"])
+@pytest.mark.parametrize("family", ["CG", pytest.param("DG", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("others", [("source", ("dirichlet", 1)), ("diffusivity", ("dirichlet", 1))],
                          ids=["affine", "diffusivity"])
 def test_several_unknowns(family, others):

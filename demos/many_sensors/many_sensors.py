@@ -237,7 +237,7 @@ def draw_layouts(drawn, file):
         column[1].legend(fontsize="x-small", frameon=False)
         for ax in column:
             ax.label_outer()
-    figure.colorbar(colours, ax=axes[0], label="concentration [mol/m³]", shrink=0.9)
+    figure.colorbar(colours, ax=axes[0], label="concentration\n[mol/m³]")
     figure.savefig(file, dpi=150)
     plt.close("all")
 
