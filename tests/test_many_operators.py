@@ -85,6 +85,15 @@ def test_layouts_never_seen_have_the_exact_posterior():
             assert min(_p_values(wrong, exact, y, basis)) < 1e-6
 
 
+def test_a_posterior_that_is_not_gaussian_is_refused():
+    prior, forward, V, _ = _problem(pairs=1)
+    curved = AdvectionDiffusion(V, prior.V, ("flux", 3), diffusivity=0.1, dirichlet={1: 1.0}, flux={3: lambda m: m**2})
+    points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15)])
+    assert exact_posterior(prior, forward, points, 0.05).std.min() > 0
+    with pytest.raises(InputError, match="not affine"):
+        exact_posterior(prior, curved, points, 0.05)
+
+
 def _spanned(basis, forward, n):
     """States of fields in the span of the modes: what lies outside would count as noise, unknown to the reference."""
     z = torch.randn(n, basis.r, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -97,6 +106,10 @@ class _Spanned:
 
     def __init__(self, basis, prior):
         self.V, self.mean, self.basis, self.pointwise_std = prior.V, prior.mean, basis, prior.pointwise_std
+
+    def sample(self, seed):
+        z = torch.randn(1, self.basis.r, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return self.basis.functions(z)[0]
 
     def apply_covariance(self, rows):
         return COMM.allreduce(rows @ self.basis.scaled_modes.T) @ self.basis.scaled_modes
