@@ -10,7 +10,6 @@ every network gets as many steps, on its own cosine, as fit into the time.
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ import torch
 
 from fem_diffusion.diagnostics import energy_score
 from fem_diffusion.diffusion import TrainingOptions, fit_base, sample_latents, train
-from fem_diffusion.diffusion.training import noisy
+from fem_diffusion.diffusion._loop import Loop
+from fem_diffusion.diffusion.training import _Pairs, noisy
 from fem_diffusion.field_geometry import field_geometry
 
 DEMO = Path(__file__).parents[1] / "demos" / "source_release"
@@ -28,13 +28,14 @@ NETWORKS = {"on the mesh, 128": (True, 128), "fully connected, 64": (False, 64),
 
 
 def step_time(z, y, noise, base, options, geometry):
-    """Processor time of a training step: between a run of 20 steps and one of 60, which share everything else."""
-    spent = []
-    for steps in (20, 20, 60):  # the first call sets torch up
+    """Median processor time of a training step, and the number of weights."""
+    loop = Loop(_Pairs(z[:3000], y[:3000], noise, base, options, geometry), options, None)
+    times = []
+    for _ in range(25):
         start = time.process_time()
-        train(z[:3000], y[:3000], noise, base, replace(options, steps=steps, evaluate_every=steps), geometry=geometry)
-        spent.append(time.process_time() - start)
-    return (spent[2] - spent[1]) / 40
+        loop._train_step()
+        times.append(time.process_time() - start)
+    return float(np.median(times[5:])), sum(p.numel() for p in loop.network.parameters())
 
 
 def denoising_loss(denoiser, z, y, noise):
@@ -76,14 +77,13 @@ def run(folder, pairs=40000, seconds=100.0, seeds=(0, 1), modes=64, unseen=1000)
         for name, (on_mesh, width) in NETWORKS.items():
             where = geometry if on_mesh else None
             probe = TrainingOptions(width=width, seed=seed)
-            step = step_time(z, y, noise, base, probe, where)
+            step, weights = step_time(z, y, noise, base, probe, where)
             steps = round(seconds / step)
             options = TrainingOptions(steps=steps, width=width, seed=seed, validation_fraction=0.02,
                                       evaluate_every=-(-steps // 4))
             start = time.process_time()
             denoiser, _ = train(z, y, noise, base, options, geometry=where)
             spent = time.process_time() - start
-            weights = sum(p.numel() for p in denoiser.network.parameters())
             loss, error = denoising_loss(denoiser, z_new, y_new, noise)
             scores[name, seed] = values = score(denoiser, z_new[:SCORED], y_new[:SCORED], noise, scale)
             print(f"| {name} | {seed} | {weights:,} | {1e3 * step:.1f} | {steps} | {spent:.0f} "
