@@ -207,7 +207,7 @@ def _run_block(prior, forward, observation, size: int, seed: list[int], keep_sta
         states, observations = np.array(states), np.stack(observations)
     parts = (fields, observations, states) if keep_states else (fields, observations)
     broken = sum(~np.isfinite(part).all(axis=1) for part in parts)
-    bad = np.flatnonzero(prior.V.comm.allreduce(np.asarray(broken, dtype=int), MPI.SUM))
+    bad = np.flatnonzero(prior.V.comm.allreduce(broken, MPI.SUM))
     if len(bad):
         raise DataError(f"Samples {bad.tolist()} of block {seed[1]} (seed {seed[0]}) are not finite; check prior and "
                         "forward problem there. Finished blocks are kept.")

@@ -231,9 +231,8 @@ def draw_layouts(drawn, file):
         column[0].set(title=name, ylabel="y [m]", aspect="equal")
         samples.plot(axes=column[1], truth=truth, reference=(reference.mean, reference.lower, reference.upper),
                      xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")
-        if other is not None:
-            column[1].plot(x[order], coefficients(other.mean())[order], color="tab:green", linewidth=1.2,
-                           linestyle="-.", label="model of this layout alone, mean")
+        column[1].plot(x[order], coefficients(other.mean())[order], color="tab:green", linewidth=1.2, linestyle="-.",
+                       label="model of this layout alone, mean")
         column[1].legend(fontsize="x-small", frameon=False)
         for ax in column:
             ax.label_outer()

@@ -254,7 +254,14 @@ class GaussianPrior:
             return self._std
         return self._scale * np.sqrt(pointwise_variance(self._operator))
 
+    @cached_property
     @no_annotations
+    def _exact_std(self):
+        """As `_pointwise_std`, without an estimate for large spaces."""
+        if variance_is_exact(self._operator):
+            return self._pointwise_std
+        return self._scale * np.sqrt(exact_variance(self._operator))
+
     def pointwise_std(self, exact=False):
         """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
 
@@ -269,9 +276,7 @@ class GaussianPrior:
             In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
             to be `exact`.
         """
-        if exact and not variance_is_exact(self._operator):
-            return field(self.V, self._scale * np.sqrt(exact_variance(self._operator)))
-        return field(self.V, self._pointwise_std)
+        return field(self.V, self._exact_std if exact else self._pointwise_std)
 
 
 def level_set(values, thresholds):
