@@ -22,7 +22,7 @@ _ROOMS = {
     "fem_diffusion.simulation": ["DataSet", "load_pairs", "simulate"],
     "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"],
     "fem_diffusion.many_operators": ["FamilyModel", "fit_family", "load_family"],
-    "fem_diffusion.errors": ["DataError", "FemDiffusionError", "InputError", "InstallError", "ModelFileError",
+    "fem_diffusion.errors": ["DataError", "FemDiffusionError", "InputError", "InstallError", "FileError",
                              "SolveError"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

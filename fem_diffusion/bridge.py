@@ -27,7 +27,7 @@ from mpi4py import MPI
 from fem_diffusion.eigenmodes import (
     free_dofs, leading_modes, mass_action, sample_covariance, split, without_conditions,
 )
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_size
 
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
@@ -101,11 +101,11 @@ class ModalBasis:
         return self.V.comm.allreduce(rows @ geometric_key(self.V), MPI.SUM)
 
     def check_signature(self, signature: np.ndarray, path) -> None:
-        """Raise ModelFileError unless a model file was trained in this basis, whose signature it holds."""
+        """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
         ours = self.signature
         if signature.shape != ours.shape or not np.allclose(signature, ours, rtol=1e-4, atol=1e-4 * np.abs(ours).max()):
-            raise ModelFileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                                 "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+            raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                            "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
 
     @property
     def standard_prior(self) -> bool:
@@ -236,7 +236,7 @@ def load_basis(path, comm=None) -> ModalBasis:
 
     Raises
     ------
-    ModelFileError
+    FileError
         If the file cannot be read or holds no basis.
     """
     try:
@@ -252,7 +252,7 @@ def load_basis(path, comm=None) -> ModalBasis:
             mean = file.load_function(mesh, "mean")
             modes = coefficients([file.load_function(mesh, f"mode_{k}") for k in range(len(variances))])
     except Exception as error:
-        raise ModelFileError(f"{path} holds no readable basis ({error}); write one with ModalBasis.save.") from error
+        raise FileError(f"{path} holds no readable basis ({error}); write one with ModalBasis.save.") from error
     return ModalBasis(mean.function_space(), mean, modes, variances, total, weights=weights)
 
 

@@ -1,6 +1,6 @@
 """Errors that a user can cause; each message ends with the remedy."""
 
-__all__ = ["FemDiffusionError", "InputError", "DataError", "ModelFileError", "SolveError", "InstallError"]
+__all__ = ["FemDiffusionError", "InputError", "DataError", "FileError", "SolveError", "InstallError"]
 
 
 class FemDiffusionError(Exception):
@@ -15,8 +15,8 @@ class DataError(FemDiffusionError):
     """A data set is empty, inconsistent or does not fit its use."""
 
 
-class ModelFileError(FemDiffusionError):
-    """A model or checkpoint file is truncated, foreign or does not fit its use."""
+class FileError(FemDiffusionError):
+    """A file is damaged, foreign, of another version, cannot be written, or does not fit its use."""
 
 
 class SolveError(FemDiffusionError):

@@ -16,7 +16,7 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion.model_file import Content, read_content, write_content
 from fem_diffusion.eigenmodes import leading_modes, sample_covariance
-from fem_diffusion.errors import DataError, InputError, ModelFileError
+from fem_diffusion.errors import DataError, InputError, FileError
 from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior
 from fem_diffusion.problem.family import OperatorFamily
@@ -67,7 +67,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     ------
     DataError
         If the data set has no states.
-    InputError, ModelFileError, SolveError
+    InputError, FileError, SolveError
         If the pairs are too few, inconsistent or not finite, or training fails; see also `fit_denoiser`.
     """
     if data.states is None or not len(data):
@@ -284,7 +284,7 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
 
     Raises
     ------
-    ModelFileError
+    FileError
         If the file is truncated, foreign, or belongs to another basis or another space of states.
     """
     content, denoiser, seen = on_root(U.comm, lambda: _read(path))
@@ -292,7 +292,7 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     basis.check_signature(content.tensors["basis.signature"].numpy(), path)
     columns = owned_columns(key, U)
     if columns is None:
-        raise ModelFileError(f"{path} belongs to another mesh or space of states: pass those of its training.")
+        raise FileError(f"{path} belongs to another mesh or space of states: pass those of its training.")
     states = ModalBasis(U, field(U, mean[columns], name="mean"), modes[:, columns], variances,
                         content.config["total_variance"])
     return FamilyModel(basis, states, denoiser, content.history, seen)

@@ -55,7 +55,7 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
 
     Raises
     ------
-    InputError, DataError, ModelFileError
+    InputError, DataError, FileError
         If the pairs are too few, inconsistent or not finite, or the network is unknown or does not fit the basis; see
         also `train`.
     """
@@ -155,7 +155,7 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
 
     Raises
     ------
-    ModelFileError
+    FileError
         If the file is truncated, foreign or belongs to another basis.
     """
     signature, denoiser, history = on_root(basis.V.comm, lambda: read_model(path))

@@ -11,7 +11,7 @@ from firedrake import Function
 from mpi4py import MPI
 
 from fem_diffusion.bridge import karhunen_loeve, load_basis, pod
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.problem.prior import GaussianPrior, TransformedPrior
 
@@ -187,5 +187,5 @@ def test_wrong_input_is_refused(tmp_path):
         with pytest.raises(InputError, match=words):
             make()
     (tmp_path / "foreign.h5").write_bytes(b"nothing")
-    with pytest.raises(ModelFileError, match="no readable basis"):
+    with pytest.raises(FileError, match="no readable basis"):
         load_basis(tmp_path / "foreign.h5")

@@ -11,7 +11,7 @@ from mpi4py import MPI
 from fem_diffusion import DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve, load_model, pod
 from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, linear_base
 from fem_diffusion.eigenmodes import mass_action
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.field_geometry import field_geometry
 
 R, K = 10, 3
@@ -96,7 +96,7 @@ def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
     options = TrainingOptions(steps=150, evaluate_every=75, width=16, depth=1)
     settings = {"options": options, "checkpoint": tmp_path / "training.pt", "progress": False}
     model = fit(data, basis, GaussianNoise(std=0.1), network="field", **settings)
-    with pytest.raises(ModelFileError, match="other data"):
+    with pytest.raises(FileError, match="other data"):
         fit(data, basis, GaussianNoise(std=0.1), **settings)
     assert isinstance(model.denoiser.network, FieldNetwork)
     model.save(tmp_path / "model.safetensors")

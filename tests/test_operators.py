@@ -12,7 +12,7 @@ from fem_diffusion.diffusion import (
     Denoiser, Emulator, LayoutLaw, OperatorBase, OperatorDenoiser, SensorPool, Sensors, TrainingOptions, fit_emulator,
     fit_operators, linear_base, sample_latents,
 )
-from fem_diffusion.errors import InputError, ModelFileError
+from fem_diffusion.errors import InputError, FileError
 
 QUICK = TrainingOptions(steps=600, evaluate_every=100, width=32, depth=2, batch=128)
 NOISE = 0.3
@@ -241,7 +241,7 @@ def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_
     _, other = fit_operators(*arguments, _law(), options=few, checkpoint=tmp_path / "state")
     np.testing.assert_allclose(history.validation, other.validation, rtol=1e-5)
     assert len(history.validation) == 3
-    with pytest.raises(ModelFileError, match="other data"):
+    with pytest.raises(FileError, match="other data"):
         fit_operators(*arguments, _law((1, 3)), options=few, checkpoint=tmp_path / "state")
 
 

@@ -15,7 +15,7 @@ from fem_diffusion import (
 )
 from fem_diffusion.fields import coefficients
 from fem_diffusion.diagnostics import linear_gaussian_posterior, moment_p_values
-from fem_diffusion.errors import DataError, InputError, ModelFileError
+from fem_diffusion.errors import DataError, InputError, FileError
 
 COMM = MPI.COMM_WORLD
 NOISE = 0.05
@@ -126,12 +126,12 @@ def test_model_reads_back_and_bad_files_are_refused(job, tmp_path):
     content = file.read_bytes()
     for broken in (content[:len(content) // 2], b"foreign", b""):
         file.write_bytes(broken)
-        with pytest.raises(ModelFileError, match="no readable model"):
+        with pytest.raises(FileError, match="no readable model"):
             load_model(file, model.basis)
-    with pytest.raises(ModelFileError, match="no readable model"):
+    with pytest.raises(FileError, match="no readable model"):
         load_model(tmp_path / "missing", model.basis)
     model.save(file)
-    with pytest.raises(ModelFileError, match="another basis"):
+    with pytest.raises(FileError, match="another basis"):
         load_model(file, karhunen_loeve(GaussianPrior(job[0].V, 0.3, 0.5), model.basis.r))
 
 

@@ -15,7 +15,7 @@ from fem_diffusion.diffusion import (
     linear_base, measure_collapse, sample_latents, straight_line, sub_variance_preserving, train,
     variance_exploding, variance_preserving,
 )
-from fem_diffusion.errors import InputError, ModelFileError, SolveError
+from fem_diffusion.errors import InputError, FileError, SolveError
 
 QUICK = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2, batch=128)
 NOISE = GaussianNoise(std=0.1)
@@ -66,14 +66,14 @@ def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
     z, y, base = _pairs()
     file = tmp_path / "state"
     train(z, y, NOISE, base, QUICK, checkpoint=file)
-    with pytest.raises(ModelFileError, match="other data, noise or options"):
+    with pytest.raises(FileError, match="other data, noise or options"):
         train(z + 1, y, NOISE, base, QUICK, checkpoint=file)
-    with pytest.raises(ModelFileError, match="other data, noise or options"):
+    with pytest.raises(FileError, match="other data, noise or options"):
         train(z, y, GaussianNoise(std=0.2), base, QUICK, checkpoint=file)
     content = file.read_bytes()
     for broken in (content[:len(content) // 2], b"not a checkpoint", b""):
         file.write_bytes(broken)
-        with pytest.raises(ModelFileError, match="cannot be read"):
+        with pytest.raises(FileError, match="cannot be read"):
             train(z, y, NOISE, base, QUICK, checkpoint=file)
         assert file.read_bytes() == broken
 

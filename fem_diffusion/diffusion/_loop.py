@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fem_diffusion.errors import InputError, ModelFileError, SolveError
+from fem_diffusion.errors import InputError, FileError, SolveError
 
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads"]
 
@@ -164,7 +164,7 @@ class Loop:
     ------
     InputError
         If the folder of `checkpoint` is missing.
-    ModelFileError
+    FileError
         If `checkpoint` is unreadable or belongs to another task or other options.
     """
 
@@ -273,13 +273,13 @@ class Loop:
             state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
             form = state["format"]
         except Exception as error:
-            raise ModelFileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
+            raise FileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
         if form == _FORMAT and state["device"] != self.device.type:
-            raise ModelFileError(f"The checkpoint was written on {state['device']!r}, whose random numbers are others: "
-                                 f"resume with TrainingOptions(device={state['device']!r}). {remedy}")
+            raise FileError(f"The checkpoint was written on {state['device']!r}, whose random numbers are others: "
+                            f"resume with TrainingOptions(device={state['device']!r}). {remedy}")
         same = form == _FORMAT and state["fingerprint"] == self.fingerprint and state["marks"].shape == self.marks.shape
         if not same or not torch.allclose(state["marks"].cpu(), self.marks, rtol=1e-4, atol=1e-4):
-            raise ModelFileError(f"The checkpoint belongs to other data, noise or options. {remedy}")
+            raise FileError(f"The checkpoint belongs to other data, noise or options. {remedy}")
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.step, self.stale = state["step"], state["stale"]

@@ -142,7 +142,7 @@ def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOpti
     ------
     InputError
         If shapes disagree, there are too few pairs, or a value is not finite.
-    ModelFileError, SolveError
+    FileError, SolveError
         As for `train`.
     """
     options.check()

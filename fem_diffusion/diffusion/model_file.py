@@ -20,7 +20,7 @@ from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.support import Support
-from fem_diffusion.errors import ModelFileError
+from fem_diffusion.errors import FileError
 
 __all__ = ["Content", "read_content", "read_model", "write_content", "write_model"]
 
@@ -108,7 +108,7 @@ def read_content(path: str | os.PathLike, form: str) -> Iterator[Content]:
 
     Raises
     ------
-    ModelFileError
+    FileError
         If the file is truncated or foreign, holds values that are not finite, or something is missing in it.
     """
     try:
@@ -123,7 +123,7 @@ def read_content(path: str | os.PathLike, form: str) -> Iterator[Content]:
         yield Content(tensors, json.loads(metadata["config"]), History(**json.loads(metadata["history"])))
     except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError,
             AttributeError) as error:
-        raise ModelFileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
+        raise FileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
             from error
 
 
@@ -164,7 +164,7 @@ def read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
 
     Raises
     ------
-    ModelFileError
+    FileError
         If the file is truncated or foreign.
     """
     with read_content(path, _FORMAT) as content:

@@ -248,7 +248,7 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
 
     Raises
     ------
-    InputError, ModelFileError, SolveError
+    InputError, FileError, SolveError
         As `fit_emulator` and `train` do.
     """
     check_pairs(z, c, z.shape[-1] + 1)

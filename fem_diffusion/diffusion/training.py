@@ -58,7 +58,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
 
     Raises
     ------
-    InputError, ModelFileError
+    InputError, FileError
         As `fit_base`, `plain_base` and `train` do; InputError if `base` is unknown.
     """
     if base not in ("gaussian", "plain"):
@@ -116,7 +116,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     ------
     InputError
         If shapes disagree, an option is out of range, a value is not finite or the folder of `checkpoint` is missing.
-    ModelFileError
+    FileError
         If `checkpoint` is unreadable or belongs to other data, noise or options.
     SolveError
         If training diverges.

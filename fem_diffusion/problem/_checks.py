@@ -4,7 +4,6 @@ Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.v
 """
 
 from functools import partial
-from numbers import Integral
 
 import numpy as np
 from firedrake import H1, Constant, Function, assemble, interpolate
@@ -15,7 +14,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients
 
-__all__ = ["check_seed", "check_count", "check_lagrange", "root_space", "interpolated", "prepared_interpolation"]
+__all__ = ["check_lagrange", "root_space", "interpolated", "prepared_interpolation"]
 
 
 def check_lagrange(V):
@@ -33,20 +32,6 @@ def root_space(V):
     while V.parent is not None:
         V = V.parent
     return V
-
-
-def check_seed(seed):
-    """Return seed as an int, or raise InputError."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"seed is {seed!r}: give a non-negative integer, so that the draw can be repeated")
-    return int(seed)
-
-
-def check_count(n):
-    """Return n as an int, or raise InputError."""
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
-        raise InputError(f"n is {n!r}: give the number of samples as a positive integer")
-    return int(n)
 
 
 def interpolated(V, value, name):

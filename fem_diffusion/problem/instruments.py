@@ -13,9 +13,9 @@ from mpi4py import MPI
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, identity, kron, vstack
 
+from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, multiply
-from fem_diffusion.problem._checks import check_count, check_seed
 from fem_diffusion.problem.observation import (
     Observation, checked_names, checked_points, component_space, labels, locate, point_rows,
 )
@@ -120,7 +120,7 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
     """
     W, embed = component_space(U, component)
     _check_scalar(W)
-    mesh, count = W.mesh(), check_count(points)
+    mesh, count = W.mesh(), check_count(points, "points")
     starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
     if starts.shape != ends.shape:
         raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment")

@@ -30,10 +30,11 @@ from mpi4py import MPI
 from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
+from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, owned_size, require_real
 from fem_diffusion.problem._checks import (
-    check_count, check_lagrange, check_seed, interpolated, prepared_interpolation, root_space,
+    check_lagrange, interpolated, prepared_interpolation, root_space,
 )
 from fem_diffusion.problem._matern import (
     exact_variance, matern_correlation, matern_operator, operator_order, pointwise_variance, variance_is_exact,

@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 from firedrake import DirichletBC, MixedFunctionSpace
 
+from fem_diffusion.checks import check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, owned_size
-from fem_diffusion.problem._checks import check_seed
 
 __all__ = ["ProductPrior"]
 

@@ -1,0 +1,78 @@
+"""Checks of arguments at the door, for every room: each returns the value in one type or raises InputError.
+
+No Firedrake and no torch at import.
+"""
+
+from collections.abc import Collection
+from dataclasses import is_dataclass
+from numbers import Integral, Real
+
+import numpy as np
+
+from fem_diffusion.errors import InputError
+
+__all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options", "check_seed"]
+
+
+def check_seed(seed, name: str = "seed") -> int:
+    """A non-negative integer, Python's or NumPy's."""
+    if not isinstance(seed, Integral) or isinstance(seed, (bool, np.bool_)) or seed < 0:
+        raise InputError(f"{name} is {seed!r}: give a non-negative integer, so that the draw can be repeated.")
+    return int(seed)
+
+
+def check_count(n, name: str = "n", least: int = 1) -> int:
+    """An integer of at least `least`, Python's or NumPy's."""
+    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or n < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise InputError(f"{name} is {n!r}: give {kind}.")
+    return int(n)
+
+
+def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, below: float = np.inf,
+                 most: float = np.inf) -> float:
+    """A finite real number with above < x < below and least <= x <= most."""
+    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("of at least", least), ("below", below),
+                                                      ("of at most", most)) if np.isfinite(bound)]
+    wanted = " and ".join(bounds) or "that is finite"
+    if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
+        raise InputError(f"{name} is {x!r}: give a number {wanted}.")
+    if not (np.isfinite(x) and above < x < below and least <= x <= most):
+        raise InputError(f"{name} is {float(x)!r}: give a number {wanted}.")
+    return float(x)
+
+
+def check_flag(x, name: str) -> bool:
+    """True or False; a word like "no" would count as true."""
+    if not isinstance(x, (bool, np.bool_)):
+        raise InputError(f"{name} is {x!r}: give True or False.")
+    return bool(x)
+
+
+def check_choice(x, name: str, choices: Collection[str]) -> str:
+    """One of several words."""
+    if not isinstance(x, str) or x not in choices:
+        raise InputError(f"{name} is {x!r}: choose one of {', '.join(map(repr, choices))}.")
+    return x
+
+
+def check_options(x, kind: type, name: str = "options"):
+    """An object of a class of settings; a dict of them is a frequent mistake."""
+    if not isinstance(x, kind) or not is_dataclass(x):
+        remedy = f"{kind.__name__}(**{name})" if isinstance(x, dict) else f"{kind.__name__}(...)"
+        raise InputError(f"{name} is of type {type(x).__name__}: pass {remedy}.")
+    return x
+
+
+def check_device(device):
+    """A torch device that is there."""
+    import torch
+
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device is {str(device)!r}, which torch cannot use here ({reason}): take 'cpu', or a device "
+                         "that this machine has.") from error
+    return device
