@@ -19,10 +19,10 @@ _ROOMS = {
                                 "sample_latents", "straight_line", "sub_variance_preserving", "variance_exploding",
                                 "variance_preserving"],
     "fem_diffusion.bridge": ["ModalBasis", "karhunen_loeve", "load_basis", "pod"],
-    "fem_diffusion.simulation": ["DataSet", "load_pairs", "simulate"],
-    "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"],
+    "fem_diffusion.simulation": ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"],
+    "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "Samples", "fit", "load_model", "load_samples"],
     "fem_diffusion.many_operators": ["FamilyModel", "fit_family", "load_family"],
-    "fem_diffusion.errors": ["DataError", "FemDiffusionError", "InputError", "InstallError", "FileError",
+    "fem_diffusion.errors": ["DataError", "FemDiffusionError", "FileError", "InputError", "InstallError",
                              "SolveError"],
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

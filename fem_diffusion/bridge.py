@@ -16,23 +16,26 @@ Latents are global: the same on all ranks.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 
-import h5py
 import numpy as np
 import torch
-from firedrake import CheckpointFile, DirichletBC, Function
+from firedrake import DirichletBC, Function
 from mpi4py import MPI
 
+from fem_diffusion import files
+from fem_diffusion.checks import check_count, check_number, check_seed
 from fem_diffusion.eigenmodes import (
     free_dofs, leading_modes, mass_action, sample_covariance, split, without_conditions,
 )
-from fem_diffusion.errors import InputError, FileError
-from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_size
+from fem_diffusion.errors import DataError, FileError, InputError
+from fem_diffusion.fields import coefficients, field, generic_integrals, on_root, owned_size
+from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
 _TAIL_DRAWS = 64
+# Standard errors by which a moment of latents may miss that of the prior; chance alone does so once in 1e9.
+_ERRORS = 6.0
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class ModalBasis:
     def signature(self) -> np.ndarray:
         """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
         rows = np.vstack([coefficients(self.mean), self.scaled_modes])
-        return self.V.comm.allreduce(rows @ geometric_key(self.V), MPI.SUM)
+        return self.V.comm.allreduce(rows @ generic_integrals(self.V), MPI.SUM)
 
     def check_signature(self, signature: np.ndarray, path) -> None:
         """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
@@ -139,6 +142,8 @@ class ModalBasis:
                                      "Interpolate the field into that space first.")
             fields = coefficients(fields)
         mean = coefficients(self.mean)
+        if fields.dtype.kind not in "biuf":
+            raise InputError(f"Fields are arrays of real numbers, not of type {fields.dtype}.")
         if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
             raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis, which has "
                              f"{len(mean)} on this rank.")
@@ -165,13 +170,14 @@ class ModalBasis:
         InputError
             If the latents are of another length, or a refill is asked for without a Gaussian prior.
         """
-        if z.ndim != 2 or z.shape[1] != self.r:
-            raise InputError(f"Latents must have shape (B, {self.r}), not {tuple(z.shape)}.")
+        z = torch.as_tensor(z)
+        if z.ndim != 2 or z.shape[1] != self.r or z.is_complex() or not torch.isfinite(z).all():
+            raise InputError(f"Latents must be finite real numbers of shape (B, {self.r}), not {tuple(z.shape)}.")
         fields = coefficients(self.mean) + z.detach().cpu().double().numpy() @ self.scaled_modes
         if refill_seed is not None:
             if self.prior is None:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only.")
-            draws = self.prior.sample_many(len(z), refill_seed)
+            draws = self.prior.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
             fields += draws - self.decode(self.encode(draws))
         return fields
 
@@ -184,41 +190,46 @@ class ModalBasis:
         """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
         return [field(self.parameter_space, values) for values in self.parameters(z)]
 
-    def save(self, path) -> None:
-        """Write mesh, mean and modes to a CheckpointFile; reads back on any number of ranks.
+    def check_draws(self, z: torch.Tensor) -> None:
+        """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I)."""
+        if not self.standard_prior or len(z) < 2:
+            return
+        z, n = z.double(), len(z)
+        errors = torch.stack([z.mean(0).abs() * n**0.5, (z.square().mean(0) - 1).abs() * (n / 2)**0.5])
+        worst = int(errors.amax(0).argmax())
+        if float(errors.max()) > _ERRORS:
+            raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
+                            f"latent {worst} has mean {float(z[:, worst].mean()):.3g} and standard deviation "
+                            f"{float(z[:, worst].std()):.3g}, where 0 and 1 are due. Compute the basis from the prior "
+                            "of the simulation, or take pod(V, data.fields, r) where that prior is not known.")
 
-        A transform or a prior is code, not data, and is not written.
+    def __reduce_ex__(self, protocol):
+        raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
+
+    def save(self, path) -> None:
+        """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
+
+        A transform or a prior is code, not data, and is not written; nor is the mesh.
 
         Parameters
         ----------
         path : path
-            The file; written under another name first and renamed when whole.
+            The file, written whole or not at all.
 
         Raises
         ------
-        InputError
-            If the components of a mixed space are on different meshes, which a CheckpointFile does not hold.
+        FileError
+            If it cannot be written.
         """
-        if len({W.mesh() for W in self.V}) > 1:
-            raise InputError("The components are on different meshes, and a file holds one: compute the basis anew "
-                             "from its prior, which is cheap and gives the same modes.")
-        partial = Path(f"{path}.partial.h5")
-        with CheckpointFile(str(partial), "w", comm=self.V.comm) as file:
-            mesh = self.V[0].mesh()  # of a mixed space, mesh() is a sequence
-            file.save_mesh(mesh)
-            file.save_function(self.mean, name="mean")
-            for k, mode in enumerate(self.modes):
-                file.save_function(field(self.V, mode), name=f"mode_{k}")
-            file.create_group("fem_diffusion")
-            file.set_attr("fem_diffusion", "mesh", mesh.name)
-            file.set_attr("fem_diffusion", "variances", self.variances)
-            file.set_attr("fem_diffusion", "total_variance", self.total_variance)
-            file.set_attr("fem_diffusion", "weights", np.array(self.weights or ()))
-        on_root(self.V.comm, lambda: partial.replace(path))
+        V = self.V
+        arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
+                  "modes": gather_rows(V, self.modes), "variances": self.variances}
+        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights}
+        on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
 
 
-def load_basis(path, comm=None) -> ModalBasis:
-    """Read what `ModalBasis.save` wrote, with its mesh, on any number of ranks.
+def load_basis(path, V) -> ModalBasis:
+    """Read what `ModalBasis.save` wrote; no code in the file is run.
 
     Modes past r cannot be refilled and a transform has to be applied by the caller; where the prior is at hand,
     compute its basis again instead.
@@ -227,8 +238,8 @@ def load_basis(path, comm=None) -> ModalBasis:
     ----------
     path : path
         The file.
-    comm : mpi4py.MPI.Comm, optional
-        Communicator of the mesh; all ranks where left out.
+    V : firedrake.functionspaceimpl.WithGeometry
+        The space of the basis, on the mesh of the user's own; on any number of ranks.
 
     Returns
     -------
@@ -237,23 +248,22 @@ def load_basis(path, comm=None) -> ModalBasis:
     Raises
     ------
     FileError
-        If the file cannot be read or holds no basis.
+        If the file is damaged, foreign, holds no basis, or belongs to another mesh or space.
     """
-    try:
-        with h5py.File(path, "r") as file:  # refuses what is no HDF5 file before PETSc stumbles over it
-            file["fem_diffusion"].attrs["mesh"]
-        with CheckpointFile(str(path), "r", comm=comm or MPI.COMM_WORLD) as file:
-            variances = np.atleast_1d(file.get_attr("fem_diffusion", "variances"))
-            total = float(file.get_attr("fem_diffusion", "total_variance"))
-            weights = None
-            if file.has_attr("fem_diffusion", "weights"):  # files of version 0.1.0 have none
-                weights = tuple(np.atleast_1d(file.get_attr("fem_diffusion", "weights")).tolist()) or None
-            mesh = file.load_mesh(file.get_attr("fem_diffusion", "mesh"))
-            mean = file.load_function(mesh, "mean")
-            modes = coefficients([file.load_function(mesh, f"mode_{k}") for k in range(len(variances))])
-    except Exception as error:
-        raise FileError(f"{path} holds no readable basis ({error}); write one with ModalBasis.save.") from error
-    return ModalBasis(mean.function_space(), mean, modes, variances, total, weights=weights)
+    content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
+    columns = own_columns(content, "key", "element", V)
+    variances, size = content.array("variances", None), len(content.arrays["key"])
+    mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
+    weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
+    weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and x > 0 for x in weights))
+    if not len(variances) or not (variances > 0).all() or not weighted or not 0 < total < np.inf:
+        raise content.error("holds no modes of positive variance")
+    basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total),
+                       weights=weights and tuple(weights))
+    identity = torch.eye(basis.r, dtype=torch.float64)
+    if not torch.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
+        raise content.error("holds modes that are not orthonormal on this mesh")
+    return basis
 
 
 def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
@@ -279,8 +289,7 @@ def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float 
         If `r` exceeds the degrees of freedom or is not one number for each component, `retained` is not between 0 and
         1, or the prior (a component of it) is not Gaussian before its transform.
     """
-    if not 0 < retained < 1:
-        raise InputError(f"retained must lie between 0 and 1, not {retained}.")
+    retained = check_number(retained, "retained", above=0, below=1)
     gaussian = getattr(prior, "base", prior)
     transformed = prior is not gaussian
     transform = (prior.transform_many, prior.V) if transformed else (None, None)
@@ -294,8 +303,7 @@ def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float 
         return _joined(gaussian.V, gaussian.mean, expansions, gaussian, *transform)
     if not hasattr(gaussian, "apply_covariance"):
         raise InputError(f"A {type(gaussian).__name__} has no covariance operator: use pod with samples of it.")
-    if r is not None and not isinstance(r, Integral):
-        raise InputError(f"r is {r!r}: give one number of modes for one unknown.")
+    r = None if r is None else check_count(r, "r")
     mean = coefficients(gaussian.mean)
     mass = mass_action(gaussian.V)
     draws = gaussian.sample_many(_TAIL_DRAWS, seed=0) - mean
@@ -345,22 +353,31 @@ def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), tran
         component.
     """
     fields = fields if isinstance(fields, np.ndarray) else coefficients(fields)
-    counts = [r] if isinstance(r, Integral) else _counts(r, len(V))
+    counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
+    if None in counts:
+        raise InputError(f"r is {r!r}: give the number of modes.")
+    bcs = (bcs,) if isinstance(bcs, DirichletBC) else bcs
+    if not isinstance(bcs, Sequence) or not all(isinstance(bc, DirichletBC) for bc in bcs):
+        raise InputError(f"bcs is {bcs!r}: give a sequence of DirichletBC objects, () where there are none.")
+    if not V.comm.allreduce(fields.ndim == 2 and fields.shape[1] == owned_size(V), MPI.LAND):
+        raise InputError(f"The samples have shape {fields.shape}: give (n, {owned_size(V)}), owned coefficients.")
     if len(fields) <= max(counts):
         raise InputError(f"{len(fields)} samples cannot give {r} modes: simulate more or ask for fewer modes.")
-    if not V.comm.allreduce(bool(np.isfinite(fields).all()), MPI.LAND):
-        raise InputError("The samples hold values that are not finite.")
+    if fields.dtype.kind not in "biuf" or not V.comm.allreduce(bool(np.isfinite(fields).all()), MPI.LAND):
+        raise InputError("The samples hold values that are not finite real numbers.")
     average = fields.mean(axis=0)
     mean = field(V, average, name="mean")
     for bc in bcs:
         bc.apply(mean)
     centred = fields - coefficients(mean)
     outside = centred - without_conditions(V, bcs, centred)
-    violation = V.comm.allreduce(float(np.abs(outside).max(initial=0.0)), MPI.MAX)
     centred = centred - outside
-    scale = V.comm.allreduce(float(np.abs(centred).max(initial=0.0)), MPI.MAX)
-    if violation > 1e-8 * max(scale, 1e-300):
-        raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they satisfy.")
+    # Each component in its own units.
+    for wrong, right in zip(split(V, outside), split(V, centred)):
+        violation, scale = (V.comm.allreduce(float(np.abs(x).max(initial=0.0)), MPI.MAX) for x in (wrong, right))
+        if violation > 1e-8 * max(scale, 1e-300):
+            raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they "
+                             "satisfy.")
     if isinstance(r, Integral):
         return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), None, transform, parameter_space)
     # The samples satisfy the conditions, and so do the modes, their combinations.
@@ -377,9 +394,9 @@ def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.n
 def _counts(r, components: int) -> list:
     """A number of modes for each component, or None for each."""
     counts = [None] * components if r is None else r
-    if isinstance(counts, Integral) or len(counts) != components:
+    if not isinstance(counts, Sequence) or len(counts) != components:
         raise InputError(f"r is {r!r}: there are {components} components, give a number of modes for each.")
-    return list(counts)
+    return [None if count is None else check_count(count, "r") for count in counts]
 
 
 def _joined(V, mean, parts: list, prior, transform, parameter_space) -> ModalBasis:

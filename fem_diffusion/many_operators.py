@@ -9,24 +9,25 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
+from fem_diffusion import files
 from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
-    Sensors, Spectrum, Support, TrainingOptions, fit_operators,
+    Sensors, TrainingOptions, fit_operators,
 )
-from fem_diffusion.diffusion.model_file import Content, read_content, write_content
+from fem_diffusion.diffusion._loop import unpack_history
+from fem_diffusion.diffusion.model_file import REMEDY, pack, unpack, unpack_network, unpack_sampling
 from fem_diffusion.eigenmodes import leading_modes, sample_covariance
-from fem_diffusion.errors import DataError, InputError, FileError
-from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns
-from fem_diffusion.posterior import ConditionalModel, Posterior
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields import coefficients, field, on_root
+from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns
+from fem_diffusion.posterior import ConditionalModel, Posterior, check_training, is_standard
 from fem_diffusion.problem.family import OperatorFamily
 from fem_diffusion.problem.observation import Observation, no_sensors
 from fem_diffusion.simulation import DataSet
 
 __all__ = ["FamilyModel", "fit_family", "load_family"]
 
-_FORMAT = "fem_diffusion family model 2"
-_STATE_PARTS = "key", "mean", "modes", "variances"
 _STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
 # What state modes may miss of a reading, in units of its noise.
@@ -70,6 +71,9 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     InputError, FileError, SolveError
         If the pairs are too few, inconsistent or not finite, or training fails; see also `fit_denoiser`.
     """
+    check_training(data, basis)
+    if not isinstance(family, OperatorFamily):
+        raise InputError(f"family is of type {type(family).__name__}: give an OperatorFamily of SensorKinds.")
     if data.states is None or not len(data):
         raise DataError("A model of many operators is trained on states, and the data set has none: "
                         "simulate(prior, forward, U, n, seed=..., path=...) with the space U of the states keeps them.")
@@ -78,6 +82,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     apart = min(_CHECKED, len(data) // 10)
     states = _state_basis(U, data.states[:len(data) - apart][:_STATES], state_modes)
     z, c = basis.encode(data.fields), states.encode(data.states)
+    standard_prior = is_standard(data, basis, z)
     pools = []
     for kind in family.kinds:
         rows, offset = _project(kind.observation, states)
@@ -89,7 +94,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     law = LayoutLaw(tuple(pools))
 
     def run():
-        return fit_operators(z, c, torch.tensor(states.variances).sqrt(), law, standard_prior=basis.standard_prior,
+        return fit_operators(z, c, torch.tensor(states.variances).sqrt(), law, standard_prior=standard_prior,
                              options=options, checkpoint=checkpoint, progress=progress)
     denoiser, history = on_root(U.comm, run)
     return FamilyModel(basis, states, denoiser, history, Seen.of(law))
@@ -220,26 +225,30 @@ class FamilyModel:
         Parameters
         ----------
         path : path
-            The file, written atomically by rank 0; it is read on any number of ranks.
+            The file, written whole or not at all by rank 0; it is read on any number of ranks.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
         """
-        U, comm, model = self.states.V, self.states.V.comm, self.denoiser
-        gathered = [comm.gather(x) for x in (geometric_key(U)[None], coefficients(self.states.mean)[None],
-                                             self.states.modes)]
-        signature = self.basis.signature
+        states, model, comm = self.states, self.denoiser, self.states.V.comm
+        gathered = {"states.key": gather_keys(states.V), "states.modes": gather_rows(states.V, states.modes),
+                    "states.mean": gather_rows(states.V, coefficients(states.mean)[None]),
+                    "states.variances": states.variances, "basis.signature": self.basis.signature}
 
         def write():
-            key, mean, modes = (torch.tensor(np.concatenate(parts, axis=1)) for parts in gathered)
-            tensors = {"states.key": key[0], "states.mean": mean[0], "states.modes": modes,
-                       "states.variances": torch.tensor(self.states.variances), "seen.signals": self.seen.signals,
-                       "basis.signature": torch.tensor(signature), "base.mean": model.base.mean,
-                       "base.factor": model.base.factor}
-            parts = {"emulator": (model.base.emulator, [Emulator]), "network": (model.network, [SensorNetwork]),
-                     "spectrum": model.spectrum, "support": model.support}
-            config = {"standard_prior": model.standard_prior, "total_variance": self.states.total_variance,
-                      "std": self.seen.std, "most": self.seen.most, "strongest": self.seen.strongest,
-                      "updates": model.base.updates}
-            write_content(path, _FORMAT, tensors, parts, config, self.history)
+            arrays, values = pack({"emulator": model.base.emulator, "network": model.network,
+                                   "spectrum": model.spectrum, "support": model.support, "seen": self.seen},
+                                  self.history)
+            arrays |= {"base.mean": model.base.mean.numpy(), "base.factor": model.base.factor.numpy()}
+            values |= {"states.element": element_of(states.V), "total_variance": states.total_variance,
+                       "standard_prior": model.standard_prior, "updates": model.base.updates}
+            files.write(path, "family model", arrays | gathered, values)
         on_root(comm, write)
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("A FamilyModel holds a mesh and cannot be copied or pickled: use its save, and load_family.")
 
 
 def _decorrelated(rows, offset, covariance, y) -> tuple[Sensors, torch.Tensor]:
@@ -287,28 +296,30 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     FileError
         If the file is truncated, foreign, or belongs to another basis or another space of states.
     """
-    content, denoiser, seen = on_root(U.comm, lambda: _read(path))
-    key, mean, modes, variances = (content.tensors[f"states.{name}"].numpy() for name in _STATE_PARTS)
-    basis.check_signature(content.tensors["basis.signature"].numpy(), path)
-    columns = owned_columns(key, U)
-    if columns is None:
-        raise FileError(f"{path} belongs to another mesh or space of states: pass those of its training.")
-    states = ModalBasis(U, field(U, mean[columns], name="mean"), modes[:, columns], variances,
-                        content.config["total_variance"])
-    return FamilyModel(basis, states, denoiser, content.history, seen)
+    content, denoiser, seen, history = on_root(U.comm, lambda: _read(path))
+    basis.check_signature(content.arrays["basis.signature"], path)
+    columns = own_columns(content, "states.key", "states.element", U)
+    mean, modes, variances = (content.arrays[f"states.{name}"] for name in ("mean", "modes", "variances"))
+    states = ModalBasis(U, field(U, mean[0, columns], name="mean"), modes[:, columns], variances,
+                        content.values["total_variance"])
+    return FamilyModel(basis, states, denoiser, history, seen)
 
 
-def _read(path) -> tuple[Content, OperatorDenoiser, Seen]:
-    """Content of a file, and the parts that know no mesh."""
-    with read_content(path, _FORMAT) as content:
-        tensors, config = content.tensors, content.config
-        missing = {"basis.signature", *(f"states.{name}" for name in _STATE_PARTS)} - set(tensors)
-        missing |= {"total_variance"} - set(config)
-        if missing:
-            raise KeyError(f"{sorted(missing)} missing")
-        base = OperatorBase(tensors["base.mean"], tensors["base.factor"], content.part("emulator", Emulator),
-                            int(config["updates"]))
-        denoiser = OperatorDenoiser(base, content.part("network", SensorNetwork), content.part("spectrum", Spectrum),
-                                    content.part("support", Support), bool(config["standard_prior"]))
-        seen = Seen(tensors["seen.signals"], tuple(config["std"]), config["most"], config["strongest"])
-        return content, denoiser, seen
+def _read(path) -> tuple[files.Content, OperatorDenoiser, Seen, History]:
+    """Content of a file, checked, and the parts that know no mesh."""
+    content = files.read(path, "family model", REMEDY)
+    r, s, size = *content.array("emulator.matrix", None, None).T.shape, len(content.array("states.key", None, None))
+    if not (content.array("states.variances", s) > 0).all() or not 0 < content.value("total_variance", float) < np.inf:
+        raise content.error("holds state modes without variance")
+    for name, shape in (("states.mean", (1, size)), ("states.modes", (s, size)), ("basis.signature", (r + 1,))):
+        content.array(name, *shape)
+    mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (
+        ("mean", (r,)), ("factor", (r, r))))
+    emulator = unpack_network(content, "emulator", [Emulator], {"r": r, "s": s})
+    network = unpack_network(content, "network", [SensorNetwork], {"r": r, "s": s})
+    seen = unpack(content, "seen", Seen, {"signals": (None, s)}, dtype=torch.float32)
+    if emulator is None or seen is None or (factor.diagonal() == 0).any() or content.value("updates", int) < 1:
+        raise content.error("holds no base of a family")
+    base = OperatorBase(mean, factor, emulator, content.values["updates"])
+    denoiser = OperatorDenoiser(base, network, *unpack_sampling(content, r), content.value("standard_prior", bool))
+    return content, denoiser, seen, unpack_history(content)

@@ -2,27 +2,34 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from firedrake import CheckpointFile, Function, VTKFile
+from firedrake import Function
 
+from fem_diffusion import files
 from fem_diffusion.bridge import ModalBasis
+from fem_diffusion.checks import check_choice, check_count, check_device, check_flag, check_number, check_seed
 from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianNoise, History, TrainingOptions, fit_denoiser, log_density,
     sample_latents,
 )
 from fem_diffusion.diffusion.model_file import read_model, write_model
-from fem_diffusion.errors import DataError, InputError, InstallError
+from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.field_geometry import field_geometry, on_mesh
 from fem_diffusion.fields import field, on_root, owned_size
+from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 from fem_diffusion.simulation import DataSet
 
-__all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model"]
+__all__ = ["ConditionalModel", "Posterior", "Samples", "fit", "load_model", "load_samples"]
 
 _TAIL_STREAM = 0x7A11
+_SAMPLES = "samples.safetensors"
+# Samples in the files for other programs, which are slow to write.
+_VIEWED = 20
 
 
 def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
@@ -59,21 +66,39 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
         If the pairs are too few, inconsistent or not finite, or the network is unknown or does not fit the basis; see
         also `train`.
     """
-    if network not in ("latents", "field"):
-        raise InputError(f"The network is 'latents' or 'field', not {network!r}.")
+    check_choice(network, "network", ("latents", "field"))
+    check_training(data, basis)
     if len(data) == 0 or len(data.fields) != len(data.observations):
         raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
                         "simulate pairs first.")
     comm = basis.V.comm
     z = basis.encode(data.fields)
-    y = torch.as_tensor(data.observations, dtype=torch.float64)
+    standard_prior = is_standard(data, basis, z)
+    y = torch.as_tensor(data.observations)
     geometry = field_geometry(basis) if network == "field" else None
 
     def run():
-        return fit_denoiser(z, y, noise, standard_prior=basis.standard_prior, options=options, checkpoint=checkpoint,
+        return fit_denoiser(z, y, noise, standard_prior=standard_prior, options=options, checkpoint=checkpoint,
                             geometry=geometry, progress=progress)
     denoiser, history = on_root(comm, run)
     return ConditionalModel(basis, denoiser, history)
+
+
+def check_training(data: DataSet, basis: ModalBasis) -> None:
+    """Raise InputError where what is to be trained on is of the wrong kind."""
+    if not isinstance(data, DataSet):
+        raise InputError(f"data is of type {type(data).__name__}: give what simulate or load_pairs returned.")
+    if not isinstance(basis, ModalBasis):
+        raise InputError(f"basis is of type {type(basis).__name__}: give karhunen_loeve(prior) or pod(...).")
+
+
+def is_standard(data: DataSet, basis: ModalBasis, z: torch.Tensor) -> bool:
+    """Whether latents (n, r) of training fields are N(0, I); DataError where they should be and are not."""
+    if data.skipped:
+        # The solver has chosen among the prior's samples.
+        return False
+    basis.check_draws(z)
+    return basis.standard_prior
 
 
 @dataclass(frozen=True)
@@ -133,10 +158,19 @@ class ConditionalModel:
         Parameters
         ----------
         path : path
-            The file, written atomically by rank 0.
+            The file, written whole or not at all by rank 0.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
         """
         signature = self.basis.signature
         on_root(self.basis.V.comm, lambda: write_model(path, signature, self.denoiser, self.history))
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("A ConditionalModel holds a mesh and cannot be copied or pickled: use its save, and "
+                         "load_model.")
 
 
 def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
@@ -158,6 +192,8 @@ def load_model(path: str | os.PathLike, basis: ModalBasis) -> ConditionalModel:
     FileError
         If the file is truncated, foreign or belongs to another basis.
     """
+    if not isinstance(basis, ModalBasis):
+        raise InputError(f"basis is of type {type(basis).__name__}: give that of the training, karhunen_loeve(prior).")
     signature, denoiser, history = on_root(basis.V.comm, lambda: read_model(path))
     basis.check_signature(signature, path)
     return ConditionalModel(basis, denoiser, history)
@@ -211,12 +247,13 @@ class Posterior:
         InputError
             If a number is out of range or a word unknown.
         """
-        if n < 1:
-            raise InputError(f"The number of samples must be at least 1, not {n}.")
+        n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
+        refill = None if refill is None else check_flag(refill, "refill")
         basis = self.model.basis
         comm = basis.V.comm
 
         def draw():
+            check_device(device)
             y = torch.as_tensor(self.y, dtype=torch.float64, device=device)
             generator = torch.Generator(device).manual_seed(seed)
             return sample_latents(self.model.denoiser.to(device), y.expand(n, -1), formulation, alpha=alpha,
@@ -229,6 +266,9 @@ class Posterior:
         tail_seed = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
         values = basis.parameters(z, tail_seed if refill else None)
         return Samples(basis.parameter_space, values, z)
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("A Posterior holds a mesh and cannot be copied or pickled: save the model and the samples.")
 
     def log_density(self, samples: "Samples") -> np.ndarray:
         """Log density of the samples' latents under the diffusion model, without corrections, by `log_density`.
@@ -276,8 +316,14 @@ class Samples:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int) -> Function:
-        return field(self.V, self.values[index], name=f"sample_{index}")
+    def __getitem__(self, index: int | slice) -> "Function | Samples":
+        """One sample as a Function, or some of them."""
+        if isinstance(index, slice):
+            return Samples(self.V, self.values[index], self.latents[index])
+        if not isinstance(index, Integral) or isinstance(index, bool):
+            raise InputError(f"Samples are numbered by integers and slices, not by {index!r}.")
+        # An IndexError ends a loop over a sequence, so it stays one.
+        return field(self.V, self.values[index], name=f"sample_{range(len(self))[index]}")
 
     def __iter__(self) -> Iterator[Function]:
         return (self[i] for i in range(len(self)))
@@ -300,8 +346,8 @@ class Samples:
         InputError
             If there is no such component.
         """
-        if not 0 <= i < len(self.V):
-            raise InputError(f"There is no component {i}: the parameter has {len(self.V)}, counted from 0.")
+        if not isinstance(i, Integral) or not 0 <= i < len(self.V):
+            raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
         sizes = [owned_size(W) for W in self.V]
         columns = slice(sum(sizes[:i]), sum(sizes[:i + 1]))
         return Samples(self.V[i].collapse() if len(self.V) > 1 else self.V, self.values[:, columns], self.latents)
@@ -318,47 +364,88 @@ class Samples:
 
     def quantile(self, q: float) -> Function:
         """Pointwise quantile at the nodes, 0 <= q <= 1."""
-        if not 0 <= q <= 1:
-            raise InputError(f"A quantile lies between 0 and 1, not at {q}.")
+        q = check_number(q, "q", least=0, most=1)
         return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
 
-    def save(self, folder: str | os.PathLike, count: int = 20) -> None:
-        """Write summaries and the first samples for restart (CheckpointFile) and for viewing (VTK).
+    def __reduce_ex__(self, protocol):
+        raise InputError("Samples hold a mesh and cannot be copied or pickled: use their save, and load_samples.")
+
+    def save(self, folder: str | os.PathLike, count: int | None = None) -> None:
+        """Write the samples, for `load_samples`, and their summaries for other programs.
 
         Parameters
         ----------
         folder : path
-            Receives ``samples.h5``, which appears when it is whole, and ``summary.pvd``; of a mixed parameter a
-            folder for each component, ``component_0`` and so on.
-        count : int
-            Number of samples in the checkpoint.
+            Receives ``samples.safetensors``, with the samples and their latents; ``samples.h5``, a CheckpointFile of
+            mesh, mean, standard deviation, 2.5 and 97.5 % quantiles and the first 20 samples; and ``summary.pvd`` for
+            viewing. Of a mixed parameter the last two are in a folder for each component, ``component_0`` and so on;
+            of one that does not live on the cells of a mesh (Real space) there is the first one only.
+        count : int, optional
+            Number of samples to write; all where left out.
 
         Raises
         ------
+        InputError
+            If `count` is no positive integer.
+        FileError
+            If a file cannot be written.
         InstallError
-            If VTK is not installed; the checkpoint is written all the same.
+            If VTK is not installed; the other files are written all the same.
+
+        Notes
+        -----
+        Firedrake runs code that it finds in a CheckpointFile: open none that a stranger may have written.
         """
         folder, comm = Path(folder), self.V.comm
-        if len(self.V) > 1:
-            for i in range(len(self.V)):
-                self.component(i).save(folder / f"component_{i}", count)
-            return
-        on_root(comm, lambda: folder.mkdir(parents=True, exist_ok=True))
-        summary = [self.mean(), self.std(), self.quantile(0.025), self.quantile(0.975)]
-        partial = folder / "samples.partial.h5"
-        with CheckpointFile(str(partial), "w", comm=comm) as file:
-            file.save_mesh(self.V.mesh())
-            for function in summary + [self[i] for i in range(min(count, len(self)))]:
-                file.save_function(function)
-        on_root(comm, lambda: partial.replace(folder / "samples.h5"))
-        try:
-            file = VTKFile(str(folder / "summary.pvd"), comm=comm)
-        except ModuleNotFoundError as error:
-            raise InstallError(f"{folder / 'samples.h5'} is written; files for viewing need VTK: "
-                               "pip install 'fem_diffusion[vtk]'.") from error
-        file.write(*summary)
+        chosen = self if count is None else self[:check_count(count, "count")]
+        arrays = {"key": gather_keys(self.V), "values": gather_rows(self.V, chosen.values),
+                  "latents": chosen.latents.detach().cpu().numpy()}
+
+        def write():
+            files.make_folder(folder)
+            files.write(folder / _SAMPLES, "samples", arrays, {"element": element_of(self.V)})
+        on_root(comm, write)
+        for i in range(len(self.V)):
+            part = chosen.component(i)
+            if part.V.ufl_element().family() != "Real":
+                part._export(folder / f"component_{i}" if len(self.V) > 1 else folder)
+
+    def _export(self, folder: Path) -> None:
+        """Write what other programs read."""
+        from fem_diffusion.export import write_checkpoint, write_vtk
+
+        summary = [self.mean(), *([self.std()] if len(self) > 1 else []), self.quantile(0.025), self.quantile(0.975)]
+        write_checkpoint(folder / "samples.h5", [*summary, *self[:_VIEWED]])
+        write_vtk(folder / "summary.pvd", summary)
 
     def plot(self, axes=None, truth: Function | None = None, **kwargs):
         """Draw the samples; see `fem_diffusion.plot.plot_samples`."""
         from fem_diffusion.plot import plot_samples
         return plot_samples(self, axes=axes, truth=truth, **kwargs)
+
+
+def load_samples(folder: str | os.PathLike, V) -> Samples:
+    """Read what `Samples.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the parameter, on the mesh of the samples; on any number of ranks.
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, foreign, or belongs to another mesh or space.
+    """
+    content = read_everywhere(V.comm, Path(folder) / _SAMPLES, "samples", "Copy it again, or sample anew.")
+    columns = own_columns(content, "key", "element", V)
+    values = content.array("values", None, len(content.arrays["key"]))
+    latents = content.arrays.get("latents", np.empty(0))
+    return Samples(V, values[:, columns], torch.from_numpy(content.array("latents", len(values), None,
+                                                                         dtype=latents.dtype)))

@@ -1,26 +1,29 @@
-"""Joint samples of parameter and observation, written block by block to a resumable HDF5 data set."""
+"""Joint samples of parameter and observation, written block by block to a resumable data set."""
 
-import json
-import operator
+import contextlib
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-import h5py
 import numpy as np
 from firedrake import Ensemble, Function
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from tqdm import tqdm
 
-from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, geometric_key, on_root, owned_columns, require_real
+from fem_diffusion._data_set import Block, Folder
+from fem_diffusion._solves import Job, Solved, Tally, block_seed, check_lengths, check_share
+from fem_diffusion.checks import check_choice, check_count, check_flag, check_number, check_seed
+from fem_diffusion.errors import DataError, FemDiffusionError, InputError, SolveError
+from fem_diffusion.fields import field, on_root, require_real
 from fem_diffusion.problem.observation import no_sensors
 
-__all__ = ["DataSet", "load_pairs", "simulate"]
+__all__ = ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"]
 
-_FORMAT = "fem_diffusion pairs 1"
+
+class SkippedWarning(UserWarning):
+    """Samples whose solve failed are missing in a data set, which conditions the prior on success."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,15 @@ class DataSet:
         Noise-free observations, shape (n, k), global.
     states : numpy.ndarray or None
         Owned coefficients of the states, shape (n, n_owned of U), where they were kept.
+    skipped : tuple of (int, str)
+        Number and reason of each sample that is missing because its solve failed; `simulated_parameter` gives its
+        parameter.
     """
 
     fields: np.ndarray
     observations: np.ndarray
     states: np.ndarray | None = None
+    skipped: tuple = ()
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -47,11 +54,14 @@ class DataSet:
 
 def simulate(prior, forward: Callable[[Function], Function], observation: Callable, n: int, *, seed: int,
              path: str | os.PathLike | None = None, keep_states: bool = False, block: int = 256,
-             ensemble: Ensemble | None = None, progress: bool = True) -> DataSet:
+             ensemble: Ensemble | None = None, on_failure: str = "raise", most_failures: float = 0.1,
+             progress: bool = True) -> DataSet:
     """Draw parameters from the prior, solve the forward problem, observe the state.
 
     Every block of samples has a seed of its own, made from `seed` and its number, so the data do not depend on
-    interruptions or on the number of ensemble members.
+    interruptions or on the number of ensemble members. On several ranks an exception of the forward problem has to come
+    on all of them; where one rank waits in vain for the others, for 5 minutes or 20 times as long as its own solve
+    took, the run is aborted with a message.
 
     Parameters
     ----------
@@ -69,13 +79,18 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         Of all draws.
     path : path, optional
         Folder of the data set; each block is a file, written atomically. What a former run of the same call left
-        there is kept and completed. In memory only where left out.
+        there is kept and completed. One run at a time works in a folder. In memory only where left out.
     keep_states : bool
         Keep the states as well.
     block : int
         Samples a block.
     ensemble : firedrake.Ensemble, optional
         Its members share the blocks; the mesh lives on ``ensemble.comm``. Needs `path`.
+    on_failure : {"raise", "skip"}
+        What to do where the forward problem raises an exception for a sample, or parameter, state or readings are not
+        finite: stop, with all finished solves kept; or leave the sample out and record it in `DataSet.skipped`.
+    most_failures : float
+        Share of failed samples above which skipping stops, too.
     progress : bool
         Show a progress bar on rank 0.
 
@@ -89,64 +104,48 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     InstallError
         On a complex PETSc build.
     InputError
-        If a number is out of range, or an ensemble comes without `path`.
+        If an argument is out of range, spaces do not fit, an ensemble comes without `path`, or the observation does not
+        give equally many real numbers each time, the same on all ranks.
     DataError
-        If the folder holds another data set, or a sample is not finite.
+        If the folder holds another data set, or a sample of the prior is not finite.
+    FileError
+        If a file is damaged or cannot be written, or another run works in the folder.
     SolveError
-        If the forward problem has no solution for a sample.
+        If the forward problem fails for a sample, or, where failures are skipped, for too many.
+
+    Warns
+    -----
+    SkippedWarning
+        If samples are missing.
     """
     require_real()
-    try:
-        n, block, seed = (operator.index(number) for number in (n, block, seed))
-    except TypeError as error:
-        raise InputError(f"n, block and seed of simulate are integers ({error}).") from error
-    if n < 1 or block < 1 or seed < 0:
-        raise InputError(f"simulate needs n >= 1, block >= 1 and seed >= 0, not {n}, {block} and {seed}.")
+    n, block, seed = check_count(n), check_count(block, "block"), check_seed(seed)
+    check_choice(on_failure, "on_failure", ("raise", "skip"))
+    most_failures = check_number(most_failures, "most_failures", least=0, most=1)
+    keep_states, progress = check_flag(keep_states, "keep_states"), check_flag(progress, "progress")
     if isinstance(observation, WithGeometry):
         observation, keep_states = no_sensors(observation), True
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
-    comm = prior.V.comm
-    member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
-    blocks = [(i, min(block, n - i * block)) for i in range(-(-n // block))]
-    folder = None if path is None else Path(path)
-    state_space = getattr(forward, "state_space", None)
-    for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
-                               ("forward problem", state_space, getattr(observation, "U", None))):
-        if ours is not None and theirs is not None and ours != theirs:
-            raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
-                             "forward problem and observation on the same spaces.")
-    if keep_states and not hasattr(observation, "U"):
-        raise InputError("States are kept in the space of an Observation: use point_sensors or functionals.")
+    _check_spaces(prior, forward, observation, keep_states)
     V, U = getattr(prior, "base", prior).V, observation.U if keep_states else None
-    header = {"format": _FORMAT, "seed": seed, "block": block, "keep_states": keep_states, "dofs": V.dim()}
-    if folder is not None:
-        _open_folder(folder, header, comm)
-        _check_former(folder, V, prior, forward, observation, seed)
-    quiet = not progress or comm.rank or member
-    parts = []
-    failure = None
-    try:
-        with tqdm(total=n, desc="simulate", disable=bool(quiet)) as bar:
-            for index, size in blocks:
-                done = folder is not None and _exists(_block_file(folder, index), size, comm)
-                if not done and index % members == member:
-                    part = _run_block(prior, forward, observation, size, [seed, index], keep_states)
-                    if folder is None:
-                        parts.append(part)
-                    else:
-                        _write(_block_file(folder, index), part, V, U)
-                bar.update(size)
-    except Exception as error:
-        failure = error
-    # Members wait for each other, so a failure of one has to reach all.
-    failures = [failure] if ensemble is None else ensemble.global_comm.allgather(failure)
-    for error in failures:
-        if error is not None:
-            raise error
-    if folder is None:
-        return _join(parts)
-    return load_pairs(folder, V, n, U)
+    stop = 0.0 if on_failure == "raise" else most_failures
+    with contextlib.ExitStack() as stack:
+        job = stack.enter_context(contextlib.closing(Job(prior, forward, observation, seed, keep_states)))
+        quiet = not progress or bool(prior.V.comm.rank) or (ensemble is not None and bool(ensemble.ensemble_rank))
+        bar = stack.enter_context(tqdm(total=n, desc="simulate", disable=quiet))
+        if path is None:
+            blocks = _all_blocks(job, n, block, bar, stop)
+            return _joined(blocks, block, n, stop)
+        folder = Folder(path, V, U)
+        member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
+        on_root(V.comm if ensemble is None else ensemble.global_comm,
+                lambda: stack.enter_context(folder.lock()) or folder.clean())
+        _on_members(ensemble, lambda: member or folder.exists() or folder.create(job.seed, block, *job.probe))
+        _on_members(ensemble, lambda: _check_former(folder, job, block))
+        _on_members(ensemble, lambda: _complete(folder, job, n, bar, stop, member, members))
+        # Whoever is done waits, because the folder is unlocked by one of all.
+        return _on_members(ensemble, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop))
 
 
 def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> DataSet:
@@ -159,7 +158,7 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
     V : firedrake.functionspaceimpl.WithGeometry
         Space of the prior's fields, on the same mesh as when the data were written.
     n : int, optional
-        Number of pairs to read; all where left out.
+        Number of samples to read, with those that failed; all where left out.
     U : firedrake.functionspaceimpl.WithGeometry, optional
         Space of the states; they are left out without it.
 
@@ -169,158 +168,200 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
 
     Raises
     ------
+    InputError
+        If n is no positive integer.
     DataError
-        If the folder is empty, incomplete, inconsistent, holds no states, or belongs to another mesh or space.
+        If the folder is no data set, is empty or incomplete, or holds no states.
+    FileError
+        If a file is damaged, or belongs to another mesh, space or data set.
+
+    Warns
+    -----
+    SkippedWarning
+        If samples are missing because their solves failed.
     """
-    folder = Path(path)
-    header = _read_header(folder)
-    if U is not None and not header["keep_states"]:
-        raise DataError(f"{folder} holds no states: simulate with keep_states=True in another folder.")
-    count = len(list(folder.glob("block-*.h5"))) if n is None else -(-n // header["block"])
-    if count == 0:
-        raise DataError(f"{folder} holds no samples: run simulate(..., path={str(folder)!r}) first.")
-    data = _join([_read(_block_file(folder, index), V, U) for index in range(count)])
-    if n is not None and len(data) < n:
-        raise DataError(f"{folder} holds {len(data)} of {n} pairs: run simulate again to complete it.")
-    return data if n is None else DataSet(data.fields[:n], data.observations[:n],
-                                          None if data.states is None else data.states[:n])
+    n = None if n is None else check_count(n)
+    folder = Folder(path, V, U)
+    folder.open()
+    there = folder.blocks()
+    if not there:
+        raise DataError(f"{folder.path} holds no samples: run simulate(..., path={str(path)!r}) first.")
+    wanted = range(there[-1] + 1 if n is None else -(-n // folder.size))
+    missing = [i for i in wanted if i not in there]
+    blocks = [folder.read(i) for i in wanted if i in there]
+    count = sum(block.count for block in blocks)
+    if missing or (n is not None and count < n):
+        raise DataError(f"{folder.path} holds {count} of {n or len(wanted) * folder.size} pairs: run simulate again to "
+                        "complete it.")
+    return _joined(blocks, folder.size, n or count, most=1.0)
 
 
-def _run_block(prior, forward, observation, size: int, seed: list[int], keep_states: bool) -> DataSet:
-    """Draw, solve and observe one block."""
-    # A SeedSequence spreads the pair (seed, block) over 32 bits without overlap between neighbours.
-    block_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    gaussian = getattr(prior, "base", prior)
-    fields = gaussian.sample_many(size, block_seed)
-    parameters = fields if gaussian is prior else prior.transform_many(fields)
-    many = getattr(forward, "solve_many", None)
-    if many is not None and hasattr(observation, "apply"):
-        states = many(parameters)
-        observations = observation.apply(states)
-    else:
-        states, observations = [], []
-        for values in parameters:
-            state = forward(field(prior.V, values))
-            observations.append(np.atleast_1d(np.asarray(observation(state), dtype=float)))
-            if keep_states:
-                states.append(coefficients(state))
-        states, observations = np.array(states), np.stack(observations)
-    parts = (fields, observations, states) if keep_states else (fields, observations)
-    broken = sum(~np.isfinite(part).all(axis=1) for part in parts)
-    bad = np.flatnonzero(prior.V.comm.allreduce(broken, MPI.SUM))
-    if len(bad):
-        raise DataError(f"Samples {bad.tolist()} of block {seed[1]} (seed {seed[0]}) are not finite; check prior and "
-                        "forward problem there. Finished blocks are kept.")
-    return DataSet(fields, observations, states if keep_states else None)
+def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> Function:
+    """The parameter of one sample of `simulate`, for example of one whose solve failed.
+
+    Parameters
+    ----------
+    prior
+        The prior of the simulation.
+    number : int
+        Of the sample, from 0 on, as in `DataSet.skipped` and in error messages.
+    seed, block : int
+        As for the simulation.
+
+    Returns
+    -------
+    firedrake.Function
+        In the space of the parameter.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    number, block = check_count(number, "number", least=0), check_count(block, "block")
+    index, position = divmod(number, block)
+    return field(prior.V, prior.sample_many(position + 1, block_seed(check_seed(seed), index))[position])
 
 
-def _join(parts: list[DataSet]) -> DataSet:
-    if len({part.observations.shape[1] for part in parts}) != 1:
-        raise DataError("Blocks of the data set differ in their number of sensors: delete its folder, simulate anew.")
-    states = None if parts[0].states is None else np.concatenate([part.states for part in parts])
-    return DataSet(np.concatenate([p.fields for p in parts]), np.concatenate([p.observations for p in parts]), states)
+def _check_spaces(prior, forward, observation, keep_states) -> None:
+    """Raise InputError where prior, forward problem and observation do not follow each other."""
+    for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
+                               ("forward problem", getattr(forward, "state_space", None),
+                                getattr(observation, "U", None))):
+        if ours is not None and theirs is not None and ours != theirs:
+            raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
+                             "forward problem and observation on the same spaces.")
+    if keep_states and not hasattr(observation, "U"):
+        raise InputError("States are kept in the space of an Observation: use point_sensors or functionals.")
+    for name, part in (("forward problem", forward), ("observation", observation)):
+        if not callable(part):
+            raise InputError(f"The {name} is of type {type(part).__name__}: give a callable.")
 
 
-def _block_file(folder: Path, index: int) -> Path:
-    return folder / f"block-{index:05d}.h5"
-
-
-def _open_folder(folder: Path, header: dict, comm) -> None:
-    """Write the header of a new data set, or check that the folder continues this one."""
-    def write():
-        if not (folder / "header.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"header.json.partial{os.getpid()}"
-            partial.write_text(json.dumps(header))
-            partial.replace(folder / "header.json")
-    on_root(comm, write)
-    former = _read_header(folder)
-    changed = [key for key in header if former.get(key) != header[key]]
-    if changed:
-        raise DataError(f"{folder} holds another data set ({', '.join(changed)} differ): name another folder, "
-                        "or delete this one.")
-
-
-def _read_header(folder: Path) -> dict:
+def _on_members(ensemble: Ensemble | None, run: Callable):
+    """Result of `run` on every member of an ensemble; what it raises on one of them is raised on all."""
+    if ensemble is None:
+        return run()
+    result = failure = None
     try:
-        header = json.loads((folder / "header.json").read_text())
-        valid = header["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder} is no data set of fem_diffusion ({error}): name one that simulate wrote.") from error
-    if not valid:
-        raise DataError(f"{folder} is of format {header['format']!r}, this version reads {_FORMAT!r}: simulate anew.")
-    return header
+        result = run()
+    except FemDiffusionError as error:
+        failure = error
+    for error in ensemble.global_comm.allgather(failure):
+        if error is not None:
+            raise error
+    return result
 
 
-def _check_former(folder: Path, V, prior, forward, observation, seed: int) -> None:
-    """Simulate the first block again: a changed prior, forward problem or sensor shows at once."""
-    first = _block_file(folder, 0)
-    if not V.comm.bcast(first.exists()):
-        return
-    former = _read(first, V, None)
-    again = _run_block(prior, forward, observation, len(former), [seed, 0], False)
-    same = again.observations.shape == former.observations.shape
-    for new, old in ((again.fields, former.fields), (again.observations, former.observations)):
-        same = same and np.allclose(new, old, rtol=1e-6, atol=1e-8 * max(np.abs(old).max(initial=0.0), 1e-300))
-    if not V.comm.allreduce(bool(same), MPI.LAND):
-        raise DataError(f"{folder} was simulated with another prior, forward problem or observation: name another "
+def _all_blocks(job: Job, n: int, size: int, bar, most: float) -> list[Block]:
+    """Blocks in memory."""
+    blocks, tally = [], Tally(job.seed, size, n, most)
+    for index in range(-(-n // size)):
+        blocks.append(_solved_block(job, index, min(size, n - index * size), tally))
+        tally.add(index, blocks[-1])
+        bar.update(blocks[-1].count)
+    return blocks
+
+
+def _check_former(folder: Folder, job: Job, block: int) -> None:
+    """Raise DataError unless the folder holds this very data set."""
+    header = folder.open()
+    former = {"seed": header.value("seed", int), "block": folder.size,
+              "keep_states": header.value("states.element", str, type(None)) is not None}
+    wanted = {"seed": job.seed, "block": block, "keep_states": job.keep_states}
+    changed = [name for name in wanted if former[name] != wanted[name]]
+    if changed:
+        raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
+                        "delete this one.")
+    same = all(new.shape == old.shape and _near(new, old) for new, old in zip(job.probe, folder.probe()))
+    if not folder.comm.allreduce(same, MPI.LAND):
+        raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation: name another "
                         "folder, or delete this one.")
 
 
-def _exists(file: Path, size: int, comm) -> bool:
-    """True on all ranks where the block is there with at least `size` samples; a shorter one is made again."""
-    def look():
-        if not file.exists():
-            return False
-        try:
-            with h5py.File(file, "r") as h5:
-                return len(h5["observations"]) >= size
-        except (OSError, KeyError) as error:
-            raise DataError(f"{file} is damaged ({error}): delete that file and run simulate again.") from error
-    return on_root(comm, look)
+def _near(new: np.ndarray, old: np.ndarray) -> bool:
+    """Whether two arrays agree as far as solvers do; a failed solve, NaN, agrees with anything."""
+    known = np.isfinite(new) & np.isfinite(old)
+    scale = max(np.abs(old[known]).max(initial=0.0), 1e-300)
+    return np.allclose(new[known], old[known], rtol=1e-6, atol=1e-8 * scale)
 
 
-def _write(file: Path, part: DataSet, V, U) -> None:
-    """Gather a block on rank 0 of the mesh and write it, whole or not at all."""
-    gathered = {}
-    for name, values, space in (("fields", part.fields, V), ("states", part.states, U)):
-        if values is not None:
-            gathered[name], gathered[f"{name}_key"] = V.comm.gather(values), V.comm.gather(geometric_key(space))
-
-    def write():
-        partial = file.with_suffix(".partial")
-        with h5py.File(partial, "w") as h5:
-            h5["observations"] = part.observations
-            for name, parts in gathered.items():
-                h5[name] = np.concatenate(parts, axis=-1)
-        partial.replace(file)
-    on_root(V.comm, write)
+def _complete(folder: Folder, job: Job, n: int, bar, most: float, member: int, members: int) -> None:
+    """Solve what is missing, this ensemble member's share of it."""
+    size, there, tally = folder.size, set(folder.blocks()), Tally(job.seed, folder.size, n, most)
+    for index in range(-(-n // size)):
+        wanted = min(size, n - index * size)
+        if index % members == member:
+            block = folder.read(index) if index in there else None
+            if block is None or block.count < wanted:
+                block = _solved_block(job, index, wanted, tally, block, folder)
+            tally.add(index, block)
+        bar.update(wanted)
 
 
-def _read(file: Path, V, U) -> DataSet:
-    """This rank's part of one block."""
-    columns = {"fields": V} if U is None else {"fields": V, "states": U}
-    problem, part = None, {}
+def _solved_block(job: Job, index: int, size: int, tally: "Tally", former: Block | None = None,
+                  folder: Folder | None = None) -> Block:
+    """Solve the samples of a block that a former run has not; in a folder, what is solved is kept."""
+    fields, parameters = job.draw(index, size)
+    start = 0 if former is None else former.count
+    if former is not None and not job.prior.V.comm.allreduce(_near(fields[former.rows], former.fields), MPI.LAND):
+        raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
+    found = Solved()
     try:
-        with h5py.File(file, "r") as h5:
-            part["observations"] = h5["observations"][:]
-            for name in columns:
-                part[name], part[f"{name}_key"] = h5[name][:], h5[f"{name}_key"][:]
-                if part[name].shape != (len(part["observations"]), len(part[f"{name}_key"])):
-                    raise ValueError(f"{name} of shape {part[name].shape}, {len(part['observations'])} observations")
-        if not all(np.isfinite(x).all() for x in part.values()):
-            raise ValueError("values that are not finite")
-    except (OSError, KeyError, ValueError) as error:
-        problem = error
-    if any(V.comm.allgather(problem is not None)):
-        raise DataError(f"{file} is damaged ({problem}): delete that file and run simulate again.") from problem
-    chosen = {name: part[name][:, _columns(part[f"{name}_key"], space, file)] for name, space in columns.items()}
-    return DataSet(observations=part["observations"], **chosen)
+        job.solve(parameters[start:], found, start, tally.stops)
+    except KeyboardInterrupt:
+        # On several ranks they are interrupted at different places, and writing needs them all.
+        if folder is not None and found.rows and job.prior.V.comm.size == 1:
+            folder.write(index, _block(job, fields, found, former, folder))
+        raise
+    if tally.stops and found.failed:
+        # It has another turn in the next run.
+        (position, reason), = found.failed.items()
+        found.failed = {}
+        if folder is not None and found.rows:
+            folder.write(index, _block(job, fields, found, former, folder))
+        raise tally.error(index, position, reason, folder is not None)
+    block = _block(job, fields, found, former, folder)
+    if folder is not None:
+        folder.write(index, block)
+    return block
 
 
-def _columns(stored: np.ndarray, V, file: Path) -> np.ndarray:
-    """Columns of a file that hold this rank's degrees of freedom, shape (n_owned,)."""
-    columns = owned_columns(stored, V)
-    if columns is None:
-        raise DataError(f"{file} belongs to another mesh or space: use those of the simulation, or simulate anew.")
-    return columns
+def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
+    """New results as a block, behind those of a former run."""
+    known = [] if folder is None else [np.empty(folder.sensors)]
+    check_lengths(found.observations + known)
+    k = len((found.observations + known or [()])[0])
+    observations = np.array(found.observations).reshape(len(found.rows), k)
+    states = np.array(found.states).reshape(len(found.rows), -1) if job.keep_states else None
+    new = Block(fields[found.rows], observations, states, found.count, found.failed)
+    if former is None:
+        return new
+    if states is not None:
+        states = np.concatenate([former.states, states.reshape(len(states), former.states.shape[1])])
+    fields, observations = (np.concatenate(parts) for parts in ((former.fields, new.fields),
+                                                                (former.observations, observations)))
+    return Block(fields, observations, states, former.count + new.count, former.failed | new.failed)
+
+
+def _joined(blocks, size: int, n: int, most: float) -> DataSet:
+    """The first n samples of consecutive blocks; warns where some are missing."""
+    fields, observations, states, skipped = [], [], [], []
+    for index, block in enumerate(blocks):
+        inside = [i for i, position in enumerate(block.rows) if index * size + position < n]
+        skipped += [(index * size + i, reason) for i, reason in block.failed.items() if index * size + i < n]
+        if inside:
+            fields.append(block.fields[inside])
+            observations.append(block.observations[inside])
+            states.append(None if block.states is None else block.states[inside])
+    check_share([reason for _, reason in skipped], n, most)
+    if not fields:
+        raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
+                         "solver or the prior.")
+    check_lengths([x[0] for x in observations])
+    if skipped:
+        warnings.warn(f"{len(skipped)} of {n} samples ({len(skipped) / n:.1%}) are missing, because their solves "
+                      f"failed (the first: sample {skipped[0][0]}, {skipped[0][1]}). What is learned from the others "
+                      "belongs to the prior on condition that the solver succeeds.", SkippedWarning, stacklevel=3)
+    return DataSet(np.concatenate(fields), np.concatenate(observations),
+                   None if states[0] is None else np.concatenate(states), tuple(skipped))

@@ -13,16 +13,18 @@ from numbers import Integral
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fem_diffusion.errors import InputError, FileError, SolveError
+from fem_diffusion import files
+from fem_diffusion.diffusion._checkpoint import load_state, read_state, save_state
+from fem_diffusion.errors import InputError, SolveError
 
-__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads"]
+__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
 
-_FORMAT = "fem_diffusion training checkpoint 4"
 _FEWEST_HELD_OUT = 10
 
 
@@ -178,7 +180,7 @@ class Loop:
         self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
                                            weight_decay=options.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self._rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self.rate)
         self.step, self.stale = 0, 0
         self.best_losses, self.best = task.base_losses, None
         self.history.base = float(task.base_losses.mean())
@@ -189,14 +191,18 @@ class Loop:
         if self.checkpoint is not None and self.checkpoint.exists():
             self._load()
 
-    def _rate(self, step: int) -> float:
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, as a share of the largest."""
         warmup = max(1, round(0.02 * self.options.steps))
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.options.steps)))
 
     def run(self, progress: bool) -> nn.Module | None:
         """Train; the network with the best loss on held-out pairs, or None where it does not beat the base."""
         options = self.options
-        with tqdm(total=options.steps, initial=self.step, desc=self.task.name, disable=not progress) as bar:
+        # Two runs that write one checkpoint would go on from each other's weights.
+        lock = contextlib.nullcontext() if self.checkpoint is None else files.locked(
+            self.checkpoint.with_name(f"{self.checkpoint.name}.lock"), f"The checkpoint {self.checkpoint}")
+        with lock, tqdm(total=options.steps, initial=self.step, desc=self.task.name, disable=not progress) as bar:
             while self.step < options.steps and self.stale < options.patience:
                 losses = []
                 self.task.prepare(self.generator)
@@ -252,40 +258,29 @@ class Loop:
         network.load_state_dict(self.best)
         return network.eval().requires_grad_(False)
 
-    def _parts(self) -> dict:
-        """The objects whose `state_dict` makes up the state of the run."""
-        return {"network": self.network, "average": self.average, "optimiser": self.optimiser,
-                "schedule": self.schedule}
-
     def _save(self) -> None:
-        state = {name: part.state_dict() for name, part in self._parts().items()}
-        state |= {"format": _FORMAT, "fingerprint": self.fingerprint, "marks": self.marks, "step": self.step,
-                  "stale": self.stale, "best": self.best, "best_losses": self.best_losses,
-                  "history": asdict(self.history), "generator": self.generator.get_state(),
-                  "device": self.device.type}
-        partial = self.checkpoint.with_name(self.checkpoint.name + ".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _load(self) -> None:
-        remedy = f"Delete {self.checkpoint} or name another file to start afresh."
-        try:
-            state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
-            form = state["format"]
-        except Exception as error:
-            raise FileError(f"The checkpoint cannot be read ({error}). {remedy}") from error
-        if form == _FORMAT and state["device"] != self.device.type:
-            raise FileError(f"The checkpoint was written on {state['device']!r}, whose random numbers are others: "
-                            f"resume with TrainingOptions(device={state['device']!r}). {remedy}")
-        same = form == _FORMAT and state["fingerprint"] == self.fingerprint and state["marks"].shape == self.marks.shape
-        if not same or not torch.allclose(state["marks"].cpu(), self.marks, rtol=1e-4, atol=1e-4):
-            raise FileError(f"The checkpoint belongs to other data, noise or options. {remedy}")
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.step, self.stale = state["step"], state["stale"]
-        self.best, self.best_losses = state["best"], state["best_losses"]
-        self.history = History(**state["history"])
-        self.generator.set_state(state["generator"].cpu())
+        content = read_state(self.checkpoint)
+        marks = content.array("marks", None, 2)
+        same = content.value("fingerprint", str) == self.fingerprint and marks.shape == self.marks.shape
+        if not same or not np.allclose(marks, self.marks, rtol=1e-4, atol=1e-4):
+            raise content.error("belongs to other data, noise or options")
+        load_state(content, self)
+        self.history = unpack_history(content)
+
+
+def unpack_history(content: files.Content) -> History:
+    """Training curve of a file; FileError where it is none."""
+    found = content.value("history", dict)
+    curves = [found.get(name) for name in ("step", "train", "validation")]
+    numbers = [found.get(name) for name in ("base", "best_step", "spread_ratio", "neighbour_ratio")]
+    if set(found) != set(asdict(History())) or not all(
+            isinstance(curve, list) and len(curve) == len(curves[0]) for curve in curves) or not all(
+            type(x) in (int, float) and not math.isinf(x) for x in [*numbers, *sum(curves, [])]):
+        raise content.error("holds no training curve")
+    return History(**found)
 
 
 @contextlib.contextmanager

@@ -1,137 +1,164 @@
-"""Trained models in safetensors files: tensors and settings, no code."""
+"""Trained models as files: tensors and settings, and checks at the door that they make up a model.
 
-import contextlib
-import json
+`pack` and `unpack` are for parts of any model, `write_model` and `read_model` for a model of one fixed set of sensors.
+"""
+
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, fields
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from fem_diffusion.diffusion._loop import History
+from fem_diffusion import files
+from fem_diffusion.diffusion._loop import History, unpack_history
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.field_network import FieldNetwork
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.support import Support
-from fem_diffusion.errors import FileError
+from fem_diffusion.files import Content
 
-__all__ = ["Content", "read_content", "read_model", "write_content", "write_model"]
+__all__ = ["REMEDY", "pack", "read_model", "unpack", "unpack_network", "unpack_sampling", "write_model"]
 
-_FORMAT = "fem_diffusion model 3"
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a file holds.
-
-    Parameters
-    ----------
-    tensors : dict of Tensor
-        By name; those of a part are named ``part.tensor``.
-    config : dict
-        Settings; of a part that is a network, what it is built with.
-    history : History
-        Training curve.
-    """
-
-    tensors: dict
-    config: dict
-    history: History
-
-    def part(self, name: str, *kinds: type):
-        """A part as one of `kinds` (dataclass of tensors, or networks told apart by their settings), or None."""
-        tensors = {key[len(name) + 1:]: x for key, x in self.tensors.items() if key.startswith(f"{name}.")}
-        if not issubclass(kinds[0], nn.Module):
-            return kinds[0](**tensors) if tensors else None
-        if self.config[name] is None:
-            return None
-        network = kinds[self.config[name]["kind"]](**self.config[name]["sizes"])
-        network.load_state_dict(tensors)
-        return network.eval().requires_grad_(False)
+REMEDY = "Copy it again, or train anew."
 
 
-def write_content(path: str | os.PathLike, form: str, tensors: dict, parts: dict, config: dict,
-                  history: History) -> None:
-    """Write a file atomically.
+def pack(parts: dict, history: History) -> tuple[dict, dict]:
+    """Arrays and values of a file that holds these parts.
 
     Parameters
     ----------
-    path : path
-        The file.
-    form : str
-        Name and version of the format.
-    tensors : dict of Tensor
-        What belongs to no part.
     parts : dict
-        Name to a dataclass of tensors, to a pair (network or None, the kinds it may be of), or to None.
-    config : dict
-        Settings that JSON can hold.
+        Name to a dataclass of tensors and numbers, to a network with its sizes in `config`, or to None.
     history : History
         Training curve.
+
+    Returns
+    -------
+    dict of numpy.ndarray, dict
+        For `files.write`.
     """
-    tensors, config = dict(tensors), dict(config)
+    arrays, values = {}, {"history": asdict(history)}
     for name, part in parts.items():
-        if isinstance(part, tuple):
-            part, kinds = part
-            config[name] = None if part is None else {"kind": kinds.index(type(part)), "sizes": part.config}
-            state = {} if part is None else part.state_dict()
+        if isinstance(part, nn.Module):
+            values[name] = {"class": type(part).__name__, "sizes": part.config}
+            content = part.state_dict()
         else:
-            state = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
-        tensors |= {f"{name}.{key}": x for key, x in state.items()}
-    metadata = {"format": form, "config": json.dumps(config), "history": json.dumps(asdict(history))}
-    partial = Path(f"{path}.partial")
-    save_file({name: x.contiguous() for name, x in tensors.items()}, partial, metadata)
-    partial.replace(path)
+            content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
+            values[name] = None if part is None else {k: x for k, x in content.items() if not isinstance(x, Tensor)}
+        arrays |= {f"{name}.{key}": x.detach().cpu().numpy() for key, x in content.items() if isinstance(x, Tensor)}
+    return arrays, values
 
 
-@contextlib.contextmanager
-def read_content(path: str | os.PathLike, form: str) -> Iterator[Content]:
-    """Read what `write_content` wrote, as a context in which the content is taken apart.
+def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.dtype = torch.float64,
+           finite: bool = True):
+    """A part of a file as a dataclass, or None.
 
     Parameters
     ----------
-    path : path
-        The file.
-    form : str
-        Name and version of the format.
+    content : Content
+        Of the file.
+    name : str
+        Of the part.
+    kind : type
+        Dataclass of tensors and numbers.
+    shapes : dict of tuple
+        Shape of each tensor, by field; None in place of a size that may be any.
+    dtype : torch.dtype
+        Of the tensors.
+    finite : bool
+        Whether tensors must be finite.
 
-    Yields
-    ------
-    Content
+    Returns
+    -------
+    object or None
 
     Raises
     ------
     FileError
-        If the file is truncated or foreign, holds values that are not finite, or something is missing in it.
+        If a tensor or number is missing, or is not of its shape and type.
     """
+    found = content.value(name, dict, type(None))
+    if found is None:
+        return None
+    numpy = torch.empty(0, dtype=dtype).numpy().dtype
+    tensors = {key: torch.from_numpy(content.array(f"{name}.{key}", *shape, dtype=numpy, finite=finite))
+               for key, shape in shapes.items()}
+    wanted = {f.name for f in fields(kind)}
+    if set(found) | set(tensors) != wanted:
+        raise content.error(f"does not hold the parts of {name!r} ({', '.join(sorted(wanted))})")
+    return kind(**found, **tensors)
+
+
+def unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
+    """A network of a file, in evaluation mode, or None.
+
+    Nothing is allocated before the sizes in the settings have been compared with the tensors that are there.
+
+    Parameters
+    ----------
+    content : Content
+        Of the file.
+    name : str
+        Of the part.
+    kinds : sequence of type
+        Classes that it may be of.
+    sizes : dict of int
+        What some of its sizes must be.
+
+    Returns
+    -------
+    torch.nn.Module or None
+
+    Raises
+    ------
+    FileError
+        If class, sizes and tensors do not fit each other.
+    """
+    settings = content.value(name, dict, type(None))
+    if settings is None:
+        return None
+    start = f"{name}."
+    tensors = {key[len(start):]: torch.from_numpy(x) for key, x in content.arrays.items() if key.startswith(start)}
+    numbers, config = sum(x.numel() for x in tensors.values()), settings.get("sizes")
+    kind = next((kind for kind in kinds if kind.__name__ == settings.get("class")), None)
+    if kind is None or not isinstance(config, dict) or not all(
+            type(x) is int and 0 <= x <= numbers for x in config.values()) or config.get("depth", 0) > len(tensors):
+        raise content.error(f"holds no network {name!r} of known class and sizes ({settings!r:.200})")
+    if any(config.get(key) != size for key, size in sizes.items()):
+        raise content.error(f"holds a network {name!r} of sizes {config!r:.200}, which do not fit {sizes}")
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("format") != form:
-            raise ValueError(f"its format is {metadata.get('format')!r}, not {form!r}")
-        # Latents without a bound have infinite ones.
-        if not all(torch.isfinite(x).all() for name, x in tensors.items() if not name.startswith("support.")):
-            raise ValueError("values that are not finite")
-        yield Content(tensors, json.loads(metadata["config"]), History(**json.loads(metadata["history"])))
-    except (OSError, SafetensorError, ValueError, KeyError, IndexError, TypeError, RuntimeError,
-            AttributeError) as error:
-        raise FileError(f"{path} is no readable model of fem_diffusion ({error}): copy it again or train anew.") \
-            from error
+        with torch.device("meta"):
+            network = kind(**config)
+    except Exception as error:
+        raise content.error(f"holds a network {name!r} that cannot be made ({error!r:.200})") from error
+    expected = network.state_dict()
+    if expected.keys() != tensors.keys() or any(
+            (x.shape, x.dtype) != (tensors[key].shape, tensors[key].dtype) for key, x in expected.items()):
+        raise content.error(f"holds tensors that are not those of its network {name!r}")
+    if not all(bool(torch.isfinite(x).all()) for x in tensors.values()):
+        raise content.error(f"holds values in the network {name!r} that are not finite")
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False)
 
 
-_NETWORKS = ResidualMLP, FieldNetwork
+def unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support | None]:
+    """What samplers know of a model: spectrum, and bounds of its r latents; FileError where they are none."""
+    spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
+    support = unpack(content, "support", Support, {"lower": (r,), "upper": (r,)}, finite=False)
+    if spectrum is not None and not (len(spectrum.variances) == len(spectrum.weights) and (spectrum.variances > 0).all()
+                                     and (spectrum.weights >= 0).all()):
+        raise content.error("holds no spectrum of variances")
+    if support is not None and not (support.lower < support.upper).all():
+        raise content.error("holds bounds of the latents without room between them")
+    return spectrum, support
 
 
 def write_model(path: str | os.PathLike, signature: np.ndarray, denoiser: Denoiser, history: History) -> None:
-    """Write a model atomically.
+    """Write a model.
 
     Parameters
     ----------
@@ -143,10 +170,15 @@ def write_model(path: str | os.PathLike, signature: np.ndarray, denoiser: Denois
         Base and network; of a network on fields the weights, not the mesh.
     history : History
         Training curve.
+
+    Raises
+    ------
+    FileError
+        If it cannot be written.
     """
-    parts = {"base": denoiser.base, "network": (denoiser.network, _NETWORKS), "spectrum": denoiser.spectrum,
-             "support": denoiser.support}
-    write_content(path, _FORMAT, {"basis.signature": torch.as_tensor(signature)}, parts, {}, history)
+    arrays, values = pack({"base": denoiser.base, "network": denoiser.network, "spectrum": denoiser.spectrum,
+                           "support": denoiser.support}, history)
+    files.write(path, "model", arrays | {"basis.signature": signature}, values)
 
 
 def read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
@@ -165,12 +197,15 @@ def read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
     Raises
     ------
     FileError
-        If the file is truncated or foreign.
+        If the file is damaged, foreign, or its parts do not make up a model.
     """
-    with read_content(path, _FORMAT) as content:
-        base = content.part("base", GaussianBase)
-        if base is None:
-            raise KeyError("base")
-        denoiser = Denoiser(base, content.part("network", *_NETWORKS), content.part("spectrum", Spectrum),
-                            content.part("support", Support))
-        return content.tensors["basis.signature"].numpy(), denoiser, content.history
+    content = files.read(path, "model", REMEDY)
+    r, k = content.array("base.gain", None, None).shape
+    base = unpack(content, "base", GaussianBase, {
+        "latent_mean": (r,), "measurement_mean": (k,), "gain": (r, k), "factor": (r, r), "factor_inverse": (r, r),
+        "whitener": (k, k)})
+    if base is None or not r:
+        raise content.error("holds no base")
+    network = unpack_network(content, "network", (ResidualMLP, FieldNetwork), {"r": r, "k": k})
+    signature = content.array("basis.signature", r + 1)
+    return signature, Denoiser(base, network, *unpack_sampling(content, r)), unpack_history(content)

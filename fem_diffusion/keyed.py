@@ -1,0 +1,69 @@
+"""Coefficients of a function space in files: told apart by geometry, whatever the numbering and the number of ranks.
+
+Rows of owned coefficients are gathered on rank 0, beside a key for every degree of freedom; reading picks this rank's
+columns by the keys of the user's own space. No mesh is stored and no element is made from a file.
+"""
+
+import os
+
+import numpy as np
+
+from fem_diffusion import files
+from fem_diffusion.fields import geometric_key, on_root, owned_columns
+
+__all__ = ["element_of", "gather_keys", "gather_rows", "own_columns", "read_everywhere"]
+
+
+def element_of(V) -> str:
+    """The element of a space in words; compared before coefficients are."""
+    return str(V.ufl_element())
+
+
+def gather_keys(V) -> np.ndarray | None:
+    """Keys of all degrees of freedom, shape (n_global, c), on rank 0; None elsewhere (collective)."""
+    parts = V.comm.gather(geometric_key(V))
+    return None if parts is None else np.concatenate(parts)
+
+
+def gather_rows(V, rows: np.ndarray) -> np.ndarray | None:
+    """Rows of owned coefficients (B, n_owned) as (B, n_global) on rank 0; None elsewhere (collective)."""
+    parts = V.comm.gather(rows)
+    return None if parts is None else np.concatenate(parts, axis=1)
+
+
+def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarray:
+    """Where this rank's degrees of freedom are among those of a file (collective).
+
+    Parameters
+    ----------
+    content : Content
+        The same on all ranks.
+    keys : str
+        Name of the array that `gather_keys` made.
+    element : str
+        Name of the value that `element_of` made.
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space on the mesh of the file.
+
+    Returns
+    -------
+    numpy.ndarray
+        Indices, shape (n_owned,).
+
+    Raises
+    ------
+    FileError
+        If the file belongs to another mesh or space.
+    """
+    stored = content.value(element, str)
+    if stored != element_of(V):
+        raise content.error(f"belongs to another mesh or space: its element is {stored:.200}, not {element_of(V)}")
+    columns = owned_columns(content.array(keys, None, None), V)
+    if columns is None:
+        raise content.error("belongs to another mesh or space")
+    return columns
+
+
+def read_everywhere(comm, path: str | os.PathLike, kind: str, remedy: str) -> files.Content:
+    """As `files.read`, by rank 0 for all ranks (collective)."""
+    return on_root(comm, lambda: files.read(path, kind, remedy))
