@@ -11,7 +11,7 @@ from firedrake import TestFunction, TrialFunction, assemble, dx, inner
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, geometric_key, multiply, owned_size
+from fem_diffusion.fields import coefficients, field, generic_integrals, multiply, owned_size
 
 __all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "split", "without_conditions"]
 
@@ -114,5 +114,5 @@ def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:
 
 def _signs(V, modes: np.ndarray) -> np.ndarray:
     """Signs that make the integral of each mode against a fixed generic function positive, shape (r,)."""
-    overlap = V.comm.allreduce(modes @ geometric_key(V), MPI.SUM)
+    overlap = V.comm.allreduce(modes @ generic_integrals(V), MPI.SUM)
     return np.where(overlap < 0, -1.0, 1.0)

@@ -9,7 +9,7 @@ from fem_diffusion.bridge import ModalBasis
 from fem_diffusion.diffusion import Denoiser, FieldGeometry, FieldNetwork
 from fem_diffusion.eigenmodes import mass_action
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, geometric_key, multiply, on_root, solve
+from fem_diffusion.fields import coefficients, generic_integrals, multiply, on_root, solve
 
 __all__ = ["field_geometry", "on_mesh"]
 
@@ -48,7 +48,7 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
     x = np.stack([coefficients(Function(V).interpolate(c)) for c in SpatialCoordinate(V.mesh())])
     share = mass_action(V)(np.ones((1, x.shape[1])))
     values = np.vstack([coefficients(basis.mean), basis.modes])
-    parts = V.comm.gather(np.vstack([geometric_key(V), x, share, values, *_gradients(V, values)]))
+    parts = V.comm.gather(np.vstack([generic_integrals(V), x, share, values, *_gradients(V, values)]))
     dimension = V.mesh().topological_dimension
     return on_root(V.comm, lambda: _geometry(np.hstack(parts), len(x), dimension, basis.variances, points))
 

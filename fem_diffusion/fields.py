@@ -7,15 +7,21 @@ spaces alike.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, as_tensor, assemble, dx, exp, inner
+from firedrake import (
+    CellVolume, Cofunction, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, as_tensor, assemble, dx,
+    exp, inner,
+)
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
 from mpi4py import MPI
+from scipy.spatial import cKDTree
 
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "geometric_key", "multiply", "on_root", "owned_columns", "owned_size",
-           "require_real", "solve", "solve_each"]
+__all__ = ["coefficients", "field", "generic_integrals", "geometric_key", "multiply", "on_root", "owned_columns",
+           "owned_size", "require_real", "solve", "solve_each"]
+
+_SAME = 1e-8  # of the distance to the next degree of freedom: two places are one
 
 
 def require_real() -> None:
@@ -66,61 +72,123 @@ def field(V, values: np.ndarray, name: str | None = None) -> Function:
     return function
 
 
-def geometric_key(V) -> np.ndarray:
-    """A number for every owned degree of freedom that depends on the geometry alone, shape (n_owned,).
+def generic_integrals(V) -> np.ndarray:
+    """Integral of every basis function against a fixed function without symmetry, shape (n_owned,), owned.
 
-    It is the integral of the basis function against a fixed function without symmetry. Numbering and partition of a
-    mesh change from run to run; the key tells which degree of freedom is which.
+    As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes.
     """
     if len(V) > 1:
-        return np.concatenate([(1 + 0.1 * i) * geometric_key(W) for i, W in enumerate(V)])
-    mesh = V.mesh()
-    x = SpatialCoordinate(mesh)
-    nodes = mesh.coordinates.dat.data_ro.reshape(-1, len(x))
-    low = np.min(mesh.comm.allgather(nodes.min(axis=0, initial=np.inf)), axis=0)
-    high = np.max(mesh.comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
-    width = np.where(high > low, high - low, 1.0)
-    # Factors without a rational relation, so that no two nodes of a regular mesh share a value.
-    phase = sum((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
-    test = TestFunction(V)
+        return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
+    phase, test = _phase(V.mesh()), TestFunction(V)
     weight = np.array([exp((1 + 0.1 * i) * phase) for i in range(max(1, int(np.prod(test.ufl_shape))))], dtype=object)
     weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
-    with assemble(inner(weight, test) * dx).dat.vec_ro as vector:
-        return vector.array_r.copy()
+    return coefficients(assemble(inner(weight, test) * dx))
+
+
+def _frame(mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest coordinates of a mesh and its widths, shape (gdim,) each, the same on all ranks."""
+    nodes = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
+    low = np.min(mesh.comm.allgather(nodes.min(axis=0, initial=np.inf)), axis=0)
+    high = np.max(mesh.comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
+    # A surface in a plane of space has no width across it but that of rounding errors.
+    return low, np.maximum(high - low, 1e-10 * (high - low).max())
+
+
+def _phase(mesh):
+    """Linear function of the place, from zero on, with factors that have no rational relation: UFL scalar."""
+    low, width = _frame(mesh)
+    x = SpatialCoordinate(mesh)
+    return sum((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
+
+
+def geometric_key(V) -> np.ndarray:
+    """Numbers that tell every degree of freedom by the geometry alone, whatever the numbering and the partition.
+
+    They are moments of place under the density φ² of its basis function φ, which are local and as exact as coordinates
+    however small or thin the cells: the mean place in units of the domain's widths; the mean square of a skew
+    coordinate, which tells nodes of a periodic seam, where coordinates jump, and meshes with other diagonals; the share
+    of the components in φ²; the normalised integral of φ against a fixed function, which tells the orientation of
+    edges and faces. Two more say which component of a mixed space it is and where the domain lies.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        A space of any elements, mixed and Real ones included.
+
+    Returns
+    -------
+    numpy.ndarray
+        Owned, dimensionless, shape (n_owned, gdim + 5); of a mixed space with the largest gdim of its components.
+    """
+    keys = [_component_key(W, i) for i, W in enumerate(V)]
+    columns = max(key.shape[1] for key in keys)
+    return np.vstack([np.pad(key, ((0, 0), (0, columns - key.shape[1]))) for key in keys])
+
+
+def _component_key(V, i: int) -> np.ndarray:
+    """`geometric_key` of component i, shape (n_owned, gdim + 5)."""
+    mesh, gdim = V.mesh(), V.mesh().geometric_dimension
+    key = np.zeros((owned_size(V), gdim + 5))
+    low, width = _frame(mesh)
+    key[:, 0], key[:, 1] = i, (np.sqrt(2 + np.arange(gdim)) * (low / width + np.log(width))).sum()
+    if V.ufl_element().family() == "Real":
+        key[:, 2] = np.arange(len(key))
+        return key
+    u, v, x, phase = TrialFunction(V), TestFunction(V), SpatialCoordinate(mesh), _phase(mesh)
+    entries = list(np.ndindex(u.ufl_shape))
+    # One form, compiled once, with factors that choose the moment.
+    chosen, shares = Constant(np.zeros(gdim + 3)), Constant(np.zeros(len(entries)))
+    moments = [*((x[j] - float(low[j])) / float(width[j]) for j in range(gdim)), phase**2, 1 / CellVolume(mesh)]
+    density = sum(shares[k] * (u[c] * v[c] if c else u * v) for k, c in enumerate(entries))
+    form = (chosen[0] + sum(chosen[1 + j] * moment for j, moment in enumerate(moments))) * density * dx
+
+    def integral(j, weights=np.ones(len(entries))):
+        chosen.assign(np.eye(gdim + 3)[j])
+        shares.assign(weights)
+        return coefficients(assemble(form, diagonal=True))
+    squares = integral(0)
+    for j in range(gdim + 1):
+        key[:, 4 + j] = integral(1 + j) / squares
+    key[:, 2] = integral(0, np.sqrt(1 + np.arange(len(entries)))) / squares
+    weight = [(1 + 0.1 * k) * (1 + phase) for k in range(len(entries))]
+    overlap = sum(w * (v[c] if c else v) for w, c in zip(weight, entries)) * dx
+    # The cell's volume makes it a cosine: as large in small cells as in large ones.
+    key[:, 3] = coefficients(assemble(overlap)) * np.sqrt(integral(gdim + 2)) / squares
+    return key
 
 
 def owned_columns(key: np.ndarray, V) -> np.ndarray | None:
     """Where this rank's degrees of freedom are among stored ones.
 
+    The nearest key must be the same up to rounding, or to a small part of its distance to the next one.
+
     Parameters
     ----------
     key : numpy.ndarray
-        Geometric keys in the order of the storage, shape (n_global,).
+        Geometric keys in the order of the storage, shape (n_global, c).
     V : firedrake.functionspaceimpl.WithGeometry
         The space on any number of ranks.
 
     Returns
     -------
     numpy.ndarray or None
-        Indices, shape (n_owned,); None on all ranks where the keys are those of another mesh or space.
+        Indices, shape (n_owned,); None on all ranks where the keys are those of another mesh or space, or degrees of
+        freedom are oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
     """
-    ours = geometric_key(V)
-    tolerance = 1e-12 * np.abs(key).max(initial=0.0)
-    if V.dim() != len(key):
+    ours, comm = geometric_key(V), V.comm
+    if key.shape != (V.dim(), ours.shape[1]):
         return None
-    start = sum(V.comm.allgather(len(ours))[:V.comm.rank])
-    same = np.abs(key[start:start + len(ours)] - ours) <= tolerance
-    if V.comm.allreduce(bool(same.all()), MPI.LAND):
+    start = sum(comm.allgather(len(ours))[:comm.rank])
+    if comm.allreduce(np.array_equal(key[start:start + len(ours)], ours), MPI.LAND):
         return np.arange(start, start + len(ours))
-    order = np.argsort(key)
-    place = np.searchsorted(key[order], ours)
-    candidates = order[np.stack([place - 1, place]).clip(0, len(key) - 1)]
-    columns = np.take_along_axis(candidates, np.abs(key[candidates] - ours).argmin(axis=0)[None], axis=0)[0]
-    found = np.concatenate(V.comm.allgather(columns))
-    near = (np.abs(key[columns] - ours) <= tolerance).all()
-    apart = np.diff(key[order]).min(initial=np.inf) > 2 * tolerance
+    distances, places = cKDTree(key, balanced_tree=False).query(ours, k=[1, 2])
+    found = np.concatenate(comm.allgather(places[:, 0]))
+    frames = [_frame(W.mesh()) for W in V]
+    rounding = 1e-13 * max(1 + (np.abs(low) / width).max() for low, width in frames)
+    apart = np.minimum(distances[:, 1], 1.0)
+    near = (distances[:, 0] <= np.minimum(np.maximum(_SAME * apart, rounding), 0.01 * apart)).all()
     complete = np.array_equal(np.sort(found), np.arange(len(key)))
-    return columns if V.comm.allreduce(bool(near and apart and complete), MPI.LAND) else None
+    return places[:, 0] if comm.allreduce(bool(near and complete), MPI.LAND) else None
 
 
 def _dense(rows: np.ndarray, comm) -> PETSc.Mat:
