@@ -12,7 +12,6 @@ from functools import cached_property
 
 import numpy as np
 from firedrake import Function
-from mpi4py import MPI
 
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields import coefficients, field
@@ -94,8 +93,8 @@ class Job:
         readings, reason = {}, None
         for i, values in enumerate(parameters):
             if len(readings) < _PROBES:
-                _, found, why = self._together(lambda: self._observed(self.forward(field(self.prior.V, values))))
-                readings |= {} if found is None else {i: found}
+                result, why = self._solve_one(values)
+                readings |= {} if result is None else {i: result[1]}
                 reason = reason or why
         if not readings:
             raise SolveError(f"The forward problem failed for each of the first {_CANDIDATES} samples; the first: "
@@ -109,9 +108,9 @@ class Job:
         gaussian = getattr(self.prior, "base", self.prior)
         # A copy: a prior of the user's own may hand out the same array again.
         fields = np.array(gaussian.sample_many(size, block_seed(self.seed, index)), dtype=float)
-        finite = self._watch.allreduce(np.isfinite(fields).all(axis=1).astype(int), MPI.MIN)
-        if not finite.all():
-            raise DataError(f"Samples {np.flatnonzero(finite == 0).tolist()} of block {index} (seed {self.seed}) are "
+        broken = self._watch.allreduce((~np.isfinite(fields).all(axis=1)).astype(int))
+        if broken.any():
+            raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
                             "not finite as they come from the prior: mend the prior.")
         return fields, fields if gaussian is self.prior else self.prior.transform_many(fields)
 
@@ -129,48 +128,40 @@ class Job:
         stop : bool
             Whether to stop after the first failure.
         """
-        if self._solve_together(parameters, found, first):
-            return
+        blocks = len(parameters) > 0 and hasattr(self.forward, "solve_many") and hasattr(self.observation, "apply")
+        # A whole block at once is fast, but does not tell who fails.
+        together = self._solve_many(parameters)[0] if blocks else None
         for i, values in enumerate(parameters, first):
-            state, readings, reason = self._together(lambda: self._solve_one(values))
-            if reason is None:
-                self._keep(found, i, state, readings)
+            if together is not None:
+                result, reason = [part[i - first] for part in together], None
+            elif blocks:
+                result, reason = self._solve_many(values[None])
+                result = result and [part[0] for part in result]
             else:
+                result, reason = self._solve_one(values)
+            if reason is not None:
                 found.failed[i] = reason
                 if stop:
                     return
+                continue
+            found.rows.append(i)
+            found.observations.append(result[1])
+            if self.keep_states:
+                found.states.append(result[0])
 
-    def _solve_together(self, parameters, found, first) -> bool:
-        """Whether all were solved as one block, which is fast, but does not tell who failed."""
-        many = getattr(self.forward, "solve_many", None)
-        if many is None or not hasattr(self.observation, "apply") or not len(parameters):
-            return False
-
+    def _solve_many(self, parameters: np.ndarray):
+        """States and readings of parameters (n, n_owned) as one block, or None and the reason."""
         def run():
             # A copy: the parameters of an untransformed prior are the fields that are kept.
-            states = np.array(many(parameters.copy()), dtype=float)
-            return states, self.observation.apply(states), None
-        states, observations, reason = self._together(run)
-        if reason is not None:
-            return False
-        for i, (state, readings) in enumerate(zip(states, observations), first):
-            self._keep(found, i, state, readings)
-        return True
+            states = np.array(self.forward.solve_many(_finite(parameters, "parameter").copy()), dtype=float)
+            return _finite(states, "state"), _finite(self.observation.apply(states), "reading")
+        return self._together(run)
 
-    def _keep(self, found, i, state, readings) -> None:
-        found.rows.append(i)
-        found.observations.append(readings)
-        if self.keep_states:
-            found.states.append(state)
-
-    def _solve_one(self, values):
-        if not np.isfinite(values).all():
-            return None, None, "the parameter is not finite"
-        many = getattr(self.forward, "solve_many", None)
-        if many is not None and hasattr(self.observation, "apply"):
-            states = np.array(many(values[None].copy()), dtype=float)
-            return states[0], self.observation.apply(states)[0], None
-        return self._observed(self.forward(field(self.prior.V, values)))
+    def _solve_one(self, values: np.ndarray):
+        """State and readings of one parameter (n_owned,) by a call, or None and the reason."""
+        # In two steps: the second waits for other ranks, where one may have caught an exception in the first.
+        state, reason = self._together(lambda: self.forward(field(self.prior.V, _finite(values, "parameter"))))
+        return (None, reason) if reason is not None else self._together(lambda: self._observed(state))
 
     def _observed(self, state):
         """Coefficients of a state, where they can be had, and its readings."""
@@ -180,43 +171,30 @@ class Job:
         if readings.ndim > 1 or readings.dtype.kind not in "biuf":
             raise InputError(f"The observation gave an array of shape {readings.shape} and type {readings.dtype}: let "
                              "it return k real numbers.")
-        return kept, np.atleast_1d(readings).astype(float), None
-
-    def _together(self, run):
-        """Result of `run` on all ranks, or why there is none on one of them; raises their mistakes on all."""
-        start = time.monotonic()
-        outcome, result = None, (None, None, None)
-        try:
-            result = run()
-            outcome = None if result[2] is None else (_FAILURE, result[2])
-        except InputError as error:
-            outcome = _MISTAKE, str(error)
-        except Exception as error:
-            outcome = _FAILURE, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if outcome is None:
-            arrays = [x for x in result[:2] if x is not None]
-            if not all(np.isfinite(x).all() for x in arrays):
-                outcome = _FAILURE, "the state or its readings are not finite"
-        shape = None if result[1] is None else result[1].shape
-        everywhere = self._gathered((outcome, shape), time.monotonic() - start)
-        worst = max((found for found, _ in everywhere if found is not None), default=None)
-        if worst is not None and worst[0] == _MISTAKE:
-            raise InputError(worst[1])
-        if worst is not None:
-            return None, None, worst[1]
-        if not hasattr(self.observation, "apply"):
-            self._check_readings(result[1], [shape for _, shape in everywhere])
-        return result
-
-    def _check_readings(self, readings, shapes) -> None:
-        """Refuse readings that are not the same on all ranks."""
-        low = high = readings
-        if len(shapes) > 1 and len(set(shapes)) == 1:
-            low, high = (self._watch.allreduce(readings, op=op) for op in (MPI.MIN, MPI.MAX))
-        scale = np.abs(readings).max(initial=0.0)
-        if len(set(shapes)) > 1 or (high - low > 1e-6 * scale).any():
+        readings = np.atleast_1d(readings).astype(float)
+        all_ranks = self._watch.allgather(readings) if self._watch.size > 1 else [readings]
+        tolerance = 1e-6 * np.abs(np.nan_to_num(readings)).max(initial=0.0)
+        if len({x.shape for x in all_ranks}) > 1 or not np.allclose(all_ranks, readings, 0, tolerance, equal_nan=True):
             raise InputError("The observation gives other readings on other ranks: let it sum over ranks, as assemble "
                              "and Observation do.")
+        return None if kept is None else _finite(kept, "state"), _finite(readings, "reading")
+
+    def _together(self, run):
+        """Result of `run` on this rank and None, or None and why one rank has none; mistakes are raised on all."""
+        start = time.monotonic()
+        result = outcome = None
+        try:
+            result = run()
+        except InputError as error:
+            outcome = _MISTAKE, str(error)
+        except _NotFinite as error:
+            outcome = _FAILURE, str(error)
+        except Exception as error:
+            outcome = _FAILURE, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        worst = max(filter(None, self._gathered(outcome, time.monotonic() - start)), default=None)
+        if worst is not None and worst[0] == _MISTAKE:
+            raise InputError(worst[1])
+        return (result, None) if worst is None else (None, worst[1])
 
     def _gathered(self, mine, spent: float) -> list:
         """What all ranks have to say, in order; the run ends where one of them never comes."""
@@ -228,12 +206,23 @@ class Job:
             waited = time.monotonic() - start
             if waited > patience:
                 print(f"fem_diffusion: rank {comm.rank} has waited {patience:.0f} s for the other ranks to end the "
-                      f"solve of a sample (its own outcome: {mine[0] or 'a state'}). They wait for it in turn: an "
+                      f"solve of a sample (its own outcome: {mine or 'no exception'}). They wait for it in turn: an "
                       "exception on one rank only, perhaps caught there. Raise exceptions on all ranks, or on none.",
                       file=sys.stderr, flush=True)
                 comm.Abort(1)
             time.sleep(0 if waited < 0.01 else 1e-3)
         return comm.allgather(mine)
+
+
+class _NotFinite(Exception):
+    """An array holds NaN or infinity."""
+
+
+def _finite(x: np.ndarray, what: str) -> np.ndarray:
+    """The array, or _NotFinite."""
+    if not np.isfinite(x).all():
+        raise _NotFinite(f"the {what} is not finite")
+    return x
 
 
 class Tally:

@@ -303,7 +303,7 @@ def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float 
         return _joined(gaussian.V, gaussian.mean, expansions, gaussian, *transform)
     if not hasattr(gaussian, "apply_covariance"):
         raise InputError(f"A {type(gaussian).__name__} has no covariance operator: use pod with samples of it.")
-    r = None if r is None else check_count(r, "r")
+    r = None if r is None else check_count(r, "r, one number of modes for one unknown,")
     mean = coefficients(gaussian.mean)
     mass = mass_action(gaussian.V)
     draws = gaussian.sample_many(_TAIL_DRAWS, seed=0) - mean

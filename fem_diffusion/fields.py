@@ -4,6 +4,7 @@ Owned coefficients are this rank's part of ``with f.dat.vec_ro as v: v.array``: 
 spaces alike.
 """
 
+import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -44,11 +45,20 @@ def on_root(comm, function):
         try:
             outcome = function(), None
         except Exception as error:
-            outcome = None, error
-    result, error = comm.bcast(outcome)
+            outcome = None, _portable(error)
+    result, error = outcome if comm.size == 1 else comm.bcast(outcome)
     if error is not None:
         raise error
     return result
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that other ranks can read: one that cannot be pickled would leave them waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def owned_size(V) -> int:

@@ -406,16 +406,16 @@ class Samples:
             files.write(folder / _SAMPLES, "samples", arrays, {"element": element_of(self.V)})
         on_root(comm, write)
         for i in range(len(self.V)):
-            part = chosen.component(i)
+            part = self.component(i)
             if part.V.ufl_element().family() != "Real":
-                part._export(folder / f"component_{i}" if len(self.V) > 1 else folder)
+                part._export(folder / f"component_{i}" if len(self.V) > 1 else folder, min(_VIEWED, len(chosen)))
 
-    def _export(self, folder: Path) -> None:
-        """Write what other programs read."""
+    def _export(self, folder: Path, count: int) -> None:
+        """Write summaries and some samples for other programs."""
         from fem_diffusion.export import write_checkpoint, write_vtk
 
         summary = [self.mean(), *([self.std()] if len(self) > 1 else []), self.quantile(0.025), self.quantile(0.975)]
-        write_checkpoint(folder / "samples.h5", [*summary, *self[:_VIEWED]])
+        write_checkpoint(folder / "samples.h5", [*summary, *self[:count]])
         write_vtk(folder / "summary.pvd", summary)
 
     def plot(self, axes=None, truth: Function | None = None, **kwargs):

@@ -14,6 +14,7 @@ from fem_diffusion.bridge import karhunen_loeve, load_basis, pod
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.problem.prior import GaussianPrior, TransformedPrior
+from fem_diffusion.problem.product import ProductPrior
 
 COMM = MPI.COMM_WORLD
 ONE_RANK = [2.896157, 1.525495, 1.965467, 3.166785, 0.039326, 0.542295, -2.735722, 1.954885]
@@ -158,8 +159,9 @@ def test_transform_on_a_boundary_part():
 def test_a_basis_reads_back(tmp_path_factory):
     folder = COMM.bcast(str(tmp_path_factory.mktemp("basis")))
     basis = karhunen_loeve(_prior(FunctionSpace(_mesh(6), "CG", 1)), 5)
-    basis.save(f"{folder}/basis.h5")
-    again = load_basis(f"{folder}/basis.h5")
+    basis.save(f"{folder}/basis")
+    # Another mesh object, whose numbering on two ranks may differ.
+    again = load_basis(f"{folder}/basis", FunctionSpace(_mesh(6), "CG", 1))
     np.testing.assert_allclose(again.variances, basis.variances)
     z = torch.ones(1, 5)
     norms = [assemble(inner(f, f) * dx) for f in (basis.functions(z)[0], again.functions(z)[0])]
@@ -167,7 +169,44 @@ def test_a_basis_reads_back(tmp_path_factory):
     np.testing.assert_allclose(_gram(again), np.eye(5), atol=1e-10)
 
 
-def test_wrong_input_is_refused(tmp_path):
+def test_a_basis_of_another_mesh_space_or_kind_is_refused(tmp_path):
+    V = FunctionSpace(_mesh(4), "CG", 1)
+    basis = karhunen_loeve(_prior(V), 3)
+    basis.save(tmp_path / "basis")
+    for other in (FunctionSpace(_mesh(5), "CG", 1), FunctionSpace(V.mesh(), "CG", 2), FunctionSpace(V.mesh(), "DG", 1)):
+        with pytest.raises(FileError, match="another mesh or space"):
+            load_basis(tmp_path / "basis", other)
+    (tmp_path / "foreign").write_bytes(b"nothing")
+    with pytest.raises(FileError, match="no file that fem_diffusion reads"):
+        load_basis(tmp_path / "foreign", V)
+    with pytest.raises(FileError, match="No such file"):
+        load_basis(tmp_path / "missing", V)
+
+
+def test_a_basis_on_a_mesh_and_its_submesh_reads_back(tmp_path):
+    mesh = _mesh(5)
+    prior = ProductPrior([GaussianPrior(FunctionSpace(mesh, "CG", 1), 1.0, 0.5),
+                          GaussianPrior(FunctionSpace(Submesh(mesh, 1, 1), "CG", 1), 1e-3, 0.5)])
+    basis = karhunen_loeve(prior, (4, 3))
+    basis.save(tmp_path / "basis")
+    again = load_basis(tmp_path / "basis", prior.V)
+    np.testing.assert_array_equal(again.modes, basis.modes)
+    np.testing.assert_array_equal(coefficients(again.mean), coefficients(basis.mean))
+    assert again.weights == basis.weights and again.total_variance == basis.total_variance
+
+
+def test_violated_conditions_of_a_small_component_are_noticed():
+    """Pascals beside mole fractions: each component is measured in its own units."""
+    mesh = _mesh(4)
+    V = MixedFunctionSpace([FunctionSpace(mesh, "CG", 1)] * 2)
+    size = V.sub(0).dim()
+    samples = np.random.default_rng(0).standard_normal((10, 2 * size)) * np.repeat([1e12, 1e-3], size)
+    bc = DirichletBC(V.sub(1), 0.0, 1)
+    with pytest.raises(InputError, match="violate the boundary conditions"):
+        pod(V, samples, (2, 2), bcs=[bc])
+
+
+def test_wrong_input_is_refused():
     V = FunctionSpace(_mesh(4), "CG", 1)
     prior = _prior(V)
     basis = karhunen_loeve(prior, 3)
@@ -178,7 +217,7 @@ def test_wrong_input_is_refused(tmp_path):
         (lambda: basis.encode(np.zeros((2, 7))), "do not fit"),
         (lambda: basis.decode(torch.zeros(2, 4)), r"\(B, 3\)"),
         (lambda: karhunen_loeve(prior, 1000), "free degrees of freedom"),
-        (lambda: karhunen_loeve(prior, retained=1.0), "between 0 and 1"),
+        (lambda: karhunen_loeve(prior, retained=1.0), "above 0 and below 1"),
         (lambda: pod(V, samples, 5), "more or ask for fewer"),
         (lambda: pod(V, samples, 2, [DirichletBC(V, 7.0, 1)]), "violate"),
         (lambda: pod(V, samples * np.nan, 2), "not finite"),
@@ -186,6 +225,3 @@ def test_wrong_input_is_refused(tmp_path):
     ]:
         with pytest.raises(InputError, match=words):
             make()
-    (tmp_path / "foreign.h5").write_bytes(b"nothing")
-    with pytest.raises(FileError, match="no readable basis"):
-        load_basis(tmp_path / "foreign.h5")

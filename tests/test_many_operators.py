@@ -192,12 +192,12 @@ def test_a_saved_model_answers_as_before(job, tmp_path):
         load_family(file, karhunen_loeve(prior, 3), V)
     with pytest.raises(FileError, match="another mesh"):
         load_family(file, model.basis, FunctionSpace(V.mesh(), "CG", 2))
-    with pytest.raises(FileError, match="its format is 'fem_diffusion family model"):
+    with pytest.raises(FileError, match="holds a family model, where a model is expected"):
         load_model(file, model.basis)
     content = file.read_bytes()
     for broken in (content[:len(content) // 2], b"", b"no model"):
         file.write_bytes(broken)
-        with pytest.raises(FileError, match="no readable model"):
+        with pytest.raises(FileError, match="no file that fem_diffusion reads|is damaged"):
             load_family(file, model.basis, V)
 
 

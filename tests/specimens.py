@@ -1,0 +1,194 @@
+"""A small file of every kind that the package writes, with the public call that reads it, and ways to spoil files."""
+
+import contextlib
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from firedrake import Function, FunctionSpace, UnitIntervalMesh
+from mpi4py import MPI
+
+from fem_diffusion import files
+from fem_diffusion.bridge import karhunen_loeve, load_basis
+from fem_diffusion.diffusion import (
+    Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
+    Spectrum, Support, TrainingOptions, linear_base, train,
+)
+from fem_diffusion.errors import InstallError
+from fem_diffusion.many_operators import fit_family, load_family
+from fem_diffusion.posterior import ConditionalModel, Samples, fit, load_model, load_samples
+from fem_diffusion.problem.family import OperatorFamily, SensorKind
+from fem_diffusion.problem.observation import point_sensors
+from fem_diffusion.problem.prior import GaussianPrior
+from fem_diffusion.simulation import load_pairs, simulate
+
+KINDS = "data set", "block", "model", "field model", "family model", "basis", "samples", "checkpoint"
+OPTIONS = TrainingOptions(steps=20, evaluate_every=10, width=8, depth=1, batch=16)
+NOISE = GaussianNoise(std=0.1)
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A file, a call that reads it and uses what it reads, and the content of the whole file."""
+
+    path: Path
+    use: object
+    content: bytes
+
+
+def weights_everywhere(network):
+    """No layer at zero, where networks start: every weight counts."""
+    generator = torch.Generator().manual_seed(0)
+    for x in network.parameters():
+        x.data = 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return network.eval().requires_grad_(False)
+
+
+def specimens(folder: Path) -> dict[str, Specimen]:
+    """By kind."""
+    V = FunctionSpace(UnitIntervalMesh(8, comm=MPI.COMM_SELF), "CG", 1)
+    prior, sensors = GaussianPrior(V, 1.0, 0.4), point_sensors(V, [[0.25], [0.6], [0.9]])
+    basis = karhunen_loeve(prior, 3)
+    arguments = {"seed": 1, "block": 30, "progress": False}
+
+    def forward(m):
+        return Function(V).interpolate(m + m**2 / 4)
+    simulate(prior, forward, sensors, 60, path=folder / "pairs", keep_states=True, **arguments)
+    data = load_pairs(folder / "pairs", V, U=V)
+    model = fit(data, basis, NOISE, options=OPTIONS, progress=False)
+    spectrum = Spectrum(torch.tensor([0.5, 0.1]).double(), torch.tensor([0.3, 0.2]).double())
+    support = Support(torch.tensor([-torch.inf, -9, -9]).double(), torch.tensor([9, 9, torch.inf]).double())
+    denoiser = model.denoiser
+    for name, network in (("model", ResidualMLP(3, 3, 8, 1)), ("field model", FieldNetwork(3, 3, 8, 1, 2, 1))):
+        changed = Denoiser(denoiser.base, weights_everywhere(network), spectrum, support)
+        ConditionalModel(basis, changed, model.history).save(folder / name)
+    family = OperatorFamily(SensorKind(sensors, 0.1, (1, 3)))
+    many = fit_family(data, basis, family, options=OPTIONS, progress=False)
+    s = many.states.r
+    emulator = weights_everywhere(Emulator(3, s, 8, 1))
+    emulator.matrix, emulator.scale = torch.ones(s, 3).double(), 0.1 * torch.ones(s).double()
+    emulator.residual = 0.01 * torch.eye(s).double()
+    base = OperatorBase(many.denoiser.base.mean, many.denoiser.base.factor, emulator, 2)
+    network = weights_everywhere(SensorNetwork(3, s, 8, 1, 8, 2))
+    many = replace(many, denoiser=OperatorDenoiser(base, network, spectrum, None, True))
+    many.save(folder / "family model")
+    basis.save(folder / "basis")
+    with contextlib.suppress(InstallError):     # without VTK
+        Samples(V, data.fields[:5], torch.randn(5, 3)).save(folder / "samples")
+    z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = linear_base(torch.eye(2).double(), 0.01 * torch.eye(2).double())
+    train(z, z**2, NOISE, exact, OPTIONS, checkpoint=folder / "checkpoint")
+    y = data.observations[0]
+    uses = {
+        "data set": ("pairs/data_set.safetensors", lambda: load_pairs(folder / "pairs", V, U=V).fields),
+        "block": ("pairs/block-00001.safetensors", lambda: load_pairs(folder / "pairs", V, U=V).fields),
+        "model": ("model", lambda: load_model(folder / "model", basis).condition(y).sample(2, seed=0).values),
+        "field model": ("field model",
+                        lambda: load_model(folder / "field model", basis).condition(y).sample(2, seed=0).values),
+        "family model": ("family model", lambda: load_family(folder / "family model", basis, V).condition(
+            sensors, y, NOISE).sample(2, seed=0).values),
+        "basis": ("basis", lambda: load_basis(folder / "basis", V).decode(torch.ones(1, 3))),
+        "samples": ("samples/samples.safetensors", lambda: load_samples(folder / "samples", V)[1:].values),
+        "checkpoint": ("checkpoint", lambda: np.array(
+            train(z, z**2, NOISE, exact, OPTIONS, checkpoint=folder / "checkpoint")[1].validation)),
+    }
+    return {kind: Specimen(folder / name, use, (folder / name).read_bytes()) for kind, (name, use) in uses.items()}
+
+
+def spoiled(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file with a random defect of its bytes, never the file itself."""
+    while True:
+        data, size = bytearray(content), len(content)
+        place = int(rng.integers(size)) if rng.random() < 0.5 else int(rng.integers(min(size, 2000)))
+        length = int(rng.integers(1, 65))
+        kind = rng.integers(7)
+        if kind == 0:
+            data[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data = data[:place]
+        elif kind == 2:
+            data[place:place + length] = bytes(length)
+        elif kind == 3:
+            del data[place:place + length]
+        elif kind == 4:
+            data[place:place] = rng.bytes(length)
+        elif kind == 5:
+            data[place:place + length] = rng.bytes(length)
+        else:
+            other = int(rng.integers(size))
+            data[place:place + length] = content[other:other + length]
+        if bytes(data) != content:
+            return bytes(data)
+
+
+ODD = [None, True, -1, 0, 1, 2, 10**9, 10**30, 0.5, float("nan"), float("inf"), "x", "", [], [[1]], {}, {"a": 1}]
+
+
+def forged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file whose content someone has changed who knows how to make a checksum."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8:8 + size])["__metadata__"]["fem_diffusion"])
+    arrays = {name: np.array(x) for name, x in safetensors.numpy.load(content).items()}
+    for _ in range(int(rng.integers(1, 3))):
+        if arrays and rng.random() < 0.5:
+            _forge_array(arrays, rng)
+        else:
+            _forge_value(header, rng)
+    if rng.random() < 0.1:
+        header = ODD[rng.integers(len(ODD))]
+    sealed = {"checksum": "0" * 64, **(header if isinstance(header, dict) else {"values": header})}
+    sealed["checksum"] = "0" * 64
+    data = safetensors.numpy.save(arrays, {"fem_diffusion": json.dumps(sealed, separators=(",", ":"))})
+    if rng.random() < 0.1:      # shapes that are not those of the bytes
+        size = int.from_bytes(data[:8], "little")
+        grown = data[8:8 + size].replace(b'"shape":[', b'"shape":[1000000000,', 1)
+        data = len(grown).to_bytes(8, "little") + grown + data[8 + size:]
+    return seal(data)
+
+
+def seal(data: bytes) -> bytes:
+    """The file with a checksum that fits."""
+    place = files._checksum_place(data)
+    if place is None:
+        return data
+    return data[:place] + files._digest(memoryview(data), place) + data[place + 64:]
+
+
+def _forge_array(arrays: dict, rng) -> None:
+    name = list(arrays)[rng.integers(len(arrays))]
+    x, kind = arrays[name], rng.integers(7)
+    if kind == 0:
+        del arrays[name]
+    elif kind == 1:
+        arrays[f"{name}x"] = arrays.pop(name)
+    elif kind == 2:
+        with np.errstate(all="ignore"):
+            arrays[name] = x.astype([np.float32, np.int64, np.bool_, np.uint8, np.float64][rng.integers(5)])
+    elif kind == 3:
+        arrays[name] = x.reshape(-1)[:rng.integers(x.size + 1)] if x.size else np.zeros(3)
+    elif kind == 4:
+        arrays[name] = np.zeros([(), (0,), (1,), (0, 3), (3, 3), (2, 2, 2)][rng.integers(6)], x.dtype)
+    elif x.size and x.dtype.kind == "f":
+        x = np.array(x)
+        x.reshape(-1)[rng.integers(x.size)] = [np.nan, np.inf, -1.0, 0.0, 1e30][rng.integers(5)]
+        arrays[name] = x
+    else:
+        arrays[name] = np.concatenate([x.reshape(-1), x.reshape(-1)])
+
+
+def _forge_value(header: dict, rng) -> None:
+    place = header
+    while True:
+        key = list(place)[rng.integers(len(place))]
+        if isinstance(place[key], dict) and place[key] and rng.random() < 0.8:
+            place = place[key]
+            continue
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = copy.deepcopy(ODD[rng.integers(len(ODD))])
+        return
