@@ -3,7 +3,7 @@
 No Firedrake and no torch at import.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 
@@ -11,7 +11,11 @@ import numpy as np
 
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options", "check_seed"]
+__all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options",
+           "check_readings", "check_seed"]
+
+# Beyond it squares of readings, and sums of them, overflow.
+_LARGEST = 1e100
 
 
 def check_seed(seed, name: str = "seed") -> int:
@@ -54,6 +58,46 @@ def check_choice(x, name: str, choices: Collection[str]) -> str:
     if not isinstance(x, str) or x not in choices:
         raise InputError(f"{name} is {x!r}: choose one of {', '.join(map(repr, choices))}.")
     return x
+
+
+def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bool = False) -> np.ndarray:
+    """Readings of sensors as floats, shape (k,): real and of a size with which one can calculate.
+
+    Parameters
+    ----------
+    y : array_like of shape (k,)
+        In units of the measurement.
+    count : int
+        Number k of sensors.
+    names : sequence of str, optional
+        Of the sensors, for messages; their numbers where left out.
+    failed : bool
+        Whether NaN may stand for a sensor that failed.
+
+    Returns
+    -------
+    numpy.ndarray
+
+    Raises
+    ------
+    InputError
+        If y is not one real number for each sensor, or a reading is out of range; the message names the sensors.
+    """
+    try:
+        array = np.asarray(y)
+    except ValueError:      # rows of unlike lengths
+        array = np.empty(0, dtype=object)
+    if array.shape != (count,) or (array.dtype.kind not in "biuf" and count):
+        raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the {count} "
+                         "sensors.")
+    y = array.astype(float)
+    bad = np.flatnonzero(~(np.abs(y) <= _LARGEST) & ~(np.isnan(y) & failed))
+    if len(bad):
+        which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
+        repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"
+        raise InputError(f"The readings of {len(bad)} sensors are not finite or too large to calculate with, sensor "
+                         f"{which}: repair them, or choose other units; {repair}.")
+    return y
 
 
 def check_options(x, kind: type, name: str = "options"):

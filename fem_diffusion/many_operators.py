@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from mpi4py import MPI
 
 from fem_diffusion import files
 from fem_diffusion.bridge import ModalBasis
+from fem_diffusion.checks import check_readings
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
     Sensors, TrainingOptions, fit_operators,
@@ -195,15 +196,10 @@ class FamilyModel:
             If the operator is far outside the training family.
         """
         observation = no_sensors(self.states.V) if observation is None else observation
-        y = np.asarray(y, dtype=float)
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
-        if y.shape != (len(observation),):
-            raise InputError(f"{len(observation)} sensors give as many readings; y has shape {y.shape}.")
-        if np.isinf(y).any():
-            raise InputError(f"The readings of sensors {np.flatnonzero(np.isinf(y)).tolist()} are infinite: repair "
-                             "them, or give NaN for a sensor that failed.")
+        y = check_readings(y, len(observation), observation.names, failed=True)
         if len(y) and not isinstance(noise, GaussianNoise):
             raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
         rows, offset = _project(observation, self.states)
@@ -320,6 +316,10 @@ def _read(path) -> tuple[files.Content, OperatorDenoiser, Seen, History]:
     seen = unpack(content, "seen", Seen, {"signals": (None, s)}, dtype=torch.float32)
     if emulator is None or seen is None or (factor.diagonal() == 0).any() or content.value("updates", int) < 1:
         raise content.error("holds no base of a family")
+    numbers = [*seen.std, seen.strongest, seen.most] if isinstance(seen.std, list) and len(seen.std) == 2 else [None]
+    if not all(type(x) in (int, float) and 0 < x < np.inf for x in numbers):
+        raise content.error("does not hold what training has seen of sensors")
+    seen = replace(seen, std=tuple(seen.std))
     base = OperatorBase(mean, factor, emulator, content.values["updates"])
     denoiser = OperatorDenoiser(base, network, *unpack_sampling(content, r), content.value("standard_prior", bool))
     return content, denoiser, seen, unpack_history(content)

@@ -12,7 +12,9 @@ from firedrake import Function
 
 from fem_diffusion import files
 from fem_diffusion.bridge import ModalBasis
-from fem_diffusion.checks import check_choice, check_count, check_device, check_flag, check_number, check_seed
+from fem_diffusion.checks import (
+    check_choice, check_count, check_device, check_flag, check_number, check_readings, check_seed,
+)
 from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianNoise, History, TrainingOptions, fit_denoiser, log_density,
     sample_latents,
@@ -142,15 +144,7 @@ class ConditionalModel:
         InputError
             If the measurement is of the wrong length or not finite; the message names the sensors.
         """
-        y = np.asarray(y, dtype=float)
-        k = self.denoiser.base.k
-        if y.shape != (k,):
-            raise InputError(f"The model was trained for {k} sensors; the measurement has shape {y.shape}.")
-        bad = np.flatnonzero(~np.isfinite(y)).tolist()
-        if bad:
-            raise InputError(f"The readings of sensors {bad} are not finite. A model for this set of sensors needs "
-                             "all of them: repair the readings, or train a model without those sensors.")
-        return Posterior(self, y)
+        return Posterior(self, check_readings(y, self.denoiser.base.k))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write base, network and training curve to a safetensors file; the basis has `ModalBasis.save`.
