@@ -88,8 +88,8 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
     except ValueError:      # rows of unlike lengths
         array = np.empty(0, dtype=object)
     if array.shape != (count,) or (array.dtype.kind not in "biuf" and count):
-        raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the {count} "
-                         "sensors.")
+        raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the "
+                         f"{count} sensors.")
     y = array.astype(float)
     bad = np.flatnonzero(~(np.abs(y) <= _LARGEST) & ~(np.isnan(y) & failed))
     if len(bad):

@@ -18,6 +18,7 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion._loop import unpack_history
 from fem_diffusion.diffusion.model_file import REMEDY, pack, unpack, unpack_network, unpack_sampling
+from fem_diffusion.diffusion.operator_base import UPDATES
 from fem_diffusion.eigenmodes import leading_modes, sample_covariance
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields import coefficients, field, on_root
@@ -314,12 +315,13 @@ def _read(path) -> tuple[files.Content, OperatorDenoiser, Seen, History]:
     emulator = unpack_network(content, "emulator", [Emulator], {"r": r, "s": s})
     network = unpack_network(content, "network", [SensorNetwork], {"r": r, "s": s})
     seen = unpack(content, "seen", Seen, {"signals": (None, s)}, dtype=torch.float32)
-    if emulator is None or seen is None or (factor.diagonal() == 0).any() or content.value("updates", int) < 1:
+    updates = content.value("updates", int)
+    if emulator is None or seen is None or (factor.diagonal() == 0).any() or not 1 <= updates <= UPDATES:
         raise content.error("holds no base of a family")
     numbers = [*seen.std, seen.strongest, seen.most] if isinstance(seen.std, list) and len(seen.std) == 2 else [None]
     if not all(type(x) in (int, float) and 0 < x < np.inf for x in numbers):
         raise content.error("does not hold what training has seen of sensors")
     seen = replace(seen, std=tuple(seen.std))
-    base = OperatorBase(mean, factor, emulator, content.values["updates"])
+    base = OperatorBase(mean, factor, emulator, updates)
     denoiser = OperatorDenoiser(base, network, *unpack_sampling(content, r), content.value("standard_prior", bool))
     return content, denoiser, seen, unpack_history(content)

@@ -108,7 +108,7 @@ def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
 
 def test_what_does_not_fit_is_told(basis, network):
     data = DataSet(np.zeros((5, basis.V.dim())), np.zeros((5, K)))
-    with pytest.raises(InputError, match="'latents' or 'field'"):
+    with pytest.raises(InputError, match="'latents', 'field'"):
         fit(data, basis, None, network="fourier")
     V = VectorFunctionSpace(basis.V.mesh(), "CG", 1)
     with pytest.raises(InputError, match="fully connected"):
