@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from firedrake import DirichletBC, Function
 from mpi4py import MPI
+from scipy.stats import chi2, norm
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_number, check_seed
@@ -34,8 +35,8 @@ from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_column
 __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 
 _TAIL_DRAWS = 64
-# Standard errors by which a moment of latents may miss that of the prior; chance alone does so once in 1e9.
-_ERRORS = 6.0
+# Below this probability of their moments, latents are not those of the prior.
+_CHANCE = 1e-9
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,18 @@ class ModalBasis:
 
     def check_draws(self, z: torch.Tensor) -> None:
         """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I)."""
-        if not self.standard_prior or len(z) < 2:
+        if not self.standard_prior:
             return
-        z, n = z.double(), len(z)
-        errors = torch.stack([z.mean(0).abs() * n**0.5, (z.square().mean(0) - 1).abs() * (n / 2)**0.5])
-        worst = int(errors.amax(0).argmax())
-        if float(errors.max()) > _ERRORS:
+        z, n = z.double().numpy(), len(z)
+        squares = (z**2).sum(axis=0)
+        means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
+        chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
+        worst = int(chances.min(axis=0).argmin())
+        if chances.size * chances.min() < _CHANCE:
             raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
-                            f"latent {worst} has mean {float(z[:, worst].mean()):.3g} and standard deviation "
-                            f"{float(z[:, worst].std()):.3g}, where 0 and 1 are due. Compute the basis from the prior "
-                            "of the simulation, or take pod(V, data.fields, r) where that prior is not known.")
+                            f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
+                            f"{squares[worst] / n:.3g}, where 0 and 1 are due. Compute the basis from the prior of the "
+                            "simulation, or take pod(V, data.fields, r) where that prior is not known.")
 
     def __reduce_ex__(self, protocol):
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")

@@ -73,7 +73,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     InputError, FileError, SolveError
         If the pairs are too few, inconsistent or not finite, or training fails; see also `fit_denoiser`.
     """
-    check_training(data, basis)
+    check_training(data, basis, progress)
     if not isinstance(family, OperatorFamily):
         raise InputError(f"family is of type {type(family).__name__}: give an OperatorFamily of SensorKinds.")
     if data.states is None or not len(data):

@@ -69,7 +69,7 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
         also `train`.
     """
     check_choice(network, "network", ("latents", "field"))
-    check_training(data, basis)
+    check_training(data, basis, progress)
     if len(data) == 0 or len(data.fields) != len(data.observations):
         raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
                         "simulate pairs first.")
@@ -86,8 +86,9 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
     return ConditionalModel(basis, denoiser, history)
 
 
-def check_training(data: DataSet, basis: ModalBasis) -> None:
-    """Raise InputError where what is to be trained on is of the wrong kind."""
+def check_training(data: DataSet, basis: ModalBasis, progress: bool) -> None:
+    """Raise InputError where an argument of `fit` or `fit_family` is of the wrong kind."""
+    check_flag(progress, "progress")
     if not isinstance(data, DataSet):
         raise InputError(f"data is of type {type(data).__name__}: give what simulate or load_pairs returned.")
     if not isinstance(basis, ModalBasis):

@@ -1,5 +1,8 @@
 """The job from prior to posterior on a small channel, and what happens to bad input."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +14,11 @@ from mpi4py import MPI
 
 from fem_diffusion import (
     AdvectionDiffusion, CallablePrior, DataSet, GaussianNoise, GaussianPrior, Samples, TrainingOptions, fit,
-    karhunen_loeve, load_model, point_sensors, pod, simulate,
+    karhunen_loeve, load_model, load_samples, point_sensors, pod, simulate,
 )
 from fem_diffusion.fields import coefficients
 from fem_diffusion.diagnostics import linear_gaussian_posterior, moment_p_values
-from fem_diffusion.errors import DataError, InputError, FileError
+from fem_diffusion.errors import DataError, FileError, InputError, InstallError
 
 COMM = MPI.COMM_WORLD
 NOISE = 0.05
@@ -210,3 +213,90 @@ def test_a_prior_of_the_users_own_goes_through(job):
     samples = model.condition(y).sample(500, seed=1)
     error = assemble((samples.mean() - truth)**2 * dx) / assemble(truth**2 * dx)
     assert error < 0.15 and torch.isfinite(samples.latents).all()
+
+
+def test_a_basis_of_another_prior_is_noticed(job):
+    prior, _, _, model, data = job
+    # The same law, built anew, is no other one.
+    same = GaussianPrior(prior.V, std=0.3, correlation_length=1.0, mean=0.2, bcs=prior.bcs)
+    fit(data, karhunen_loeve(same, 5), GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    for std, length, mean in ((0.45, 1.0, 0.2), (0.3, 0.5, 0.2), (0.3, 1.0, 0.4)):
+        other = GaussianPrior(prior.V, std=std, correlation_length=length, mean=mean, bcs=prior.bcs)
+        with pytest.raises(DataError, match="no draws of the prior behind the basis.*prior of the simulation"):
+            fit(data, karhunen_loeve(other, 5), GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    # 200 draws of the prior itself pass, however few and however many latents.
+    for n in (2, 5, 20, 400):
+        for seed in range(50):
+            model.basis.check_draws(torch.randn(n, 40, generator=torch.Generator().manual_seed(seed)))
+
+
+def test_latents_of_a_simulation_with_holes_are_not_taken_for_standard_normal(job):
+    """Where the solver fails for every second sample, the prior of the data is that of the others."""
+    _, _, observation, model, data = job
+    z = model.basis.encode(data.fields)[:, 0].numpy()
+    kept = z > 0
+    skipped = tuple((int(i), "") for i in np.flatnonzero(~kept))
+    holes = DataSet(data.fields[kept], data.observations[kept], None, skipped)
+    denoiser = fit(holes, model.basis, GaussianNoise(std=10.0), options=OPTIONS, progress=False).denoiser
+    # With next to no information the base is the law of the data: a half-normal one.
+    assert abs(float(denoiser.base.latent_mean[0]) - np.sqrt(2 / np.pi)) < 4 * 0.6 / np.sqrt(kept.sum())
+    assert abs(float(denoiser.base.covariance[0, 0]) - (1 - 2 / np.pi)) < 0.1
+
+
+def test_samples_are_sliced_saved_and_read(job, tmp_path):
+    samples = job[3].condition(Y).sample(10, seed=0)
+    part = samples[2:8:3]
+    assert len(part) == 2 and part.latents.shape == (2, job[3].basis.r)
+    np.testing.assert_array_equal(part.values, samples.values[[2, 5]])
+    np.testing.assert_array_equal(coefficients(samples[-1]), samples.values[9])
+    assert samples[np.int64(1)].name() == "sample_1" and len(list(samples)) == 10
+    for index in ("a", 1.0, True, None):
+        with pytest.raises(InputError, match="numbered by integers and slices"):
+            samples[index]
+    for count, expected in ((None, 10), (3, 3), (99, 10)):
+        try:
+            samples.save(tmp_path / "s", count=count)
+        except InstallError:    # without VTK
+            pass
+        read = load_samples(tmp_path / "s", samples.V)
+        np.testing.assert_array_equal(read.values, samples.values[:expected])
+        assert torch.equal(read.latents, samples.latents[:expected])
+    for count in (0, 2.5, -1):
+        with pytest.raises(InputError, match="count is"):
+            samples.save(tmp_path / "t", count=count)
+    with pytest.raises(FileError, match="another mesh or space"):
+        load_samples(tmp_path / "s", FunctionSpace(job[0].V.mesh(), "CG", 2))
+    with pytest.raises(FileError, match="No such file"):
+        load_samples(tmp_path / "t", samples.V)
+
+
+@pytest.mark.parametrize("copying", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_holds_a_mesh_says_how_to_keep_it(job, copying):
+    model = job[3]
+    posterior = model.condition(Y)
+    for thing, words in ((model, "load_model"), (model.basis, "load_basis"), (posterior, "save the model"),
+                         (posterior.sample(2, seed=0), "load_samples")):
+        with pytest.raises(InputError, match=f"cannot be copied or pickled: .*{words}"):
+            copying(thing)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"n": 2.5}, "n is 2.5"), ({"n": None}, "n is None"), ({"n": True}, "n is True"), ({"seed": None}, "seed is None"),
+    ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"), ({"refill": "no"}, "refill is 'no'"),
+    ({"refill": 1}, "refill is 1"), ({"device": "cuda:99"}, "device is 'cuda:99'"),
+    ({"device": "gpu"}, "device is 'gpu'"), ({"progress": "yes"}, "progress is 'yes'"), ({"steps": 2.5}, "steps"), ({"method": "magic"}, "magic"),
+])
+def test_bad_arguments_of_sample_are_refused(job, change, words):
+    with pytest.raises(InputError, match=words):
+        job[3].condition(Y).sample(**{"n": 2, "seed": 0, **change})
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"data": None}, "data is of type NoneType"), ({"basis": None}, "basis is of type NoneType"),
+    ({"noise": "small"}, "noise"), ({"options": {"steps": 5}}, "TrainingOptions"),
+    ({"network": None}, "network is None"), ({"progress": "no"}, "progress is 'no'"),
+])
+def test_bad_arguments_of_fit_are_refused(job, arguments, words):
+    *_, model, data = job
+    with pytest.raises(InputError, match=words):
+        fit(**{"data": data, "basis": model.basis, "noise": GaussianNoise(std=NOISE), "options": OPTIONS, **arguments})
