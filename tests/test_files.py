@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from firedrake import Function, FunctionSpace, UnitIntervalMesh
+from firedrake import (
+    ExtrudedMesh, Function, FunctionSpace, PeriodicUnitSquareMesh, SpatialCoordinate, Submesh,
+    UnitIcosahedralSphereMesh, UnitIntervalMesh, UnitSquareMesh,
+)
 from mpi4py import MPI
 
 from fem_diffusion import files
@@ -371,3 +374,29 @@ def test_two_trainings_of_one_checkpoint(tmp_path):
         z = torch.randn(50, 1).double()
         train(z, z, GaussianNoise(std=0.1), linear_base(torch.eye(1).double(), torch.eye(1).double()),
               TrainingOptions(steps=1), checkpoint=tmp_path / "state")
+
+
+def test_checkpoint_files_for_others_are_read_back(tmp_path, monkeypatch):
+    """HDF5 swallows errors of its last writes: then there is no file."""
+    from fem_diffusion import export
+    meshes = {"square": UnitSquareMesh(3, 3, comm=MPI.COMM_SELF), "extruded": ExtrudedMesh(UnitIntervalMesh(
+        3, comm=MPI.COMM_SELF), 2), "periodic": PeriodicUnitSquareMesh(3, 3, comm=MPI.COMM_SELF),
+        "surface": UnitIcosahedralSphereMesh(1, comm=MPI.COMM_SELF), "submesh": None}
+    meshes["submesh"] = Submesh(meshes["square"], 1, 1)
+    for name, mesh in meshes.items():
+        functions = [Function(FunctionSpace(mesh, *element), name=f"f{i}").interpolate(SpatialCoordinate(mesh)[0] + i)
+                     for i, element in enumerate((("CG", 1), ("DG", 0)))]
+        export.write_checkpoint(tmp_path / name, functions)
+        assert (tmp_path / name).exists()
+    space = FunctionSpace(meshes["square"], "RT", 1)
+    export.write_checkpoint(tmp_path / "RT", [Function(space, name="mean").assign(1.0)])
+
+    def lost(self, function, **options):
+        save(self, Function(function.function_space(), name=function.name()), **options)
+    save = export.CheckpointFile.save_function
+    monkeypatch.setattr(export.CheckpointFile, "save_function", lost)
+    with pytest.raises(FileError, match="f0 reads back differently"):
+        export.write_checkpoint(tmp_path / "lost", functions)
+    assert not list(tmp_path.glob("lost*"))
+    with pytest.raises(FileError, match="cannot be made"):
+        export.write_checkpoint(tmp_path / "square" / "file", functions)

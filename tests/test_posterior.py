@@ -284,7 +284,8 @@ def test_what_holds_a_mesh_says_how_to_keep_it(job, copying):
     ({"n": 2.5}, "n is 2.5"), ({"n": None}, "n is None"), ({"n": True}, "n is True"), ({"seed": None}, "seed is None"),
     ({"seed": -1}, "seed is -1"), ({"seed": 0.5}, "seed is 0.5"), ({"refill": "no"}, "refill is 'no'"),
     ({"refill": 1}, "refill is 1"), ({"device": "cuda:99"}, "device is 'cuda:99'"),
-    ({"device": "gpu"}, "device is 'gpu'"), ({"progress": "yes"}, "progress is 'yes'"), ({"steps": 2.5}, "steps"), ({"method": "magic"}, "magic"),
+    ({"device": "gpu"}, "device is 'gpu'"), ({"progress": "yes"}, "progress is 'yes'"), ({"steps": 2.5}, "steps"),
+    ({"method": "magic"}, "magic"),
 ])
 def test_bad_arguments_of_sample_are_refused(job, change, words):
     with pytest.raises(InputError, match=words):
