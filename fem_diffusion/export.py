@@ -36,8 +36,7 @@ def write_checkpoint(path: Path, functions: Sequence[Function]) -> None:
     mesh, comm = functions[0].function_space().mesh(), functions[0].function_space().comm
     partial = path.with_name(path.name + ".partial")
     on_root(comm, lambda: files.make_folder(path.parent))
-    named = {"coordinates": mesh.coordinates, **{f.name(): f for f in functions}}
-    wanted = {name: gather_rows(f.function_space(), coefficients(f)[None]) for name, f in named.items()}
+    wanted = {f.name(): gather_rows(f.function_space(), coefficients(f)[None]) for f in functions}
     try:
         with CheckpointFile(str(partial), "w", comm=comm) as file:
             file.save_mesh(mesh)
