@@ -395,7 +395,7 @@ def test_checkpoint_files_for_others_are_read_back(tmp_path, monkeypatch):
         save(self, Function(function.function_space(), name=function.name()), **options)
     save = export.CheckpointFile.save_function
     monkeypatch.setattr(export.CheckpointFile, "save_function", lost)
-    with pytest.raises(FileError, match="f0 reads back differently"):
+    with pytest.raises(FileError, match="f1 reads back differently"):
         export.write_checkpoint(tmp_path / "lost", functions)
     assert not list(tmp_path.glob("lost*"))
     with pytest.raises(FileError, match="cannot be made"):
