@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fem_diffusion import files
+from fem_diffusion.checks import check_path
 from fem_diffusion.errors import DataError
 from fem_diffusion.fields import on_root
 from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
@@ -60,7 +61,7 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike, V, U=None):
-        self.path, self.V, self.U, self.comm = Path(path), V, U, V.comm
+        self.path, self.V, self.U, self.comm = check_path(path), V, U, V.comm
         self._columns = {}
 
     def exists(self) -> bool:

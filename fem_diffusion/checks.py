@@ -3,16 +3,18 @@
 No Firedrake and no torch at import.
 """
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 
 from fem_diffusion.errors import InputError
 
 __all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options",
-           "check_readings", "check_seed"]
+           "check_path", "check_readings", "check_seed"]
 
 # Beyond it squares of readings, and sums of them, overflow.
 _LARGEST = 1e100
@@ -98,6 +100,13 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
         raise InputError(f"The readings of {len(bad)} sensors are not finite or too large to calculate with, sensor "
                          f"{which}: repair them, or choose other units; {repair}.")
     return y
+
+
+def check_path(path, name: str = "path") -> Path:
+    """A path as such; a number, say, would open whatever has that number."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
+    return Path(path)
 
 
 def check_options(x, kind: type, name: str = "options"):

@@ -26,6 +26,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from fem_diffusion.checks import check_path
 from fem_diffusion.errors import FileError
 
 __all__ = ["Content", "VERSION", "adopt", "locked", "make_folder", "read", "write", "write_bytes"]
@@ -140,9 +141,10 @@ def read(path: str | os.PathLike, kind: str, remedy: str) -> Content:
     FileError
         If it is not there, cannot be read, or is damaged, foreign, of another kind or version.
     """
-    nothing = Content(Path(path), remedy, {}, {})
+    path = check_path(path)
+    nothing = Content(path, remedy, {}, {})
     try:
-        data = Path(path).read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise nothing.error(f"cannot be read ({error.strerror or error})") from error
     place = _checksum_place(data)
@@ -161,7 +163,7 @@ def read(path: str | os.PathLike, kind: str, remedy: str) -> Content:
         raise nothing.error(f"is of format version {version!r}, and this version of fem_diffusion reads {VERSION}")
     if found != kind:
         raise nothing.error(f"holds a {found}, where a {kind} is expected")
-    return Content(Path(path), remedy, arrays, values, data[place:place + _DIGITS].decode())
+    return Content(path, remedy, arrays, values, data[place:place + _DIGITS].decode())
 
 
 def write_bytes(path: str | os.PathLike, *parts) -> None:
@@ -170,7 +172,7 @@ def write_bytes(path: str | os.PathLike, *parts) -> None:
     The file is locked while it is written: of two runs that write one path at the same time, the second gets an error.
     """
     # A link stays a link; its target is replaced.
-    path = Path(os.path.realpath(path))
+    path = Path(os.path.realpath(check_path(path)))
     partial = path.with_name(path.name + ".partial")
     try:
         descriptor = _open_locked(partial)
@@ -233,7 +235,7 @@ def locked(path: str | os.PathLike, what: str) -> Iterator[None]:
     FileError
         If another run holds the lock, or the file cannot be made.
     """
-    path = Path(path)
+    path = check_path(path)
     try:
         descriptor = _open_locked(path)
     except BlockingIOError:

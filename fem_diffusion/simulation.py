@@ -125,6 +125,8 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     keep_states, progress = check_flag(keep_states, "keep_states"), check_flag(progress, "progress")
     if isinstance(observation, WithGeometry):
         observation, keep_states = no_sensors(observation), True
+    if not isinstance(ensemble, (Ensemble, type(None))):
+        raise InputError(f"ensemble is of type {type(ensemble).__name__}: give a firedrake.Ensemble.")
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
     _check_spaces(prior, forward, observation, keep_states)

@@ -20,10 +20,11 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.errors import InstallError
 from fem_diffusion.many_operators import fit_family, load_family
-from fem_diffusion.posterior import ConditionalModel, Samples, fit, load_model, load_samples
+from fem_diffusion.posterior import ConditionalModel, fit, load_model
 from fem_diffusion.problem.family import OperatorFamily, SensorKind
 from fem_diffusion.problem.observation import point_sensors
 from fem_diffusion.problem.prior import GaussianPrior
+from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation import load_pairs, simulate
 
 KINDS = "data set", "block", "model", "field model", "family model", "basis", "samples", "checkpoint"

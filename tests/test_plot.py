@@ -10,7 +10,7 @@ from fem_diffusion.diagnostics import calibrate
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
 from fem_diffusion.plot import plot_calibration, plot_history, plot_predictive, plot_samples
-from fem_diffusion.posterior import Samples
+from fem_diffusion.samples import Samples
 
 matplotlib.use("Agg")
 

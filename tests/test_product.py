@@ -12,7 +12,8 @@ from fem_diffusion.bridge import karhunen_loeve, load_basis, pod
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field
-from fem_diffusion.posterior import Samples, fit, load_samples
+from fem_diffusion.posterior import fit
+from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.problem.observation import point_sensors
 from fem_diffusion.problem.prior import CallablePrior, GaussianPrior, TransformedPrior
 from fem_diffusion.problem.product import ProductPrior

@@ -10,7 +10,6 @@ import math
 import os
 from dataclasses import asdict, dataclass, field
 from numbers import Integral
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fem_diffusion import files
+from fem_diffusion.checks import check_path
 from fem_diffusion.diffusion._checkpoint import load_state, read_state, save_state
 from fem_diffusion.errors import InputError, SolveError
 
@@ -185,7 +185,7 @@ class Loop:
         self.best_losses, self.best = task.base_losses, None
         self.history.base = float(task.base_losses.mean())
         self.fingerprint, self.marks = _fingerprint(options), _marks(task.parts)
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
         if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
             raise InputError(f"The folder of the checkpoint {self.checkpoint} does not exist: make it first.")
         if self.checkpoint is not None and self.checkpoint.exists():

@@ -1,0 +1,178 @@
+"""Samples of a parameter: a sequence of Functions with summaries, files and pictures."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import torch
+from firedrake import Function
+
+from fem_diffusion import files
+from fem_diffusion.checks import check_count, check_number, check_path
+from fem_diffusion.errors import InputError
+from fem_diffusion.export import write_checkpoint, write_vtk
+from fem_diffusion.fields import field, on_root, owned_size
+from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+
+__all__ = ["Samples", "load_samples"]
+
+_FILE = "samples.safetensors"
+# Samples in the files for other programs, which are slow to write.
+_VIEWED = 20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of the parameter: a sequence of Functions with summaries.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the parameter.
+    values : numpy.ndarray
+        Owned coefficients, shape (n, n_owned).
+    latents : torch.Tensor
+        Latents, shape (n, r), global.
+    """
+
+    V: object
+    values: np.ndarray
+    latents: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int | slice) -> "Function | Samples":
+        """One sample as a Function, or some of them."""
+        if isinstance(index, slice):
+            return Samples(self.V, self.values[index], self.latents[index])
+        if not isinstance(index, Integral) or isinstance(index, bool):
+            raise InputError(f"Samples are numbered by integers and slices, not by {index!r}.")
+        # An IndexError ends a loop over a sequence, so it stays one.
+        return field(self.V, self.values[index], name=f"sample_{range(len(self))[index]}")
+
+    def __iter__(self) -> Iterator[Function]:
+        return (self[i] for i in range(len(self)))
+
+    def component(self, i: int) -> "Samples":
+        """Samples of one component of a mixed parameter, for pictures and files; `latents` stay those of all.
+
+        Parameters
+        ----------
+        i : int
+            Index of the component.
+
+        Returns
+        -------
+        Samples
+            In the component's own space.
+
+        Raises
+        ------
+        InputError
+            If there is no such component.
+        """
+        if not isinstance(i, Integral) or not 0 <= i < len(self.V):
+            raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
+        sizes = [owned_size(W) for W in self.V]
+        columns = slice(sum(sizes[:i]), sum(sizes[:i + 1]))
+        return Samples(self.V[i].collapse() if len(self.V) > 1 else self.V, self.values[:, columns], self.latents)
+
+    def mean(self) -> Function:
+        """Pointwise mean at the nodes."""
+        return field(self.V, self.values.mean(axis=0), name="mean")
+
+    def std(self) -> Function:
+        """Pointwise standard deviation at the nodes."""
+        if len(self) < 2:
+            raise InputError("A standard deviation needs at least 2 samples.")
+        return field(self.V, self.values.std(axis=0, ddof=1), name="std")
+
+    def quantile(self, q: float) -> Function:
+        """Pointwise quantile at the nodes, 0 <= q <= 1."""
+        q = check_number(q, "q", least=0, most=1)
+        return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("Samples hold a mesh and cannot be copied or pickled: use their save, and load_samples.")
+
+    def save(self, folder: str | os.PathLike, count: int | None = None) -> None:
+        """Write the samples, for `load_samples`, and their summaries for other programs.
+
+        Parameters
+        ----------
+        folder : path
+            Receives ``samples.safetensors``, with the samples and their latents; ``samples.h5``, a CheckpointFile of
+            mesh, mean, standard deviation, 2.5 and 97.5 % quantiles and the first 20 samples; and ``summary.pvd`` for
+            viewing. Of a mixed parameter the last two are in a folder for each component, ``component_0`` and so on;
+            of one that does not live on the cells of a mesh (Real space) there is the first one only.
+        count : int, optional
+            Number of samples to write; all where left out.
+
+        Raises
+        ------
+        InputError
+            If `count` is no positive integer.
+        FileError
+            If a file cannot be written.
+        InstallError
+            If VTK is not installed; the other files are written all the same.
+
+        Notes
+        -----
+        Firedrake runs code that it finds in a CheckpointFile: open none that a stranger may have written.
+        """
+        folder, comm = check_path(folder, "folder"), self.V.comm
+        chosen = self if count is None else self[:check_count(count, "count")]
+        arrays = {"key": gather_keys(self.V), "values": gather_rows(self.V, chosen.values),
+                  "latents": chosen.latents.detach().cpu().numpy()}
+
+        def write():
+            files.make_folder(folder)
+            files.write(folder / _FILE, "samples", arrays, {"element": element_of(self.V)})
+        on_root(comm, write)
+        for i in range(len(self.V)):
+            part = self.component(i)
+            if part.V.ufl_element().family() != "Real":
+                part._export(folder / f"component_{i}" if len(self.V) > 1 else folder, min(_VIEWED, len(chosen)))
+
+    def _export(self, folder: Path, count: int) -> None:
+        """Write summaries and some samples for other programs."""
+        summary = [self.mean(), *([self.std()] if len(self) > 1 else []), self.quantile(0.025), self.quantile(0.975)]
+        write_checkpoint(folder / "samples.h5", [*summary, *self[:count]])
+        write_vtk(folder / "summary.pvd", summary)
+
+    def plot(self, axes=None, truth: Function | None = None, **kwargs):
+        """Draw the samples; see `fem_diffusion.plot.plot_samples`."""
+        from fem_diffusion.plot import plot_samples
+        return plot_samples(self, axes=axes, truth=truth, **kwargs)
+
+
+def load_samples(folder: str | os.PathLike, V) -> Samples:
+    """Read what `Samples.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the parameter, on the mesh of the samples; on any number of ranks.
+
+    Returns
+    -------
+    Samples
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, foreign, or belongs to another mesh or space.
+    """
+    content = read_everywhere(V.comm, check_path(folder, "folder") / _FILE, "samples", "Copy it again, or sample anew.")
+    columns = own_columns(content, "key", "element", V)
+    values = content.array("values", None, len(content.arrays["key"]))
+    latents = content.arrays.get("latents", np.empty(0))
+    return Samples(V, values[:, columns], torch.from_numpy(content.array("latents", len(values), None,
+                                                                         dtype=latents.dtype)))
