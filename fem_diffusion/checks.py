@@ -13,11 +13,57 @@ import numpy as np
 
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options",
-           "check_path", "check_readings", "check_seed"]
+__all__ = ["LARGEST", "check_all", "check_array", "check_choice", "check_count", "check_device", "check_flag",
+           "check_number", "check_options", "check_path", "check_readings", "check_seed", "shape_fits", "shape_words"]
 
-# Beyond it squares of readings, and sums of them, overflow.
-_LARGEST = 1e100
+# Beyond it sums of squares leave the range of double precision.
+LARGEST = 1e100
+
+
+def shape_fits(shape: Collection[int], wanted: tuple) -> bool:
+    """Whether a shape is the wanted one, of numbers and of words that each stand for one number."""
+    words = {}
+    return len(shape) == len(wanted) and all(
+        n == (words.setdefault(want, n) if isinstance(want, str) else want) for n, want in zip(shape, wanted))
+
+
+def shape_words(wanted: tuple) -> str:
+    """A wanted shape for messages: (n, r)."""
+    return f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+
+
+def check_all(x, name: str, kind: type, words: str | None = None) -> tuple:
+    """Several objects of one class, as a tuple; `words` say what they are where the class does not."""
+    words = words or kind.__name__
+    if isinstance(x, str) or not np.iterable(x):
+        raise InputError(f"{name} is {x!r}: give a sequence of {words}.")
+    items = tuple(x)
+    if not all(isinstance(item, kind) for item in items):
+        found = sorted({type(item).__name__ for item in items})
+        raise InputError(f"{name} holds {', '.join(found)}: give a sequence of {words}.")
+    return items
+
+
+def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
+    """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
+
+    Shapes hold numbers, and words that each stand for one number: ("n", "r").
+    """
+    wanted = " or ".join(map(shape_words, shapes))
+    try:
+        array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is no array of numbers ({error}): give one of shape {wanted}.") from error
+    if array.dtype.kind not in "fiu":
+        remedy = "give real and imaginary parts by themselves" if array.dtype.kind == "c" else "give real numbers"
+        raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
+    if not any(shape_fits(array.shape, shape) for shape in shapes):
+        raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
+    array = array.astype(float)
+    if not (np.abs(array) <= LARGEST).all():
+        raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}: leave those out, mend where "
+                         "they come from, or take other units.")
+    return array
 
 
 def check_seed(seed, name: str = "seed") -> int:
@@ -93,7 +139,7 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
         raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the "
                          f"{count} sensors.")
     y = array.astype(float)
-    bad = np.flatnonzero(~(np.abs(y) <= _LARGEST) & ~(np.isnan(y) & failed))
+    bad = np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))
     if len(bad):
         which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
         repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"

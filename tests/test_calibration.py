@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fem_diffusion.diagnostics import calibrate, calibrate_model, sbc_p_values, sbc_ranks
-from fem_diffusion.diffusion import GaussianNoise
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 
 M, N, R = 600, 99, 3
@@ -70,7 +70,9 @@ def test_ranks_count_the_draws_below():
 
 
 @pytest.mark.parametrize("draws, truth, words", [
-    (np.zeros((4, 9, 2)), np.zeros((4, 3)), "Draws"), (np.zeros((4, 2)), np.zeros((4, 2)), "Draws"),
+    (np.zeros((4, 9, 2)), np.zeros((4, 3)), r"truth .*give \(4, 2\)"),
+    (np.zeros((4, 2)), np.zeros((4, 2)), r"draws .*give \(m, n, r\)"), (np.zeros((0, 9, 1)), np.zeros((0, 1)), "Draws"),
+    (np.full((4, 9, 1), 1j), np.zeros((4, 1)), "real and imaginary"),
     (np.full((4, 9, 1), np.nan), np.zeros((4, 1)), "finite"),
 ])
 def test_wrong_shapes_are_refused(draws, truth, words):
@@ -78,10 +80,19 @@ def test_wrong_shapes_are_refused(draws, truth, words):
         calibrate(draws, truth)
 
 
-@pytest.mark.parametrize("bins", [1, 101])
-def test_wrong_bins_are_refused(bins):
-    with pytest.raises(InputError, match="bins"):
-        sbc_p_values(np.zeros((40, 1), dtype=int), N, bins)
+@pytest.mark.parametrize("ranks, n, bins, words", [
+    (0, N, 1, "bins"), (0, N, 101, "bins"), (0, N, 2.0, "bins is 2.0"), (0, 0, None, "n is 0"), (0.5, N, None, "ranks"),
+    (-1, N, None, "ranks"), (N + 1, N, None, "ranks"), (1j, N, None, "ranks"),
+])
+def test_wrong_ranks_and_bins_are_refused(ranks, n, bins, words):
+    with pytest.raises(InputError, match=words):
+        sbc_p_values(np.full((40, 1), ranks), n, bins)
+
+
+@pytest.mark.parametrize("levels", [0.9, (0.5, 1.5), ("0.9",), (None,), (90,)])
+def test_wrong_levels_are_refused(levels):
+    with pytest.raises(InputError, match="level"):
+        calibrate(*_pairs()[:2], levels)
 
 
 class _ExactModel:
@@ -109,6 +120,14 @@ def test_a_model_is_calibrated_on_held_out_pairs():
         error = right.coverage_error(level)
         # Latents are independent here, so the error is that of 2,000 coins.
         assert error == pytest.approx(np.sqrt(level * (1 - level) / 2000), rel=0.2) and abs(share - level) < 4 * error
+    # A number is the standard deviation; a noise of the user's own may write into what it gets.
+    rude = CallableNoise(lambda y, g: y.add_(0.5 * torch.randn(y.shape, generator=g, dtype=y.dtype)))
+    for same in (0.5, rude):
+        np.testing.assert_array_equal(calibrate_model(_ExactModel(), data, same, seed=1).ranks, right.ranks)
+    for change, words in (({"seed": None}, "seed"), ({"draws": 9.0}, "draws"), ({"leading": 0}, "leading"),
+                          ({"noise": [0.5, 0.5]}, r"\[2\] sensors"), ({"levels": 0.9}, "levels")):
+        with pytest.raises(InputError, match=words):
+            calibrate_model(_ExactModel(), data, **{"noise": noise, "seed": 1, **change})
     wrong = calibrate_model(_ExactModel(0.3), data, noise, seed=1, leading=2)
     assert wrong.ranks.shape == (400, 2) and wrong.coverage[0.9] < 0.9 - 4 * wrong.coverage_error(0.9)
     blind = calibrate_model(_ExactModel(), SimpleNamespace(fields=z, observations=z), None, seed=1)

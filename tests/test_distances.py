@@ -5,7 +5,7 @@ import builtins
 import numpy as np
 import pytest
 
-from fem_diffusion.diagnostics import c2st, energy_score, mmd, sinkhorn, sliced_wasserstein
+from fem_diffusion.diagnostics import c2st, energy_score, mmd, moment_p_values, sinkhorn, sliced_wasserstein
 from fem_diffusion.errors import InputError, InstallError
 
 TWO_SAMPLE = [sliced_wasserstein, sinkhorn, mmd, c2st]
@@ -107,7 +107,7 @@ def test_energy_score_prefers_the_truth(wrong):
 
 @pytest.mark.parametrize("distance", TWO_SAMPLE, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("a, b, words", [
-    (np.zeros((5, 2)), np.zeros((5, 3)), "Two sets"), (np.zeros(5), np.zeros(5), "Two sets"),
+    (np.zeros((5, 2)), np.zeros((5, 3)), "Two sets"), (np.zeros(5), np.zeros(5), r"give \(n, r\)"),
     (np.zeros((0, 2)), np.zeros((5, 2)), "Two sets"), (np.full((9, 1), np.nan), np.zeros((9, 1)), "finite"),
 ])
 def test_wrong_samples_are_refused(distance, a, b, words):
@@ -120,8 +120,19 @@ def test_wrong_samples_are_refused(distance, a, b, words):
     (lambda: sinkhorn(np.zeros((1, 2)), np.ones((5, 2))), "no spread"),
     (lambda: c2st(np.zeros((9, 1)), np.ones((9, 1))), "constant"),
     (lambda: c2st(np.arange(3.0)[:, None], np.ones((9, 1))), "as many"),
+    (lambda: sliced_wasserstein(np.eye(3), np.eye(3), projections=0), "projections is 0"),
+    (lambda: sliced_wasserstein(np.eye(3), np.eye(3), seed=None), "seed is None"),
+    (lambda: sinkhorn(np.eye(3), np.eye(3), regularisation=0.0), "regularisation is 0"),
+    (lambda: sinkhorn(np.eye(3), np.eye(3), iterations=2.0), "iterations is 2.0"),
+    (lambda: sinkhorn(np.eye(3), np.eye(3), tolerance=np.nan), "tolerance is nan"),
+    (lambda: c2st(np.eye(3), np.eye(3), folds=1), "folds is 1"), (lambda: c2st(np.eye(3), np.eye(3), seed=-1), "seed"),
+    (lambda: mmd(1j * np.eye(3), np.eye(3)), "real and imaginary"), (lambda: mmd(None, np.eye(3)), "real numbers"),
+    (lambda: moment_p_values(np.eye(3)[:, :2], np.zeros(2), np.ones((2, 2))), "not positive definite"),
+    (lambda: moment_p_values(np.eye(3)[:, :2], np.zeros(2), [[1, 0.5], [0.1, 1]]), "not symmetric"),
+    (lambda: moment_p_values(np.eye(3)[:, :2], np.zeros(3), np.eye(2)), r"give \(2,\)"),
+    (lambda: energy_score(np.full((4, 3, 2), np.nan), np.zeros((4, 2))), "not finite"),
     (lambda: energy_score(np.zeros((4, 1, 2)), np.zeros((4, 2))), "n >= 2"),
-    (lambda: energy_score(np.zeros((4, 5, 2)), np.zeros((3, 2))), "n >= 2"),
+    (lambda: energy_score(np.zeros((4, 5, 2)), np.zeros((3, 2))), r"give \(4, 2\)"),
 ])
 def test_senseless_settings_are_refused(call, words):
     with pytest.raises(InputError, match=words):

@@ -72,6 +72,13 @@ def test_gradients_of_a_linear_field():
     assert float((values.max() - values.min()) * at) <= 1.7 + 2 + 1e-8
 
 
+def test_what_the_network_sees_of_a_measurement_knows_no_units(basis, network):
+    operator = torch.randn(K, R, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
+    base = linear_base(operator * unit[:, None], 0.1 * torch.diag(unit**2))
+    torch.testing.assert_close(network.on(field_geometry(basis), base).gain, network.gain)
+
+
 @pytest.mark.parallel([1, 2])
 def test_geometry_does_not_depend_on_the_ranks():
     ours, alone = field_geometry(_basis()), field_geometry(_basis(COMM_SELF))

@@ -99,15 +99,22 @@ def test_variance_exploding_has_no_drift():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: variance_exploding(2.0, 1.0), "sigma_min < sigma_max"),
-    (lambda: variance_exploding(schedule="quadratic"), "schedule must be one of"),
-    (lambda: variance_preserving(0.0, 1.0), "beta_min"), (lambda: sub_variance_preserving(2.0, 1.0), "beta_min"),
+    (lambda: variance_exploding(2.0, 1.0), "sigma_max is 1.0: give a number above 2"),
+    (lambda: variance_exploding(schedule="quadratic"), "schedule is 'quadratic'"),
+    (lambda: variance_preserving(0.0, 1.0), "beta_min"), (lambda: sub_variance_preserving(2.0, 1.0), "beta_max"),
     (lambda: variance_preserving(schedule="cosine", sigma_max=-1.0), "sigma_max"),
     (lambda: straight_line(float("inf")), "sigma_max"), (lambda: constant_moment(0.0), "variance"),
     (lambda: Formulation("falls", lambda t: 1 - t, torch.ones_like), "increase"),
     (lambda: Formulation("blows up", lambda t: t / (1 - t), torch.ones_like), "finite"),
     (lambda: Formulation("scalar", lambda t: t, lambda t: torch.ones(1)), "elementwise"),
     (lambda: Formulation("negative", lambda t: t, lambda t: t - 2), "positive"),
+    (lambda: Formulation("complex", lambda t: 1j * t, torch.ones_like), "real tensor"),
+    (lambda: Formulation("number", 2.0, torch.ones_like), "variance is 2.0"),
+    (lambda: Formulation(3, lambda t: t, torch.ones_like), "name of a formulation is 3"),
+    (lambda: variance_exploding(sigma_min=None), "sigma_min is None"),
+    (lambda: constant_moment("1"), "variance is '1'"),
+    (lambda: variance_preserving(beta_max=float("nan")), "beta_max is nan"),
+    (lambda: straight_line(sigma_max=True), "sigma_max is True"),
 ])
 def test_wrong_settings_are_refused(make, words):
     with pytest.raises(InputError, match=words):

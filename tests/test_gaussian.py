@@ -6,7 +6,7 @@ import torch
 
 from fem_diffusion.diagnostics import linear_gaussian_posterior
 from fem_diffusion.diffusion import (
-    CallableNoise, GaussianNoise, TrainingOptions, fit_base, fit_denoiser, linear_base, plain_base,
+    CallableNoise, GaussianNoise, TrainingOptions, as_noise, fit_base, fit_denoiser, linear_base, plain_base,
 )
 from fem_diffusion.errors import InputError
 
@@ -90,6 +90,85 @@ def test_latents_of_unlike_units_are_all_resolved():
     torch.testing.assert_close(other.mean(y), one.mean(y) * units)
 
 
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]], ids=str)
+def test_correlated_noise_knows_no_units(order):
+    unit = np.array([1e-4, 1e-4, 1e5, 1e5])[order]
+    covariance = np.outer(unit, unit) * (0.5 + 0.5 * np.eye(4))
+    noise, n = GaussianNoise(covariance=covariance), 40000
+    error = noise.sample(torch.zeros(n, 4, dtype=torch.float64), torch.Generator().manual_seed(0)).numpy() / unit
+    # Five standard errors of a sample covariance.
+    assert (np.abs(np.cov(error.T) - 0.5 - 0.5 * np.eye(4)) < 5 * np.sqrt(2 / n)).all()
+    np.testing.assert_allclose(noise.covariance(torch.zeros(1, 4)), covariance, rtol=1e-6)
+
+
+def test_a_sensor_may_have_noise_of_its_own_beside_correlated_noise():
+    unit, exact = np.array([1e-4, 1e3, 1e-4, 1e5]), 0.5 + 0.5 * np.eye(4)
+    exact[1], exact[:, 1], exact[1, 1] = 0, 0, 1
+    covariance = np.outer(unit, unit) * exact
+    covariance[1, 1] = 0
+    noise, n = GaussianNoise(std=[0, 1e3, 0, 0], covariance=covariance), 40000
+    error = noise.sample(torch.zeros(n, 4, dtype=torch.float64), torch.Generator().manual_seed(0)).numpy()
+    assert (np.abs(np.cov((error / unit).T) - exact) < 5 * np.sqrt(2 / n)).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_posterior_of_pairs_knows_no_units(seed):
+    operator, noise, y, g = _problem()
+    z = 3 + torch.randn(50, R, generator=g, dtype=torch.float64) @ torch.randn(R, R, generator=g, dtype=torch.float64)
+    order = torch.Generator().manual_seed(seed)
+    latents, sensors = (torch.logspace(-8, 8, n, dtype=torch.float64)[torch.randperm(n, generator=order)]
+                        for n in (R, K))
+    # A linear map leaves no residual, so the law is that of the pairs' own prior moments.
+    prior = np.cov(z.numpy(), rowvar=False)
+    model = GaussianNoise(covariance=noise * torch.outer(sensors, sensors))
+    base = fit_base(z * latents, z @ operator.T * sensors, model.covariance(z[:, :K]))
+    mean, covariance = linear_gaussian_posterior(operator.numpy(), prior, noise.numpy(),
+                                                 (y[0] - operator @ z.mean(0)).numpy())
+    np.testing.assert_allclose((base.mean(y[:1] * sensors)[0] / latents - z.mean(0)).numpy(), mean, rtol=1e-6)
+    found = (base.covariance / torch.outer(latents, latents)).numpy()
+    np.testing.assert_allclose(found, covariance, rtol=1e-6, atol=1e-9)
+
+
+def test_noise_that_writes_into_the_data_leaves_them_as_they_are():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(20000, 1, generator=g, dtype=torch.float64)
+    y, buffer = z.clone(), torch.zeros(40000, 1, dtype=torch.float64)
+
+    def rude(y, g):
+        y.add_(0.5 * torch.randn(y.shape, generator=g, dtype=y.dtype))
+        return buffer[:len(y)].copy_(y)
+    few = TrainingOptions(steps=20, evaluate_every=20, width=4)
+    base = fit_denoiser(z, y, CallableNoise(rude), standard_prior=True, options=few)[0].base
+    # N(0, 1) read as 0.7 with a variance of 0.25: mean 0.56, variance 0.2, to the error of a variance of 20,000 draws.
+    assert torch.equal(y, z)
+    assert abs(float(base.mean(torch.full((1, 1), 0.7, dtype=torch.float64))) - 0.56) < 0.006
+    assert abs(float(base.covariance) - 0.2) < 0.01
+
+
+def test_numbers_stand_for_gaussian_noise():
+    y = torch.ones(5, 2, dtype=torch.float64)
+    for given, std in ((0.5, [0.5, 0.5]), (1, [1, 1]), (np.float32(0.5), [0.5, 0.5]), ([0.1, 0.2], [0.1, 0.2]),
+                       (torch.tensor([0.1, 0.2]), [0.1, 0.2])):
+        np.testing.assert_allclose(as_noise(given, 2).covariance(y).numpy(), np.diag(np.square(std)), rtol=1e-6)
+    for noise in (None, GaussianNoise(std=1.0), CallableNoise(lambda y, g: y)):
+        assert as_noise(noise, 2) is noise
+    z = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = TrainingOptions(steps=20, evaluate_every=20, width=4)
+    one, other = (fit_denoiser(z, z, noise, options=few)[0].base for noise in (0.5, GaussianNoise(std=0.5)))
+    assert torch.equal(one.gain, other.gain)
+
+
+@pytest.mark.parametrize("noise, words", [
+    ({"std": 0.1}, r"GaussianNoise\(\*\*noise\)"), (lambda y, g: y, r"CallableNoise\(noise\)"), (0.0, "needs noise"),
+    (-0.1, "negative"), ("0.1", "real numbers"), (True, "real numbers"), (0.1j, "imaginary"), (np.inf, "finite"),
+    ([0.1] * 3, r"\[3\] sens"), (GaussianNoise(relative=[0.1] * 3), r"\[3\] sensors, the observations have 2"),
+])
+def test_what_is_no_noise_is_refused_before_training(noise, words):
+    z = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(InputError, match=words):
+        fit_denoiser(z, z, noise)
+
+
 def test_whiten_and_colour_are_inverse():
     operator, noise, y, g = _problem()
     base = linear_base(operator, noise)
@@ -121,6 +200,26 @@ def test_noise_has_its_covariance(noise, expected):
     (lambda: GaussianNoise(), "needs noise"), (lambda: GaussianNoise(std=[0.1, 0.0]), "needs noise"),
     (lambda: GaussianNoise(covariance=[[1.0, 2.0], [0.0, 1.0]]), "symmetric"),
     (lambda: GaussianNoise(covariance=[[1.0, 2.0], [2.0, 1.0]]), "negative eigenvalue"),
+    (lambda: GaussianNoise(covariance=[[1.0, 2e-8], [2e-8, 1e-16]]), "negative eigenvalue"),
+    (lambda: GaussianNoise(covariance=[[1e16, 1.0], [0.5, 1e-16]]), "symmetric"),
+    (lambda: GaussianNoise(covariance=[[1.0, 0.5], [0.5, 0.0]]), r"\[1\] have covariances and no variance"),
+    (lambda: GaussianNoise(covariance=[[-1.0, 0.0], [0.0, 1.0]]), r"negative variances at sensors \[0\]"),
+    (lambda: GaussianNoise(covariance=0), r"give \(k, k\)"), (lambda: GaussianNoise(covariance=[[0.0]]), "needs noise"),
+    (lambda: GaussianNoise(covariance=1j * np.eye(2)), "imaginary"), (lambda: GaussianNoise(std=None), "real numbers"),
+    (lambda: GaussianNoise(std=1e-200), "below 1e-100"), (lambda: GaussianNoise(std=1e200), "beyond"),
+    (lambda: GaussianNoise(std=[1.0, 2.0], covariance=np.eye(3)), r"for \[2, 3\] sensors"),
+    (lambda: GaussianNoise(std=1.0).sample(torch.zeros(5, 3), 7), "manual_seed"), (lambda: CallableNoise(3), "is 3"),
+    (lambda: GaussianNoise(std=1.0).covariance(np.zeros((5, 3))), "floating-point tensor"),
+    (lambda: GaussianNoise(std=1.0).sample(torch.zeros(5, 3, dtype=int), torch.Generator()), "floating-point tensor"),
+    (lambda: CallableNoise(lambda y, g: 1j * y).sample(torch.zeros(5, 3), None), "finite real"),
+    (lambda: linear_base(torch.ones(2, 3), torch.eye(3)), r"give \(2, 2\)"),
+    (lambda: linear_base(torch.ones(2, 3), torch.eye(2), torch.ones(3)), r"give \(2,\)"),
+    (lambda: fit_base(torch.eye(9)[:, :2], torch.eye(9)[:, :2], torch.eye(3)), r"give \(2, 2\)"),
+    (lambda: fit_base(torch.eye(9)[:, :2], torch.eye(9), torch.eye(9), "no"), "standard_prior is 'no'"),
+    (lambda: fit_base(1j * torch.ones(50, 6), torch.ones(50, 2), torch.eye(2)), "imaginary"),
+    (lambda: fit_base(torch.eye(9).double(), 1e200 * torch.eye(9).double(), torch.eye(9)), r"sensors \[0, 1, 2"),
+    (lambda: fit_base(torch.eye(9)[:, :2], 1e-200 * torch.eye(9).double(), torch.eye(9)), "squares vanish"),
+    (lambda: fit_base(torch.randn(50, 1), torch.full((50, 1), 0.3), torch.zeros(1, 1)), r"sensors \[0\] read the same"),
     (lambda: GaussianNoise(std=[0.1, 0.2]).covariance(torch.zeros(5, 3)), "2.*sensors.*3"),
     (lambda: CallableNoise(lambda y, g: y[:, :1]).sample(torch.zeros(5, 3), None), "must return"),
     (lambda: fit_base(torch.zeros(5, 6), torch.zeros(5, 2), torch.eye(2)), "simulate more"),

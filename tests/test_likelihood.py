@@ -68,9 +68,11 @@ def test_random_probes_are_unbiased():
 @pytest.mark.parametrize("change, words", [
     ({"z": torch.zeros(40, 3)}, "Latents and measurements"), ({"y": torch.zeros(39, 2)}, "Latents and measurements"),
     ({"z": torch.full((40, 5), torch.nan)}, "finite"), ({"probes": 3}, "pass a generator"),
+    ({"probes": 2.0}, "probes is 2.0"), ({"probes": 3, "generator": 7}, "manual_seed"), ({"chunk": 0}, "chunk is 0"),
+    ({"z": torch.zeros(40, 5) * 1j}, "imaginary"), ({"y": 1e200 * torch.ones_like(Y)}, "beyond"),
+    ({"z": None}, "torch.as_tensor"), ({"denoiser": None}, "denoiser is of type NoneType"),
 ])
 def test_wrong_input_is_refused(change, words):
     denoiser, z, _ = _gaussian()
-    arguments = {"z": z, "y": Y, **change}
     with pytest.raises(InputError, match=words):
-        log_density(denoiser, **arguments)
+        log_density(**{"denoiser": denoiser, "z": z, "y": Y, **change})

@@ -41,7 +41,15 @@ def test_narrow_posteriors_draw_steps_to_small_noise():
         assert share > 1.2 * even and share - even > 0.1
 
 
-@pytest.mark.parametrize("speeds", [torch.ones(3), torch.tensor([1.0, -1.0]), torch.tensor([1.0, torch.nan])])
-def test_wrong_speeds_are_refused(speeds):
-    with pytest.raises(InputError, match="finite mean square"):
-        fit_spectrum(torch.tensor([0.1, 0.2]), speeds)
+@pytest.mark.parametrize("call, words", [
+    (lambda angles: fit_spectrum(angles, torch.ones(3)), r"give \(2,\)"),
+    (lambda angles: fit_spectrum(angles, torch.tensor([1.0, -1.0])), "finite mean square"),
+    (lambda angles: fit_spectrum(angles, torch.tensor([1.0, torch.nan])), "not finite"),
+    (lambda angles: fit_spectrum(angles + 3, torch.ones(2)), "between 0 and pi/2"),
+    (lambda angles: fit_spectrum([0.1, 0.2], torch.ones(2)), "torch.as_tensor"),
+    (lambda angles: place_angles(None, 2.0), "steps is 2.0"), (lambda angles: place_angles(None, 2, 0), "order is 0"),
+    (lambda angles: place_angles(angles, 2), "what fit_spectrum returns"),
+])
+def test_wrong_input_is_refused(call, words):
+    with pytest.raises(InputError, match=words):
+        call(torch.tensor([0.1, 0.2]))

@@ -1,16 +1,17 @@
 """One model for many sensors, torch only: emulator, random layouts, base at the posterior, network under it."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from fem_diffusion.diagnostics import moment_p_values
+from fem_diffusion.diagnostics import linear_gaussian_posterior, moment_p_values
 from fem_diffusion.diffusion import _loop
 from fem_diffusion.diffusion import (
-    Denoiser, Emulator, LayoutLaw, OperatorBase, OperatorDenoiser, SensorPool, Sensors, TrainingOptions, fit_emulator,
-    fit_operators, linear_base, sample_latents,
+    Denoiser, Emulator, FamilyWarning, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
+    Sensors, TrainingOptions, fit_emulator, fit_operators, linear_base, sample_latents,
 )
 from fem_diffusion.errors import InputError, FileError
 
@@ -245,13 +246,119 @@ def test_training_of_many_operators_resumes_and_refuses_foreign_checkpoints(tmp_
         fit_operators(*arguments, _law((1, 3)), options=few, checkpoint=tmp_path / "state")
 
 
+def _in_units(unit, shift=0.0):
+    """The law whose sensors read in these units (64,), from the shift on."""
+    pool = _law().pools[0]
+    return LayoutLaw((SensorPool(pool.rows * unit[:, None, None], (pool.offset + shift) * unit[:, None],
+                                 pool.std * unit[:, None], pool.count),))
+
+
+def _units(n=64):
+    return torch.logspace(-8, 8, n, dtype=torch.float64)[torch.randperm(n, generator=_generator(9))]
+
+
+def test_the_exact_posterior_of_any_sensors_knows_no_units():
+    emulator = Emulator(3, 2, depth=0)
+    latents, matrix = torch.tensor([1e8, 1.0, 1e-8]).double(), torch.tensor([[1., 0.5, 0], [0, 1, -1]]).double()
+    emulator.matrix, emulator.residual = matrix / latents, 0.01 * torch.eye(2, dtype=torch.float64)
+    base = OperatorBase(torch.zeros(3).double(), torch.diag(latents), emulator)
+    unit = torch.tensor([1e8, 1e-8, 1e3, 1e-25]).double()
+    plain = _law((4, 4)).draw(1, _generator(3))
+    sensors = Sensors(plain.rows * unit[:, None], plain.offset * unit, plain.variance * unit**2, plain.present)
+    y, B = torch.tensor([0.3, -0.2, 0.5, 1.0], dtype=torch.float64), plain.rows[0].numpy()
+    noise = np.diag(plain.variance[0]) + 0.01 * B @ B.T
+    mean, covariance = linear_gaussian_posterior(B @ matrix.numpy(), np.eye(3), noise, (y - plain.offset[0]).numpy())
+    found = OperatorDenoiser(base, None).at(sensors, y * unit).base
+    np.testing.assert_allclose((found.latent_mean / latents).numpy(), mean, rtol=1e-8)
+    np.testing.assert_allclose((found.covariance / torch.outer(latents, latents)).numpy(), covariance, rtol=1e-8)
+
+
+@pytest.mark.parametrize("unit, shift, latents", [
+    (_units(), 0.0, (1.0, 1.0)), (_units()**3, 0.0, (1.0, 1.0)), (torch.ones(64).double(), 1e7, (1.0, 1.0)),
+    (torch.ones(64).double(), 0.0, (1e-8, 1e8)),
+], ids=["sensors", "sensors that single precision cannot hold", "readings about a large mean", "latents"])
+def test_training_knows_no_units(unit, shift, latents):
+    w = torch.randn(800, 2, generator=_generator(), dtype=torch.float64)
+    z, scale = torch.sign(w) * w.abs()**0.5, torch.tensor(latents, dtype=torch.float64)
+    few = replace(QUICK, steps=60, evaluate_every=30)
+    # Latents at a hundred standard deviations from zero, where single precision would blur them.
+    move = 0.0 if latents == (1.0, 1.0) else 100.0
+    one, history = fit_operators(z, _bent(z), torch.ones(2).double(), _law(), options=few)
+    other, found = fit_operators((z + move) * scale, _bent(z), torch.ones(2).double(), _in_units(unit, shift),
+                                 options=few)
+    assert one.base.emulator.head is not None and one.network is not None
+    np.testing.assert_allclose([found.base, *found.validation], [history.base, *history.validation], rtol=1e-4)
+    sensors, y = next(_cases(0))
+    rows = sensors.rows[0] @ _law().pools[0].rows[:, 0].T
+    own = unit[rows.argmax(1)]
+    same = Sensors(sensors.rows * own[:, None], (sensors.offset + shift) * own, sensors.variance * own**2,
+                   sensors.present)
+    readings = torch.where(sensors.present[0], (y + shift * sensors.present[0]) * own, 0.0)
+    draws = [sample_latents(model.at(*case), case[1].expand(200, -1), generator=_generator(1))
+             for model, case in ((one, (sensors, y)), (other, (same, readings)))]
+    torch.testing.assert_close(draws[1] / scale - move, draws[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_law_of_unlike_units_is_known_in_all_of_them():
+    rows = torch.tensor([[1.0, 0.0], [1e-17, 0.0]], dtype=torch.float64)[:, None]
+    pools = [SensorPool(unit * rows, torch.zeros(2, 1).double(), torch.full((2, 2, 1), std * unit).double(), (1, 2))
+             for unit, std in ((1e8, 0.1), (1e-8, 0.4))]
+    seen = Seen.of(LayoutLaw(tuple(pools)))
+    assert seen.std == pytest.approx((0.1, 0.4)) and seen.most == 4
+
+    def layout(row, std):
+        return Sensors(torch.tensor([[row]]).double(), None, torch.tensor([[std**2]]).double(), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seen.warn(layout([1e-8, 0.0], 4e-9), ["like"])
+        seen.warn(layout([1e-8 * 1e-17, 1e-8 * 1e-17], 4e-9), ["blind, in the smaller unit"])
+        seen.warn(layout([1e8 * 1e-17, 1e8 * 1e-17], 1e7), ["blind, in the larger unit"])
+    with pytest.warns(FamilyWarning, match="sensor unlike: .* 100%"):
+        seen.warn(layout([0.0, 1e-8], 4e-9), ["unlike"])
+    with pytest.warns(FamilyWarning, match="noise over prior signal reaches .* 10 of the largest"):
+        seen.warn(layout([1e-8, 0.0], 4e-8), ["noisy"])
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"y": torch.tensor([0.0, np.nan])}, r"sensors \[1\]"), ({"y": torch.zeros(3)}, r"give \(2,\)"),
+    ({"y": torch.tensor([1e200, 0.0]).double()}, "beyond"), ({"y": torch.zeros(2) * 1j}, "imaginary"),
+    ({"y": torch.tensor([0.0, 1e30])}, r"sensors \[1\] are more than 1e\+12"), ({"y": [0.0, 0.0]}, "torch.as_tensor"),
+    ({"rows": torch.zeros(1, 2, 3)}, r"give \(1, k, 2\)"), ({"variance": torch.zeros(1, 2)}, "must be positive"),
+    ({"offset": torch.zeros(1, 3)}, r"offset .*give \(1, 2\)"), ({"present": torch.ones(1, 2)}, "true or false"),
+])
+def test_a_measurement_that_is_none_is_refused(change, words):
+    base = OperatorBase(torch.zeros(2).double(), torch.eye(2).double(), Emulator(2, 2, depth=0))
+    parts = {"rows": torch.eye(2)[None], "offset": torch.zeros(1, 2), "variance": torch.ones(1, 2), "y": torch.zeros(2),
+             "present": torch.ones(1, 2, dtype=torch.bool)}
+    parts = {name: x.double() if torch.is_tensor(x) and x.dtype == torch.float32 else x
+             for name, x in (parts | change).items()}
+    y = parts.pop("y")
+    with pytest.raises(InputError, match=words):
+        OperatorDenoiser(base, None).at(Sensors(**parts), y)
+
+
 @pytest.mark.parametrize("call, message", [
-    (lambda z: fit_emulator(z, z[:5], torch.ones(2)), "a row for each pair"),
+    (lambda z: fit_emulator(z, z[:5], torch.ones(2)), "the same pairs"),
     (lambda z: fit_emulator(z[:4], z[:4], torch.ones(2)), "simulate more"),
     (lambda z: fit_operators(z, z * torch.nan, torch.ones(2), _law()), "finite"),
     (lambda z: fit_operators(z[:, :1], z * torch.nan, torch.ones(2), _law()), "finite"),
     (lambda z: _law((0, 65)), "cannot be drawn"),
-    (lambda z: _law((3, 2)), "cannot be drawn"),
+    (lambda z: _law((3, 2)), "cannot be drawn"), (lambda z: _law((1.0, 2)), "count is 1.0"),
+    (lambda z: _law(3), "count is 3"), (lambda z: LayoutLaw(()), "at least one pool"),
+    (lambda z: LayoutLaw((z,)), "pools holds Tensor"), (lambda z: LayoutLaw(3), "pools is 3"),
+    (lambda z: SensorPool(z, z, z, (1, 2)), r"give \(K, g, s\)"),
+    (lambda z: replace(_law().pools[0], std=-_law().pools[0].std), "std must be positive"),
+    (lambda z: fit_emulator(z, z, torch.zeros(2)), "weights .* must be positive"),
+    (lambda z: fit_emulator(z, z, torch.ones(3)), r"give \(2,\)"),
+    (lambda z: fit_emulator(z, z * 1j, torch.ones(2)), "imaginary"),
+    (lambda z: fit_emulator(z, z, torch.ones(2), options={}), r"TrainingOptions\(\*\*options\)"),
+    (lambda z: fit_emulator(z.numpy(), z, torch.ones(2)), "torch.as_tensor"),
+    (lambda z: fit_operators(z, z, torch.ones(2), None), "law is of type NoneType"),
+    (lambda z: fit_operators(z, z[:, :1], torch.ones(1), _law()), "see 2 state coordinates"),
+    (lambda z: fit_operators(z, z, torch.ones(2), _law(), standard_prior=None), "standard_prior is None"),
+    (lambda z: fit_operators(z @ torch.ones(2, 2).double(), z, torch.ones(2), _law()), "depend linearly"),
+    (lambda z: OperatorDenoiser(None, None), "base is of type"), (lambda z: Emulator(2.0, 2), "r is 2.0"),
+    (lambda z: SensorNetwork(2, 2, tokens=63), "multiple of 4"),
 ])
 def test_bad_input_is_refused(call, message):
     with pytest.raises(InputError, match=message):

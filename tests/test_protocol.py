@@ -202,11 +202,36 @@ def test_new_names_are_added_and_an_old_folder_is_completed(tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     ({"formulations": (variance_exploding(), variance_exploding(0.1))}, "formulations share"),
-    ({"samplers": (SAMPLERS[0], SAMPLERS[0])}, "samplers share"), ({"budgets": (0, 4)}, "Budgets"),
+    ({"samplers": (SAMPLERS[0], SAMPLERS[0])}, "samplers share"), ({"budgets": (0, 4)}, "budget is 0"),
+    ({"budgets": (4.0,)}, "budget is 4.0"), ({"budgets": 4}, "budgets is 4"),
+    ({"samplers": ("heun",)}, "of Sampler"), ({"samplers": 3}, "samplers is 3"),
+    ({"formulations": ("VE",)}, "of Formulation"), ({"seed": None}, "seed is None"), ({"seed": 1.0}, "seed is 1.0"),
+    ({"problem": 3}, "problem is 3"), ({"score": None}, "score is None"),
 ])
 def test_senseless_combinations_are_refused(change, words):
     with pytest.raises(InputError, match=words):
         _training(Fit(), **change)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"method": "magic"}, "'magic'"), ({"coordinates": "polar"}, "'polar'"), ({"nodes": "even"}, "'even'"),
+    ({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": "1"}, "alpha is '1'"), ({"name": None}, "name of a sampler"),
+])
+def test_senseless_samplers_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        replace(SAMPLERS[0], **change)
+
+
+@pytest.mark.parametrize("trainings, folder, settings, words", [
+    ([None], "new", {}, "trainings holds NoneType"), ([], None, {}, "folder is None"),
+    ([], "file/new", {}, "cannot be made"), ([], "new", [], "settings cannot be written"),
+    ([], "new", {"signatures": 1}, "settings cannot be written"),
+    ([], "new", {"n": np.int64(3)}, "settings cannot be written"),
+])
+def test_what_the_protocol_cannot_run_is_refused(tmp_path, trainings, folder, settings, words):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=words):
+        run_protocol(trainings, folder if folder is None else tmp_path / folder, settings)
 
 
 def test_trainings_of_one_name_are_refused(tmp_path):
@@ -332,15 +357,32 @@ def test_compare_on_joint_samples(tmp_path):
         compare(z + 1, y, tmp_path, **settings)
 
 
+def test_scores_of_compare_know_no_units(tmp_path):
+    z, y = _pairs()
+    unit = torch.tensor([1e-6, 1e6], dtype=torch.float64)
+    settings = {"held_out": 50, "draws": 19, "samplers": SAMPLERS[-2:-1], "evaluations": (2,), "seeds": (0,),
+                "options": FAST, "progress": False}
+    one, = compare(z, y, tmp_path / "one", **settings)
+    other, = compare(z * unit, 1e8 * y, tmp_path / "other", **settings)
+    assert other["energy_score"] == pytest.approx(one["energy_score"], rel=1e-4)
+
+
 @pytest.mark.parametrize("change, words", [({"held_out": 600}, "held_out"), ({"draws": 1}, "draws"),
                                            ({"held_out": 1}, "held_out"), ({"seeds": ()}, "at least one seed"),
                                            ({"bases": ()}, "one base"), ({"samplers": ()}, "a sampler"),
-                                           ({"evaluations": (1,), "samplers": SAMPLERS[2:3]}, "buys it a step")])
+                                           ({"evaluations": (1,), "samplers": SAMPLERS[2:3]}, "buys it a step"),
+                                           ({"draws": 19.0}, "draws is 19.0"), ({"seeds": (-1,)}, "seed is -1"),
+                                           ({"seeds": 3}, "seeds is 3"), ({"bases": "plain"}, "bases is 'plain'"),
+                                           ({"bases": ("flat",)}, "base is 'flat'"), ({"noise": -1.0}, "negative"),
+                                           ({"noise": [0.1, 0.2]}, r"\[2\] sensors, the observations have 1"),
+                                           ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)")])
 def test_compare_refuses_senseless_numbers(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         compare(*_pairs(), tmp_path, **change)
 
 
 def test_compare_refuses_what_is_not_numbers(tmp_path):
-    with pytest.raises(InputError, match="arrays of numbers"):
-        compare(np.array([["a"], ["b"]]), np.zeros((2, 1)), tmp_path)
+    for z, words in ((np.array([["a"], ["b"]]), "real numbers"), (1j * np.ones((2, 1)), "imaginary"),
+                     ([[1.0], [2.0, 3.0]], "no array of numbers"), ([[1e200], [0.0]], "beyond"), (None, "numbers")):
+        with pytest.raises(InputError, match=words):
+            compare(z, np.zeros((2, 1)), tmp_path)

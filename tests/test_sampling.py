@@ -200,12 +200,16 @@ def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates,
 @pytest.mark.parametrize("change, words", [
     ({"alpha": -1.0}, "alpha"), ({"alpha": lambda t: t - 0.5}, r"alpha must be >= 0.*on \[0, 1\]"),
     ({"alpha": float("nan")}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
-    ({"method": "magic"}, "method in whitened coordinates is one of"), ({"coordinates": "polar"}, "Coordinates"),
+    ({"method": "magic"}, "method in whitened coordinates is 'magic'"),
+    ({"coordinates": "polar"}, "coordinates is 'polar'"),
     ({"method": "exponential"}, "method in whitened"), ({"nodes": "even"}, "nodes is"), ({"alpha": None}, "alpha"),
     ({"alpha": lambda t: 1.0}, "elementwise"), ({"steps": float("nan")}, "steps"),
-    ({"formulation": "VP"}, "is a Formulation such as"),
+    ({"formulation": "VP"}, "a Formulation such as"),
     ({"formulation": Formulation("short", lambda t: t**2, torch.ones_like)}, "noise alone"),
     ({"formulation": variance_exploding(0.2), "coordinates": "plain"}, "noise alone"),
+    ({"steps": 20.0}, "steps is 20.0"), ({"steps": True}, "steps is True"), ({"memory": None}, "memory is None"),
+    ({"corrections": -1}, "corrections is -1"), ({"callback": 3}, "callback is 3"), ({"progress": "no"}, "progress"),
+    ({"alpha": np.zeros(3)}, "alpha"), ({"alpha": lambda t: 1j * t}, "real tensor"), ({"method": 3}, "method"),
 ])
 def test_wrong_settings_are_refused(change, words):
     with pytest.raises(InputError, match=words):
@@ -213,8 +217,45 @@ def test_wrong_settings_are_refused(change, words):
 
 
 def test_wrong_churn_is_refused():
-    with pytest.raises(InputError, match="churn"):
+    with pytest.raises(InputError, match="strength is -1.0"):
         churn(variance_exploding(), -1.0)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: churn("VE", 1.0), "formulation is of type str"), (lambda: churn(variance_exploding(), None), "strength"),
+    (lambda: evaluations("heun", 2.0), "steps is 2.0"), (lambda: evaluations("heun", 0), "steps is 0"),
+    (lambda: sample_latents(None, torch.zeros(3, 2), generator=torch.Generator()), "denoiser is of type NoneType"),
+    (lambda: sample_latents(Denoiser(flat_base(2), None), torch.zeros(3, 2), generator=7), "manual_seed"),
+    (lambda: Denoiser(flat_base(2), 3), "network is 3"), (lambda: Denoiser(None, None), "base is of type"),
+    (lambda: Denoiser(flat_base(2), None, 3), "spectrum is of type"),
+    (lambda: Denoiser(flat_base(2), None, support=3), "support is of type"),
+])
+def test_what_is_no_argument_at_all_is_refused(call, words):
+    with pytest.raises(InputError, match=words):
+        call()
+
+
+def test_functions_of_the_user_may_write_into_what_they_get():
+    def scribble(function):
+        def result(*inputs):
+            value = function(*(x.clone() if torch.is_tensor(x) else x for x in inputs))
+            for x in inputs:
+                if torch.is_tensor(x):
+                    x.fill_(7.0)
+            return value
+        return result
+    mine = Formulation("mine", lambda t: 2500 * t**2, lambda t: (1 + (50 * t)**3)**(1 / 3))
+    rude = Formulation("rude", scribble(mine.variance), scribble(mine.scaling))
+    t = torch.linspace(0.1, 1, 5, dtype=torch.float64)
+    for name in ("sigma", "a", "s", "b", "g", "spread", "time"):
+        torch.testing.assert_close(getattr(rude, name)(t), getattr(mine, name)(t), rtol=0, atol=0)
+    for coordinates, method in EVERY:
+        settings = {"coordinates": coordinates, "method": method, "n": 4, "steps": 4}
+        fixed = METHODS[coordinates][method].deterministic
+        np.testing.assert_array_equal(
+            _sample(scribble(TRUTH), 5, formulation=rude, callback=scribble(lambda *_: None),
+                    alpha=0.0 if fixed else scribble(_rising), **settings),
+            _sample(TRUTH, 5, formulation=mine, alpha=0.0 if fixed else _rising, **settings))
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -229,7 +270,13 @@ def test_measurements_in_single_precision_are_taken():
     assert torch.equal(single, double) and single.dtype == torch.float64
 
 
-@pytest.mark.parametrize("y", [torch.zeros(3, 4), torch.full((3, 2), torch.nan), torch.zeros(2)])
-def test_wrong_measurements_are_refused(y):
-    with pytest.raises(InputError, match="finite and of shape"):
+@pytest.mark.parametrize("y, words", [
+    (torch.zeros(3, 4), r"give \(B, 2\)"), (torch.zeros(2), r"give \(B, 2\)"),
+    (torch.tensor([[0.0, torch.nan]]), r"not finite.* sensors \[1\]"),
+    (torch.tensor([[1e200, 0.0]], dtype=torch.float64), r"beyond 1e\+100, at sensors \[0\]"),
+    (torch.tensor([[0.0, 1e30]], dtype=torch.float64), r"sensors \[1\] are more than 1e\+12 standard deviations"),
+    (torch.zeros(3, 2, dtype=torch.complex128), "real and imaginary"), (np.zeros((3, 2)), "torch.as_tensor"),
+])
+def test_wrong_measurements_are_refused(y, words):
+    with pytest.raises(InputError, match=words):
         sample_latents(Denoiser(flat_base(2), None), y, variance_preserving(), generator=torch.Generator())

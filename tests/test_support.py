@@ -10,6 +10,7 @@ from scipy.stats import kstest, norm, truncnorm
 from fem_diffusion.diffusion import (
     Denoiser, Support, TrainingOptions, find_support, fit_denoiser, log_density, sample_latents,
 )
+from fem_diffusion.errors import InputError
 from truths import flat_base
 
 
@@ -63,6 +64,12 @@ def test_density_is_zero_outside():
     z = torch.tensor([[-0.1], [0.1]], dtype=torch.float64)
     found = log_density(Denoiser(flat_base(1), None, support=support), z, torch.zeros(2, 2, dtype=torch.float64))
     assert found[0] == -math.inf and abs(float(found[1]) - norm.logpdf(0.1)) < 1e-3
+
+
+@pytest.mark.parametrize("z", [None, torch.zeros(5), torch.zeros(5, 2) * 1j, torch.full((5, 2), torch.nan)], ids=str)
+def test_latents_that_are_none_are_refused(z):
+    with pytest.raises(InputError, match="^z "):
+        find_support(z)
 
 
 def test_one_call_finds_the_bounds_of_a_uniform_prior():

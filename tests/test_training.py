@@ -136,6 +136,8 @@ def test_one_call_fits_latents_and_measurements_of_any_scale(base):
     assert white.mean(0).abs().max() < 0.2 and (white.std(0) - 1).abs().max() < 0.12
     with pytest.raises(InputError, match="base is"):
         fit_denoiser(z, y, noise, base="none")
+    with pytest.raises(InputError, match="standard_prior is 'no'"):
+        fit_denoiser(z, y, noise, standard_prior="no")
 
 
 class Memory:
@@ -176,18 +178,71 @@ def test_early_stopping_keeps_the_best_weights():
 
 @pytest.mark.parametrize("change", [
     {"steps": 0}, {"validation_fraction": 1.0}, {"ema_decay": 1.0}, {"learning_rate": -1.0}, {"steps": 40.5},
-    {"batch": 32.0}, {"threads": 0},
-])
+    {"batch": 32.0}, {"threads": 0}, {"seed": -1}, {"seed": None}, {"seed": 1.0}, {"log_sigma_std": np.inf},
+    {"log_sigma_std": 0.0}, {"log_sigma_mean": np.nan}, {"log_sigma_mean": 1e3}, {"learning_rate": np.inf},
+    {"learning_rate": "fast"}, {"width": None}, {"depth": True}, {"patience": 0}, {"evaluate_every": 2.5},
+    {"weight_decay": -0.1}, {"threads": 1.5}, {"validation_fraction": None},
+], ids=str)
 def test_wrong_options_are_refused(change):
+    with pytest.raises(InputError, match=f"^{next(iter(change))} is "):
+        TrainingOptions(**change)
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", None, "cpu:x"])
+def test_a_device_that_is_not_there_is_refused_where_training_starts(device):
+    z, y, _ = _pairs(20)
+    with pytest.raises(InputError, match="device is"):
+        fit_denoiser(z, y, NOISE, options=TrainingOptions(device=device))
+
+
+def test_numbers_of_numpy_are_the_same_options():
+    same = TrainingOptions(steps=np.int64(40), seed=np.int32(3), log_sigma_std=np.int8(1), device=torch.device("cpu"))
+    assert same == TrainingOptions(steps=40, seed=3, log_sigma_std=1.0, device="cpu")
+    assert type(same.steps) is int and type(same.log_sigma_std) is float and type(same.device) is str
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)"), ({"options": None}, "options is of type NoneType"),
+    ({"base": None}, "what fit_base or plain_base returns"), ({"geometry": 3}, "geometry is of type int"),
+    ({"progress": "no"}, "progress is 'no'"), ({"noise": 0.0}, "needs noise"),
+    ({"y": torch.ones(600, 2) * 1j}, "imaginary"), ({"z": np.ones((600, 3))}, "torch.as_tensor"),
+])
+def test_wrong_arguments_are_refused(change, words):
     z, y, base = _pairs()
-    with pytest.raises(InputError):
-        train(z, y, NOISE, base, TrainingOptions(**change))
+    with pytest.raises(InputError, match=words):
+        train(**{"z": z, "y": y, "noise": NOISE, "base": base, "options": QUICK, **change})
 
 
 def test_training_that_diverges_says_so():
     z, y, base = _pairs()
     with pytest.raises(SolveError, match="lower `learning_rate`"):
         train(z, y, NOISE, base, replace(QUICK, learning_rate=1e30))
+
+
+def test_the_network_knows_no_units():
+    z, y, _ = _pairs(500)
+    y = torch.cat([y, z[:, 2:]**2 + y[:, :1]], 1)
+    unit, scale = torch.tensor([1e-8, 1e8, 1e-3]).double(), torch.tensor([1e8, 1e-8, 1.0]).double()
+    few = replace(QUICK, steps=200)
+    one, history = fit_denoiser(z, y, GaussianNoise(std=0.3), options=few)
+    other, found = fit_denoiser(z * scale, y * unit, GaussianNoise(std=0.3 * unit), options=few)
+    assert one.network is not None
+    np.testing.assert_allclose([found.base, *found.validation], [history.base, *history.validation], rtol=1e-4)
+    measurement = torch.tensor([[1.0, 0.5, 2.0]], dtype=torch.float64).expand(200, -1)
+    draws = [sample_latents(model, m, generator=torch.Generator().manual_seed(0))
+             for model, m in ((one, measurement), (other, measurement * unit))]
+    torch.testing.assert_close(draws[1] / scale, draws[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"denoiser": None}, "denoiser is of type"), ({"training": torch.zeros(5, 2)}, "training is of type Tensor"),
+    ({"held_out": (torch.zeros(1, 3), torch.zeros(1, 2))}, "held_out holds 1 pairs"), ({"seed": None}, "seed is None"),
+    ({"held_out": (torch.zeros(5, 3), torch.zeros(4, 2))}, r"give \(5, 2\)"),
+])
+def test_collapse_of_what_is_no_model_or_no_pairs_is_refused(change, words):
+    z, y, base = _pairs(50)
+    with pytest.raises(InputError, match=words):
+        measure_collapse(**{"denoiser": Denoiser(base, None), "training": (z, y), "held_out": (z, y), **change})
 
 
 def test_a_handful_of_pairs_gets_no_network():
@@ -198,7 +253,7 @@ def test_a_handful_of_pairs_gets_no_network():
 
 
 @pytest.mark.parametrize("z, y, words", [
-    (torch.zeros(50), torch.zeros(50, 2), r"\(n, r\)"), (torch.zeros(50, 2), torch.zeros(50), r"\(n, r\)"),
+    (torch.zeros(50), torch.zeros(50, 2), r"\(n, r\)"), (torch.zeros(50, 2), torch.zeros(50), r"\(n, k\)"),
     (np.zeros((50, 2)), np.zeros((50, 2)), "torch.as_tensor"), (torch.zeros(50, 2), torch.zeros(40, 2), r"\(n, r\)"),
 ])
 def test_pairs_of_the_wrong_kind_are_refused(z, y, words):
@@ -213,10 +268,10 @@ def test_checkpoint_in_a_missing_folder_is_refused(tmp_path):
 
 def test_wrong_data_are_refused():
     z, y, base = _pairs()
-    with pytest.raises(InputError, match="do not fit the base"):
+    with pytest.raises(InputError, match=r"z has the shape .*: give \(n, 3\)"):
         train(z[:, :2], y, NOISE, base, QUICK)
     y[3, 1] = torch.nan
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(InputError, match=r"y holds values that are not finite.*sensors \[1\]"):
         train(z, y, NOISE, base, QUICK)
 
 

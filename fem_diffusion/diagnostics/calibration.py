@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from scipy.stats import chisquare
 
+from fem_diffusion.checks import check_array, check_count, check_number, check_seed
 from fem_diffusion.diagnostics.distances import energy_score
+from fem_diffusion.diffusion.noise import as_noise
 from fem_diffusion.errors import InputError
 
 __all__ = ["Calibration", "calibrate", "calibrate_model", "sbc_p_values", "sbc_ranks"]
@@ -34,13 +36,12 @@ def sbc_ranks(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Raises
     ------
     InputError
-        If the shapes disagree or a value is not finite.
+        If the shapes disagree or a value is not finite and real.
     """
-    draws, truth = np.asarray(draws), np.asarray(truth)
-    if draws.ndim != 3 or truth.shape != (draws.shape[0], draws.shape[2]) or not draws.size:
+    draws = check_array(draws, "draws", ("m", "n", "r"))
+    truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
+    if not draws.size:
         raise InputError(f"Draws (m, n, r) and truths (m, r) are needed, not {draws.shape} and {truth.shape}.")
-    if not np.isfinite(draws).all() or not np.isfinite(truth).all():
-        raise InputError("Draws or truths hold values that are not finite; leave those out or mend the sampler.")
     return (draws < truth[:, None]).sum(axis=1)
 
 
@@ -65,16 +66,20 @@ def sbc_p_values(ranks: np.ndarray, n: int, bins: int | None = None) -> np.ndarr
     Raises
     ------
     InputError
-        If there are fewer than two bins or more bins than ranks.
+        If ranks are no integers in 0..n, or there are fewer than two bins or more bins than ranks.
     """
+    n, ranks = check_count(n, "n"), check_array(ranks, "ranks", ("m", "r"))
     m = len(ranks)
-    bins = min(max(m // 10, 2), 20, n + 1) if bins is None else bins
+    if not m or (ranks % 1 != 0).any() or (ranks < 0).any() or (ranks > n).any():
+        raise InputError(f"ranks must be integers between 0 and {n}: pass what sbc_ranks returns.")
+    ranks = ranks.astype(int)
+    bins = check_count(min(max(m // 10, 2), 20, n + 1) if bins is None else bins, "bins")
     if not 2 <= bins <= n + 1:
         raise InputError(f"Choose between 2 and {n + 1} bins for ranks among {n} draws, not {bins}.")
     # Bins hold unequal numbers of ranks where n + 1 is no multiple of their number.
     bin_of_rank = np.arange(n + 1) * bins // (n + 1)
     expected = m * np.bincount(bin_of_rank) / (n + 1)
-    counts = [np.bincount(bin_of_rank[column], minlength=bins) for column in np.asarray(ranks).T]
+    counts = [np.bincount(bin_of_rank[column], minlength=bins) for column in ranks.T]
     return np.array([chisquare(count, expected).pvalue for count in counts])
 
 
@@ -109,6 +114,7 @@ class Calibration:
 
     def coverage_error(self, level: float) -> float:
         """Standard error of the coverage at a level; pairs are independent, coordinates of one pair are not."""
+        level = check_number(level, "level", above=0, below=1)
         inside = _inside(self.ranks, self.draws, level).mean(axis=1)
         return float(inside.std(ddof=1) / np.sqrt(len(inside)))
 
@@ -124,6 +130,12 @@ class Calibration:
 def _inside(ranks: np.ndarray, n: int, level: float) -> np.ndarray:
     """Whether ranks among n draws lie in the central interval of a level; shape of the ranks."""
     return np.abs((ranks + 0.5) / (n + 1) - 0.5) <= level / 2
+
+
+def _levels(levels) -> tuple[float, ...]:
+    if not isinstance(levels, (tuple, list, np.ndarray)):
+        raise InputError(f"levels is {levels!r}: give several levels, such as (0.5, 0.9).")
+    return tuple(check_number(level, "A level", above=0, below=1) for level in levels)
 
 
 def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)) -> Calibration:
@@ -148,8 +160,9 @@ def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = 
     Raises
     ------
     InputError
-        If the shapes disagree or a value is not finite.
+        If the shapes disagree, a value is not finite and real, or a level does not lie between 0 and 1.
     """
+    levels = _levels(levels)
     ranks = sbc_ranks(draws, truth)
     n = np.shape(draws)[1]
     coverage = {level: float(_inside(ranks, n, level).mean()) for level in levels}
@@ -166,8 +179,8 @@ def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: 
         The trained model.
     data : DataSet
         Held-out pairs, from `simulate` with another seed.
-    noise : GaussianNoise, CallableNoise or None
-        Noise of the measurements; None where the observations hold it already.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise of the measurements, or its standard deviation; None where the observations hold it already.
     seed : int
         Of noise and draws.
     draws : int
@@ -188,7 +201,10 @@ def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: 
     InputError
         If a number is out of range.
     """
-    y = torch.as_tensor(data.observations, dtype=torch.float64)
+    seed, draws, levels = check_seed(seed), check_count(draws, "draws", least=2), _levels(levels)
+    leading = None if leading is None else check_count(leading, "leading")
+    y = torch.from_numpy(check_array(data.observations, "The observations", ("n", "k")))
+    noise = as_noise(noise, y.shape[1])
     if noise is not None:
         y = noise.sample(y, torch.Generator().manual_seed(seed))
     latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents.numpy()

@@ -3,8 +3,11 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
+from fem_diffusion.checks import check_all, check_choice, check_count, check_number
 from fem_diffusion.diffusion import Formulation, evaluations
+from fem_diffusion.diffusion.sampling import check_method
 from fem_diffusion.errors import InputError
 
 __all__ = ["FEW_SAMPLERS", "SAMPLERS", "Combination", "Sampler", "combine"]
@@ -26,6 +29,11 @@ class Sampler:
         In which the process is integrated.
     nodes : {"spectrum", "time"}
         Where the steps lie.
+
+    Raises
+    ------
+    InputError
+        If a word is unknown, or alpha no number >= 0.
     """
 
     name: str
@@ -34,6 +42,13 @@ class Sampler:
     coordinates: str = "whitened"
     nodes: str = "spectrum"
 
+    def __post_init__(self):
+        if not isinstance(self.name, str):
+            raise InputError(f"The name of a sampler is {self.name!r}: give a word.")
+        check_method(self.method, self.coordinates)
+        check_choice(self.nodes, "nodes", ("spectrum", "time"))
+        check_number(self.alpha, "alpha", least=0)
+
     @property
     def needs_formulation(self) -> bool:
         """Whether the formulation makes a difference."""
@@ -41,6 +56,7 @@ class Sampler:
 
     def steps(self, budget: int) -> int:
         """Largest number of steps that cost at most `budget` network evaluations; 0 if there is none."""
+        budget = check_count(budget, "budget", least=0)
         return bisect_right(range(1, budget + 1), budget,
                             key=lambda steps: evaluations(self.method, steps, self.coordinates))
 
@@ -108,18 +124,19 @@ def combine(formulations: Sequence[Formulation], samplers: Sequence[Sampler],
     Raises
     ------
     InputError
-        If two formulations or samplers share a name, or a budget is not a positive whole number.
+        If two formulations or samplers share a name or are of another type, or a budget is not a positive integer.
     """
+    formulations = check_all(formulations, "formulations", Formulation)
+    samplers = check_all(samplers, "samplers", Sampler)
     for what, group in (("formulations", formulations), ("samplers", samplers)):
         if len({item.name for item in group}) < len(group):
             raise InputError(f"Two {what} share a name; give each its own.")
-    if any(int(budget) != budget or budget < 1 for budget in budgets):
-        raise InputError(f"Budgets are positive whole numbers of network evaluations, not {tuple(budgets)}.")
+    budgets = sorted(check_count(budget, "A budget") for budget in check_all(budgets, "budgets", Real, "numbers"))
     result = []
     for sampler in samplers:
         for formulation in formulations if sampler.needs_formulation else (None,):
             if sampler.method == "adaptive":
                 result.append(Combination(formulation, sampler, 0))
             else:
-                result += [Combination(formulation, sampler, int(b)) for b in sorted(budgets) if sampler.steps(b)]
+                result += [Combination(formulation, sampler, b) for b in budgets if sampler.steps(b)]
     return tuple(result)

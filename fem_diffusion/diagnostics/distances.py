@@ -8,12 +8,14 @@ exception is numerical: `sinkhorn` raises its regularisation for samples so far 
 import warnings
 
 import numpy as np
+from scipy.linalg import solve_triangular
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import chi2
 
+from fem_diffusion.checks import check_array, check_count, check_number, check_seed
 from fem_diffusion.errors import InputError, InstallError
 
-__all__ = ["c2st", "energy_score", "mmd", "moment_p_values", "sinkhorn", "sliced_wasserstein"]
+__all__ = ["c2st", "energy_score", "mmd", "moment_p_values", "positive_root", "sinkhorn", "sliced_wasserstein"]
 
 # Beyond this exponent the scaling factors of Sinkhorn's iteration leave the range of double precision.
 _LARGEST_EXPONENT = 300.0
@@ -42,13 +44,15 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
     Raises
     ------
     InputError
-        If shapes disagree or there are not more than r samples.
+        If shapes disagree, a number is not finite and real, there are not more than r samples, or the covariance is
+        not positive definite.
     """
-    n, r = np.shape(samples)
-    if np.shape(mean) != (r,) or np.shape(covariance) != (r, r) or n <= r:
-        raise InputError(f"Samples of shape {(n, r)} do not fit a mean {np.shape(mean)} and a covariance "
-                         f"{np.shape(covariance)}; more than r samples are needed.")
-    white = np.linalg.solve(np.linalg.cholesky(covariance), (samples - mean).T).T
+    samples = check_array(samples, "samples", ("n", "r"))
+    n, r = samples.shape
+    mean, covariance = check_array(mean, "mean", (r,)), check_array(covariance, "covariance", (r, r))
+    if n <= r:
+        raise InputError(f"{n} samples of {r} coordinates: more samples than coordinates are needed.")
+    white = solve_triangular(positive_root(covariance, "covariance"), (samples - mean).T, lower=True).T
     error = white.mean(axis=0)
     defect = np.cov(white, rowvar=False).reshape(r, r) - np.eye(r)
     return (float(chi2.sf(n * error @ error, r)), float(chi2.sf(n / 2 * (defect**2).sum(), r * (r + 1) // 2)))
@@ -78,6 +82,7 @@ def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, projections: int = 500, 
         If POT is not installed.
     """
     a, b = _pair(a, b)
+    projections, seed = check_count(projections, "projections"), check_seed(seed)
     return float(_ot().sliced_wasserstein_distance(a, b, n_projections=projections, seed=seed))
 
 
@@ -114,6 +119,8 @@ def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: floa
         If POT is not installed.
     """
     reference, samples = _pair(reference, samples)
+    regularisation = check_number(regularisation, "regularisation", above=0)
+    iterations, tolerance = check_count(iterations, "iterations"), check_number(tolerance, "tolerance", above=0)
     solve = _ot().sinkhorn
     costs = [cdist(x, y, "sqeuclidean") for x, y in ((reference, samples), (reference, reference), (samples, samples))]
     epsilon = max(regularisation * _median_square(reference), max(map(np.max, costs)) / _LARGEST_EXPONENT)
@@ -192,7 +199,8 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: in
     except ImportError as error:
         raise InstallError("C2ST needs scikit-learn: pip install 'fem_diffusion[diagnostics]'.") from error
     reference, samples = _pair(reference, samples)
-    if min(len(reference), len(samples)) < max(folds, 2):
+    folds, seed = check_count(folds, "folds", least=2), check_seed(seed)
+    if min(len(reference), len(samples)) < folds:
         raise InputError(f"C2ST in {folds} folds needs at least as many samples of each kind; draw more.")
     scale = reference.std(axis=0, ddof=1)
     if not (scale > 0).all():
@@ -230,10 +238,11 @@ def energy_score(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
     Raises
     ------
     InputError
-        If the shapes disagree.
+        If the shapes disagree or a value is not finite and real.
     """
-    draws, truth = np.asarray(draws, dtype=float), np.asarray(truth, dtype=float)
-    if draws.ndim != 3 or truth.shape != (draws.shape[0], draws.shape[2]) or draws.shape[1] < 2:
+    draws = check_array(draws, "draws", ("m", "n", "r"))
+    truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
+    if draws.shape[1] < 2 or not draws.size:
         raise InputError(f"Draws (m, n, r) with n >= 2 and truths (m, r) are needed, not {draws.shape} and "
                          f"{truth.shape}.")
     distance = np.linalg.norm(draws - truth[:, None], axis=2).mean(axis=1)
@@ -242,12 +251,23 @@ def energy_score(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both sample sets as finite arrays (n, r) and (m, r)."""
-    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or not len(a) or not len(b):
+    a, b = check_array(a, "The first set of samples", ("n", "r")), check_array(b, "The second", ("m", "r"))
+    if a.shape[1] != b.shape[1] or not a.size or not b.size:
         raise InputError(f"Two sets of samples (n, r) and (m, r) are needed, not {a.shape} and {b.shape}.")
-    if not np.isfinite(a).all() or not np.isfinite(b).all():
-        raise InputError("The samples hold values that are not finite; leave those out or mend the sampler.")
     return a, b
+
+
+def positive_root(matrix: np.ndarray, name: str) -> np.ndarray:
+    """Lower Cholesky factor of a positive definite matrix (r, r); InputError where it is none."""
+    size = np.sqrt(np.maximum(np.diag(matrix), 0))
+    try:
+        # A Cholesky factor knows no units; the lower triangle alone would be read.
+        if (np.abs(matrix - matrix.T) > 1e-6 * np.outer(size, size)).any():
+            raise InputError(f"{name} is not symmetric: take the mean of it and its transpose.")
+        return np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError as error:
+        raise InputError(f"{name} is not positive definite: check it, or leave out coordinates that do not vary.") \
+            from error
 
 
 def _median_square(reference: np.ndarray) -> float:

@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fem_diffusion.checks import (
+    check_all, check_array, check_choice, check_count, check_flag, check_options, check_seed,
+)
 from fem_diffusion.diagnostics.calibration import calibrate
 from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, Combination, Sampler, combine
 from fem_diffusion.diagnostics.report import replace_file, summarise, write_csv, write_markdown
@@ -34,6 +38,9 @@ from fem_diffusion.diffusion import (
     Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
     variance_exploding, variance_preserving,
 )
+from fem_diffusion.diffusion._checks import check_tensor
+from fem_diffusion.diffusion.gaussian import check_pairs, spread
+from fem_diffusion.diffusion.noise import as_noise
 from fem_diffusion.errors import DataError, InputError, SolveError
 
 __all__ = ["Training", "compare", "run_protocol"]
@@ -59,6 +66,11 @@ class Training:
         Maps the samples (B, r), which may not be finite, to numbers; the same names for every combination.
     combinations : tuple of Combination
         What to run.
+
+    Raises
+    ------
+    InputError
+        If an argument is of the wrong kind, or there are no measurements.
     """
 
     problem: str
@@ -68,6 +80,18 @@ class Training:
     measurements: Tensor
     score: Callable[[np.ndarray, Combination], dict]
     combinations: tuple[Combination, ...]
+
+    def __post_init__(self):
+        for what in ("problem", "base"):
+            if not isinstance(getattr(self, what), str):
+                raise InputError(f"{what} is {getattr(self, what)!r}: give a word.")
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        for what in ("fit", "score"):
+            if not callable(getattr(self, what)):
+                raise InputError(f"{what} is {getattr(self, what)!r}: give a function.")
+        if not len(check_tensor(self.measurements, "measurements", ("B", "k"), "sensors")):
+            raise InputError("There are no measurements: give at least one row.")
+        object.__setattr__(self, "combinations", check_all(self.combinations, "combinations", Combination))
 
     @property
     def name(self) -> str:
@@ -100,16 +124,27 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     Raises
     ------
     InputError
-        If the folder belongs to other settings, two trainings share a name, or the name of a formulation or sampler
-        stands for another one in the folder.
+        If the folder cannot be made or belongs to other settings, these are not in JSON types, two trainings share a
+        name, or the name of a formulation or sampler stands for another one in the folder.
     DataError
         If a file of rows is not one of this protocol.
     """
-    trainings, folder = list(trainings), Path(folder)
+    trainings, folder = check_all(trainings, "trainings", Training), _folder(folder)
+    check_flag(progress, "progress")
     if len({training.name for training in trainings}) < len(trainings):
         raise InputError("Two trainings share problem, base and seed; give each its own.")
-    for part in ("rows", "models"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
+    try:
+        if not isinstance(settings, dict) or "signatures" in settings:
+            raise TypeError("no dict without the key 'signatures'")
+        settings = json.loads(json.dumps(settings))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"settings cannot be written as JSON ({error}): give a dict of words, numbers and lists of "
+                         "them.") from error
+    try:
+        for part in ("rows", "models"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {folder} cannot be made ({error}): name another one.") from error
     _claim(folder / "settings.json", settings, [c for training in trainings for c in training.combinations])
     rows = []
     # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
@@ -118,6 +153,12 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
         for training in trainings:
             rows += _run_training(training, folder, bar)
     return rows
+
+
+def _folder(folder) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise InputError(f"folder is {folder!r}: give a path.")
+    return Path(folder)
 
 
 def _work(combination: Combination) -> int:
@@ -185,7 +226,6 @@ class _Counter:
 
 def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> None:
     """Write the settings of a new folder, or compare them with those of an old one; add signatures of new names."""
-    settings = json.loads(json.dumps(settings))
     text = path.read_text() if path.exists() else ""
     before = json.loads(text) if text else dict(settings)
     signatures = {"formulations": {}, "samplers": {}} | before.pop("signatures", {})
@@ -211,7 +251,7 @@ def _signature(item: Formulation | Sampler) -> str:
         text = f"{item.method} {float(item.alpha)} {item.coordinates} {item.nodes}"
     else:
         t = torch.linspace(0, 1, 33, dtype=torch.float64)
-        text = " ".join(f"{x:.9e}" for x in torch.cat([item.sigma(t), item.scaling(t)]).tolist())
+        text = " ".join(f"{x:.9e}" for x in torch.cat([item.sigma(t), item.scaling(t.clone())]).tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -263,8 +303,8 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         Noise-free observations, shape (n, k), or measurements where `noise` is None.
     folder : path
         For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
-    noise : GaussianNoise, CallableNoise or None
-        Noise model; None where `y` already holds noise.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
     held_out : int
         Pairs that are kept from training for the scores.
     draws : int
@@ -287,7 +327,8 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     Returns
     -------
     list of dict
-        Means over seeds and their spread, one for each base, formulation, sampler and budget.
+        Means over seeds and their spread, one for each base, formulation, sampler and budget; energy scores in
+        standard deviations of the latents.
 
     Raises
     ------
@@ -298,19 +339,25 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         If a file of rows in the folder is not one of this protocol.
     """
     # The protocol runs on the CPU; `options.device` says where training does.
-    try:
-        z, y = (torch.as_tensor(x).detach().cpu().double() for x in (z, y))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError("Joint samples z and y must be tensors or arrays of numbers.") from error
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or not 2 <= held_out < len(z) or draws < 2:
-        raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out >= 2 and draws >= 2 are needed, not "
-                         f"{tuple(z.shape)}, {tuple(y.shape)}, held_out = {held_out} and draws = {draws}.")
+    z, y = torch.from_numpy(check_array(z, "z", ("n", "r"))), torch.from_numpy(check_array(y, "y", ("n", "k")))
+    check_options(options, TrainingOptions).check()
+    folder = _folder(folder)
+    held_out, draws = check_count(held_out, "held_out", least=2), check_count(draws, "draws", least=2)
+    if len(z) != len(y) or held_out >= len(z):
+        raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out are needed, not {tuple(z.shape)}, "
+                         f"{tuple(y.shape)} and held_out = {held_out}.")
+    seeds = [check_seed(seed, "A seed") for seed in check_all(seeds, "seeds", Integral, "integers")]
+    bases = [check_choice(base, "A base", ("gaussian", "plain")) for base in check_all(bases, "bases", str, "words")]
+    noise = as_noise(noise, y.shape[1])
+    check_pairs(z, y)
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
     test, rest = order[:held_out], order[held_out:]
+    # Each latent counts alike in a score, whatever its unit.
+    unit = spread(z[rest] - z[rest].mean(0)).numpy()
     measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
     cells = combine(formulations if formulations is not None else
                     (variance_exploding(), variance_preserving(), straight_line()), samplers, evaluations)
-    if not len(seeds) or not len(bases) or not cells:
+    if not seeds or not bases or not cells:
         raise InputError("There is nothing to compare: give at least one seed, one base, and a sampler with a budget "
                          "that buys it a step.")
 
@@ -321,14 +368,14 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         return Training("data", base, seed, fit, measured.repeat_interleave(draws, dim=0), score, cells)
 
     def score(samples: np.ndarray, _) -> dict:
-        return _held_out_scores(samples.reshape(held_out, draws, -1), z[test].numpy())
-    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": draws,
+        return _held_out_scores(samples.reshape(held_out, draws, -1) / unit, z[test].numpy() / unit)
+    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": draws, "scores": "standardised",
                 "options": asdict(replace(options, seed=0))}
     rows = run_protocol([training(base, seed) for base in bases for seed in seeds], folder, settings, progress=progress)
     summary = summarise(rows)
-    write_csv(rows, Path(folder) / "results.csv")
-    write_csv(summary, Path(folder) / "summary.csv")
-    write_markdown(rows, Path(folder) / "summary.md", "energy_score")
+    write_csv(rows, folder / "results.csv")
+    write_csv(summary, folder / "summary.csv")
+    write_markdown(rows, folder / "summary.md", "energy_score")
     return summary
 
 

@@ -4,8 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import cho_solve, solve_triangular
 from tqdm import tqdm
 
+from fem_diffusion.checks import (
+    check_array, check_count, check_flag, check_number, check_seed, shape_fits, shape_words,
+)
+from fem_diffusion.diagnostics.distances import positive_root
 from fem_diffusion.errors import InputError, SolveError
 
 __all__ = ["HMCResult", "gauss_newton", "hmc", "linear_gaussian_posterior"]
@@ -30,9 +35,20 @@ def linear_gaussian_posterior(operator: np.ndarray, prior_covariance: np.ndarray
     -------
     tuple of numpy.ndarray
         Mean minus prior mean, shape (n,), and covariance, shape (n, n).
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, a number is not finite and real, or B C Bᵀ + R is not positive definite.
     """
+    operator = check_array(operator, "operator", ("k", "n"))
+    k, n = operator.shape
+    prior_covariance = check_array(prior_covariance, "prior_covariance", (n, n))
+    noise_covariance = check_array(noise_covariance, "noise_covariance", (k, k))
+    innovation = check_array(innovation, "innovation", (k,))
     cross = prior_covariance @ operator.T
-    gain = np.linalg.solve(operator @ cross + noise_covariance, cross.T).T
+    root = positive_root(operator @ cross + noise_covariance, "The covariance of the measurement")
+    gain = cho_solve((root, True), cross.T).T
     covariance = prior_covariance - gain @ cross.T
     return gain @ innovation, (covariance + covariance.T) / 2
 
@@ -46,7 +62,7 @@ def gauss_newton(linearise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
     Parameters
     ----------
     linearise : Callable
-        Maps z (r,) to the misfit e = R^(-1/2) (h(z) - y), shape (k,), and its Jacobian, shape (k, r).
+        Maps z (r,), a copy, to the misfit e = R^(-1/2) (h(z) - y), shape (k,), and its Jacobian, shape (k, r).
     r : int
         Number of latents.
     iterations : int
@@ -61,11 +77,27 @@ def gauss_newton(linearise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
 
     Raises
     ------
+    InputError
+        If a number is not positive, or `linearise` returns other shapes, or values that are not finite at z = 0.
     SolveError
         If the iteration does not converge.
     """
+    if not callable(linearise):
+        raise InputError(f"linearise is {linearise!r}: give a function of z (r,) that returns misfit and Jacobian.")
+    r, iterations = check_count(r, "r"), check_count(iterations, "iterations")
+    tolerance = check_number(tolerance, "tolerance", above=0)
+
+    def linearised(z):
+        result = linearise(z.copy())
+        if not isinstance(result, (tuple, list)) or len(result) != 2:
+            raise InputError(f"linearise returns {type(result).__name__}: return misfit (k,) and Jacobian (k, {r}).")
+        misfit = _real(result[0], "The misfit of linearise", ("k",))
+        return misfit, _real(result[1], "The Jacobian of linearise", (len(misfit), r))
     z = np.zeros(r)
-    misfit, jacobian = linearise(z)
+    misfit, jacobian = linearised(z)
+    if not np.isfinite(misfit).all() or not np.isfinite(jacobian).all():
+        raise InputError("Misfit or Jacobian at z = 0 hold values that are not finite: check the forward model at the "
+                         "prior mean.")
     first = None
     for _ in range(iterations):
         gradient = z + jacobian.T @ misfit
@@ -76,13 +108,22 @@ def gauss_newton(linearise: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]
         step, value = np.linalg.solve(hessian, gradient), z @ z + misfit @ misfit
         for halving in range(30):
             trial = z - step / 2**halving
-            misfit, jacobian = linearise(trial)
+            misfit, jacobian = linearised(trial)
             if trial @ trial + misfit @ misfit < value:
                 break
         else:
             return z, hessian  # rounding, not the step, limits the decrease
         z = trial
     raise SolveError(f"Gauss-Newton did not converge in {iterations} iterations; raise the number, or check the data.")
+
+
+def _real(values, name: str, shape: tuple) -> np.ndarray:
+    """A copy, since a function may return the same array in every call; InputError unless real and of a shape."""
+    values = np.array(values)
+    if values.dtype.kind not in "fiu" or not shape_fits(values.shape, shape):
+        raise InputError(f"{name} is {values.dtype} of shape {values.shape}: return real numbers of shape "
+                         f"{shape_words(shape)}.")
+    return values.astype(float)
 
 
 @dataclass(frozen=True)
@@ -108,14 +149,15 @@ class HMCResult:
         Parameters
         ----------
         transform : Callable
-            Latents (B, r) to nodal values (B, n).
+            Latents (B, r), a copy, to nodal values (B, n).
 
         Returns
         -------
         tuple of numpy.ndarray
             Mean, standard deviation, and the standard errors of both, shape (n,) each.
         """
-        values = np.stack([transform(chain) for chain in self.samples])
+        # The transform may write into what it gets, and may return the same array in every call.
+        values = np.stack([np.array(transform(chain.copy())) for chain in self.samples])
         mean = values.mean(axis=(0, 1))
         square = ((values - mean)**2).mean(axis=1)
         std = np.sqrt(square.mean(axis=0))
@@ -158,22 +200,34 @@ def hmc(potential: Callable[[np.ndarray], np.ndarray], gradient: Callable[[np.nd
     Raises
     ------
     InputError
-        If a number is not positive.
+        If a number is not positive, the Hessian is not symmetric positive definite, or a function returns another
+        shape.
     SolveError
         If less than a tenth of the proposals is accepted.
     """
-    if min(chains, draws, leaps, step) <= 0 or warmup < 0:
-        raise InputError("chains, draws, leaps and step must be positive, warmup at least 0.")
-    rng = np.random.default_rng(seed)
+    for name, function in (("potential", potential), ("gradient", gradient)):
+        if not callable(function):
+            raise InputError(f"{name} is {function!r}: give a function of latents (chains, r).")
+    chains, draws, leaps = (check_count(n, name) for name, n in (
+        ("chains", chains), ("draws", draws), ("leaps", leaps)))
+    check_flag(progress, "progress")
+    warmup, step = check_count(warmup, "warmup", least=0), check_number(step, "step", above=0)
+    rng = np.random.default_rng(check_seed(seed))
+    centre = check_array(centre, "centre", ("r",))
     r = len(centre)
     # z = centre + A x turns the Hessian into the identity.
-    transform = np.linalg.inv(np.linalg.cholesky(hessian)).T
+    root = positive_root(check_array(hessian, "hessian", (r, r)), "The Hessian")
+    transform = solve_triangular(root, np.eye(r), lower=True).T
     x = rng.standard_normal((chains, r))
-    energy = potential(centre + x @ transform.T)
     kept, accepted = np.empty((chains, draws, r)), 0.0
 
+    def energies(x):
+        # An infinite energy refuses a proposal.
+        return _real(potential(centre + x @ transform.T), "The potential", (chains,))
+
     def force(x):
-        return gradient(centre + x @ transform.T) @ transform
+        return _real(gradient(centre + x @ transform.T), "The gradient", (chains, r)) @ transform
+    energy = energies(x)
     for i in tqdm(range(warmup + draws), desc="hmc", disable=not progress):
         momentum = rng.standard_normal((chains, r))
         length = step * rng.uniform(0.8, 1.2)
@@ -181,7 +235,7 @@ def hmc(potential: Callable[[np.ndarray], np.ndarray], gradient: Callable[[np.nd
         for leap in range(leaps):
             position = position + length * moved
             moved = moved - (length if leap < leaps - 1 else length / 2) * force(position)
-        proposed = potential(centre + position @ transform.T)
+        proposed = energies(position)
         gain = energy + (momentum**2).sum(axis=1) / 2 - proposed - (moved**2).sum(axis=1) / 2
         accept = np.log(rng.uniform(size=chains)) < gain
         x, energy = np.where(accept[:, None], position, x), np.where(accept, proposed, energy)

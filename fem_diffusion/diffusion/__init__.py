@@ -10,7 +10,7 @@ from fem_diffusion.diffusion.formulation import (
 from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, linear_base, plain_base
 from fem_diffusion.diffusion.likelihood import log_density
 from fem_diffusion.diffusion.network import ResidualMLP
-from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
 from fem_diffusion.diffusion.operator_base import Located, OperatorBase
 from fem_diffusion.diffusion.operators import OperatorDenoiser, fit_operators
@@ -25,7 +25,7 @@ __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "FamilyWarning", "FieldGeometry",
     "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS",
     "OperatorBase", "OperatorDenoiser", "ResidualMLP", "Seen", "SensorNetwork", "SensorPool", "Sensors", "Spectrum",
-    "Support", "TrainingOptions", "churn", "constant_moment", "evaluations", "find_support", "fit_base",
+    "Support", "TrainingOptions", "as_noise", "churn", "constant_moment", "evaluations", "find_support", "fit_base",
     "fit_denoiser", "fit_emulator", "fit_operators", "fit_spectrum", "linear_base", "log_density",
     "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line", "sub_variance_preserving",
     "train", "variance_exploding", "variance_preserving",

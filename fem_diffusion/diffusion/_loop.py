@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -19,13 +18,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_path
+from fem_diffusion.checks import check_count, check_device, check_number, check_path, check_seed
 from fem_diffusion.diffusion._checkpoint import load_state, read_state, save_state
 from fem_diffusion.errors import InputError, SolveError
 
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
 
 _FEWEST_HELD_OUT = 10
+# Beyond it noise levels leave the range of single precision.
+_LOG_SIGMA = 20.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class TrainingOptions:
         Of the training, e.g. "cpu" or "cuda".
     threads : int or None
         Threads of torch while training on the CPU; None leaves torch's setting.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of its range.
     """
 
     steps: int = 10000
@@ -76,20 +82,24 @@ class TrainingOptions:
     device: str = "cpu"
     threads: int | None = 1
 
+    def __post_init__(self):
+        """Raise InputError where a setting is out of its range; numbers become Python's, as files want them."""
+        checked = {name: check_count(getattr(self, name), name)
+                   for name in ("steps", "batch", "width", "depth", "evaluate_every", "patience")}
+        checked |= {name: check_number(getattr(self, name), name, **bounds) for name, bounds in (
+            ("learning_rate", {"above": 0}), ("weight_decay", {"least": 0, "below": 1}),
+            ("ema_decay", {"least": 0, "below": 1}), ("validation_fraction", {"above": 0, "below": 1}),
+            ("log_sigma_mean", {"least": -_LOG_SIGMA, "most": _LOG_SIGMA}),
+            ("log_sigma_std", {"above": 0, "most": _LOG_SIGMA}))}
+        checked |= {"seed": check_seed(self.seed), "device": str(self.device)}
+        if self.threads is not None:
+            checked["threads"] = check_count(self.threads, "threads")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
     def check(self) -> None:
-        """Raise InputError where a setting is out of its range."""
-        positive = ("steps", "batch", "learning_rate", "evaluate_every", "patience", "width", "depth", "log_sigma_std")
-        bad = [name for name in positive if not getattr(self, name) > 0]
-        bad += [name for name in ("steps", "batch", "evaluate_every", "patience", "width", "depth", "seed")
-                if not isinstance(getattr(self, name), Integral)]
-        bad += ["threads"] if self.threads is not None and not self.threads >= 1 else []
-        bad += [name for name in ("ema_decay", "weight_decay") if not 0 <= getattr(self, name) < 1]
-        if bad:
-            raise InputError(f"Training options out of range: {', '.join(bad)}.")
-        if not 0 < self.validation_fraction < 1:
-            raise InputError("validation_fraction must lie between 0 and 1; early stopping needs held-out pairs.")
-        if torch.device(self.device).type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"Training was asked to run on {self.device!r}, but torch sees no such device here.")
+        """Raise InputError where the device of the training is not there, of which only the training process knows."""
+        check_device(self.device)
 
 
 @dataclass

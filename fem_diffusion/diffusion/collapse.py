@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fem_diffusion.checks import check_seed
+from fem_diffusion.diffusion._checks import check_kind, check_tensor
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.sampling import sample_latents
+from fem_diffusion.errors import InputError
 
 __all__ = ["Collapse", "CollapseWarning", "measure_collapse"]
 
@@ -65,7 +68,22 @@ def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_o
     Returns
     -------
     Collapse
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, a value is not finite and real, there are fewer than two pairs, held-out latents
+        are training latents, or the seed is none.
     """
+    base = check_kind(denoiser, "denoiser", Denoiser, "a trained Denoiser").base
+    for name, pairs in (("training", training), ("held_out", held_out)):
+        if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
+            raise InputError(f"{name} is of type {type(pairs).__name__}: pass a pair of latents and measurements.")
+        n = len(check_tensor(pairs[0], f"{name}[0]", ("n", base.r), "latents"))
+        check_tensor(pairs[1], f"{name}[1]", (n, base.k), "sensors")
+        if n < 2:
+            raise InputError(f"{name} holds {n} pairs: give at least two.")
+    seed = check_seed(seed)
     generator = torch.Generator(training[0].device).manual_seed(seed)
 
     def samples(y: Tensor, count: int) -> Tensor:
@@ -82,6 +100,9 @@ def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_o
         nearest = [torch.cdist(z / scale, part / scale).amin(1) for part in training[0].split(_CHUNK)]
         return float(torch.stack(nearest).amin(0).median())
     z, y = (x[:4 * _PAIRS] for x in held_out)
+    apart = distance(z)
+    if not apart > 0:
+        raise InputError("Held-out latents are training latents: pass pairs that training has not seen.")
     drawn = denoiser.base.colour(samples(y, 1)[:, 0], y)
     spread = torch.tensor(log_spread(training[1]) - log_spread(held_out[1])).exp()
-    return Collapse(float(spread), distance(drawn) / distance(z))
+    return Collapse(float(spread), distance(drawn) / apart)

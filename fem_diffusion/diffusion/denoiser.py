@@ -17,6 +17,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_device
+from fem_diffusion.diffusion._checks import check_callable, check_kind
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.support import Support
@@ -33,19 +35,29 @@ class Denoiser:
     base : GaussianBase
         Gaussian approximation of the posterior.
     network : nn.Module, Callable or None
-        Maps v (B, r), angle (B, 1) and features (B, k) to N (B, r); None where the base is the answer.
+        Maps v (B, r), angle (B, 1) and features (B, k), copies of all three, to N (B, r); None where the base is the
+        answer.
     spectrum : Spectrum, optional
         Of the posterior covariance in base coordinates, from which samplers place their steps.
     support : Support, optional
         Hard bounds of the latents, which samplers keep.
     surrogate : Surrogate, optional
         Density of the posterior by an emulator, with which samplers correct what the network has missed.
+
+    Raises
+    ------
+    InputError
+        If the network cannot be called, or another part is of the wrong kind.
     """
 
     def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None,
                  support: Support | None = None, surrogate: Surrogate | None = None):
-        self.base = base
-        self.network = network
+        self.base = check_kind(base, "base", GaussianBase, "what fit_base or plain_base returns")
+        self.network = network if network is None else check_callable(network, "The network", "a module or None")
+        for name, part, kind in (("spectrum", spectrum, Spectrum), ("support", support, Support),
+                                 ("surrogate", surrogate, Surrogate)):
+            if part is not None:
+                check_kind(part, name, kind, f"a {kind.__name__} or None")
         self.spectrum = spectrum
         self.support = support
         self.surrogate = surrogate
@@ -74,7 +86,9 @@ class Denoiser:
         """
         if self.network is None:
             return torch.zeros_like(v)
-        return self.network(v.to(features.dtype), angle.to(features.dtype), features).to(v.dtype)
+        # A network of the user's own may write into what it gets.
+        inputs = (x.to(features.dtype, copy=True) for x in (v, angle, features))
+        return self.network(*inputs).to(v.dtype)
 
     def denoise(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """E[z_0 | z_t, y] for the variance exploding process with noise covariance sigma² P.
@@ -103,7 +117,8 @@ class Denoiser:
         return (self.denoise(z_t, sigma, y) - z_t) / sigma**2
 
     def to(self, device: str | torch.device) -> "Denoiser":
-        """A copy on another device; this one stays where it is."""
+        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
+        device = check_device(device)
         network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
         surrogate = self.surrogate and self.surrogate.to(device)
         return Denoiser(self.base.to(device), network, self.spectrum, self.support, surrogate)

@@ -14,7 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_count, check_flag, check_options
+from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion.gaussian import check_pairs, regress, spread
 from fem_diffusion.errors import InputError
 
 __all__ = ["Emulator", "fit_emulator"]
@@ -38,26 +41,41 @@ class Emulator(nn.Module):
         A, shape (s, r).
     offset : Tensor
         f_0, shape (s,).
+    centre, unit : Tensor
+        What is taken from latents before the network sees them, and what they are divided by then, shape (r,) each.
     scale : Tensor
         What the network's output is multiplied by, shape (s,).
     residual : Tensor
         Covariance of c - f(z) on held-out pairs, shape (s, s).
+
+    Raises
+    ------
+    InputError
+        If a size is not positive, or the depth negative.
     """
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
         super().__init__()
+        r, s, width = (check_count(n, name) for name, n in (("r", r), ("s", s), ("width", width)))
+        depth = check_count(depth, "depth", least=0)
         self.config = {"r": r, "s": s, "width": width, "depth": depth}
-        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s,)), ("residual", (s, s))):
+        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s,)), ("residual", (s, s)),
+                            ("centre", (r,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("unit", torch.ones(r, dtype=torch.float64))
         sizes = [r] + depth * [width]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.head = nn.Linear(width, s, bias=False) if depth else None
         if depth:
             nn.init.zeros_(self.head.weight)
 
+    def _input(self, z: Tensor) -> Tensor:
+        """Latents (B, r) as the network sees them: centred before they lose precision."""
+        return ((z.double() - self.centre) / self.unit).float()
+
     def correction(self, z: Tensor) -> Tensor:
         """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
-        x = z.float()
+        x = self._input(z)
         for layer in self.hidden:
             x = nn.functional.silu(layer(x))
         return self.head(x)
@@ -69,7 +87,7 @@ class Emulator(nn.Module):
 
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
-        x, gates = z.float(), []
+        x, gates = self._input(z), []
         for layer in self.hidden:
             before = layer(x)
             gate = torch.sigmoid(before)
@@ -84,12 +102,12 @@ class Emulator(nn.Module):
             back = (covector * self.scale).float() @ self.head.weight
             for layer, gate in zip(reversed(self.hidden), reversed(gates)):
                 back = (back * gate) @ layer.weight
-            return result + back.double()
+            return result + back.double() / self.unit
         return affine if self.head is None else affine + self.scale * self.head(x).double(), pull
 
 
 class _Regression(Task):
-    """The task of `fit_emulator`: what the affine map leaves, in units of its size."""
+    """The task of `fit_emulator`: what the affine map leaves, in units of its size, at latents of unit variance."""
 
     name = "emulate"
 
@@ -145,16 +163,19 @@ def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOpti
     FileError, SolveError
         As for `train`.
     """
-    options.check()
-    if z.ndim != 2 or c.ndim != 2 or len(z) != len(c) or not (torch.isfinite(z).all() and torch.isfinite(c).all()):
-        raise InputError(f"Latents {tuple(z.shape)} and state coordinates {tuple(c.shape)} must be finite, a row for "
-                         "each pair.")
+    check_options(options, TrainingOptions).check()
+    check_flag(progress, "progress")
+    check_pairs(z, c)
+    weights = check_tensor(weights, "weights", (c.shape[1],), "coordinates").double().cpu()
+    if not (weights > 0).all():
+        raise InputError("The weights of state coordinates must be positive: leave coordinates of no weight out.")
     training, held_out = hold_out(len(z), options)
     if len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
-    z, c = z.double(), c.double()
+    z, c = z.double().cpu(), c.double().cpu()
     z_mean, c_mean = z[training].mean(0), c[training].mean(0)
-    matrix = torch.linalg.lstsq(z[training] - z_mean, c[training] - c_mean).solution.T
+    unit = spread(z[training] - z_mean)
+    matrix = regress(z[training] - z_mean, c[training] - c_mean)
     offset = c_mean - matrix @ z_mean
     rest = (c - offset - z @ matrix.T) * weights
     size = rest[training].square().sum(1).mean().sqrt()
@@ -163,9 +184,11 @@ def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOpti
     if float(size) > 1e-9 * float((c[training].std(0) * weights).norm()):
         with threads(options.threads):
             device = torch.device(options.device)
-            task = _Regression(z.float().to(device), (rest / size).float().to(device), training, held_out, options)
+            white = ((z - z_mean) / unit).float().to(device)
+            task = _Regression(white, (rest / size).float().to(device), training, held_out, options)
             loop = Loop(task, options, checkpoint)
             emulator, history = loop.run(progress) or emulator, loop.history
+            emulator.centre, emulator.unit = z_mean, unit
     emulator.to("cpu").eval().requires_grad_(False)
     emulator.matrix, emulator.offset, emulator.scale = matrix, offset, size / weights
     defect = (c - emulator(z))[held_out]

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_count
+from fem_diffusion.diffusion._checks import check_kind
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.network import Block, harmonics
 from fem_diffusion.errors import InputError
@@ -81,9 +83,8 @@ class FieldNetwork(nn.Module):
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
         super().__init__()
-        self.config = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels, "dimension": dimension}
-        if min(self.config.values()) < 1:
-            raise InputError(f"Network sizes must be positive: {self.config}.")
+        sizes = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels, "dimension": dimension}
+        self.config = {name: check_count(size, name) for name, size in sizes.items()}
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.lift = nn.Linear(_FIELDS + dimension, 2 * channels)
@@ -130,6 +131,8 @@ class FieldNetwork(nn.Module):
         InputError
             If geometry or base have another number of latents, measurements or dimensions.
         """
+        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.field_geometry makes of a basis")
+        check_kind(base, "base", GaussianBase, "the base of the denoiser")
         r, k, dimension = self.config["r"], self.config["k"], self.config["dimension"]
         if (len(geometry.std), base.r, base.k, len(geometry.gradients)) != (r, r, k, dimension):
             raise InputError(f"The network was made for {r} latents, {k} measurements and {dimension} dimensions; the "
@@ -143,7 +146,10 @@ class FieldNetwork(nn.Module):
         for name in ("modes", "projector", "gradients"):
             setattr(network, name, getattr(geometry, name).to(weight))
         network.spread = (std[:, None] * base.factor).to(weight)
-        network.gain = (std[:, None] * (base.gain @ torch.linalg.pinv(base.whitener))).to(weight)
+        # Each sensor in its own unit: the whitener divides by them.
+        unit = base.whitener.norm(dim=0)
+        gain = torch.linalg.solve(base.whitener / unit, base.gain / unit, left=False)
+        network.gain = (std[:, None] * gain).to(weight)
         return network
 
     def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:

@@ -31,10 +31,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fem_diffusion.checks import check_choice, check_number
+from fem_diffusion.diffusion._checks import check_callable
 from fem_diffusion.errors import InputError
 
-__all__ = ["Formulation", "constant_moment", "straight_line", "sub_variance_preserving", "variance_exploding",
-           "variance_preserving"]
+__all__ = ["Formulation", "check_elementwise", "constant_moment", "straight_line", "sub_variance_preserving",
+           "variance_exploding", "variance_preserving"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ class Formulation:
     name : str
         Name for tables and files.
     variance : Callable[[Tensor], Tensor]
-        sigma^2(t), elementwise, increasing on [0, 1]; in units of the base's variance.
+        sigma^2(t), elementwise, increasing on [0, 1]; in units of the base's variance. It gets a copy of the times.
     scaling : Callable[[Tensor], Tensor]
-        The scaling at time t, elementwise and positive; 1 for variance exploding.
+        The scaling at time t, elementwise and positive; 1 for variance exploding. It gets a copy, too.
 
     Raises
     ------
     InputError
-        If sigma^2 is negative, not finite or not increasing, or the scaling is not finite and positive.
+        If the name is no word, sigma^2 or the scaling is no elementwise function, sigma^2 is negative, not finite or
+        not increasing, or the scaling is not finite and positive.
     """
 
     name: str
@@ -61,26 +64,24 @@ class Formulation:
     scaling: Callable[[Tensor], Tensor]
 
     def __post_init__(self):
-        t = torch.linspace(0, 1, 101, dtype=torch.float64)
-        for what, values in (("variance", self.variance(t)), ("scaling", self.scaling(t))):
-            if not isinstance(values, Tensor) or values.shape != t.shape or not torch.isfinite(values).all():
-                raise InputError(f"Formulation {self.name}: the {what} must be elementwise and finite on [0, 1].")
-        if self.variance(t)[0] < 0 or not (self.variance(t).diff() > 0).all():
+        if not isinstance(self.name, str):
+            raise InputError(f"The name of a formulation is {self.name!r}: give a word.")
+        variance = check_elementwise(self.variance, f"Formulation {self.name}: the variance")
+        check_elementwise(self.scaling, f"Formulation {self.name}: the scaling", above=0)
+        if variance[0] < 0 or not (variance.diff() > 0).all():
             raise InputError(f"Formulation {self.name}: the variance must be >= 0 and increase on [0, 1].")
-        if not (self.scaling(t) > 0).all():
-            raise InputError(f"Formulation {self.name}: the scaling must be positive on [0, 1].")
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise level of the unscaled process, same shape as `t`."""
-        return torch.sqrt(self.variance(t))
+        return torch.sqrt(self.variance(t.clone()))
 
     def a(self, t: Tensor) -> Tensor:
         """Factor of the data, a = 1 / scaling, same shape as `t`."""
-        return 1 / self.scaling(t)
+        return 1 / self.scaling(t.clone())
 
     def s(self, t: Tensor) -> Tensor:
         """Factor of the noise, s = sigma / scaling, same shape as `t`."""
-        return self.sigma(t) / self.scaling(t)
+        return self.sigma(t) / self.scaling(t.clone())
 
     def b(self, t: Tensor) -> Tensor:
         """Drift coefficient b = d/dt log(scaling) of the density PDE, same shape as `t`."""
@@ -112,28 +113,31 @@ class Formulation:
         return high
 
 
+def check_elementwise(function: Callable[[Tensor], Tensor], name: str, above: float = -math.inf,
+                      least: float = -math.inf) -> Tensor:
+    """Values (101,) of a function of time on [0, 1]; InputError unless it is elementwise, real, finite and in range."""
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    values = check_callable(function, name, "a function of a tensor of times")(t.clone())
+    if not isinstance(values, Tensor) or values.shape != t.shape or values.is_complex():
+        raise InputError(f"{name} must be elementwise: map a tensor of times to a real tensor of that shape.")
+    if not torch.isfinite(values).all() or not ((values > above) & (values >= least)).all():
+        words = "positive and " if above == 0 else f">= {least:g} and " if least > -math.inf else ""
+        raise InputError(f"{name} must be {words}finite on [0, 1]: mend the function.")
+    return values
+
+
 def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
     """Elementwise derivative of an elementwise function by automatic differentiation."""
     with torch.enable_grad():
         t = t.detach().requires_grad_()
-        value = function(t)
+        value = function(t.clone())
         # A constant function has no graph; its derivative is zero.
         return torch.autograd.grad(value.sum(), t)[0] if value.requires_grad else torch.zeros_like(t)
 
 
-def _known(schedule: str, choices: tuple[str, ...]) -> None:
-    if schedule not in choices:
-        raise InputError(f"The schedule must be one of {', '.join(choices)}, not {schedule!r}.")
-
-
-def _check_rate(beta_min: float, beta_max: float) -> None:
-    if not 0 < beta_min <= beta_max:
-        raise InputError(f"Choose 0 < beta_min <= beta_max, not {beta_min} and {beta_max}.")
-
-
-def _check_sigma(sigma_max: float) -> None:
-    if not 0 < sigma_max < math.inf:
-        raise InputError(f"sigma_max must be positive and finite, not {sigma_max}.")
+def _check_rate(beta_min: float, beta_max: float) -> tuple[float, float]:
+    beta_min = check_number(beta_min, "beta_min", above=0)
+    return beta_min, check_number(beta_max, "beta_max", least=beta_min)
 
 
 def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedule: str = "geometric") -> Formulation:
@@ -155,9 +159,9 @@ def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedu
     InputError
         Unless 0 < sigma_min < sigma_max and the schedule is known.
     """
-    _known(schedule, ("geometric", "linear"))
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise InputError(f"Choose 0 < sigma_min < sigma_max, not {sigma_min} and {sigma_max}.")
+    check_choice(schedule, "schedule", ("geometric", "linear"))
+    sigma_min = check_number(sigma_min, "sigma_min", above=0)
+    sigma_max = check_number(sigma_max, "sigma_max", above=sigma_min)
     if schedule == "linear":
         return Formulation("VE-linear", lambda t: (sigma_min + (sigma_max - sigma_min) * t) ** 2, torch.ones_like)
     ratio = math.log(sigma_max / sigma_min)
@@ -186,9 +190,9 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule:
     InputError
         Unless 0 < beta_min <= beta_max, sigma_max is positive and the schedule is known.
     """
-    _known(schedule, ("linear", "cosine"))
-    _check_rate(beta_min, beta_max)
-    _check_sigma(sigma_max)
+    check_choice(schedule, "schedule", ("linear", "cosine"))
+    beta_min, beta_max = _check_rate(beta_min, beta_max)
+    sigma_max = check_number(sigma_max, "sigma_max", above=0)
     if schedule == "cosine":
         return replace(constant_moment(1.0, sigma_max), name="VP-cosine")
     return Formulation("VP", lambda t: torch.expm1(_integral(t, beta_min, beta_max)),
@@ -213,7 +217,7 @@ def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Fo
     InputError
         Unless 0 < beta_min <= beta_max.
     """
-    _check_rate(beta_min, beta_max)
+    beta_min, beta_max = _check_rate(beta_min, beta_max)
     return Formulation("sub-VP", lambda t: 4 * torch.sinh(_integral(t, beta_min, beta_max) / 2) ** 2,
                        lambda t: torch.exp(_integral(t, beta_min, beta_max) / 2))
 
@@ -235,7 +239,7 @@ def straight_line(sigma_max: float = 100.0) -> Formulation:
     InputError
         Unless sigma_max is positive.
     """
-    _check_sigma(sigma_max)
+    sigma_max = check_number(sigma_max, "sigma_max", above=0)
     end = sigma_max / (1 + sigma_max)
     return Formulation("straight", lambda t: (end * t / (1 - end * t)) ** 2, lambda t: 1 / (1 - end * t))
 
@@ -259,9 +263,7 @@ def constant_moment(variance: float, sigma_max: float = 100.0) -> Formulation:
     InputError
         Unless `variance` and sigma_max are positive.
     """
-    _check_sigma(sigma_max)
-    if not 0 < variance < math.inf:
-        raise InputError(f"The variance of the data must be positive and finite, not {variance}.")
+    sigma_max, variance = check_number(sigma_max, "sigma_max", above=0), check_number(variance, "variance", above=0)
     end = math.atan(sigma_max)
     return Formulation(f"constant-{variance:g}", lambda t: variance * torch.tan(end * t) ** 2,
                        lambda t: 1 / torch.cos(end * t))

@@ -14,12 +14,16 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fem_diffusion.checks import LARGEST, check_flag
+from fem_diffusion.diffusion._checks import check_near, check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["GaussianBase", "fit_base", "linear_base", "plain_base"]
 
 # Directions that the data determine to better than this fraction of the prior's standard deviation are not resolved.
 _SMALLEST_STD = 1e-6
+# A sensor that varies by so many roundings of its mean does not vary.
+_ROUNDINGS = 4
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,13 @@ class GaussianBase:
         """Measurements `y` (B, k) centred and whitened, shape (B, k): what the network sees of them."""
         return (y - self.measurement_mean) @ self.whitener.T
 
+    def check_measurements(self, y: Tensor) -> Tensor:
+        """Measurements (B, k) as a tensor like the base's; InputError where they are no numbers that it can take."""
+        shape = ("B", self.k)
+        y = check_tensor(y, "The measurement", shape, "sensors").to(self.latent_mean)
+        check_near(self.features(y))
+        return y
+
     def to(self, *args, **kwargs) -> "GaussianBase":
         """Copy with every tensor moved by `torch.Tensor.to`."""
         return GaussianBase(*(getattr(self, f.name).to(*args, **kwargs) for f in fields(self)))
@@ -89,8 +100,9 @@ def _from_moments(latent_mean, latent_covariance, measurement_mean, cross, measu
     """Condition the joint Gaussian with these moments; `cross` is C_zy, shape (r, k)."""
     # Each sensor in units of its own spread: pascals beside mole fractions lose nothing.
     spread = torch.diagonal(measurement_covariance).clamp(min=0).sqrt()
-    if not (spread > 0).all():
-        dead = torch.where(~(spread > 0))[0].tolist()
+    rounding = _ROUNDINGS * torch.finfo(spread.dtype).eps * measurement_mean.abs()
+    if not (spread > rounding).all():
+        dead = torch.where(~(spread > rounding))[0].tolist()
         raise InputError(f"The covariance of the measurements is not positive: sensors {dead} read the same in all "
                          "pairs, without noise. Leave them out, or give them noise.")
     values, vectors = torch.linalg.eigh(measurement_covariance / spread / spread[:, None])
@@ -130,10 +142,11 @@ def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | Non
     Raises
     ------
     InputError
-        If G Gᵀ + R is not positive.
+        If shapes disagree, a number is not finite and real, or G Gᵀ + R is not positive.
     """
-    k, r = operator.shape
-    offset = operator.new_zeros(k) if offset is None else offset
+    k, r = check_tensor(operator, "The operator", ("k", "r"), "latents").shape
+    offset = operator.new_zeros(k) if offset is None else check_tensor(offset, "The offset", (k,), "sensors")
+    check_tensor(noise_covariance, "The noise covariance", (k, k), "sensors")
     return _from_moments(operator.new_zeros(r), torch.eye(r, dtype=operator.dtype, device=operator.device), offset,
                          operator.T, operator @ operator.T + noise_covariance)
 
@@ -166,12 +179,13 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     InputError
         If the shapes disagree, there are not more pairs than latents + 1, or a latent does not vary.
     """
-    check_pairs(z, y, z.shape[-1] + 1)
-    n, r = z.shape
+    n, r = check_pairs(z, y, 1)
+    check_tensor(noise_covariance, "The noise covariance", (y.shape[1], y.shape[1]), "sensors")
+    check_flag(standard_prior, "standard_prior")
     z, y = z.double(), y.double()
     z_sample_mean, y_sample_mean = z.mean(0), y.mean(0)
     centred, response = z - z_sample_mean, y - y_sample_mean
-    operator = torch.linalg.lstsq(centred, response).solution.T
+    operator = regress(centred, response)
     residual = response - centred @ operator.T
     if standard_prior:
         latent_mean, latent_covariance = z.new_zeros(r), torch.eye(r, dtype=z.dtype, device=z.device)
@@ -205,18 +219,45 @@ def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     InputError
         If the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
     """
-    check_pairs(z, y, 1)
+    check_pairs(z, y)
+    check_tensor(noise_covariance, "The noise covariance", (y.shape[1], y.shape[1]), "sensors")
     z, y = z.double(), y.double()
     return _from_moments(z.mean(0), torch.diag(z.var(0)), y.mean(0), z.new_zeros(z.shape[1], y.shape[1]),
                          torch.cov(y.T).reshape(y.shape[1], y.shape[1]) + noise_covariance.double())
 
 
-def check_pairs(z: Tensor, y: Tensor, least: int) -> None:
-    """Raise InputError unless z (n, r) and y (n, k) are more than `least` pairs."""
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y):
-        raise InputError(f"Latents and observations must be (n, r) and (n, k), not {tuple(z.shape)}, {tuple(y.shape)}.")
-    if len(z) <= least:
-        raise InputError(f"{len(z)} pairs cannot determine a base for {z.shape[1]} latents: simulate more, or keep "
-                         "fewer modes.")
+def spread(centred: Tensor) -> Tensor:
+    """Root mean square of each column, shape (r,); 1 where it is zero."""
+    size = centred.square().mean(0).sqrt()
+    return torch.where(size > 0, size, 1.0)
+
+
+def regress(z: Tensor, y: Tensor) -> Tensor:
+    """Matrix G (k, r) of the least squares fit y = G z for centred z (n, r) and y (n, k)."""
+    # Each latent in units of its own spread: what counts as a rank must not depend on units.
+    unit = spread(z)
+    return torch.linalg.lstsq(z / unit, y).solution.T / unit
+
+
+def check_pairs(z: Tensor, y: Tensor, more: int | None = None) -> tuple[int, int]:
+    """Numbers of pairs and latents; InputError unless latents (n, r) and observations (n, k) can be regressed.
+
+    At least two pairs, and more than latents and `more` together where that is given.
+    """
+    check_tensor(z, "z", ("n", "r"), "latents")
+    check_tensor(y, "y", ("n", "k"), "sensors")
+    (n, r), k = z.shape, y.shape[1]
+    if len(y) != n or not r or not k:
+        raise InputError(f"Latents (n, r) and observations (n, k) are needed for the same pairs, not {tuple(z.shape)} "
+                         f"and {tuple(y.shape)}.")
+    if n <= (1 if more is None else r + more):
+        raise InputError(f"{n} pairs cannot determine a base for {r} latents: simulate more, or keep fewer modes.")
     if not (z.amax(0) > z.amin(0)).all():
         raise InputError("A latent takes the same value in all pairs: leave it out.")
+    for name, x in (("latents", z), ("sensors", y)):
+        size = x.abs().amax(0)
+        small = (size > 0) & (size < 1 / LARGEST)
+        if small.any():
+            raise InputError(f"All values of {name} {torch.where(small)[0].tolist()} are below {1 / LARGEST:g}, where "
+                             "squares vanish: take other units.")
+    return n, r

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from fem_diffusion.checks import check_count
+from fem_diffusion.diffusion._checks import check_generator, check_kind, check_tensor
 from fem_diffusion.diffusion._scheme import adaptive_flow
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.errors import InputError
@@ -30,7 +32,7 @@ def log_density(denoiser: Denoiser, z: Tensor, y: Tensor, *, probes: int | None 
     Parameters
     ----------
     denoiser : Denoiser
-        Trained denoiser, its base in the dtype and on the device of `z`.
+        Trained denoiser.
     z : Tensor
         Latents, shape (B, r).
     y : Tensor
@@ -39,32 +41,37 @@ def log_density(denoiser: Denoiser, z: Tensor, y: Tensor, *, probes: int | None 
         Random vectors of Hutchinson's estimate of the divergence; 0 takes the exact divergence, at the cost of r
         derivatives. Where left out: exact for r <= 256, otherwise 8 probes.
     generator : torch.Generator, optional
-        Source of the probes, on the device of `z`; needed where probes are used.
+        Source of the probes, on the device of the base; needed where probes are used.
     chunk : int
         Rows that are integrated together.
 
     Returns
     -------
     Tensor
-        log p(z | y), shape (B,), dtype and device of `z`; minus infinity outside the support of the latents. Inside,
-        the law is not divided by the mass that stays inside hard bounds, where there are any.
+        log p(z | y), shape (B,), dtype and device of the base; minus infinity outside the support of the latents.
+        Inside, the law is not divided by the mass that stays inside hard bounds, where there are any.
 
     Raises
     ------
     InputError
-        If shapes disagree, a value is not finite, or probes are asked for without a generator.
+        If shapes disagree, a value is not finite and real, probes are asked for without a generator, or another
+        argument is of the wrong kind.
     SolveError
         If the flow cannot be integrated.
     """
-    base = denoiser.base
-    if z.ndim != 2 or z.shape[1] != base.r or y.shape != (len(z), base.k):
+    base = check_kind(denoiser, "denoiser", Denoiser, "a trained Denoiser").base
+    check_tensor(z, "z", ("B", "r"), "latents")
+    check_tensor(y, "y", ("B", "k"), "sensors")
+    if z.shape[1] != base.r or y.shape != (len(z), base.k):
         raise InputError(f"Latents and measurements must be (B, {base.r}) and (B, {base.k}), not {tuple(z.shape)} and "
                          f"{tuple(y.shape)}.")
-    if not torch.isfinite(z).all() or not torch.isfinite(y).all():
-        raise InputError("The latents and measurements must be finite.")
-    probes = (0 if base.r <= _EXACT else 8) if probes is None else probes
+    z, y = z.to(base.latent_mean), base.check_measurements(y)
+    chunk = check_count(chunk, "chunk")
+    probes = check_count((0 if base.r <= _EXACT else 8) if probes is None else probes, "probes", least=0)
     if probes and generator is None:
         raise InputError(f"The divergence of {base.r} latents is estimated with random probes: pass a generator.")
+    if generator is not None:
+        check_generator(generator, z.device)
     scale = torch.linalg.slogdet(base.factor).logabsdet
     parts = zip(z.split(chunk), y.split(chunk))
     density = torch.cat([_integrate(denoiser, *part, probes, generator) for part in parts]) - scale

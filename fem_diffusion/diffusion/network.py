@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.checks import check_count
 
 __all__ = ["Block", "ResidualMLP", "harmonics"]
 
@@ -51,9 +51,8 @@ class ResidualMLP(nn.Module):
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3):
         super().__init__()
-        if min(r, k, width, depth) < 1:
-            raise InputError(f"Network sizes must be positive: r={r}, k={k}, width={width}, depth={depth}.")
-        self.config = {"r": r, "k": k, "width": width, "depth": depth}
+        sizes = {"r": r, "k": k, "width": width, "depth": depth}
+        self.config = {name: check_count(size, name) for name, size in sizes.items()}
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))

@@ -22,6 +22,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from fem_diffusion.checks import check_count
+from fem_diffusion.diffusion._checks import check_kind, check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["Spectrum", "fit_spectrum", "place_angles"]
@@ -66,10 +68,12 @@ def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
     Raises
     ------
     InputError
-        If the shapes differ or a value is negative or not finite.
+        If the shapes differ, a mean square is negative or not finite, or an angle is out of range.
     """
-    if angles.shape != speeds.shape or angles.ndim != 1 or not (torch.isfinite(speeds) & (speeds >= 0)).all():
-        raise InputError("A spectrum needs one finite mean square >= 0 for each angle.")
+    check_tensor(angles, "angles", ("n",))
+    check_tensor(speeds, "speeds", (len(angles),))
+    if not (speeds >= 0).all() or not ((angles >= 0) & (angles <= math.pi / 2)).all():
+        raise InputError("A spectrum needs a finite mean square >= 0 for each angle, between 0 and pi/2.")
     theta, speed = angles.double().cpu().numpy(), speeds.double().cpu().numpy()
     curves = ((1 - _VARIANCES) * np.sin(theta)[:, None] * np.cos(theta)[:, None] / _std(_VARIANCES, theta[:, None]))**2
     weights, _ = nnls(curves, speed)
@@ -93,7 +97,15 @@ def place_angles(spectrum: Spectrum | None, steps: int, order: int = 2) -> Tenso
     -------
     Tensor
         Shape (steps + 1,), double precision, decreasing, first entry pi/2, last entry 0.
+
+    Raises
+    ------
+    InputError
+        If `steps` or `order` is no positive integer, or `spectrum` no Spectrum.
     """
+    steps, order = check_count(steps, "steps"), check_count(order, "order")
+    if spectrum is not None:
+        check_kind(spectrum, "spectrum", Spectrum, "what fit_spectrum returns, or None")
     density = np.ones_like(_GRID)
     if spectrum is not None and len(spectrum.weights):
         variances = spectrum.variances.double().cpu().numpy()[:, None]

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fem_diffusion.checks import LARGEST, check_array, check_count
+from fem_diffusion.diffusion._checks import check_callable, check_generator
 from fem_diffusion.errors import InputError
 
-__all__ = ["CallableNoise", "GaussianNoise"]
+__all__ = ["CallableNoise", "GaussianNoise", "as_noise"]
+
+# Rounding of a covariance, in units of the standard deviations.
+_ASYMMETRY, _NEGATIVE = 1e-8, 1e-10
 
 
 class GaussianNoise:
@@ -21,27 +26,35 @@ class GaussianNoise:
     relative : float or array_like of shape (k,)
         Standard deviation as a fraction of the noise-free value.
     covariance : array_like of shape (k, k), optional
-        Covariance of correlated noise, symmetric positive semidefinite, in units of the measurement squared.
+        Covariance of correlated noise, symmetric positive semidefinite and not zero, in units of the measurement
+        squared. Sensors may be of any units, and some may have none of this noise.
 
     Raises
     ------
     InputError
-        If a standard deviation is negative or not finite, the covariance is not symmetric positive semidefinite,
-        or no part is positive (without noise the posterior has no density).
+        If an argument is not of finite real numbers, a standard deviation is negative, the parts are for different
+        numbers of sensors, the covariance is not symmetric positive semidefinite, or there is no noise (the posterior
+        then has no density).
     """
 
     def __init__(self, std=0.0, relative=0.0, covariance=None):
-        self.std = torch.as_tensor(std, dtype=torch.float64)
-        self.relative = torch.as_tensor(relative, dtype=torch.float64)
+        self.std, self.relative = (torch.from_numpy(check_array(x, f"Noise {name!r}", (), ("k",)))
+                                   for name, x in (("std", std), ("relative", relative)))
         for name, value in (("std", self.std), ("relative", self.relative)):
-            if value.ndim > 1 or not torch.isfinite(value).all() or (value < 0).any():
-                raise InputError(f"Noise '{name}' must be finite, >= 0 and a number or one number a sensor.")
+            # Squares of smaller numbers vanish.
+            if ((value < 0) | (value > 0) & (value < 1 / LARGEST)).any():
+                raise InputError(f"Noise {name!r} is negative or below {1 / LARGEST:g}: give 0 or a larger number.")
         self._matrix = self._factor = None
         if covariance is not None:
-            self._matrix = torch.as_tensor(covariance, dtype=torch.float64)
-            self._factor = _symmetric_factor(self._matrix)
-        if self._matrix is None and not ((self.std > 0) | (self.relative > 0)).all():
-            raise InputError("Every sensor needs noise: give 'std', 'relative' or 'covariance' a positive value.")
+            self._matrix = torch.from_numpy(check_array(covariance, "The noise covariance", ("k", "k")))
+            self._factor = _factor(self._matrix)
+        if len(self._sizes) > 1:
+            raise InputError(f"Parts of the noise are for {self._sizes} sensors: give all of them for one number.")
+        # Correlated noise may leave a sensor exact, as a whole it must be there.
+        correlated = self._matrix is not None and bool(self._matrix.any())
+        if not correlated and not ((self.std > 0) | (self.relative > 0)).all():
+            raise InputError("Every sensor needs noise: give 'std', 'relative' or 'covariance' a positive value, or "
+                             "pass noise=None where the observations hold noise already.")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements for noise-free ones.
@@ -58,7 +71,8 @@ class GaussianNoise:
         Tensor
             Measurements, shape (B, k), dtype and device of `y`.
         """
-        self._check(y.shape[-1])
+        self._check_observations(y)
+        check_generator(generator, y.device)
         scale = torch.sqrt(self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2)
         noisy = y + scale * torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
         if self._factor is not None:
@@ -72,15 +86,27 @@ class GaussianNoise:
 
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance R averaged over noise-free observations `y` of shape (B, k); shape (k, k)."""
-        self._check(y.shape[-1])
-        diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).mean(0)
+        self._check_observations(y)
+        diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).reshape(-1, y.shape[-1]).mean(0)
         matrix = torch.diag(diagonal)
         return matrix if self._matrix is None else matrix + self._matrix.to(y)
 
-    def _check(self, k: int) -> None:
-        sizes = {x.shape[0] for x in (self.std, self.relative, self._matrix) if x is not None and x.ndim}
-        if sizes - {k}:
-            raise InputError(f"The noise model is for {sorted(sizes)} sensors, the observations have {k}.")
+    def check(self, k: int) -> None:
+        """Raise InputError where the noise is for another number of sensors than k."""
+        if set(self._sizes) - {k}:
+            raise InputError(f"The noise model is for {self._sizes} sensors, the observations have {k}: give one "
+                             "number for all, or one for each.")
+
+    def _check_observations(self, y: Tensor) -> None:
+        if not isinstance(y, Tensor) or not y.is_floating_point() or not y.ndim:
+            raise InputError("Noise is made for a floating-point tensor (B, k): pass torch.as_tensor(y, "
+                             "dtype=torch.float64).")
+        self.check(y.shape[-1])
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Numbers of sensors that the parts are for."""
+        return sorted({len(x) for x in (self.std, self.relative, self._matrix) if x is not None and x.ndim})
 
 
 @dataclass(frozen=True)
@@ -90,10 +116,18 @@ class CallableNoise:
     Parameters
     ----------
     function : Callable[[Tensor, torch.Generator], Tensor]
-        Maps noise-free observations (B, k) and a generator to measurements (B, k).
+        Maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
+
+    Raises
+    ------
+    InputError
+        If `function` cannot be called.
     """
 
     function: Callable[[Tensor, torch.Generator], Tensor]
+
+    def __post_init__(self):
+        check_callable(self.function, "The noise", "a function of observations and generator, or GaussianNoise")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements (B, k) for noise-free ones (B, k).
@@ -103,10 +137,12 @@ class CallableNoise:
         InputError
             If the user's callable returns another shape or values that are not finite.
         """
-        noisy = self.function(y, generator)
-        if not isinstance(noisy, Tensor) or noisy.shape != y.shape or not torch.isfinite(noisy).all():
-            raise InputError(f"The noise callable must return a finite tensor of shape {tuple(y.shape)}.")
-        return noisy
+        # The function may write into what it gets, and may return the same tensor in every call.
+        noisy = self.function(y.clone(), generator)
+        real = isinstance(noisy, Tensor) and not noisy.is_complex()
+        if not real or noisy.shape != y.shape or not torch.isfinite(noisy).all():
+            raise InputError(f"The noise callable must return a finite real tensor of shape {tuple(y.shape)}: mend it.")
+        return noisy.detach().to(y, copy=True)
 
     def mean(self, y: Tensor) -> Tensor:
         """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
@@ -123,13 +159,57 @@ class CallableNoise:
         return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
 
 
-def _symmetric_factor(matrix: Tensor) -> Tensor:
-    """A factor F with F Fᵀ = matrix, for a positive semidefinite matrix (k, k)."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not torch.isfinite(matrix).all():
-        raise InputError("The noise covariance must be a square matrix of finite numbers.")
-    if not torch.allclose(matrix, matrix.T, rtol=1e-8, atol=0.0):
-        raise InputError("The noise covariance must be symmetric.")
-    values, vectors = torch.linalg.eigh(matrix)
-    if values[0] < -1e-10 * values[-1].abs():
-        raise InputError(f"The noise covariance has a negative eigenvalue ({values[0]:.3g}).")
-    return vectors * values.clamp(min=0).sqrt()
+def as_noise(noise, k: int | None = None) -> GaussianNoise | CallableNoise | None:
+    """The noise model that is meant.
+
+    Parameters
+    ----------
+    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
+        Numbers are standard deviations in units of the measurement; None where the observations hold noise already.
+    k : int, optional
+        Number of sensors that it has to fit.
+
+    Returns
+    -------
+    GaussianNoise, CallableNoise or None
+
+    Raises
+    ------
+    InputError
+        If it is anything else, or for another number of sensors.
+    """
+    if isinstance(noise, dict) or callable(noise):
+        raise InputError(f"noise is of type {type(noise).__name__}: pass "
+                         f"{'GaussianNoise(**noise)' if isinstance(noise, dict) else 'CallableNoise(noise)'}.")
+    if not (noise is None or isinstance(noise, (GaussianNoise, CallableNoise))):
+        noise = GaussianNoise(std=noise)
+    if k is not None and isinstance(noise, GaussianNoise):
+        noise.check(check_count(k, "k"))
+    return noise
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """A factor F of a positive semidefinite matrix (k, k) = F Fᵀ, symmetric in units of the standard deviations."""
+    if not len(matrix):
+        return matrix
+    variance = matrix.diagonal()
+    if (variance < 0).any():
+        raise InputError(f"The noise covariance has negative variances at sensors {_where(variance < 0)}: mend them.")
+    # Each sensor in units of its own noise: pascals beside mole fractions lose nothing.
+    unit = variance.sqrt()
+    scale = torch.where(unit > 0, unit, 1.0)
+    scaled = matrix / scale / scale[:, None]
+    if (scaled - scaled.T).abs().max() > _ASYMMETRY:
+        raise InputError("The noise covariance must be symmetric: take the mean of it and its transpose.")
+    if (matrix[unit == 0] != 0).any() or (matrix[:, unit == 0] != 0).any():
+        raise InputError(f"Sensors {_where(unit == 0)} have covariances and no variance: mend the noise covariance.")
+    values, vectors = torch.linalg.eigh((scaled + scaled.T) / 2)
+    if values[0] < -_NEGATIVE * values[-1].abs():
+        raise InputError(f"The noise covariance has a negative eigenvalue ({values[0]:.3g} in units of the sensors' "
+                         "own variances): mend it, or add to its diagonal.")
+    # The symmetric root: eigenvectors of close eigenvalues turn with rounding, their products do not.
+    return unit[:, None] * (vectors * values.clamp(min=0).sqrt() @ vectors.T)
+
+
+def _where(mask: Tensor) -> list[int]:
+    return torch.where(mask)[0].tolist()

@@ -15,7 +15,7 @@ layouts, and neither the order nor the number of sensors matters.
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from fem_diffusion.diffusion.emulator import Emulator
 from fem_diffusion.diffusion.sensors import Sensors
 from fem_diffusion.errors import SolveError
 
-__all__ = ["UPDATES", "Located", "OperatorBase"]
+__all__ = ["UPDATES", "Located", "OperatorBase", "cholesky"]
 
 UPDATES = 6
 # Below so many latents points lie on two shells; there are at least so many points.
@@ -137,15 +137,24 @@ class OperatorBase:
             else:
                 G, expected, spread = self._fit(sensors.rows, mean, factor, points)
                 expected, rest = sensors.offset + expected, noise + spread
-            root = _cholesky(rest)
+            root = cholesky(rest)
             target = y - expected + _apply(G, mean - prior_mean)
             white, target = (torch.linalg.solve_triangular(root, x, upper=False) for x in (G, target.unsqueeze(2)))
-            M = _cholesky(precision + white.mT @ white)
+            M = cholesky(precision + white.mT @ white)
             mean = prior_mean + torch.cholesky_solve(white.mT @ target, M).squeeze(2)
             factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
         scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
         misfit = torch.where(sensors.present, y - sensors.read(self.emulator(mean)), 0.0)
         return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
+
+    def standardised(self, located: Located) -> Located:
+        """The same Gaussians of latents that are centred and divided by their prior standard deviations.
+
+        Base coordinates are the same, and what a network sees does not depend on the units of latents.
+        """
+        std = self.factor.square().sum(1).sqrt()
+        return replace(located, mean=(located.mean - self.mean) / std, factor=located.factor / std[:, None],
+                       whitener=located.whitener * std)
 
     def _fit(self, rows: Tensor, mean: Tensor, factor: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Best affine fit over N(mean, factor factorᵀ) to readings without offset.
@@ -163,7 +172,7 @@ class OperatorBase:
         return slope, expected, rest @ rest.mT / len(points)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
     """Cholesky factors (B, n, n); SolveError where a matrix is not positive."""
     root, info = torch.linalg.cholesky_ex(matrix)
     if info.any():

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_flag, check_options
+from fem_diffusion.diffusion._checks import check_kind, check_near, check_tensor
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.emulator import fit_emulator
@@ -17,6 +19,7 @@ from fem_diffusion.diffusion.sensors import LayoutLaw, Sensors
 from fem_diffusion.diffusion.surrogate import surrogate
 from fem_diffusion.diffusion.support import Support, find_support
 from fem_diffusion.diffusion.training import measure_spectrum, noisy
+from fem_diffusion.errors import InputError
 
 __all__ = ["OperatorDenoiser", "fit_operators"]
 
@@ -25,6 +28,8 @@ _RATE = 0.25
 # Noise levels drawn for each located measurement, which costs more than they do.
 _DRAWS, _VALIDATION_DRAWS = 8, 16
 _HELD_OUT, _CHUNK = 2048, 256
+# Share of the variance of a latent that the others may leave at least.
+_DEPENDENT = 1e-12
 
 
 class OperatorDenoiser:
@@ -42,12 +47,22 @@ class OperatorDenoiser:
         Hard bounds of the latents.
     standard_prior : bool
         Whether the latents are known to be N(0, I).
+
+    Raises
+    ------
+    InputError
+        If a part is of the wrong kind.
     """
 
     def __init__(self, base: OperatorBase, network: SensorNetwork | None, spectrum: Spectrum | None = None,
                  support: Support | None = None, standard_prior: bool = False):
+        check_kind(base, "base", OperatorBase, "an OperatorBase")
+        for name, part, kind in (("network", network, SensorNetwork), ("spectrum", spectrum, Spectrum),
+                                 ("support", support, Support)):
+            if part is not None:
+                check_kind(part, name, kind, f"a {kind.__name__} or None")
         self.base, self.network, self.spectrum, self.support = base, network, spectrum, support
-        self.standard_prior = standard_prior
+        self.standard_prior = check_flag(standard_prior, "standard_prior")
 
     def at(self, sensors: Sensors, y: Tensor) -> Denoiser:
         """The denoiser for one measurement; its cost does not depend on the layouts of the training.
@@ -63,9 +78,24 @@ class OperatorDenoiser:
         -------
         Denoiser
             Whose base has the measurement built in. No sensors at all leave the prior.
+
+        Raises
+        ------
+        InputError
+            If shapes disagree, a number is not finite and real, or a variance is not positive.
         """
+        check_kind(sensors, "sensors", Sensors, "Sensors of one layout")
+        s = self.base.emulator.config["s"]
+        k = check_tensor(sensors.rows, "The rows of the sensors", (1, "k", s), "coordinates").shape[1]
+        for name, x in (("offset", sensors.offset), ("variance", sensors.variance)):
+            check_tensor(x, f"The {name} of the sensors", (1, k), "sensors")
+        if not (sensors.variance > 0).all():
+            raise InputError("Every sensor needs noise: its variance must be positive.")
+        present = sensors.present
+        if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (1, k):
+            raise InputError(f"present must say true or false of each sensor: give a bool tensor of shape (1, {k}).")
+        check_near(sensors.standardised(check_tensor(y, "The measurement", (k,), "sensors")[None])[1])
         located = self.base.locate(sensors, y[None])
-        k = len(y)
         # The mean is that of this very measurement, so the gain is zero.
         base = GaussianBase(located.mean[0], y, y.new_zeros(self.base.r, k), located.factor[0], located.whitener[0],
                             torch.eye(k, dtype=y.dtype, device=y.device))
@@ -76,9 +106,10 @@ class OperatorDenoiser:
             density = surrogate(self.base, sensors, y[None], located)
         if self.network is None:
             return Denoiser(base, None, None, self.support, density)
+        seen = self.base.standardised(located)
         with torch.no_grad():
-            context = self.network.context(sensors, located, y[None])
-        network = _Conditioned(self.network, context, located.factor)
+            context = self.network.context(sensors, seen, y[None])
+        network = _Conditioned(self.network, context, seen.factor)
         return Denoiser(base, network, self.spectrum, self.support, density)
 
 
@@ -151,7 +182,7 @@ class _Layouts(Task):
         self.parts = [z, c, *(x for seen, draws in self.validation for x in (seen.y, *draws))]
 
     def _measure(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> _Measured:
-        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s), in single precision.
+        """Fresh layouts and noise for latents (B, r) and state coordinates (B, s), without units in single precision.
 
         The latents are a sample of their posterior; Hamiltonian moves from there make more.
         """
@@ -166,8 +197,9 @@ class _Layouts(Task):
                     density = surrogate(self.base, sensors, y, located)
                     for _ in range(moves):
                         chain.append(density.move(chain[-1][:, None], generator)[0][:, 0])
-                parts.append(_Measured(_map(_single, sensors), _map(_single, located), _single(y),
-                                       _single(torch.stack(chain, 1))))
+                sensors, y = sensors.standardised(y)
+                parts.append(_Measured(_map(_single, sensors), _map(_single, self.base.standardised(located)),
+                                       _single(y), _single(torch.stack(chain, 1))))
         return _Measured(*(_joined([getattr(part, name) for part in parts]) for name in ("sensors", "located")),
                          torch.cat([part.y for part in parts]), torch.cat([part.w for part in parts]).transpose(0, 1))
 
@@ -251,16 +283,26 @@ def fit_operators(z: Tensor, c: Tensor, weights: Tensor, law: LayoutLaw, *, stan
     InputError, FileError, SolveError
         As `fit_emulator` and `train` do.
     """
-    check_pairs(z, c, z.shape[-1] + 1)
-    z, c = z.double(), c.double()
-    emulator, _ = fit_emulator(z, c, weights, options=options, progress=progress,
-                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+    check_options(options, TrainingOptions).check()
+    check_flag(standard_prior, "standard_prior")
+    check_pairs(z, c, 1)
+    check_kind(law, "law", LayoutLaw, "a LayoutLaw")
+    if law.pools[0].rows.shape[2] != c.shape[1]:
+        raise InputError(f"The sensors see {law.pools[0].rows.shape[2]} state coordinates and the pairs hold "
+                         f"{c.shape[1]}: make both from one basis of states.")
+    z, c = z.double().cpu(), c.double().cpu()
     if standard_prior:
         mean, factor = z.new_zeros(z.shape[1]), torch.eye(z.shape[1], dtype=z.dtype)
     else:
         # Upper triangular, from the Cholesky factor of the covariance in reversed order.
         covariance = torch.cov(z.T).reshape(z.shape[1], z.shape[1])
-        mean, factor = z.mean(0), torch.linalg.cholesky(covariance.flip(0, 1)).flip(0, 1)
+        factor, info = torch.linalg.cholesky_ex(covariance.flip(0, 1))
+        if info.any() or (factor.diagonal()**2 < _DEPENDENT * covariance.diagonal().flip(0)).any():
+            raise InputError("The latents depend linearly on each other in all pairs: keep fewer modes, or simulate "
+                             "more.")
+        mean, factor = z.mean(0), factor.flip(0, 1)
+    emulator, _ = fit_emulator(z, c, weights, options=options, progress=progress,
+                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     device = torch.device(options.device)
     options = replace(options, learning_rate=_RATE * options.learning_rate)
     moved = [x.to(device) for x in (z, c, mean, factor)]

@@ -24,20 +24,21 @@ every :math:`\alpha`. All formulations coincide in these coordinates; they diffe
 import math
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fem_diffusion.checks import check_choice, check_count, check_flag, check_number
 from fem_diffusion.diffusion import _plain, _whitened
+from fem_diffusion.diffusion._checks import check_callable, check_generator, check_kind
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.formulation import Formulation, variance_preserving
+from fem_diffusion.diffusion.formulation import Formulation, check_elementwise, variance_preserving
 from fem_diffusion.diffusion.nodes import place_angles
 from fem_diffusion.diffusion.support import Support
 from fem_diffusion.errors import InputError
 
-__all__ = ["METHODS", "churn", "evaluations", "sample_latents"]
+__all__ = ["METHODS", "check_method", "churn", "evaluations", "sample_latents"]
 
 _REDRAWS, _CORRECTIONS = 20, 6
 # Between these noise levels a formulation has to run.
@@ -64,9 +65,10 @@ def evaluations(method: str, steps: int, coordinates: str = "whitened") -> int:
     Raises
     ------
     InputError
-        If the method is unknown, or adaptive.
+        If the method is unknown, or adaptive, or `steps` is no positive integer.
     """
-    _check_method(method, coordinates)
+    check_method(method, coordinates)
+    steps = check_count(steps, "steps")
     if method == "adaptive":
         raise InputError("The adaptive method chooses its own number of evaluations; count them in the network.")
     return METHODS[coordinates][method].evaluations(steps)
@@ -97,10 +99,12 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
     Raises
     ------
     InputError
-        If the strength is negative.
+        If the strength is negative, or another argument is of the wrong kind.
     """
-    if not strength >= 0:
-        raise InputError(f"The churn must be >= 0, not {strength}.")
+    _check_formulation(formulation)
+    strength, sigma_min = check_number(strength, "strength", least=0), check_number(sigma_min, "sigma_min", least=0)
+    if not (isinstance(sigma_max, float) and sigma_max == math.inf):
+        sigma_max = check_number(sigma_max, "sigma_max", least=sigma_min)
 
     def alpha(t: Tensor) -> Tensor:
         # d(sigma^2)/dt = g scaling^2, hence d log sigma / dt = g scaling^2 / (2 sigma^2) = g / (2 s^2).
@@ -164,19 +168,30 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
     Raises
     ------
     InputError
-        If `alpha` is negative, `steps` is not a positive whole number, a word is unknown, the method does not serve
-        alpha > 0, the formulation's noise does not reach far enough, `y` is of the wrong shape or not finite, or
-        corrections are asked for without a surrogate.
+        If `alpha` is negative, `steps` is not a positive integer, a word is unknown, the method does not serve
+        alpha > 0, the formulation's noise does not reach far enough, `y` is of the wrong shape, not finite and real or
+        out of all reach, corrections are asked for without a surrogate, or another argument is of the wrong kind.
     """
-    y = y.to(denoiser.base.latent_mean)
+    check_kind(denoiser, "denoiser", Denoiser, "a trained Denoiser")
+    y = denoiser.base.check_measurements(y)
+    check_generator(generator, y.device)
+    memory = check_count(memory, "memory")
+    check_flag(progress, "progress")
+    if callback is not None:
+        check_callable(callback, "callback", "a function of step, noise level and latents")
+    if callable(alpha):
+        check_elementwise(alpha, "alpha", least=0)
+    else:
+        alpha = check_number(alpha, "alpha", least=0)
     if method is None:
         method = "exponential" if coordinates == "plain" else "multistep" if _is_zero(alpha) else "heun"
-    scheme = _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation)
+    steps = check_count(steps, "steps")
+    scheme = _check(method, alpha, coordinates, nodes, formulation)
     corrections = _corrections(denoiser, corrections)
     nodes = nodes or ("spectrum" if formulation is None else "time")
     formulation = formulation or variance_preserving()
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
-    angles = _angles(denoiser, formulation, nodes, scheme.order, int(steps))
+    angles = _angles(denoiser, formulation, nodes, scheme.order, steps)
     rows = max(1, memory // _row_bytes(denoiser, y))
 
     def draw(y: Tensor, report: Callable[[int, float, Tensor], None]) -> Tensor:
@@ -193,7 +208,7 @@ def sample_latents(denoiser: Denoiser, y: Tensor, formulation: Formulation | Non
         for _ in range(corrections):
             w = denoiser.surrogate.move(w[None], generator)[0][0]
         return denoiser.base.colour(w, y)
-    with torch.no_grad(), tqdm(total=int(steps), desc="sample", disable=not progress) as bar:
+    with torch.no_grad(), tqdm(total=steps, desc="sample", disable=not progress) as bar:
         def report(step: int, sigma: float, state: Tensor) -> None:
             bar.update(step - bar.n)
             if callback is not None:
@@ -222,66 +237,48 @@ def _corrections(denoiser: Denoiser, corrections: int | None) -> int:
     """Number of corrections; raises InputError where they are asked for in vain."""
     if corrections is None:
         return _CORRECTIONS if denoiser.surrogate is not None else 0
-    if not isinstance(corrections, Integral) or corrections < 0:
-        raise InputError(f"The number of corrections is a whole number >= 0, not {corrections!r}.")
+    corrections = check_count(corrections, "corrections", least=0)
     if corrections and denoiser.surrogate is None:
         raise InputError("Corrections need the density of an emulator, which models of many operators with a Gaussian "
                          "prior have: leave `corrections` out.")
-    return int(corrections)
+    return corrections
 
 
 def _is_zero(alpha) -> bool:
     return not callable(alpha) and alpha == 0
 
 
-def _check_method(method: str, coordinates: str) -> None:
-    if coordinates not in METHODS:
-        raise InputError(f"Coordinates are one of {', '.join(METHODS)}, not {coordinates!r}.")
-    if method not in METHODS[coordinates]:
-        raise InputError(f"The method in {coordinates} coordinates is one of {', '.join(METHODS[coordinates])}, not "
-                         f"{method!r}.")
+def check_method(method: str, coordinates: str) -> None:
+    """Raise InputError unless there is such a method in such coordinates."""
+    check_choice(coordinates, "coordinates", METHODS)
+    check_choice(method, f"The method in {coordinates} coordinates", METHODS[coordinates])
 
 
-def _check(denoiser, y, method, alpha, steps, coordinates, nodes, formulation):
+def _check(method, alpha, coordinates, nodes, formulation):
     """The scheme asked for; raises InputError where an argument of `sample_latents` is wrong."""
-    _check_method(method, coordinates)
-    if nodes not in (None, "spectrum", "time"):
-        raise InputError(f"nodes is 'spectrum' or 'time', not {nodes!r}.")
+    check_method(method, coordinates)
+    if nodes is not None:
+        check_choice(nodes, "nodes", ("spectrum", "time"))
     if formulation is not None:
-        _check_formulation(formulation, coordinates)
-    _check_alpha(alpha)
+        _check_formulation(formulation)
+        _check_reach(formulation, coordinates)
     scheme = METHODS[coordinates][method]
     if scheme.deterministic and not _is_zero(alpha):
         raise InputError(f"The method {method!r} in {coordinates} coordinates follows the ODE, alpha = 0; take 'heun' "
                          "for alpha > 0.")
-    if not isinstance(steps, Real) or steps % 1 or not steps >= 1:
-        raise InputError(f"The number of steps must be a whole number >= 1, not {steps!r}.")
-    if y.ndim != 2 or y.shape[1] != denoiser.base.k or not torch.isfinite(y).all():
-        raise InputError(f"Measurements must be finite and of shape (B, {denoiser.base.k}), not {tuple(y.shape)}.")
     return scheme
 
 
-def _check_formulation(formulation, coordinates) -> None:
-    if not isinstance(formulation, Formulation):
-        raise InputError(f"The formulation is a Formulation such as variance_preserving(), not {formulation!r}.")
+def _check_formulation(formulation) -> None:
+    check_kind(formulation, "formulation", Formulation, "a Formulation such as variance_preserving()")
+
+
+def _check_reach(formulation, coordinates) -> None:
     first, last = formulation.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     if last < _LARGE or (coordinates == "plain" and first > _SMALL):
         raise InputError(f"Formulation {formulation.name} runs from sigma = {first:g} to {last:g}: sampling starts "
                          f"from noise alone, at {_LARGE:g} or more, and ends, in plain coordinates, at {_SMALL:g} or "
                          "less.")
-
-
-def _check_alpha(alpha) -> None:
-    if not callable(alpha):
-        if not isinstance(alpha, Real) or not 0 <= alpha < math.inf:
-            raise InputError(f"alpha must be a number >= 0 or a function of time, not {alpha!r}.")
-        return
-    t = torch.linspace(0, 1, 101, dtype=torch.float64)
-    values = alpha(t)
-    if not isinstance(values, Tensor) or values.shape != t.shape:
-        raise InputError("alpha must be elementwise: map a tensor of times to a tensor of that shape.")
-    if not torch.isfinite(values).all() or not (values >= 0).all():
-        raise InputError("alpha must be >= 0 and finite on [0, 1].")
 
 
 def _angles(denoiser: Denoiser, formulation: Formulation, nodes: str, order: int, steps: int) -> list[float]:

@@ -15,8 +15,8 @@ __all__ = ["FamilyWarning", "Seen"]
 _UNLIKE = 0.1
 # How far numbers of sensors and noise levels may leave the range of the training.
 _BEYOND = 2.0
-# Signals below this share of the strongest are none.
-_BLIND = 1e-6
+# Signals below this share of their noise, and of the strongest such ratio, are none.
+_BLIND, _WEAK = 1e-3, 1e-6
 
 
 class FamilyWarning(UserWarning):
@@ -36,7 +36,7 @@ class Seen:
     most : int
         Readings in the largest layout.
     strongest : float
-        Largest prior signal of a candidate, in units of the measurement.
+        Largest prior signal of a candidate, in units of its noise.
     """
 
     signals: Tensor
@@ -49,17 +49,18 @@ class Seen:
         """What a law of layouts has to show."""
         signals = torch.cat([pool.rows.flatten(0, 1) for pool in law.pools])
         std = torch.cat([pool.std.flatten(1) for pool in law.pools], 1)
+        ratio = std / signals.norm(dim=1)
+        strongest = float((1 / ratio).max())
         # Candidates that see next to nothing, on a Dirichlet boundary, say nothing about noise either.
-        strength = signals.norm(dim=1)
-        ratio = (std / strength)[:, strength > _BLIND * strength.max()]
+        ratio = ratio[_seeing(1 / ratio, strongest)]
         return cls(_unit(signals).float(), (float(ratio.min()), float(ratio.max())),
-                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools), float(strength.max()))
+                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools), strongest)
 
     def warn(self, sensors: Sensors, names: Sequence[str]) -> None:
         """Warn where one layout, named row by row, is far from the training; the message names the measure."""
         findings = []
-        strength = sensors.rows[0].norm(dim=1)
-        seeing = torch.where(strength > _BLIND * self.strongest)[0]
+        strength, std = sensors.rows[0].norm(dim=1), sensors.variance[0].sqrt()
+        seeing = torch.where(_seeing(strength / std, self.strongest))[0]
         rows = sensors.rows[0][seeing]
         if len(rows):
             alike = (_unit(rows).float() @ self.signals.T).abs().amax(1)
@@ -69,7 +70,7 @@ class Seen:
                 findings.append(f"sensor {names[seeing[worst]]}: the most similar training sensor leaves "
                                 f"{unlike[worst]:.0%} of the prior variance of its signal unexplained (1 - squared "
                                 "correlation)")
-            ratio = sensors.variance[0][seeing].sqrt() / strength[seeing]
+            ratio = std[seeing] / strength[seeing]
             low, high = float(ratio.min()) / self.std[0], float(ratio.max()) / self.std[1]
             if low < 1 / _BEYOND or high > _BEYOND:
                 findings.append(f"noise over prior signal reaches {low:.2g} of the smallest and {high:.2g} of the "
@@ -82,5 +83,11 @@ class Seen:
                           "such sensors.", FamilyWarning, stacklevel=3)
 
 
+def _seeing(ratio: Tensor, strongest: float) -> Tensor:
+    """Whether sensors with these ratios of signal to noise, which know no units, see anything."""
+    return ratio > min(_BLIND, _WEAK * strongest)
+
+
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    length = rows.norm(dim=1, keepdim=True)
+    return rows / torch.where(length > 0, length, 1.0)

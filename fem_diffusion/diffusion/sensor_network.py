@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_count
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.operator_base import Located
 from fem_diffusion.diffusion.sensors import Sensors
+from fem_diffusion.errors import InputError
 
 __all__ = ["SensorNetwork"]
 
 # State coordinates, largest first, that describe what a sensor sees.
 _SEEN = 32
+_HEADS = 4
 
 
 class SensorNetwork(nn.Module):
@@ -33,18 +36,26 @@ class SensorNetwork(nn.Module):
         Width of a token.
     queries : int
         Number of learned queries.
+
+    Raises
+    ------
+    InputError
+        If a size is not positive, or `tokens` no multiple of 4.
     """
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
         super().__init__()
-        self.config = {"r": r, "s": s, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
+        sizes = {"r": r, "s": s, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
+        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+        if tokens % _HEADS:
+            raise InputError(f"tokens is {tokens}: give a multiple of {_HEADS}.")
         self.seen = min(s, _SEEN)
         self.embed = nn.Sequential(nn.Linear(self.seen + r + 3, tokens), nn.SiLU(),
                                    nn.Linear(tokens, tokens), nn.SiLU())
         # A token that is always there: attention over no sensors is defined, and their number can be felt.
         self.nothing = nn.Parameter(torch.zeros(tokens))
         self.queries = nn.Parameter(torch.randn(queries, tokens) / tokens**0.5)
-        self.attention = nn.MultiheadAttention(tokens, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(tokens, _HEADS, batch_first=True)
         self.gather = nn.Sequential(nn.Linear(queries * tokens, tokens), nn.SiLU())
         self.flow = ResidualMLP(2 * r, 2 * r + tokens, width, depth)
 
@@ -54,12 +65,15 @@ class SensorNetwork(nn.Module):
         return self.flow.dtype
 
     def context(self, sensors: Sensors, located: Located, y: Tensor) -> Tensor:
-        """What the network knows of each measurement, shape (B, 2 r + tokens): mean, log std, gathered sensors."""
-        spread = (sensors.rows.square().sum(2) + sensors.variance).sqrt()
-        row = sensors.rows[:, :, :self.seen] / spread[:, :, None]
-        numbers = [(y - sensors.offset) / spread, located.misfit, torch.log(sensors.variance.sqrt() / spread)]
+        """What the network knows of each measurement, shape (B, 2 r + tokens): mean, log std, gathered sensors.
+
+        `located` is in units of the prior, see `OperatorBase.standardised`.
+        """
+        sensors, y = sensors.standardised(y)
+        numbers = [y, located.misfit, torch.log(sensors.variance.sqrt())]
         # asinh bounds what a very precise sensor brings in.
-        token = torch.cat([row, torch.asinh(located.sensitivity), torch.asinh(torch.stack(numbers, 2))], 2)
+        token = torch.cat([sensors.rows[:, :, :self.seen], torch.asinh(located.sensitivity),
+                           torch.asinh(torch.stack(numbers, 2))], 2)
         token = self.embed(token.to(self.dtype))
         token = torch.cat([self.nothing.expand(len(token), 1, -1), token], 1)
         hidden = torch.cat([sensors.present.new_zeros(len(token), 1), ~sensors.present], 1)
@@ -80,7 +94,7 @@ class SensorNetwork(nn.Module):
         context : Tensor
             From `context`, shape (B, 2 r + tokens).
         factor : Tensor
-            Of the base, shape (B, r, r).
+            Of the base in units of the prior, shape (B, r, r).
 
         Returns
         -------

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from fem_diffusion.checks import check_all, check_count
+from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["LayoutLaw", "SensorPool", "Sensors"]
@@ -47,6 +49,16 @@ class Sensors:
         white = torch.randn(self.offset.shape, generator=generator, dtype=c.dtype, device=c.device)
         return torch.where(self.present, self.read(c) + self.variance.sqrt() * white, 0.0)
 
+    def standardised(self, y: Tensor) -> tuple["Sensors", Tensor]:
+        """The same sensors and their readings `y` (B, k), each as the deviation from the mean in prior spreads.
+
+        So single precision holds them, whatever their units.
+        """
+        spread = (self.rows.square().sum(2) + self.variance).sqrt()
+        sensors = Sensors(self.rows / spread[:, :, None], torch.zeros_like(self.offset), self.variance / spread**2,
+                          self.present)
+        return sensors, (y - self.offset) / spread
+
     def to(self, *args, **kwargs) -> "Sensors":
         """Copy with every tensor moved by `torch.Tensor.to`; `present` stays a mask."""
         moved = [getattr(self, f.name).to(*args, **kwargs) for f in fields(self)]
@@ -68,6 +80,12 @@ class SensorPool:
         log-uniformly between them.
     count : tuple of int
         Fewest and most candidates in a layout; between them the logarithm of the number is uniform.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, a number is not finite and real, a standard deviation is not positive or the smallest is
+        not the first, or there are not so many candidates.
     """
 
     rows: Tensor
@@ -76,7 +94,15 @@ class SensorPool:
     count: tuple[int, int]
 
     def __post_init__(self):
-        least, most = self.count
+        K, g, _ = check_tensor(self.rows, "The rows of a pool", ("K", "g", "s"), "coordinates").shape
+        check_tensor(self.offset, "The offset of a pool", (K, g), "rows")
+        if not (0 < check_tensor(self.std, "The std of a pool", (2, K, g), "rows")).all() or (
+                self.std[0] > self.std[1]).any():
+            raise InputError("Every sensor needs noise: std must be positive, the smallest value first.")
+        if not isinstance(self.count, (tuple, list)) or len(self.count) != 2:
+            raise InputError(f"count is {self.count!r}: give the fewest and the most sensors, e.g. (1, 64).")
+        least, most = (check_count(n, "count", least=0) for n in self.count)
+        object.__setattr__(self, "count", (least, most))
         if not 0 <= least <= most <= len(self.rows) or most == 0:
             raise InputError(f"A layout of {least} to {most} sensors cannot be drawn from {len(self.rows)} candidates.")
 
@@ -110,9 +136,21 @@ class LayoutLaw:
     ----------
     pools : tuple of SensorPool
         With the same state coordinates.
+
+    Raises
+    ------
+    InputError
+        If there is no pool, or their numbers of state coordinates differ.
     """
 
     pools: tuple[SensorPool, ...]
+
+    def __post_init__(self):
+        pools = check_all((self.pools,) if isinstance(self.pools, SensorPool) else self.pools, "pools", SensorPool)
+        if len({pool.rows.shape[2] for pool in pools}) != 1:
+            raise InputError("The pools of a law must see the same number of state coordinates: give at least one "
+                             "pool, all of them made from one basis of states.")
+        object.__setattr__(self, "pools", pools)
 
     def draw(self, size: int, generator: torch.Generator) -> Sensors:
         """Independent layouts, `size` of them."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fem_diffusion.diffusion._checks import check_tensor
+
 __all__ = ["Support", "find_support"]
 
 # The outermost share of the pairs, and at least so many, tell whether a bound is hard, if there are so many times more.
@@ -54,7 +56,13 @@ def find_support(z: Tensor) -> Support | None:
     -------
     Support or None
         None where no latent has a hard bound, or where there are fewer than 1,000 pairs, too few to tell.
+
+    Raises
+    ------
+    InputError
+        If `z` is no tensor of finite real numbers of that shape.
     """
+    check_tensor(z, "z", ("n", "r"), "latents")
     m = max(_LEAST, round(_SHARE * len(z)))
     if len(z) < _TIMES * m:
         return None

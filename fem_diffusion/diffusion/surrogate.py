@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.operator_base import Located, OperatorBase
+from fem_diffusion.diffusion.operator_base import Located, OperatorBase, cholesky
 from fem_diffusion.diffusion.sensors import Sensors
 
 __all__ = ["Surrogate", "surrogate"]
@@ -105,7 +105,7 @@ def surrogate(base: OperatorBase, sensors: Sensors, y: Tensor, located: Located)
     -------
     Surrogate
     """
-    root = torch.linalg.cholesky(base.noise(sensors))
+    root = cholesky(base.noise(sensors))
     rows, target = (torch.linalg.solve_triangular(root, x, upper=False)
                     for x in (sensors.rows, (y - sensors.offset).unsqueeze(2)))
     return Surrogate(base, located.mean, located.factor, rows, target.squeeze(2), base.precision)

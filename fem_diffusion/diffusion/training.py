@@ -13,6 +13,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.checks import check_choice, check_flag, check_options
+from fem_diffusion.diffusion._checks import check_kind, check_tensor
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser
@@ -20,9 +22,8 @@ from fem_diffusion.diffusion.field_network import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.gaussian import GaussianBase, check_pairs, fit_base, plain_base
 from fem_diffusion.diffusion.network import ResidualMLP
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum
-from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.support import find_support
-from fem_diffusion.errors import InputError
 
 __all__ = ["History", "TrainingOptions", "fit_denoiser", "train"]
 
@@ -42,8 +43,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
         Latents, shape (n, r); any scale.
     y : Tensor
         Noise-free observations, shape (n, k), or measurements where `noise` is None; any units.
-    noise : GaussianNoise, CallableNoise or None
-        Noise model; None where `y` already holds noise.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
     base : {"gaussian", "plain"}
         Joint Gaussian of latents and measurements, or mere standardisation.
     standard_prior : bool
@@ -61,11 +62,11 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | No
     InputError, FileError
         As `fit_base`, `plain_base` and `train` do; InputError if `base` is unknown.
     """
-    if base not in ("gaussian", "plain"):
-        raise InputError(f"The base is 'gaussian' or 'plain', not {base!r}.")
-    _check_finite(z, y)
-    z, y = z.double(), y.double()
-    check_pairs(z, y, 1)  # before the noise model sees them
+    check_choice(base, "base", ("gaussian", "plain"))
+    check_flag(standard_prior, "standard_prior")
+    check_options(options, TrainingOptions).check()
+    check_pairs(z, y)  # before the noise model sees them
+    z, y, noise = z.double(), y.double(), as_noise(noise, y.shape[1])
     centred, covariance = y, y.new_zeros(y.shape[1], y.shape[1])
     if noise is not None:
         centred, covariance = y + noise.mean(y), noise.covariance(y)
@@ -92,8 +93,8 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
         Latents, shape (n, r).
     y : Tensor
         Noise-free observations, shape (n, k), or measurements where `noise` is None.
-    noise : GaussianNoise, CallableNoise or None
-        Noise model; None where `y` already holds noise.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
     base : GaussianBase
         Gaussian base of the same r and k.
     options : TrainingOptions
@@ -121,11 +122,14 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     SolveError
         If training diverges.
     """
-    options.check()
-    if z.ndim != 2 or y.ndim != 2 or len(z) != len(y) or (base.r, base.k) != (z.shape[1], y.shape[1]):
-        raise InputError(f"Latents {tuple(z.shape)} and observations {tuple(y.shape)} do not fit the base "
-                         f"(r = {base.r}, k = {base.k}).")
-    _check_finite(z, y)
+    check_options(options, TrainingOptions).check()
+    check_flag(progress, "progress")
+    check_kind(base, "base", GaussianBase, "what fit_base or plain_base returns")
+    if geometry is not None:
+        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.field_geometry makes of a basis")
+    check_tensor(z, "z", ("n", base.r), "latents")
+    check_tensor(y, "y", (len(z), base.k), "sensors")
+    noise = as_noise(noise, base.k)
     with threads(options.threads):
         task = _Pairs(z, y, noise, base, options, geometry)
         loop = Loop(task, options, checkpoint)
@@ -133,13 +137,6 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
         if network is None:
             return Denoiser(base.to("cpu", torch.float64), None), loop.history
         return task.finish(network, loop.history), loop.history
-
-
-def _check_finite(z: Tensor, y: Tensor) -> None:
-    if not isinstance(z, Tensor) or not isinstance(y, Tensor):
-        raise InputError("Latents and observations must be tensors: pass torch.as_tensor(...) of them.")
-    if not torch.isfinite(z).all() or not torch.isfinite(y).all():
-        raise InputError("Training pairs hold values that are not finite; leave those samples out or simulate anew.")
 
 
 class _Pairs(Task):

@@ -1,0 +1,83 @@
+"""Checks of tensors and random generators at the door of every public function of this room."""
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.checks import LARGEST, shape_fits, shape_words
+from fem_diffusion.errors import InputError
+
+__all__ = ["check_callable", "check_generator", "check_kind", "check_near", "check_tensor"]
+
+# Beyond so many standard deviations of the training measurements a network in single precision overflows.
+_FAR = 1e12
+
+
+def check_tensor(x, name: str, shape: tuple, columns: str = "columns") -> Tensor:
+    """A tensor of finite real numbers whose squares do not overflow.
+
+    Parameters
+    ----------
+    x : Tensor
+        Of any real dtype, on any device.
+    name, columns : str
+        What it is and what its last axis counts, for messages.
+    shape : tuple
+        Of numbers, and of words that each stand for one number: ("n", "r").
+
+    Returns
+    -------
+    Tensor
+        `x` itself.
+
+    Raises
+    ------
+    InputError
+        If it is anything else; the message names the columns that hold bad values.
+    """
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} is of type {type(x).__name__}: pass torch.as_tensor(...) of an array of shape "
+                         f"{shape_words(shape)}.")
+    if x.is_complex() or x.dtype == torch.bool:
+        remedy = "give real and imaginary parts by themselves" if x.is_complex() else "give real numbers"
+        raise InputError(f"{name} holds {x.dtype} values: {remedy}.")
+    if not shape_fits(x.shape, shape):
+        raise InputError(f"{name} has the shape {tuple(x.shape)}: give {shape_words(shape)}.")
+    # In single precision the bound is infinite.
+    bad = ~(torch.isfinite(x) & (x.abs() <= LARGEST))
+    if bad.any():
+        where = torch.where(bad.reshape(-1, bad.shape[-1]).any(0))[0].tolist() if bad.ndim else []
+        raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}, at {columns} {where}: leave "
+                         "those samples out, mend where they come from, or take other units.")
+    return x
+
+
+def check_near(deviations: Tensor) -> None:
+    """Raise InputError where measurements (B, k), in standard deviations from those of training, are out of reach."""
+    far = (deviations.abs() > _FAR).any(0)
+    if far.any():
+        raise InputError(f"The readings of sensors {torch.where(far)[0].tolist()} are more than {_FAR:g} standard "
+                         "deviations from those of the training, beyond what a network's arithmetic holds: check "
+                         "their units.")
+
+
+def check_kind(x, name: str, kind: type, remedy: str):
+    """An object of a class."""
+    if not isinstance(x, kind):
+        raise InputError(f"{name} is of type {type(x).__name__}: pass {remedy}.")
+    return x
+
+
+def check_callable(x, name: str, remedy: str):
+    """A function, or what can be called like one."""
+    if not callable(x):
+        raise InputError(f"{name} is {x!r}: give {remedy}.")
+    return x
+
+
+def check_generator(generator, device: torch.device) -> torch.Generator:
+    """A source of random numbers on the device where they are drawn."""
+    check_kind(generator, "generator", torch.Generator, f"torch.Generator({str(device)!r}).manual_seed(seed)")
+    if generator.device.type != device.type:
+        raise InputError(f"The generator is on {str(generator.device)!r} and the data are on {str(device)!r}: pass "
+                         f"torch.Generator({str(device)!r}).manual_seed(seed).")
+    return generator
