@@ -11,17 +11,17 @@ from mpi4py import MPI
 
 from fem_diffusion import files
 from fem_diffusion.bridge import ModalBasis
-from fem_diffusion.checks import check_readings
+from fem_diffusion.checks import check_count, check_readings
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
-    Sensors, TrainingOptions, fit_operators,
+    Sensors, TrainingOptions, as_noise, fit_operators,
 )
 from fem_diffusion.diffusion._loop import unpack_history
 from fem_diffusion.diffusion.model_file import REMEDY, pack, unpack, unpack_network, unpack_sampling
 from fem_diffusion.diffusion.operator_base import UPDATES
-from fem_diffusion.eigenmodes import leading_modes, sample_covariance
+from fem_diffusion.eigenmodes import leading_modes, sample_covariance, split
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, on_root
+from fem_diffusion.fields import coefficients, field, on_root, owned_size
 from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior, check_training, is_standard
 from fem_diffusion.problem.family import OperatorFamily
@@ -107,13 +107,16 @@ def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
     mean = states.mean(axis=0)
     centred = states - mean
     finite = U.comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
-    total = 0.0
-    if finite and len(states) > 1:
-        covariance, total = sample_covariance(U, centred)
-    if not total > 0:
+    parts = split(U, centred) if finite and len(states) > 1 else []
+    totals = np.array([sample_covariance(W, part)[1] for W, part in zip(U, parts)])
+    if not (totals > 0).any():
         raise DataError("The states are not finite or all the same: check the forward problem.")
+    # Components of a mixed space count by shares of variance: pressures beside velocities lose nothing.
+    totals = np.where(totals > 0, totals, 1.0) if len(U) > 1 else np.ones(1)
+    units = np.concatenate([np.full(owned_size(W), total**0.5) for W, total in zip(U, totals)])
+    covariance, total = sample_covariance(U, centred / units)
     most = min(_MOST_MODES, len(states) - 1, U.dim())
-    if size is not None and not 1 <= size <= most:
+    if size is not None and not 1 <= check_count(size, "state_modes") <= most:
         raise InputError(f"state_modes is {size}: between 1 and {most} modes can be had here.")
     count = 16 if size is None else size
     while True:
@@ -122,7 +125,8 @@ def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
         if size is None and len(enough):
             modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
         if size is not None or len(enough) or len(variances) < count:
-            return ModalBasis(U, field(U, mean, name="mean"), modes, variances, total)
+            return ModalBasis(U, field(U, mean, name="mean"), modes * units, variances, total,
+                              weights=tuple((1 / totals).tolist()) if len(U) > 1 else None)
         count *= 2
 
 
@@ -169,7 +173,7 @@ class FamilyModel:
     seen: Seen
 
     def condition(self, observation: Observation | None, y: Sequence[float],
-                  noise: GaussianNoise | None = None) -> Posterior:
+                  noise: GaussianNoise | float | Sequence[float] | None = None) -> Posterior:
         """Posterior for one measurement by any sensors.
 
         Parameters
@@ -178,9 +182,9 @@ class FamilyModel:
             The sensors, on the space of the states; None where there are none, which gives the prior.
         y : array_like of shape (k,)
             Their readings, the same on all ranks. NaN stands for a sensor that failed: it is left out.
-        noise : GaussianNoise
-            Of these sensors; a part relative to the noise-free value takes the reading in its place. May be left out
-            where there are no sensors.
+        noise : GaussianNoise, float or array_like of shape (k,)
+            Of these sensors, numbers being standard deviations; a part relative to the noise-free value takes the
+            reading in its place. May be left out where there are no sensors.
 
         Returns
         -------
@@ -201,6 +205,7 @@ class FamilyModel:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
         y = check_readings(y, len(observation), observation.names, failed=True)
+        noise = as_noise(noise, len(observation)) if len(y) else None
         if len(y) and not isinstance(noise, GaussianNoise):
             raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
         rows, offset = _project(observation, self.states)
@@ -240,7 +245,7 @@ class FamilyModel:
                                   self.history)
             arrays |= {"base.mean": model.base.mean.numpy(), "base.factor": model.base.factor.numpy()}
             values |= {"states.element": element_of(states.V), "total_variance": states.total_variance,
-                       "standard_prior": model.standard_prior, "updates": model.base.updates}
+                       "weights": states.weights, "standard_prior": model.standard_prior, "updates": model.base.updates}
             files.write(path, "family model", arrays | gathered, values)
         on_root(comm, write)
 
@@ -297,8 +302,11 @@ def load_family(path: str | os.PathLike, basis: ModalBasis, U) -> FamilyModel:
     basis.check_signature(content.arrays["basis.signature"], path)
     columns = own_columns(content, "states.key", "states.element", U)
     mean, modes, variances = (content.arrays[f"states.{name}"] for name in ("mean", "modes", "variances"))
+    weights = content.value("weights", list, type(None))
+    if weights is not None and (len(weights) != len(U) or not all(type(x) is float and x > 0 for x in weights)):
+        raise content.error("does not hold the weights of the states' components")
     states = ModalBasis(U, field(U, mean[0, columns], name="mean"), modes[:, columns], variances,
-                        content.values["total_variance"])
+                        content.values["total_variance"], weights=weights and tuple(weights))
     return FamilyModel(basis, states, denoiser, history, seen)
 
 

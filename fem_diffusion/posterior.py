@@ -25,7 +25,7 @@ __all__ = ["ConditionalModel", "Posterior", "fit", "load_model"]
 _TAIL_STREAM = 0x7A11
 
 
-def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | None, *,
+def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise | float | Sequence[float] | None, *,
         network: str = "latents", options: TrainingOptions = TrainingOptions(),
         checkpoint: str | os.PathLike | None = None, progress: bool = True) -> "ConditionalModel":
     """Train a conditional diffusion model on simulated pairs.
@@ -36,8 +36,9 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
         Pairs of fields and noise-free observations.
     basis : ModalBasis
         Coordinates of the fields.
-    noise : GaussianNoise, CallableNoise or None
-        Noise of the measurements, drawn afresh in every batch; None where the observations already hold noise.
+    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
+        Noise of the measurements, drawn afresh in every batch; numbers are standard deviations, None says that the
+        observations already hold noise.
     network : {"latents", "field"}
         Fully connected between latents and measurements, or with layers on the mesh, for one scalar unknown that enters
         the forward map through a nonlinearity at every point; see docs/field_network.md.
@@ -139,7 +140,9 @@ class ConditionalModel:
         InputError
             If the measurement is of the wrong length or not finite; the message names the sensors.
         """
-        return Posterior(self, check_readings(y, self.denoiser.base.k))
+        y = check_readings(y, self.denoiser.base.k)
+        self.denoiser.base.check_measurements(torch.from_numpy(y)[None])
+        return Posterior(self, y)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write base, network and training curve to a safetensors file; the basis has `ModalBasis.save`.

@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from firedrake import FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, as_vector, ds, exp
+from firedrake import (
+    Function, FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, UnitSquareMesh, as_vector, ds, exp,
+)
 from mpi4py import MPI
 
 from fem_diffusion import (
@@ -18,6 +20,7 @@ from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import OperatorDenoiser, SensorNetwork, Spectrum
 from fem_diffusion.diagnostics.fem_reference import exact_posterior
 from fem_diffusion.errors import DataError, InputError, FileError
+from fem_diffusion.fields import coefficients, field
 from fem_diffusion.many_operators import _decorrelated
 
 COMM = MPI.COMM_WORLD
@@ -279,3 +282,32 @@ def test_a_data_set_without_states_is_refused(job):
     points = point_sensors(V, [(1.0, 0.5)])
     with pytest.raises(DataError, match="has none"):
         fit_family(simulate(prior, forward, points, 50, seed=0, progress=False), model.basis, _family(V))
+
+
+def test_state_modes_of_components_in_unlike_units():
+    """A state in pascals beside one in mole fractions: sensors of the small one have their exact posterior."""
+    mesh = UnitSquareMesh(6, 6, comm=MPI.COMM_SELF)
+    V = FunctionSpace(mesh, "CG", 1)
+    U, prior = V * V, GaussianPrior(V, 1.0, 0.5)
+    x = SpatialCoordinate(mesh)
+
+    def forward(m):
+        # The first knows one number of the field, the second all of it.
+        u = Function(U)
+        u.sub(0).assign(1e9 * m.dat.data_ro[0])
+        u.sub(1).interpolate(1e-4 * m * (1 + x[0]))
+        return u
+    basis = karhunen_loeve(prior, 6)
+    z = torch.randn(300, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    fields = basis.decode(z)
+    states = np.array([coefficients(forward(field(V, values))) for values in fields])
+    sensors = point_sensors(U, [(0.2, 0.3), (0.7, 0.6), (0.5, 0.9)], component=1)
+    family = OperatorFamily(SensorKind(sensors, 1e-6, (1, 3)))
+    model = fit_family(DataSet(fields, sensors.apply(states), states), basis, family, options=OPTIONS, progress=False)
+    truth = basis.functions(z[:1])[0]
+    operator = sensors.apply(np.array([coefficients(forward(field(V, mode))) for mode in basis.scaled_modes])).T
+    found = model.condition(sensors, sensors(forward(truth)), 1e-6).model.denoiser.base
+    covariance = np.linalg.inv(np.eye(6) + operator.T @ operator / 1e-12)
+    np.testing.assert_allclose(found.covariance.numpy(), covariance, atol=1e-4)
+    mean = covariance @ operator.T @ (operator @ z[0].numpy()) / 1e-12
+    np.testing.assert_allclose(found.latent_mean.numpy(), mean, atol=1e-3)

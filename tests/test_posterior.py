@@ -294,7 +294,7 @@ def test_bad_arguments_of_sample_are_refused(job, change, words):
 
 @pytest.mark.parametrize("arguments, words", [
     ({"data": None}, "data is of type NoneType"), ({"basis": None}, "basis is of type NoneType"),
-    ({"noise": "small"}, "noise"), ({"options": {"steps": 5}}, "TrainingOptions"),
+    ({"noise": "small"}, "Noise .std. holds"), ({"options": {"steps": 5}}, "TrainingOptions"),
     ({"network": None}, "network is None"), ({"progress": "no"}, "progress is 'no'"),
 ])
 def test_bad_arguments_of_fit_are_refused(job, arguments, words):
