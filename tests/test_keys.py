@@ -16,8 +16,8 @@ def square(comm, nx=6, ny=5, height=lambda y: y, **options):
     return mesh
 
 
-def graded(comm, nx=60, ny=40, growth=1.2097):
-    """Layers that grow from a wall, by default from a thickness of 1e-4."""
+def graded(comm, nx=60, ny=40, growth=1.26):
+    """Layers that grow from a wall, by default from a thickness of 2.5e-5."""
     return square(comm, nx, ny, lambda y: (growth**(ny * y) - 1) / (growth**ny - 1))
 
 

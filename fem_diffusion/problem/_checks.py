@@ -6,7 +6,7 @@ Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.v
 from functools import partial
 
 import numpy as np
-from firedrake import H1, Constant, Function, assemble, interpolate
+from firedrake import H1, Constant, Function, Measure, assemble, interpolate
 from firedrake.interpolation import get_interpolator
 from mpi4py import MPI
 from ufl.core.expr import Expr
@@ -14,7 +14,19 @@ from ufl.core.expr import Expr
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients
 
-__all__ = ["check_lagrange", "root_space", "interpolated", "prepared_interpolation"]
+__all__ = ["check_lagrange", "exterior_measures", "interpolated", "prepared_interpolation", "root_space"]
+
+
+def exterior_measures(mesh):
+    """Measures that together integrate over the boundary of a mesh: {name: Measure}.
+
+    The names are ``"sides"`` and, of an extruded mesh with ends, ``"bottom"`` and ``"top"``: where the extrusion is
+    periodic, Firedrake's ``ds_b`` and ``ds_t`` integrate over the seam, which is no boundary (its ``dS_h`` holds it).
+    """
+    if not mesh.extruded:
+        return {"sides": Measure("ds", mesh)}
+    ends = {} if mesh.extruded_periodic else {"bottom": Measure("ds_b", mesh), "top": Measure("ds_t", mesh)}
+    return {"sides": Measure("ds_v", mesh)} | ends
 
 
 def check_lagrange(V):

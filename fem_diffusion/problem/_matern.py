@@ -9,7 +9,7 @@ from numbers import Real
 import numpy as np
 from firedrake import (
     BrokenElement, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
-    assemble, ds, ds_b, ds_t, ds_v, dx, grad, homogenize, inner, interpolate,
+    assemble, dx, grad, homogenize, inner, interpolate,
 )
 from firedrake.adjoint import AutoregressiveCovariance
 from firedrake.petsc import PETSc
@@ -19,6 +19,7 @@ from scipy.special import gamma, kv
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import multiply, solve
+from fem_diffusion.problem._checks import exterior_measures
 
 __all__ = ["MaternOperator", "matern_operator", "operator_order", "matern_correlation", "pointwise_variance"]
 
@@ -194,11 +195,8 @@ def matern_operator(V, L, m, bcs, solver_parameters):
     """Build the operator on V with scale L, order m and homogeneous bcs."""
     mesh = V.mesh()
     u, v = TrialFunction(V), TestFunction(V)
-    edge = ds(domain=mesh)
-    if mesh.extruded:
-        edge = ds_b(domain=mesh) + ds_t(domain=mesh) + ds_v(domain=mesh)
-    K = (inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
-         + Constant(_ROBIN * L) * inner(u, v) * edge)
+    K = inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
+    K += sum(Constant(_ROBIN * L) * inner(u, v) * ds for ds in exterior_measures(mesh).values())
     d = mesh.topological_dimension
     weight = np.sqrt(gamma(m) * (4 * np.pi)**(d / 2) * L**d / gamma(m - d / 2))
     covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight),
