@@ -18,10 +18,11 @@ from scipy.sparse import bsr_matrix, csr_matrix
 from scipy.special import gamma, kv
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import multiply, solve
+from fem_diffusion.fields import multiply, owned_size, solve
 from fem_diffusion.problem._checks import exterior_measures
 
-__all__ = ["MaternOperator", "matern_operator", "operator_order", "matern_correlation", "pointwise_variance"]
+__all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
+           "pointwise_variance"]
 
 _ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficien
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
@@ -137,6 +138,30 @@ class MaternOperator:
     def block(self):
         """Number of vectors to treat at once, the same on every rank."""
         return int(np.clip(_BLOCK_BYTES / (8 * self.noise.getSizes()[1][1]), 1, 256))
+
+
+class NumberOperator:
+    """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
+
+    covariance = None
+
+    def __init__(self, V):
+        start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
+        self._total, self._owned = V.dim(), slice(start, start + owned_size(V))
+
+    def root(self, x):
+        """The numbers x (k, n_owned) themselves."""
+        return x
+
+    action = root
+
+    def white_noise(self, rng, k):
+        """k draws, shape (k, n_owned); every rank draws all numbers and keeps its own."""
+        return rng.standard_normal((k, self._total))[:, self._owned]
+
+    def block(self):
+        """As `MaternOperator.block`."""
+        return 256
 
 
 def _white_noise_matrix(V):

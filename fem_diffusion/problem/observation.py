@@ -24,7 +24,7 @@ from ufl.algorithms.check_arities import ArityMismatch
 from ufl.algorithms.formtransformations import compute_form_arities
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, owned_size
+from fem_diffusion.fields import coefficients, independent_entries, owned_size
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
 
@@ -213,7 +213,7 @@ def locate(mesh, points, tolerance):
 
 
 def point_rows(U, vom, index, k):
-    """This rank's columns of the rows that read U at k points of a vertex-only mesh, components running fastest."""
+    """This rank's columns of the rows that read U at k points of a vertex-only mesh, independent entries fastest."""
     shape = U.value_shape
     at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
                  if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
@@ -226,7 +226,8 @@ def point_rows(U, vom, index, k):
     rows, columns, values = (np.concatenate(part) for part in zip(*U.comm.allgather(local)))
     first, last = matrix.getOwnershipRangeColumn()
     mine = (first <= columns) & (columns < last)
-    return coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k * size, last - first)).tocsr()
+    every = coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k * size, last - first)).tocsr()
+    return every[(np.arange(k)[:, None] * size + independent_entries(U)[0]).ravel()]
 
 
 def labels(points):
@@ -245,7 +246,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
     points : numpy.ndarray
         Global, those of rank 0 count, shape (k, gdim).  If the state (or the component) is vector-valued, every
         point gives one row for each of its entries, entries running fastest: ``point_sensors(U, points)[0::2]``
-        keeps the first entry of a vector of two.
+        keeps the first entry of a vector of two.  Of symmetric tensors, equal entries are read once.
     names : sequence of str | None
         One name for each row; default the coordinates.
     component : int | None
@@ -274,8 +275,9 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
         first = ", ".join(f"{i} at {tuple(points[i].tolist())}" for i in lost[:5])
         raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
                          "move them inside, or give a larger tolerance")
-    size = W.value_size
-    default = [label + (f"[{c}]" if W.value_shape else "") for label in labels(points) for c in range(size)]
+    entries = [np.unravel_index(c, W.value_shape) for c in independent_entries(W)[0]]
+    tags, size = ["[" + ", ".join(map(str, entry)) + "]" if entry else "" for entry in entries], len(entries)
+    default = [label + tag for label in labels(points) for tag in tags]
     names = checked_names(names, default, size * len(points))
     return Observation(U, embed(point_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
 
