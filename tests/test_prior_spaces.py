@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from firedrake import (COMM_SELF, COMM_WORLD, Constant, DirichletBC, ExtrudedMesh, Function, FunctionSpace, Mesh,
-                       PeriodicPeriodicUnitSquareMesh, SpatialCoordinate, TensorFunctionSpace,
+                       PeriodicUnitIntervalMesh, PeriodicUnitSquareMesh, SpatialCoordinate, TensorFunctionSpace,
                        UnitCubeMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, dx, exp)
 
 from fem_diffusion.bridge import karhunen_loeve

@@ -16,7 +16,14 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, independent_entries, is_real
 
 __all__ = ["check_reproduced", "exterior_measures", "interpolated", "matern_space", "prepared_interpolation",
-           "root_space"]
+           "refuse_variable_layers", "root_space"]
+
+
+def refuse_variable_layers(mesh):
+    """Raise InputError for an extruded mesh whose columns differ in their layers."""
+    if mesh.extruded and mesh.variable_layers:
+        raise InputError("the extruded mesh has variable layers, where Firedrake finds no points and leaves steps out "
+                         "of the boundary: use constant layers with coordinates moved, or a Submesh")
 
 
 def exterior_measures(mesh):
@@ -25,6 +32,7 @@ def exterior_measures(mesh):
     The names are ``"sides"`` and, of an extruded mesh with ends, ``"bottom"`` and ``"top"``: where the extrusion is
     periodic, Firedrake's ``ds_b`` and ``ds_t`` integrate over the seam, which is no boundary (its ``dS_h`` holds it).
     """
+    refuse_variable_layers(mesh)
     if not mesh.extruded:
         return {"sides": Measure("ds", mesh)}
     ends = {} if mesh.extruded_periodic else {"bottom": Measure("ds_b", mesh), "top": Measure("ds_t", mesh)}

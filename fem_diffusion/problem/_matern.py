@@ -191,9 +191,11 @@ def _white_noise_matrix(V):
     size = nodes * V.block_size
     cells = csr_matrix((values, indices, indptr), shape=local.getSize()).tobsr((size, size))
 
+    # In each direction by itself, as cells may be thin; a direction without extent has rounding errors alone.
     lowest = x.min(axis=1, keepdims=True)
-    extent = np.max(x - lowest, axis=(1, 2), keepdims=True)
-    keys = np.rint((x - lowest) / extent * 1e6)
+    noise = 1e-11 * V.comm.allreduce(np.abs(x).max(initial=0.0), op=MPI.MAX)
+    extent = np.maximum(np.ptp(x, axis=1, keepdims=True), noise)
+    keys = np.rint((x - lowest) / extent * 1e3)
     order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int)
     order = order.reshape(-1, nodes)  # also where a rank has no cell
     order = (order[:, :, None] * V.block_size + np.arange(V.block_size)).reshape(-1, size)
@@ -205,15 +207,22 @@ def _white_noise_matrix(V):
     pattern = (factor.indptr.astype(PETSc.IntType), (factor.indices + offset).astype(PETSc.IntType))
     block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=mass.comm)
 
-    # rounded, so that cells in line with each other sort alike whatever the rounding errors of their centres
     centres = np.concatenate(V.comm.allgather(x.mean(axis=1)))
-    scale = 1e10 / (np.pi * np.ptp(centres, axis=0).max() + np.finfo(float).tiny)
-    sort = np.lexsort(np.rint((centres - centres.min(axis=0)) * scale).T)
+    sort = np.lexsort([_levels(c) for c in centres.T])
     place = np.empty(len(sort), dtype=int)
     place[sort] = np.arange(len(sort))
     noise = gather.transposeMatMult(block_diagonal)
     block_diagonal.destroy()
     return noise, place[offset // size:offset // size + len(x)]
+
+
+def _levels(x):
+    """Integers in the order of numbers (n,), the same for those that differ by rounding errors, as of cells in line."""
+    order = np.argsort(x)
+    steps = np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0)
+    levels = np.zeros(len(x), dtype=int)
+    levels[order[1:]] = np.cumsum(steps)
+    return levels
 
 
 def matern_operator(V, L, m, bcs, solver_parameters):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
+from finat.ufl import TensorElement
 from firedrake import (
-    Cofunction, Function, FunctionSpace, TensorFunctionSpace, TestFunction, TrialFunction,
-    VectorFunctionSpace, VertexOnlyMesh, assemble, interpolate,
+    Cofunction, Function, FunctionSpace, TestFunction, TrialFunction, VertexOnlyMesh, assemble, dx, inner, interpolate,
 )
 from mpi4py import MPI
 from pyadjoint import no_annotations
@@ -24,7 +24,8 @@ from ufl.algorithms.check_arities import ArityMismatch
 from ufl.algorithms.formtransformations import compute_form_arities
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, independent_entries, owned_size
+from fem_diffusion.fields import coefficients, field, independent_entries, is_real, owned_size
+from fem_diffusion.problem._checks import refuse_variable_layers
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
 
@@ -147,6 +148,10 @@ class Observation:
         points = np.concatenate([self.points, other.points])
         return Observation(self.U, rows, self.names + other.names, points)
 
+    def __radd__(self, other):
+        """``sum(observations)`` starts from 0."""
+        return self if isinstance(other, Integral) and other == 0 else NotImplemented
+
 
 def checked_names(names, default, count):
     """Names as a tuple of count strings."""
@@ -198,6 +203,7 @@ def locate(mesh, points, tolerance):
 
     Returns the vertex-only mesh, the user's index of each of its points here, and a global mask (k,) of those found.
     """
+    refuse_variable_layers(mesh)
     parent_tolerance = mesh.tolerance
     try:
         vom = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore", tolerance=tolerance)
@@ -212,22 +218,70 @@ def locate(mesh, points, tolerance):
     return vom, index, found > 0
 
 
-def point_rows(U, vom, index, k):
-    """This rank's columns of the rows that read U at k points of a vertex-only mesh, independent entries fastest."""
-    shape = U.value_shape
-    at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
-                 if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
-    matrix = assemble(interpolate(TrialFunction(U), at_points), mat_type="aij").petscmat
-    indptr, columns, values = matrix.getValuesCSR()
-    size = int(np.prod(shape, dtype=int))
-    component_rows = (index[:, None] * size + np.arange(size)).ravel()
-    local = (np.repeat(component_rows, np.diff(indptr)), columns, values)
-    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
-    rows, columns, values = (np.concatenate(part) for part in zip(*U.comm.allgather(local)))
+def _space(mesh, degree, shape):
+    """Discontinuous space of this value shape."""
+    cell = str(mesh.ufl_cell())
+    scalar = FunctionSpace(mesh, "DQ" if "quadrilateral" in cell or "hexahedron" in cell else "DG", degree)
+    return FunctionSpace(mesh, TensorElement(scalar.ufl_element(), shape=shape)) if shape else scalar
+
+
+def _owned_columns(matrix, entries, k):
+    """Sum over ranks of entries (rows, global columns, values) as k rows with the columns of `matrix` owned here."""
+    rows, columns, values = (np.concatenate(part) for part in zip(*matrix.comm.tompi4py().allgather(entries)))
     first, last = matrix.getOwnershipRangeColumn()
     mine = (first <= columns) & (columns < last)
-    every = coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k * size, last - first)).tocsr()
-    return every[(np.arange(k)[:, None] * size + independent_entries(U)[0]).ravel()]
+    return coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k, last - first)).tocsr()
+
+
+def point_rows(U, vom, index, k):
+    """This rank's columns of the rows that read U at k points of a vertex-only mesh, entries running fastest."""
+    matrix = assemble(interpolate(TrialFunction(U), _space(vom, 0, U.value_shape)), mat_type="aij").petscmat
+    indptr, columns, values = matrix.getValuesCSR()
+    size = U.value_size
+    component_rows = (index[:, None] * size + np.arange(size)).ravel()
+    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
+    return _owned_columns(matrix, (np.repeat(component_rows, np.diff(indptr)), columns, values), k * size)
+
+
+def sensor_rows(U, vom, index, k):
+    """As `point_rows`, of independent entries, compared with values of a discontinuous copy of a random state.
+
+    Firedrake reads H(div) functions on immersed manifolds with the wrong sign in some cells (firedrake#3089), and
+    discontinuous ones rightly; so rows go through these where they hold the state exactly.
+
+    Raises
+    ------
+    InputError
+        If the two differ by more than the copy does from the state, or U holds numbers.
+    """
+    if is_real(U):
+        raise InputError('a state of numbers (family "R") has no values at points: use functionals')
+    element, simplex = U.ufl_element(), U.mesh().ufl_cell().cellname in ("interval", "triangle", "tetrahedron")
+    degree = element.embedded_superdegree if simplex else int(np.max(element.degree()))
+    D = _space(U.mesh(), degree, U.value_shape)
+    rows, copy_rows = (point_rows(W, vom, index, k) for W in (U, D))
+    state = field(U, np.random.default_rng([0, U.comm.rank]).standard_normal(owned_size(U)))
+    copy = assemble(interpolate(state, D))
+    here, there = (_summed(U.comm, x @ coefficients(f)) for x, f in ((rows, state), (copy_rows, copy)))
+    error, size = np.abs(here - there).max(), np.abs(there).max()
+    if error > 1e-9 * size:
+        away = np.sqrt(assemble(inner(state - copy, state - copy) * dx) / assemble(inner(state, state) * dx))
+        if away <= 1e-9:
+            matrix = assemble(interpolate(TrialFunction(U), D), mat_type="aij").petscmat
+            indptr, columns, values = matrix.getValuesCSR()
+            sizes = matrix.getSizes()
+            product = (copy_rows @ csr_matrix((values, columns, indptr), shape=(sizes[0][0], sizes[1][1]))).tocoo()
+            rows = _owned_columns(matrix, (product.row, product.col, product.data), rows.shape[0])
+        elif error > 10 * away * size or (away > 0.1 and element.mapping() != "identity"):
+            raise InputError(f"Firedrake reads {element} at points of this mesh wrongly: interpolate the state "
+                             f"into VectorFunctionSpace(mesh, \"DG\", {degree}) in the solver and observe that")
+    return rows[(np.arange(k)[:, None] * U.value_size + independent_entries(U)[0]).ravel()]
+
+
+def _summed(comm, x):
+    """Sum of an array over the ranks."""
+    comm.Allreduce(MPI.IN_PLACE, x)
+    return x
 
 
 def labels(points):
@@ -264,7 +318,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
     ------
     InputError
         If U is mixed and no component is named, there is no such component, a name is missing, or the points have
-        the wrong shape, are not finite or outside the mesh; on every rank.
+        the wrong shape, are not finite or outside the mesh, or Firedrake reads the state wrongly there; on every rank.
     """
     W, embed = component_space(U, component)
     mesh = W.mesh()
@@ -279,7 +333,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
     tags, size = ["[" + ", ".join(map(str, entry)) + "]" if entry else "" for entry in entries], len(entries)
     default = [label + tag for label in labels(points) for tag in tags]
     names = checked_names(names, default, size * len(points))
-    return Observation(U, embed(point_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
+    return Observation(U, embed(sensor_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
 
 
 @no_annotations
@@ -304,7 +358,7 @@ def functionals(U, forms, names=None):
     Raises
     ------
     InputError
-        If a form is no UFL form or not linear, or a name is missing.
+        If a form is no UFL form, not linear or not finite, or a name is missing.
     """
     forms, argument = list(forms), TestFunction(U)
     if not forms:
@@ -328,11 +382,18 @@ def _row(U, form, argument, i):
         if arities != {1}:
             raise ArityMismatch(f"arities {arities}")
         covector = assemble(integral)
+    except NotImplementedError as error:
+        raise InputError(f"Firedrake cannot assemble functional {i} ({error}): take a FunctionSpace(mesh, \"R\", 0) "
+                         "for each number") from error
     except (ArityMismatch, TypeError, ValueError) as error:
         raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
-    return coefficients(covector).reshape(1, owned_size(U))
+    row = coefficients(covector)
+    if not U.comm.allreduce(bool(np.isfinite(row).all()), MPI.LAND):
+        raise InputError(f"functional {i} has weights that are not finite: look for a division by zero or a root of a "
+                         "negative number in its form")
+    return row.reshape(1, owned_size(U))
 
 
 def no_sensors(U):
