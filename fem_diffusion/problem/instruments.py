@@ -16,9 +16,8 @@ from scipy.sparse import csr_matrix, identity, kron, vstack
 from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, multiply
-from fem_diffusion.problem.observation import (
-    Observation, checked_names, checked_points, component_space, labels, locate, sensor_rows,
-)
+from fem_diffusion.problem._points import locate, sensor_rows
+from fem_diffusion.problem.observation import Observation, checked_names, checked_points, component_space, labels
 
 __all__ = ["line_averages", "patch_averages", "random_points"]
 
