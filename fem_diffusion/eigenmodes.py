@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable
 
 import numpy as np
-from firedrake import TestFunction, TrialFunction, assemble, dx, inner
+from firedrake import Constant, TestFunction, TrialFunction, assemble, dx, inner
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, generic_integrals, multiply, owned_size
+from fem_diffusion.fields import (
+    coefficients, field, generic_integrals, independent_entries, is_real, multiply, owned_size,
+)
 
 __all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "split", "without_conditions"]
 
@@ -32,6 +34,10 @@ def mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
     if len(V) > 1:
         parts = [(mass_action(W), weight) for W, weight in zip(V, weights or [1.0] * len(V))]
         return lambda x: np.hstack([weight * mass(y) for (mass, weight), y in zip(parts, split(V, x))])
+    if is_real(V):
+        # Firedrake assembles no form with an argument that is a vector of numbers.
+        volumes = assemble(Constant(1.0) * dx(V.mesh())) * independent_entries(V)[1][:owned_size(V)]
+        return lambda x: x * volumes
     matrix = assemble(inner(TrialFunction(V), TestFunction(V)) * dx, mat_type="aij").petscmat
     return lambda x: multiply(matrix, x)
 

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from finat.ufl import TensorElement
 from firedrake import (
     CellVolume, Cofunction, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, as_tensor, assemble, dx,
     exp, inner,
@@ -19,8 +20,8 @@ from scipy.spatial import cKDTree
 
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "generic_integrals", "geometric_key", "multiply", "on_root", "owned_columns",
-           "owned_size", "require_real", "solve", "solve_each"]
+__all__ = ["coefficients", "field", "generic_integrals", "geometric_key", "independent_entries", "is_real", "multiply",
+           "on_root", "owned_columns", "owned_size", "require_real", "solve", "solve_each"]
 
 _SAME = 1e-8  # of the distance to the next degree of freedom: two places are one
 
@@ -82,6 +83,32 @@ def field(V, values: np.ndarray, name: str | None = None) -> Function:
     return function
 
 
+def is_real(V) -> bool:
+    """Whether V holds a few numbers and no field: a space of family "R", scalar or not."""
+    return V.ufl_element().family() == "Real"
+
+
+def independent_entries(V) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries of a space's values are no copies of others, as those of symmetric tensors are.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        A space that is not mixed.
+
+    Returns
+    -------
+    numpy.ndarray
+        Their places among the entries of a value, last index fastest: shape (b,).
+    numpy.ndarray
+        How often each stands in the value, shape (b,): as often it counts in the mass inner product.
+    """
+    element = V.ufl_element()
+    mapping = element.flattened_sub_element_mapping() if isinstance(element, TensorElement) else range(V.value_size)
+    _, first, count = np.unique(mapping, return_index=True, return_counts=True)
+    return first, count
+
+
 def generic_integrals(V) -> np.ndarray:
     """Integral of every basis function against a fixed function without symmetry, shape (n_owned,), owned.
 
@@ -89,7 +116,11 @@ def generic_integrals(V) -> np.ndarray:
     """
     if len(V) > 1:
         return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
-    phase, test = _phase(V.mesh()), TestFunction(V)
+    phase = _phase(V.mesh())
+    if is_real(V):
+        weights = [assemble(exp((1 + 0.1 * i) * phase) * dx) for i in independent_entries(V)[0]]
+        return np.array(weights)[:owned_size(V)]
+    test = TestFunction(V)
     weight = np.array([exp((1 + 0.1 * i) * phase) for i in range(max(1, int(np.prod(test.ufl_shape))))], dtype=object)
     weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
     return coefficients(assemble(inner(weight, test) * dx))
@@ -141,7 +172,7 @@ def _component_key(V, i: int) -> np.ndarray:
     key = np.zeros((owned_size(V), gdim + 5))
     low, width = _frame(mesh)
     key[:, 0], key[:, 1] = i, (np.sqrt(2 + np.arange(gdim)) * (low / width + np.log(width))).sum()
-    if V.ufl_element().family() == "Real":
+    if is_real(V):
         key[:, 2] = np.arange(len(key))
         return key
     u, v, x, phase = TrialFunction(V), TestFunction(V), SpatialCoordinate(mesh), _phase(mesh)

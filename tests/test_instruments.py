@@ -99,7 +99,7 @@ def test_errors_tell_the_remedy():
         (lambda: patch_averages(U, [[0.2, np.nan]], 0.1), r"centres \[0\] are not finite"),
         (lambda: patch_averages(U * U, [[0.2, 0.2]], 0.1), "component=0 to 1"),
         (lambda: patch_averages(U, [[0.2, 0.2]], 0.1, component=1), "component is 1"),
-        (lambda: line_averages(U, [[0.1, 0.9]], [[0.9, 0.1]], points=0), "n is 0"),
+        (lambda: line_averages(U, [[0.1, 0.9]], [[0.9, 0.1]], points=0), "points is 0"),
         (lambda: line_averages(U, [[0, 0], [0.1, 0.9]], [[0.1, 0.1], [0.9, 0.8]]), "1 of 2 segments leave .*segment 1"),
         (lambda: line_averages(U, [[0, 0], [0, 0]], [[0.1, 0.1]]), "2 starts and 1 ends"),
         (lambda: line_averages(V, [[0, 0]], [[0.1, 0.1]]), "averages are of scalars"),

@@ -94,6 +94,29 @@ def test_periodic(family):
         problem(4)
 
 
+@pytest.mark.parametrize("family, kind", [("CG", "dirichlet"), ("DQ", "robin"),
+                                          pytest.param("CG", "robin", marks=slow),
+                                          pytest.param("DQ", "dirichlet", marks=slow)])
+def test_the_seam_of_a_periodic_extrusion_is_no_boundary(family, kind):
+    """The boundary is the sides; what is given there is not the solution at the seam."""
+    def problem(n, conditions):
+        mesh = ExtrudedMesh(UnitIntervalMesh(n), n, periodic=True)
+        V, (x, z) = FunctionSpace(mesh, family, 1), SpatialCoordinate(mesh)
+        exact, v = cos(2 * pi * z + 0.3) * cos(pi * x), as_vector([0.3, 1.0])
+        f = dot(v, grad(exact)) - 0.1 * div(grad(exact))
+        sides = (1 - 2 * x) * cos(2 * pi * z + 0.3)
+        values = {"dirichlet": sides, "robin": (0.7, sides)}
+        return exact, AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
+                                         **{kind: {marker: values[kind] for marker in conditions}})
+
+    def error(n):
+        exact, there = problem(n, ["on_boundary"])
+        return errornorm(exact, there(Function(there.V)), degree_rise=2)
+    assert order(error, 8, 16) >= 1.75
+    with pytest.raises(InputError, match="the markers of this mesh are 1, 2; its extrusion is periodic"):
+        problem(2, [1, 2, "top"])
+
+
 def disc(refinements, curved):
     """The unit disc by triangles, with edges on the boundary that are arcs of parabolas or straight."""
     mesh = UnitDiskMesh(refinements)

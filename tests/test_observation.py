@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 from firedrake import (
-    Constant, FacetNormal, Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, Submesh,
-    UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, conditional,
-    div, dot, ds, dx, grad, lt, split,
+    Constant, CubedSphereMesh, ExtrudedMesh, FacetNormal, Function, FunctionSpace, IcosahedralSphereMesh,
+    MixedFunctionSpace, SpatialCoordinate, Submesh, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh,
+    VectorFunctionSpace, as_vector, assemble, conditional, cross, div, dot, ds, dx, grad, lt, split, sqrt,
 )
 
 from fem_diffusion.errors import InputError
+from fem_diffusion.problem.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.problem.instruments import line_averages, random_points
 from fem_diffusion.problem.observation import functionals, point_sensors
+from fem_diffusion.problem.prior import GaussianPrior
 
 POINTS = np.random.default_rng(1).random((9, 3))
 
@@ -169,6 +172,76 @@ def test_other_input_errors(mesh, U, state):
     ]:
         with pytest.raises(InputError, match=words):
             action()
+
+
+SPHERES = {"triangles": lambda: IcosahedralSphereMesh(1.0, 2), "quadrilaterals": lambda: CubedSphereMesh(1.0, 2)}
+
+
+@pytest.mark.parametrize("cells, family, degree", [
+    ("triangles", "RT", 1), ("triangles", "BDM", 1), ("triangles", "N1curl", 1), ("quadrilaterals", "RTCE", 1)])
+def test_a_wind_on_the_sphere_is_read_with_its_own_sign(cells, family, degree):
+    """Interpolants of a known tangential field, read at every 7th cell, are as close to it as elsewhere."""
+    mesh = SPHERES[cells]()
+    x = SpatialCoordinate(mesh)
+    mesh.init_cell_orientations(x)
+    axis, V = np.array([0.3, 0.2, 1.0]), FunctionSpace(mesh, family, degree)
+    wind = Function(V).interpolate(cross(Constant(axis), x))
+    places = Function(VectorFunctionSpace(mesh, "DG" if cells == "triangles" else "DQ", 0)).interpolate(x)
+    places = places.dat.data_ro[::7]
+    sensors = point_sensors(V, places, tolerance=1e-3)
+    np.testing.assert_allclose(sensors(wind).reshape(-1, 3), np.cross(axis, places), atol=0.03)
+    # Away from the centres, against a discontinuous copy in which every value is its own cell's.
+    off = places + 0.02 * np.cross(places, [1.0, 0.0, 0.0])
+    D = VectorFunctionSpace(mesh, "DG" if cells == "triangles" else "DQ", degree)
+    np.testing.assert_allclose(point_sensors(V, off, tolerance=1e-2)(wind),
+                               point_sensors(D, off, tolerance=1e-2)(Function(D).interpolate(wind)), atol=1e-2)
+
+
+@pytest.mark.parallel(2)
+def test_a_wind_on_the_sphere_on_two_ranks():
+    mesh = SPHERES["triangles"]()
+    x = SpatialCoordinate(mesh)
+    mesh.init_cell_orientations(x)
+    axis, V = np.array([0.3, 0.2, 1.0]), FunctionSpace(mesh, "RT", 1)
+    places = Function(VectorFunctionSpace(mesh, "DG", 0)).interpolate(x).dat.data_ro
+    places = np.concatenate(mesh.comm.allgather(places))[::7]
+    values = point_sensors(V, places, tolerance=1e-3)(Function(V).interpolate(cross(Constant(axis), x)))
+    np.testing.assert_allclose(values.reshape(-1, 3), np.cross(axis, places), atol=0.03)
+
+
+def test_what_firedrake_cannot_read_is_refused():
+    sphere = SPHERES["quadrilaterals"]()
+    sphere.init_cell_orientations(SpatialCoordinate(sphere))
+    with pytest.warns(FutureWarning, match="Variable layer"):
+        steps = ExtrudedMesh(UnitIntervalMesh(4), layers=[[0, 2], [0, 3], [1, 2], [0, 3]], layer_height=0.25)
+    square = UnitSquareMesh(2, 2)
+    numbers, many = FunctionSpace(square, "R", 0), VectorFunctionSpace(square, "R", 0)
+    # Which points Firedrake gets wrong depends on their order.
+    places = Function(VectorFunctionSpace(sphere, "DQ", 0)).interpolate(SpatialCoordinate(sphere)).dat.data_ro[::7]
+    W, x = FunctionSpace(steps, "CG", 1), SpatialCoordinate(steps)
+    for action, words in [
+        (lambda: point_sensors(FunctionSpace(sphere, "RTCF", 1), places, tolerance=1e-3), "VectorFunctionSpace"),
+        (lambda: point_sensors(W, [[0.1, 0.1]]), "variable layers.*Submesh"),
+        (lambda: line_averages(W, [[0.1, 0.1]], [[0.2, 0.2]]), "variable layers.*Submesh"),
+        (lambda: random_points(steps, 2, seed=1), "variable layers.*Submesh"),
+        (lambda: GaussianPrior(W, 1.0, 0.3).sample(1), "variable layers.*Submesh"),
+        (lambda: AdvectionDiffusion(W, W, "source", dirichlet={"on_boundary": 0}), "variable layers.*Submesh"),
+        (lambda: point_sensors(numbers, [[0.5, 0.5]]), "use functionals"),
+        (lambda: functionals(many, [lambda u: u[0] * dx]), "for each number"),
+        (lambda: functionals(W, [lambda u: sqrt(x[0] - 2) * u * dx]), "functional 0 has weights"),
+    ]:
+        with pytest.raises(InputError, match=words):
+            action()
+    assert functionals(W, [lambda u: u * dx])(Function(W).assign(1.0))[0] == pytest.approx(10 / 16)
+
+
+def test_sum_of_observations(U, state):
+    places = POINTS[:3, :2]
+    total = sum(point_sensors(U, places[[i]], names=[f"sensor {i}"]) for i in range(3))
+    np.testing.assert_allclose(total(state), point_sensors(U, places)(state))
+    assert total.names == ("sensor 0", "sensor 1", "sensor 2")
+    with pytest.raises(TypeError):
+        1 + total
 
 
 def test_rows_agree_with_an_assembled_form(mesh, U, state):

@@ -309,7 +309,7 @@ def test_input_errors(square):
     vector = VectorFunctionSpace(mesh, "CG", 1)
     for action, words in [
         (lambda: GaussianPrior(FunctionSpace(mesh, "DG", 1), 1.0, 0.3), "CG elements"),
-        (lambda: GaussianPrior(FunctionSpace(mesh, "R", 0), 1.0, 0.3), "CG elements"),
+        (lambda: GaussianPrior(FunctionSpace(mesh, "R", 0), 1.0, 0.3), "leave out correlation_length"),
         (lambda: GaussianPrior(MixedFunctionSpace([square, other]), 1.0, 0.3), "mixed"),
         (lambda: GaussianPrior(square, 1.0, 0.0), "correlation_length"),
         (lambda: GaussianPrior(square, 1.0, np.nan), "correlation_length"),

@@ -15,6 +15,8 @@ from firedrake import (CellVolume, FacetArea, FacetNormal, Function, FunctionSpa
                        dot, grad, inner)
 from ufl import TensorProductCell, max_value
 
+from fem_diffusion.problem._checks import exterior_measures
+
 __all__ = ["transport"]
 
 
@@ -39,20 +41,17 @@ def _trace_constant(V):
     return (p + 1) * (p + d) / d
 
 
-def _measures(mesh):
-    """Exterior and interior facets."""
-    if mesh.extruded:
-        return (Measure("ds_v", mesh) + Measure("ds_t", mesh) + Measure("ds_b", mesh),
-                Measure("dS_h", mesh) + Measure("dS_v", mesh))
-    return Measure("ds", mesh), Measure("dS", mesh)
+def _interior(mesh):
+    """Interior facets; those of a periodic seam are among them."""
+    return Measure("dS_h", mesh) + Measure("dS_v", mesh) if mesh.extruded else Measure("dS", mesh)
 
 
 def _surface_over_volume(mesh):
     """|∂K|/|K| as a Function."""
     Q = FunctionSpace(mesh, "DG", 0)
-    w, (ds, dS) = TestFunction(Q), _measures(mesh)
-    ratio, volume = Function(Q), assemble(w * Measure("dx", mesh))
-    ratio.dat.data[:] = assemble(w * ds + (w("+") + w("-")) * dS).dat.data_ro / volume.dat.data_ro
+    w, ratio = TestFunction(Q), Function(Q)
+    surface = (w("+") + w("-")) * _interior(mesh) + sum(w * ds for ds in exterior_measures(mesh).values())
+    ratio.dat.data[:] = assemble(surface).dat.data_ro / assemble(w * Measure("dx", mesh)).dat.data_ro
     return ratio
 
 
@@ -79,7 +78,6 @@ def transport(u, v, kappa, boundary):
     V = u.function_space()
     mesh, w = V.mesh(), TestFunction(V)
     n, dx = FacetNormal(mesh), Measure("dx", mesh)
-    dS = _measures(mesh)[1]
     if _degree(V) == 0:
         size, scale = FacetArea(mesh) / CellVolume(mesh), 2
     else:
@@ -109,7 +107,7 @@ def transport(u, v, kappa, boundary):
         F += dot(v, grad(u)) * w * dx
         inflow = (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
         inside += jump_u * (inflow("+") * w("+") - inflow("-") * w("-"))
-    F += inside * dS
+    F += inside * _interior(mesh)
     for over, g in boundary:
         q, p = dot(flux(u), n), dot(flux(w), n)
         there = scale * k * size * (u - g) * w - q * w - p * (u - g)

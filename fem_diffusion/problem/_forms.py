@@ -14,6 +14,7 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import _dg as dg
+from fem_diffusion.problem._checks import exterior_measures
 from fem_diffusion.problem._unknowns import apply_unknown, by_marker, is_discontinuous
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
@@ -22,14 +23,15 @@ PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
 
 def mesh_markers(mesh):
     """Markers of the exterior facets, the same on every rank."""
-    markers = tuple(int(i) for i in mesh.exterior_facets.unique_markers)
-    return markers + ("bottom", "top") if mesh.extruded else markers
+    return (*(int(i) for i in mesh.exterior_facets.unique_markers), *list(exterior_measures(mesh))[1:])
 
 
 def check_markers(mesh, conditions):
     """Refuse markers that the mesh lacks, and markers named twice, in {condition: iterable of markers}."""
     known = mesh_markers(mesh)
     listing = "the markers of this mesh are " + (", ".join(map(repr, known)) or "none (use 'on_boundary')")
+    if mesh.extruded and "top" not in known:
+        listing += "; its extrusion is periodic, without top and bottom"
     owner = {}
     for name, keys in conditions.items():
         for key in keys:
@@ -93,15 +95,15 @@ def robin_pair(pair, marker):
 
 def facet_measure(mesh, marker, submesh=None):
     """Boundary measure over a marker, intersected with a codimension-one submesh where there is one."""
-    if marker in ("top", "bottom"):
-        return Measure("ds_t" if marker == "top" else "ds_b", mesh)
-    extra = {} if marker == "on_boundary" else {"subdomain_id": marker}
+    parts = exterior_measures(mesh)
+    if marker in parts:
+        return parts[marker]
+    sides = parts.pop("sides")
+    if marker != "on_boundary":
+        sides = sides(marker)
     if submesh is not None:
-        extra["intersect_measures"] = (Measure("dx", submesh),)
-    measure = Measure("ds_v" if mesh.extruded else "ds", mesh, **extra)
-    if mesh.extruded and marker == "on_boundary":
-        return measure + Measure("ds_t", mesh) + Measure("ds_b", mesh)
-    return measure
+        sides = sides.reconstruct(intersect_measures=(Measure("dx", submesh),))
+    return sum(parts.values(), sides) if marker == "on_boundary" else sides
 
 
 def check_submesh(mesh, marker, submesh):

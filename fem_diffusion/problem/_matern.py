@@ -9,7 +9,7 @@ from numbers import Real
 import numpy as np
 from firedrake import (
     BrokenElement, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
-    assemble, ds, ds_b, ds_t, ds_v, dx, grad, homogenize, inner, interpolate,
+    assemble, dx, grad, homogenize, inner, interpolate,
 )
 from firedrake.adjoint import AutoregressiveCovariance
 from firedrake.petsc import PETSc
@@ -18,9 +18,11 @@ from scipy.sparse import bsr_matrix, csr_matrix
 from scipy.special import gamma, kv
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import multiply, solve
+from fem_diffusion.fields import multiply, owned_size, solve
+from fem_diffusion.problem._checks import exterior_measures
 
-__all__ = ["MaternOperator", "matern_operator", "operator_order", "matern_correlation", "pointwise_variance"]
+__all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
+           "pointwise_variance"]
 
 _ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficien
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
@@ -138,6 +140,30 @@ class MaternOperator:
         return int(np.clip(_BLOCK_BYTES / (8 * self.noise.getSizes()[1][1]), 1, 256))
 
 
+class NumberOperator:
+    """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
+
+    covariance = None
+
+    def __init__(self, V):
+        start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
+        self._total, self._owned = V.dim(), slice(start, start + owned_size(V))
+
+    def root(self, x):
+        """The numbers x (k, n_owned) themselves."""
+        return x
+
+    action = root
+
+    def white_noise(self, rng, k):
+        """k draws, shape (k, n_owned); every rank draws all numbers and keeps its own."""
+        return rng.standard_normal((k, self._total))[:, self._owned]
+
+    def block(self):
+        """As `MaternOperator.block`."""
+        return 256
+
+
 def _white_noise_matrix(V):
     """White noise on V from independent numbers that belong to cells, not to their numbering.
 
@@ -165,9 +191,11 @@ def _white_noise_matrix(V):
     size = nodes * V.block_size
     cells = csr_matrix((values, indices, indptr), shape=local.getSize()).tobsr((size, size))
 
+    # In each direction by itself, as cells may be thin; a direction without extent has rounding errors alone.
     lowest = x.min(axis=1, keepdims=True)
-    extent = np.max(x - lowest, axis=(1, 2), keepdims=True)
-    keys = np.rint((x - lowest) / extent * 1e6)
+    noise = 1e-11 * V.comm.allreduce(np.abs(x).max(initial=0.0), op=MPI.MAX)
+    extent = np.maximum(np.ptp(x, axis=1, keepdims=True), noise)
+    keys = np.rint((x - lowest) / extent * 1e3)
     order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int)
     order = order.reshape(-1, nodes)  # also where a rank has no cell
     order = (order[:, :, None] * V.block_size + np.arange(V.block_size)).reshape(-1, size)
@@ -179,10 +207,8 @@ def _white_noise_matrix(V):
     pattern = (factor.indptr.astype(PETSc.IntType), (factor.indices + offset).astype(PETSc.IntType))
     block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=mass.comm)
 
-    # rounded, so that cells in line with each other sort alike whatever the rounding errors of their centres
     centres = np.concatenate(V.comm.allgather(x.mean(axis=1)))
-    scale = 1e10 / (np.pi * np.ptp(centres, axis=0).max() + np.finfo(float).tiny)
-    sort = np.lexsort(np.rint((centres - centres.min(axis=0)) * scale).T)
+    sort = np.lexsort([_levels(c) for c in centres.T])
     place = np.empty(len(sort), dtype=int)
     place[sort] = np.arange(len(sort))
     noise = gather.transposeMatMult(block_diagonal)
@@ -190,15 +216,21 @@ def _white_noise_matrix(V):
     return noise, place[offset // size:offset // size + len(x)]
 
 
+def _levels(x):
+    """Integers in the order of numbers (n,), the same for those that differ by rounding errors, as of cells in line."""
+    order = np.argsort(x)
+    steps = np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0)
+    levels = np.zeros(len(x), dtype=int)
+    levels[order[1:]] = np.cumsum(steps)
+    return levels
+
+
 def matern_operator(V, L, m, bcs, solver_parameters):
     """Build the operator on V with scale L, order m and homogeneous bcs."""
     mesh = V.mesh()
     u, v = TrialFunction(V), TestFunction(V)
-    edge = ds(domain=mesh)
-    if mesh.extruded:
-        edge = ds_b(domain=mesh) + ds_t(domain=mesh) + ds_v(domain=mesh)
-    K = (inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
-         + Constant(_ROBIN * L) * inner(u, v) * edge)
+    K = inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
+    K += sum(Constant(_ROBIN * L) * inner(u, v) * ds for ds in exterior_measures(mesh).values())
     d = mesh.topological_dimension
     weight = np.sqrt(gamma(m) * (4 * np.pi)**(d / 2) * L**d / gamma(m - d / 2))
     covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight),

@@ -16,9 +16,8 @@ from scipy.sparse import csr_matrix, identity, kron, vstack
 from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, multiply
-from fem_diffusion.problem.observation import (
-    Observation, checked_names, checked_points, component_space, labels, locate, point_rows,
-)
+from fem_diffusion.problem._points import locate, sensor_rows
+from fem_diffusion.problem.observation import Observation, checked_names, checked_points, component_space, labels
 
 __all__ = ["line_averages", "patch_averages", "random_points"]
 
@@ -133,7 +132,7 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
         first = ", ".join(f"{i} from {tuple(starts[i].tolist())} to {tuple(ends[i].tolist())}" for i in outside[:5])
         raise InputError(f"{len(outside)} of {len(starts)} segments leave the mesh (segment {first}): move their ends, "
                          "cut them at the boundary, or give a larger tolerance")
-    rows = kron(identity(len(starts)), weights[None], format="csr") @ point_rows(W, vom, index, found.size)
+    rows = kron(identity(len(starts)), weights[None], format="csr") @ sensor_rows(W, vom, index, found.size)
     rows.eliminate_zeros()
     default = [f"{start} to {end}" for start, end in zip(labels(starts), labels(ends))]
     return Observation(U, embed(rows), checked_names(names, default, len(starts)), (starts + ends) / 2)

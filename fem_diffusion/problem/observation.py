@@ -11,20 +11,18 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-from firedrake import (
-    Cofunction, Function, FunctionSpace, TensorFunctionSpace, TestFunction, TrialFunction,
-    VectorFunctionSpace, VertexOnlyMesh, assemble, interpolate,
-)
+from firedrake import Cofunction, Function, TestFunction, assemble
 from mpi4py import MPI
 from pyadjoint import no_annotations
-from scipy.sparse import coo_matrix, csr_matrix, hstack, vstack
+from scipy.sparse import csr_matrix, hstack, vstack
 from ufl import Form
 from ufl.algorithms import expand_derivatives
 from ufl.algorithms.check_arities import ArityMismatch
 from ufl.algorithms.formtransformations import compute_form_arities
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, owned_size
+from fem_diffusion.fields import coefficients, independent_entries, owned_size
+from fem_diffusion.problem._points import locate, sensor_rows
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
 
@@ -147,6 +145,10 @@ class Observation:
         points = np.concatenate([self.points, other.points])
         return Observation(self.U, rows, self.names + other.names, points)
 
+    def __radd__(self, other):
+        """``sum(observations)`` starts from 0."""
+        return self if isinstance(other, Integral) and other == 0 else NotImplemented
+
 
 def checked_names(names, default, count):
     """Names as a tuple of count strings."""
@@ -193,42 +195,6 @@ def checked_points(mesh, points, what="points"):
     return points
 
 
-def locate(mesh, points, tolerance):
-    """Immerse points in the mesh.
-
-    Returns the vertex-only mesh, the user's index of each of its points here, and a global mask (k,) of those found.
-    """
-    parent_tolerance = mesh.tolerance
-    try:
-        vom = VertexOnlyMesh(mesh, points, missing_points_behaviour="ignore", tolerance=tolerance)
-    finally:
-        mesh.tolerance = parent_tolerance  # VertexOnlyMesh sets the parent's
-    order = Function(FunctionSpace(vom.input_ordering, "DG", 0))
-    order.dat.data_wo[:] = np.arange(order.dat.data_ro.size)  # all points are on rank 0, in the user's order
-    index = assemble(interpolate(order, FunctionSpace(vom, "DG", 0))).dat.data_ro.real.round().astype(int)
-    found = np.zeros(len(points), dtype=np.int64)
-    found[index] = 1
-    mesh.comm.Allreduce(MPI.IN_PLACE, found)
-    return vom, index, found > 0
-
-
-def point_rows(U, vom, index, k):
-    """This rank's columns of the rows that read U at k points of a vertex-only mesh, components running fastest."""
-    shape = U.value_shape
-    at_points = (FunctionSpace(vom, "DG", 0) if not shape else VectorFunctionSpace(vom, "DG", 0, dim=shape[0])
-                 if len(shape) == 1 else TensorFunctionSpace(vom, "DG", 0, shape=shape))
-    matrix = assemble(interpolate(TrialFunction(U), at_points), mat_type="aij").petscmat
-    indptr, columns, values = matrix.getValuesCSR()
-    size = int(np.prod(shape, dtype=int))
-    component_rows = (index[:, None] * size + np.arange(size)).ravel()
-    local = (np.repeat(component_rows, np.diff(indptr)), columns, values)
-    # a point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns
-    rows, columns, values = (np.concatenate(part) for part in zip(*U.comm.allgather(local)))
-    first, last = matrix.getOwnershipRangeColumn()
-    mine = (first <= columns) & (columns < last)
-    return coo_matrix((values[mine], (rows[mine], columns[mine] - first)), shape=(k * size, last - first)).tocsr()
-
-
 def labels(points):
     """A readable name for each of the points (k, gdim)."""
     return ["(" + ", ".join(f"{x:g}" for x in point) + ")" for point in points]
@@ -245,7 +211,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
     points : numpy.ndarray
         Global, those of rank 0 count, shape (k, gdim).  If the state (or the component) is vector-valued, every
         point gives one row for each of its entries, entries running fastest: ``point_sensors(U, points)[0::2]``
-        keeps the first entry of a vector of two.
+        keeps the first entry of a vector of two.  Of symmetric tensors, equal entries are read once.
     names : sequence of str | None
         One name for each row; default the coordinates.
     component : int | None
@@ -263,7 +229,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
     ------
     InputError
         If U is mixed and no component is named, there is no such component, a name is missing, or the points have
-        the wrong shape, are not finite or outside the mesh; on every rank.
+        the wrong shape, are not finite or outside the mesh, or Firedrake reads the state wrongly there; on every rank.
     """
     W, embed = component_space(U, component)
     mesh = W.mesh()
@@ -274,10 +240,11 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
         first = ", ".join(f"{i} at {tuple(points[i].tolist())}" for i in lost[:5])
         raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
                          "move them inside, or give a larger tolerance")
-    size = W.value_size
-    default = [label + (f"[{c}]" if W.value_shape else "") for label in labels(points) for c in range(size)]
+    entries = [np.unravel_index(c, W.value_shape) for c in independent_entries(W)[0]]
+    tags, size = ["[" + ", ".join(map(str, entry)) + "]" if entry else "" for entry in entries], len(entries)
+    default = [label + tag for label in labels(points) for tag in tags]
     names = checked_names(names, default, size * len(points))
-    return Observation(U, embed(point_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
+    return Observation(U, embed(sensor_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
 
 
 @no_annotations
@@ -302,9 +269,14 @@ def functionals(U, forms, names=None):
     Raises
     ------
     InputError
-        If a form is no UFL form or not linear, or a name is missing.
+        If a form is no UFL form, not linear or not finite, or a name is missing.
     """
-    forms, argument = list(forms), TestFunction(U)
+    forms = list(forms)
+    try:
+        argument = TestFunction(U)
+    except NotImplementedError as error:
+        raise InputError(f"Firedrake assembles no functional of this state ({error}): take a "
+                         "FunctionSpace(mesh, \"R\", 0) for each number") from error
     if not forms:
         raise InputError("there are no forms: give at least one functional of the state")
     rows = [csr_matrix(_row(U, form, argument, i)) for i, form in enumerate(forms)]
@@ -330,7 +302,11 @@ def _row(U, form, argument, i):
         raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
-    return coefficients(covector).reshape(1, owned_size(U))
+    row = coefficients(covector)
+    if not U.comm.allreduce(bool(np.isfinite(row).all()), MPI.LAND):
+        raise InputError(f"functional {i} has weights that are not finite: look for a division by zero or a root of a "
+                         "negative number in its form")
+    return row.reshape(1, owned_size(U))
 
 
 def no_sensors(U):

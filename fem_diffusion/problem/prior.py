@@ -18,266 +18,19 @@ that does not depend on the numbering of a distributed mesh, and the pointwise v
 Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
 """
 
-from functools import cached_property
-from numbers import Real
-
 import numpy as np
-from firedrake import (
-    Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, conditional, dx, grad, inner,
-    lt, solve,
-)
-from mpi4py import MPI
+from firedrake import Constant, Function, conditional, lt
 from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, owned_size, require_real
-from fem_diffusion.problem._checks import (
-    check_lagrange, interpolated, prepared_interpolation, root_space,
-)
-from fem_diffusion.problem._matern import (
-    exact_variance, matern_correlation, matern_operator, operator_order, pointwise_variance, variance_is_exact,
-)
+from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.problem._checks import check_reproduced, prepared_interpolation
+from fem_diffusion.problem._gaussian import GaussianPrior
+from fem_diffusion.problem._matern import matern_correlation
 
 __all__ = ["GaussianPrior", "TransformedPrior", "CallablePrior", "level_set", "matern_correlation"]
-
-
-class GaussianPrior:
-    """Gaussian random field with Whittle-Matérn covariance and Dirichlet conditions; see the module's text.
-
-    Parameters
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of CG elements, scalar or (with independent components) vector-valued, on any mesh of dimension
-        1 to 3, a codimension-one ``Submesh`` included.
-    std : float | ufl.core.expr.Expr
-        Pointwise standard deviation, in the units of the field; it may vary in space.
-    correlation_length : float
-        Matérn length ℓ, in the units of the mesh: see `matern_correlation`.
-    mean : float | ufl.core.expr.Expr
-        Mean away from Dirichlet parts.
-    bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC
-        Conditions that every sample satisfies exactly, the mean by a Helmholtz lift that decays over ℓ.
-    smoothness : float | None
-        Matérn smoothness ν = m - d/2 with m even: 1.5, 3.5, ... in one dimension, 1, 3 in two, 0.5, 2.5 in
-        three.  Default: the smallest that is at least one.
-    normalise : bool
-        Whether to make the pointwise standard deviation ``std`` (default), or to leave it as the operator
-        gives it: that saves the solves of the correction, and is right only inside, on a fine mesh.
-    solver_parameters : dict | None
-        PETSc options for the operator; default a direct solver.
-
-    Raises
-    ------
-    InputError
-        If the space is not CG, an argument of the wrong kind, shape or sign, or a condition on another space.
-    SolveError
-        If an iterative solver chosen through ``solver_parameters`` does not converge.
-    """
-
-    @no_annotations
-    def __init__(self, V, std, correlation_length, *, mean=0.0, bcs=(), smoothness=None, normalise=True,
-                 solver_parameters=None):
-        require_real()
-        check_lagrange(V)
-        self.V = V
-        self.bcs = (bcs,) if isinstance(bcs, DirichletBC) else tuple(bcs)
-        for bc in self.bcs:
-            if not isinstance(bc, DirichletBC) or root_space(bc.function_space()) != V:
-                raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
-                                 "components of it")
-        if not isinstance(correlation_length, Real) or not 0 < correlation_length < np.inf:
-            raise InputError(f"correlation_length is {correlation_length!r}: give a positive number")
-        self.correlation_length = float(correlation_length)
-        d = V.mesh().topological_dimension
-        self._order = operator_order(smoothness, d)
-        self.smoothness = self._order - d / 2
-        self._L = self.correlation_length / np.sqrt(2 * self.smoothness)
-        self._normalise = normalise
-        direct = {"ksp_type": "preonly", "pc_type": "lu",
-                  "pc_factor_mat_solver_type": "petsc" if V.comm.size == 1 else "mumps"}
-        self._solver_parameters = dict(direct if solver_parameters is None else solver_parameters)
-        self._std = coefficients(interpolated(V, std, "std"))
-        if not V.comm.allreduce(bool((self._std >= 0).all()), op=MPI.LAND):
-            raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
-        self.mean = self._lifted(interpolated(V, mean, "mean"))
-        self._mean = coefficients(self.mean)
-
-    def _lifted(self, mean):
-        """Add to the mean the Helmholtz extension of its mismatch with the bcs: it satisfies them exactly."""
-        if not self.bcs:
-            return mean
-        V, lift = self.V, Function(self.V)
-        mismatch = mean.copy(deepcopy=True)
-        for bc in self.bcs:
-            bc.apply(mismatch)
-        mismatch.assign(mismatch - mean)
-        lift_bcs = []
-        for bc in self.bcs:
-            W = bc.function_space()
-            lift_bcs.append(DirichletBC(W, mismatch if W == V else mismatch.sub(W.component), bc.sub_domain))
-        u, v = TrialFunction(V), TestFunction(V)
-        K = inner(u, v) * dx + Constant(self._L**2) * inner(grad(u), grad(v)) * dx
-        solve(K == inner(Constant(np.zeros(V.value_shape)), v) * dx, lift, bcs=lift_bcs,
-              solver_parameters=self._solver_parameters)
-        mean.assign(mean + lift)
-        for bc in self.bcs:
-            bc.apply(mean)  # the sum above has rounding errors
-        return mean
-
-    @cached_property
-    @no_annotations
-    def _operator(self):
-        """The operator with the Dirichlet conditions, factorised."""
-        return matern_operator(self.V, self._L, self._order, self.bcs, self._solver_parameters)
-
-    @cached_property
-    @no_annotations
-    def _scale(self):
-        """Diagonal of ``D``, owned, shape (n_owned,)."""
-        if not self._normalise:
-            return self._std
-        scalar = self.V
-        if self.V.value_shape:
-            scalar = FunctionSpace(self.V.mesh(), self.V.ufl_element().sub_elements[0])
-        op = self._operator
-        if self.bcs or self.V.value_shape:
-            op = matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
-        variance = pointwise_variance(op)
-        return self._std / np.sqrt(np.repeat(variance, self.V.block_size))  # components are interleaved
-
-    @property
-    def covariance(self):
-        """Firedrake's covariance operator (AutoregressiveCovariance), without the normalisation ``D``."""
-        return self._operator.covariance
-
-    def sample(self, seed):
-        """Draw one sample.
-
-        Parameters
-        ----------
-        seed : int
-            Non-negative; the same seed gives the same sample up to rounding, on any number of ranks.
-
-        Returns
-        -------
-        firedrake.Function
-            The sample, in ``V``; its coefficients are ``sample_many(1, seed)[0]``.
-
-        Raises
-        ------
-        InputError
-            If seed is no non-negative integer.
-        """
-        return field(self.V, self.sample_many(1, seed)[0])
-
-    @no_annotations
-    def sample_many(self, n, seed):
-        """Draw n samples, a block of right-hand sides at a time (collective).
-
-        Parameters
-        ----------
-        n : int
-            Number of samples.
-        seed : int
-            Non-negative; the first samples do not depend on n.
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
-        """
-        n, op = check_count(n), self._operator
-        rng = np.random.default_rng(check_seed(seed))
-        samples, block = np.empty((n, self._std.size)), op.block()
-        for start in range(0, n, block):
-            part = samples[start:start + block]
-            part[:] = self._mean + self._scale * op.root(op.white_noise(rng, len(part)))
-        return samples
-
-    @no_annotations
-    def apply_covariance(self, x):
-        """Apply the covariance ``C`` to dual coefficients (collective).
-
-        Parameters
-        ----------
-        x : numpy.ndarray
-            Owned dual coefficients (of a Cofunction), shape (k, n_owned).
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned primal coefficients of ``C x``, shape (k, n_owned).
-
-        Raises
-        ------
-        InputError
-            If x has another shape.
-        """
-        x, op = np.asarray(x, dtype=float), self._operator
-        if x.ndim != 2 or x.shape[1] != self._std.size:
-            raise InputError(f"x has shape {x.shape}: give (k, {self._std.size}), a row for each vector")
-        block, y = op.block(), np.empty(x.shape)
-        for start in range(0, len(x), block):
-            rows = slice(start, start + block)
-            y[rows] = self._scale * op.action(self._scale * x[rows])
-        return y
-
-    def covariance_matrix(self):
-        """Dense covariance of the coefficients, for small problems on one rank.
-
-        Returns
-        -------
-        numpy.ndarray
-            Symmetric, shape (n, n).
-
-        Raises
-        ------
-        InputError
-            If the mesh is distributed.
-        """
-        if self.V.comm.size > 1:
-            raise InputError("covariance_matrix needs the whole mesh on one rank: use apply_covariance")
-        C = self.apply_covariance(np.eye(self._std.size))
-        return (C + C.T) / 2
-
-    @cached_property
-    @no_annotations
-    def _pointwise_std(self):
-        """Owned, shape (n_owned,)."""
-        if self._normalise and not self.bcs:
-            return self._std
-        return self._scale * np.sqrt(pointwise_variance(self._operator))
-
-    @cached_property
-    @no_annotations
-    def _exact_std(self):
-        """As `_pointwise_std`, without an estimate for large spaces."""
-        if variance_is_exact(self._operator):
-            return self._pointwise_std
-        return self._scale * np.sqrt(exact_variance(self._operator))
-
-    def pointwise_std(self, exact=False):
-        """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
-
-        Parameters
-        ----------
-        exact : bool
-            Whether to solve once for each unknown, however many there are.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
-            to be `exact`.
-        """
-        return field(self.V, self._exact_std if exact else self._pointwise_std)
 
 
 def level_set(values, thresholds):
@@ -330,7 +83,8 @@ class TransformedPrior:
     Raises
     ------
     InputError
-        If the transform gives no UFL expression, or one of another value shape than V.
+        If the transform gives no UFL expression, one of another value shape than V or one that varies where V is
+        constant, or Firedrake cannot interpolate into V.
     """
 
     def __init__(self, base, transform, V=None):
@@ -342,7 +96,14 @@ class TransformedPrior:
         if expression.ufl_shape != self.V.value_shape:
             raise InputError(f"transform gave value shape {expression.ufl_shape}, the space has "
                              f"{self.V.value_shape}: change the transform or pass another V")
-        self._interpolate = prepared_interpolation(expression, self._result)
+        try:
+            self._interpolate = prepared_interpolation(expression, self._result)
+        except NotImplementedError as error:
+            raise InputError(f"Firedrake cannot interpolate into {self.V.ufl_element()} ({error}): pass a V whose "
+                             "coefficients are point values, such as CG or DG") from error
+        if "Real" in repr(self.V.ufl_element()):
+            self.transform_many(coefficients(base.sample(0))[None])
+            check_reproduced(expression, self._result, "the transform")
 
     def sample(self, seed):
         """Draw one sample, a Function in ``V``: the transform of ``base.sample(seed)``."""
