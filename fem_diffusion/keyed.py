@@ -60,7 +60,11 @@ def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarra
         raise content.error(f"belongs to another mesh or space: its element is {stored:.200}, not {element_of(V)}")
     columns = owned_columns(content.array(keys, None, None), V)
     if columns is None:
-        raise content.error("belongs to another mesh or space")
+        # Where coefficients have an orientation, it follows the numbering of the mesh.
+        oriented = not all(W.finat_element.has_pointwise_dual_basis for W in V if W.ufl_element().family() != "Real")
+        raise content.error("belongs to another mesh or space" + (
+            ", or was written on another number of ranks, on which edges and faces are oriented otherwise"
+            if oriented else ""))
     return columns
 
 

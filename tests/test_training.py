@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fem_diffusion import files
 from fem_diffusion.diagnostics import moment_p_values
 from fem_diffusion.diffusion import _loop
 from fem_diffusion.diffusion import (
@@ -70,6 +71,11 @@ def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
         train(z + 1, y, NOISE, base, QUICK, checkpoint=file)
     with pytest.raises(FileError, match="other data, noise or options"):
         train(z, y, GaussianNoise(std=0.2), base, QUICK, checkpoint=file)
+    # Random numbers of another device are others; nothing else is compared before.
+    state = files.read(file, "checkpoint", "")
+    files.write(file, "checkpoint", state.arrays | {"marks": np.ones((1, 2))}, state.values | {"device": "cuda"})
+    with pytest.raises(FileError, match="resume with TrainingOptions\\(device='cuda'\\)"):
+        train(z, y, NOISE, base, QUICK, checkpoint=file)
     content = file.read_bytes()
     for broken in (content[:len(content) // 2], b"not a checkpoint", b""):
         file.write_bytes(broken)

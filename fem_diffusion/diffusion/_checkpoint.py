@@ -42,9 +42,14 @@ def save_state(path: str | os.PathLike, loop, values: dict) -> None:
     files.write(path, "checkpoint", {key: x.detach().cpu().numpy() for key, x in tensors.items()}, values | state)
 
 
-def read_state(path: str | os.PathLike) -> files.Content:
-    """Read a file that `save_state` wrote; FileError where it is none."""
-    return files.read(path, "checkpoint", f"Delete {path} or name another file to start afresh.")
+def read_state(path: str | os.PathLike, device: str) -> files.Content:
+    """Read a file that `save_state` wrote; FileError where it is none, or was written on another kind of device."""
+    content = files.read(path, "checkpoint", f"Delete {path} or name another file to start afresh.")
+    found = content.value("device", str)
+    if found != device:
+        raise content.error(f"was written on {found!r}, whose random numbers are others: resume with "
+                            f"TrainingOptions(device={found!r})")
+    return content
 
 
 def load_state(content: files.Content, loop) -> None:
@@ -60,12 +65,8 @@ def load_state(content: files.Content, loop) -> None:
     Raises
     ------
     FileError
-        If the state is not one that this run can have, or was written on another kind of device.
+        If the state is not one that this run can have.
     """
-    device = content.value("device", str)
-    if device != loop.device.type:
-        raise content.error(f"was written on {device!r}, whose random numbers are others: resume with "
-                            f"TrainingOptions(device={device!r})")
     step, stale, moving = content.value("step", int), content.value("stale", int), content.value("moving", list)
     parameters = list(loop.network.parameters())
     if not all(type(i) is int and 0 <= i < len(parameters) for i in moving) or not 0 <= step <= loop.options.steps or (

@@ -272,7 +272,7 @@ class Loop:
         save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _load(self) -> None:
-        content = read_state(self.checkpoint)
+        content = read_state(self.checkpoint, self.device.type)
         marks = content.array("marks", None, 2)
         same = content.value("fingerprint", str) == self.fingerprint and marks.shape == self.marks.shape
         if not same or not np.allclose(marks, self.marks, rtol=1e-4, atol=1e-4):
