@@ -3,15 +3,56 @@
 No Firedrake and no torch at import.
 """
 
-from collections.abc import Collection
+import inspect
+import os
+from collections.abc import Callable, Collection
 from dataclasses import is_dataclass
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import FemDiffusionError, FileError, InputError
 
-__all__ = ["check_choice", "check_count", "check_device", "check_flag", "check_number", "check_options", "check_seed"]
+__all__ = ["LARGEST", "check_array", "check_callable", "check_choice", "check_count", "check_device", "check_file",
+           "check_flag", "check_kind", "check_number", "check_options", "check_seed", "check_text", "shape_fits",
+           "shape_words", "together"]
+
+# Beyond it sums of squares leave the range of double precision.
+LARGEST = 1e100
+
+
+def shape_fits(shape: Collection[int], wanted: tuple) -> bool:
+    """Whether a shape is the wanted one, of numbers and of words that each stand for one number."""
+    words = {}
+    return len(shape) == len(wanted) and all(
+        n == (words.setdefault(want, n) if isinstance(want, str) else want) for n, want in zip(shape, wanted))
+
+
+def shape_words(wanted: tuple) -> str:
+    """A wanted shape for messages: (n, r)."""
+    return f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
+
+
+def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
+    """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
+
+    Shapes hold numbers, and words that each stand for one number: ("n", "r").
+    """
+    wanted = " or ".join(map(shape_words, shapes))
+    try:
+        array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is no array of numbers ({error}): give one of shape {wanted}.") from error
+    if array.dtype.kind not in "fiu":
+        remedy = "give real and imaginary parts by themselves" if array.dtype.kind == "c" else "give real numbers"
+        raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
+    if not any(shape_fits(array.shape, shape) for shape in shapes):
+        raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
+    if not (np.abs(array) <= LARGEST).all():
+        raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}: leave those out, mend where "
+                         "they come from, or take other units.")
+    return array.astype(float)
 
 
 def check_seed(seed, name: str = "seed") -> int:
@@ -76,3 +117,59 @@ def check_device(device):
         raise InputError(f"device is {str(device)!r}, which torch cannot use here ({reason}): take 'cpu', or a device "
                          "that this machine has.") from error
     return device
+
+
+def check_kind(x, name: str, kind: type | tuple, remedy: str):
+    """An object of a class, or of one of several."""
+    if not isinstance(x, kind):
+        raise InputError(f"{name} is of type {type(x).__name__}: give {remedy}.")
+    return x
+
+
+def check_text(x, name: str) -> str:
+    """A string, such as a label."""
+    return check_kind(x, name, str, "a string")
+
+
+def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> Callable:
+    """A function (no class) that takes so many arguments by position, as far as its signature is known."""
+    if not callable(x) or isinstance(x, type):
+        raise InputError(f"{name} is {x!r}: give {remedy}.")
+    if arguments is not None:
+        try:
+            signature = inspect.signature(x)
+        except (TypeError, ValueError):   # some functions that are written in C tell nothing
+            return x
+        try:
+            signature.bind(*range(arguments))
+        except TypeError as error:
+            raise InputError(f"{name} does not take {arguments} arguments ({error}): give {remedy}.") from error
+    return x
+
+
+def check_file(path, name: str = "path") -> Path:
+    """Path of a file that can be written: its folder is there; FileError otherwise."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
+        raise InputError(f"{name} is {path!r}: give the path of a file.")
+    path = Path(path)
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileError(f"{path} cannot be written, because {folder} is no folder: make it first, or name another.")
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: add the name of a file.")
+    if not os.access(folder, os.W_OK):
+        raise FileError(f"{path} cannot be written: you have no permission to write in {folder}; name another folder.")
+    return path
+
+
+def together(comm, check: Callable):
+    """Result of `check()`; what it raises on one rank of an MPI communicator is raised on all of them."""
+    result = error = None
+    try:
+        result = check()
+    except FemDiffusionError as caught:
+        error = caught
+    for found in comm.allgather(error):
+        if found is not None:
+            raise found
+    return result
