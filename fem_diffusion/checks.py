@@ -5,7 +5,7 @@ No Firedrake and no torch at import.
 
 import inspect
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -34,10 +34,11 @@ def shape_words(wanted: tuple) -> str:
     return f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
 
 
-def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
+def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None) -> np.ndarray:
     """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
 
-    Shapes hold numbers, and words that each stand for one number: ("n", "r").
+    Shapes hold numbers, and words that each stand for one number: ("n", "r"). Messages use the names of the entries
+    along the last axis, where they are given.
     """
     wanted = " or ".join(map(shape_words, shapes))
     try:
@@ -49,9 +50,12 @@ def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
         raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
     if not any(shape_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
-    if not (np.abs(array) <= LARGEST).all():
-        raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}: leave those out, mend where "
-                         "they come from, or take other units.")
+    wild = ~(np.abs(array) <= LARGEST)
+    if wild.any():
+        where = np.unique(np.nonzero(wild)[-1]) if names is not None and array.ndim else ()
+        of = f" of {', '.join(names[i] for i in where)}" if len(where) else ""
+        raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
+                         "where they come from, or take other units.")
     return array.astype(float)
 
 

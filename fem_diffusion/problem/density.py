@@ -43,7 +43,7 @@ from fem_diffusion.checks import check_array, check_callable, check_count, check
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import require_real
 from fem_diffusion.problem._forms import linear_options
-from fem_diffusion.problem._given import check_finite, check_solver, petsc_reason
+from fem_diffusion.problem._given import check_finite, check_solver, is_callable, petsc_reason
 
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
@@ -123,6 +123,8 @@ def reverse_density(p: Function, formulation, times: Sequence[float], score: Cal
         As for `forward_density`.
     """
     times = _checked(p, formulation, times, direction=-1)
+    if not is_callable(score):
+        raise InputError(f"score is {score!r}: give a function of ξ, a and s, such as GaussianMixture.score.")
     check_callable(score, "score", "a function of ξ, a and s, such as GaussianMixture.score", 3)
     weight = Constant(check_number(alpha, "alpha", least=0))   # 0 for the ODE, 1 for the SDE
 
@@ -219,8 +221,8 @@ class GaussianMixture:
         elif xi.ufl_shape != (d,):
             raise InputError(f"the mixture lives in {d} dimensions, the positions do not: give means of shape (k, d) "
                              "with the dimension d of the mesh, and arrays of positions the shape (n, d).")
-        a, s = (x if isinstance(x, Expr) and not x.ufl_shape else check_number(x, name)
-                for name, x in (("a", a), ("s", s)))
+        a, s = (x if isinstance(x, Expr) and not x.ufl_shape else check_number(x, name, least=least)
+                for name, x, least in (("a", a, -np.inf), ("s", s, 0.0)))
         if isinstance(a, float) and isinstance(s, float) and not a and not s:
             raise InputError("a and s are both zero: a law without spread has no density; give one of them.")
         return xi, a, s
