@@ -3,6 +3,7 @@
 No Firedrake and no torch at import.
 """
 
+import argparse
 import inspect
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 from fem_diffusion.errors import FemDiffusionError, FileError, InputError
 
 __all__ = ["LARGEST", "check_array", "check_callable", "check_choice", "check_count", "check_device", "check_file",
-           "check_flag", "check_kind", "check_number", "check_options", "check_seed", "check_text", "shape_fits",
-           "shape_words", "together"]
+           "check_flag", "check_kind", "check_number", "check_options", "check_seed", "check_text",
+           "read_arguments", "shape_fits", "shape_words", "together"]
 
 # Beyond it sums of squares leave the range of double precision.
 LARGEST = 1e100
@@ -177,3 +178,21 @@ def together(comm, check: Callable):
         if found is not None:
             raise found
     return result
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments of a script of which PETSc reads other options, with one dash; the folder `output` is made.
+
+    What begins with two dashes and is not known ends the script, as does a folder that cannot be made or written.
+    """
+    arguments, rest = parser.parse_known_args()
+    unknown = [word for word in rest if word.startswith("--")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(arguments.output, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        parser.error(f"--output {arguments.output}: {error.strerror or error}; name another folder")
+    return arguments

@@ -61,7 +61,7 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
     return result
 
 
-def _checked(rows: Iterable[dict], score: str | None = None) -> list[dict]:
+def _checked(rows: Iterable[dict], *scores: str) -> list[dict]:
     """The rows as a list: each with the columns of the protocol, the score, and what others of its problem have."""
     if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
         raise InputError(f"rows is of type {type(rows).__name__}: give a list of dicts, of run_protocol.")
@@ -80,7 +80,7 @@ def _checked(rows: Iterable[dict], score: str | None = None) -> list[dict]:
                     (int if name == "budget" else float)(row[name])
                 except (TypeError, ValueError) as error:
                     raise InputError(f"Row {number} has {row[name]!r} for {name}: give a number.") from error
-        if score is not None:
+        for score in scores:
             check_choice(score, "score", [name for name in row if name not in _FIXED])
     return rows
 
@@ -115,7 +115,7 @@ def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
         If there are no rows, they have different columns, or there is no folder for the file.
     """
     path, rows = check_file(path), list(rows) if isinstance(rows, Iterable) else []
-    if not rows or not all(isinstance(row, Mapping) and list(row) == list(rows[0]) for row in rows):
+    if not rows or not all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows):
         raise InputError("There are no rows, or they are no dicts with the same names: give a list of such.")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
