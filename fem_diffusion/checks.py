@@ -51,13 +51,15 @@ def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None
         raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
     if not any(shape_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
+    # Converted first: the bound is beyond single precision.
+    array = array.astype(float)
     wild = ~(np.abs(array) <= LARGEST)
     if wild.any():
         where = np.unique(np.nonzero(wild)[-1]) if names is not None and array.ndim else ()
         of = f" of {', '.join(names[i] for i in where)}" if len(where) else ""
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
                          "where they come from, or take other units.")
-    return array.astype(float)
+    return array
 
 
 def check_seed(seed, name: str = "seed") -> int:
@@ -83,9 +85,13 @@ def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, b
     wanted = " and ".join(bounds) or "that is finite"
     if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
         raise InputError(f"{name} is {x!r}: give a number {wanted}.")
-    if not (np.isfinite(x) and above < x < below and least <= x <= most):
-        raise InputError(f"{name} is {float(x)!r}: give a number {wanted}.")
-    return float(x)
+    try:
+        value = float(x)
+    except OverflowError:   # an integer beyond the range of double precision
+        value = np.inf
+    if not (np.isfinite(value) and above < value < below and least <= value <= most):
+        raise InputError(f"{name} is {value!r}: give a number {wanted}.")
+    return value
 
 
 def check_flag(x, name: str) -> bool:

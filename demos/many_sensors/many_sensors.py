@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
-from firedrake import COMM_WORLD, Function, SpatialCoordinate
+from firedrake import Function, SpatialCoordinate
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 

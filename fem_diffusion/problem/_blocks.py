@@ -11,8 +11,9 @@ from firedrake.petsc import PETSc
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_array, together
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, owned_size, solve
+from fem_diffusion.problem._given import petsc_reason
 from fem_diffusion.problem.observation import Observation
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
@@ -133,7 +134,11 @@ class Factorised:
     def _factorise(self):
         V = self._matrix.arguments()[0].function_space()
         # A solve, because that sets up while the options are in place.
-        self.solver.solve(Function(V), Cofunction(V.dual()))
+        try:
+            self.solver.solve(Function(V), Cofunction(V.dual()))
+        except PETSc.Error as error:
+            raise SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take "
+                             "'direct'.") from error
 
 
 class Pull:

@@ -170,7 +170,8 @@ def _one(name, kind, marker, shape, space, columns, V, m, given, times, nodes):
         raise InputError(f"{name!r} is a strength in time: take M = FunctionSpace(IntervalMesh(n, {max(times):g}), "
                          "'CG', 1).")
     if strength:
-        if kind not in IN_TIME or space.value_shape or space.ufl_element() not in H1:
+        element = space.ufl_element()
+        if kind not in IN_TIME or space.value_shape or element not in H1 or element.family() == "Real":
             raise InputError(f"a function of time alone is scalar, continuous and one of {', '.join(IN_TIME)}, not "
                              f"{name!r} in {space}: take FunctionSpace(IntervalMesh(n, {max(times):g}), 'CG', 1).")
         value = Function(FunctionSpace(V.mesh(), "R", 0), name="strength")
