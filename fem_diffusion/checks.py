@@ -80,9 +80,9 @@ def check_count(n, name: str = "n", least: int = 1) -> int:
 def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, below: float = np.inf,
                  most: float = np.inf) -> float:
     """A finite real number with above < x < below and least <= x <= most."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("of at least", least), ("below", below),
-                                                      ("of at most", most)) if np.isfinite(bound)]
-    wanted = " and ".join(bounds) or "that is finite"
+    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("below", below),
+                                                      ("at most", most)) if np.isfinite(bound)]
+    wanted = f"that is {' and '.join(bounds) or 'finite'}"
     if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
         raise InputError(f"{name} is {x!r}: give a number {wanted}.")
     try:

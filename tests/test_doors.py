@@ -64,7 +64,7 @@ def known_source(source):
     (dict(diffusivity=True), "diffusivity is True"),
     (dict(diffusivity=np.inf), "diffusivity is inf"),
     (dict(diffusivity=1j), "diffusivity is 1j"),
-    (dict(diffusivity=Constant(-1.0)), "diffusivity is -1.0: give a number above 0"),
+    (dict(diffusivity=Constant(-1.0)), "diffusivity is -1.0: give a number that is above 0"),
     (dict(diffusivity=Constant(np.diag([1.0, -1.0]))), "positive definite"),
     (dict(diffusivity=np.eye(2) * (1 + 1j)), "real and imaginary parts"),
     (dict(diffusivity=np.eye(2, dtype=bool)), "holds bool values"),

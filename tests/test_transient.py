@@ -319,7 +319,7 @@ def test_the_initial_state_is_that_of_time_0():
     (dict(time_step=0.0), "above 0"),
     (dict(time_step=-0.125), "above 0"),
     (dict(time_step="small"), "above 0"),
-    (dict(theta=0.4), "theta is 0.4: .*0.5 and of at most 1"),
+    (dict(theta=0.4), "theta is 0.4: .*at least 0.5 and at most 1"),
     (dict(t=0.0), "scalar Constant"),
     (dict(t=Constant((0.0, 1.0))), "scalar Constant"),
     (dict(parameter_times=[0.0]), "two or more increasing"),
