@@ -3,18 +3,21 @@
 No Firedrake and no torch at import.
 """
 
+import argparse
+import inspect
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import FemDiffusionError, FileError, InputError
 
-__all__ = ["LARGEST", "check_all", "check_array", "check_choice", "check_count", "check_device", "check_flag",
-           "check_number", "check_options", "check_path", "check_readings", "check_seed", "shape_fits", "shape_words"]
+__all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choice", "check_count", "check_device",
+           "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
+           "check_seed", "check_text", "read_arguments", "shape_fits", "shape_words", "together"]
 
 # Beyond it sums of squares leave the range of double precision.
 LARGEST = 1e100
@@ -44,10 +47,11 @@ def check_all(x, name: str, kind: type, words: str | None = None) -> tuple:
     return items
 
 
-def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
+def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None) -> np.ndarray:
     """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
 
-    Shapes hold numbers, and words that each stand for one number: ("n", "r").
+    Shapes hold numbers, and words that each stand for one number: ("n", "r"). Messages use the names of the entries
+    along the last axis, where they are given.
     """
     wanted = " or ".join(map(shape_words, shapes))
     try:
@@ -59,10 +63,14 @@ def check_array(x, name: str, *shapes: tuple) -> np.ndarray:
         raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
     if not any(shape_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
+    # Converted first: the bound is beyond single precision.
     array = array.astype(float)
-    if not (np.abs(array) <= LARGEST).all():
-        raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}: leave those out, mend where "
-                         "they come from, or take other units.")
+    wild = ~(np.abs(array) <= LARGEST)
+    if wild.any():
+        where = np.unique(np.nonzero(wild)[-1]) if names is not None and array.ndim else ()
+        of = f" of {', '.join(names[i] for i in where)}" if len(where) else ""
+        raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
+                         "where they come from, or take other units.")
     return array
 
 
@@ -89,9 +97,13 @@ def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, b
     wanted = f"that is {' and '.join(bounds) or 'finite'}"
     if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
         raise InputError(f"{name} is {x!r}: give a number {wanted}.")
-    if not (np.isfinite(x) and above < x < below and least <= x <= most):
-        raise InputError(f"{name} is {float(x)!r}: give a number {wanted}.")
-    return float(x)
+    try:
+        value = float(x)
+    except OverflowError:   # an integer beyond the range of double precision
+        value = np.inf
+    if not (np.isfinite(value) and above < value < below and least <= value <= most):
+        raise InputError(f"{name} is {value!r}: give a number {wanted}.")
+    return value
 
 
 def check_flag(x, name: str) -> bool:
@@ -150,7 +162,7 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
 
 def check_path(path, name: str = "path") -> Path:
     """A path as such; a number, say, would open whatever has that number."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
     return Path(path)
 
@@ -175,3 +187,75 @@ def check_device(device):
         raise InputError(f"device is {str(device)!r}, which torch cannot use here ({reason}): take 'cpu', or a device "
                          "that this machine has.") from error
     return device
+
+
+def check_kind(x, name: str, kind: type | tuple, remedy: str):
+    """An object of a class, or of one of several."""
+    if not isinstance(x, kind):
+        raise InputError(f"{name} is of type {type(x).__name__}: give {remedy}.")
+    return x
+
+
+def check_text(x, name: str) -> str:
+    """A string, such as a label."""
+    return check_kind(x, name, str, "a string")
+
+
+def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> Callable:
+    """A function (no class) that takes so many arguments by position, as far as its signature is known."""
+    if not callable(x) or isinstance(x, type):
+        raise InputError(f"{name} is {x!r}: give {remedy}.")
+    if arguments is not None:
+        try:
+            signature = inspect.signature(x)
+        except (TypeError, ValueError):   # some functions that are written in C tell nothing
+            return x
+        try:
+            signature.bind(*range(arguments))
+        except TypeError as error:
+            raise InputError(f"{name} does not take {arguments} arguments ({error}): give {remedy}.") from error
+    return x
+
+
+def check_file(path, name: str = "path") -> Path:
+    """Path of a file that can be written: its folder is there; FileError otherwise."""
+    path = check_path(path, name)
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileError(f"{path} cannot be written, because {folder} is no folder: make it first, or name another.")
+    if path.is_dir():
+        raise FileError(f"{path} is a folder: add the name of a file.")
+    if not os.access(folder, os.W_OK):
+        raise FileError(f"{path} cannot be written: you have no permission to write in {folder}; name another folder.")
+    return path
+
+
+def together(comm, check: Callable):
+    """Result of `check()`; what it raises on one rank of an MPI communicator is raised on all of them."""
+    result = error = None
+    try:
+        result = check()
+    except FemDiffusionError as caught:
+        error = caught
+    for found in comm.allgather(error):
+        if found is not None:
+            raise found
+    return result
+
+
+def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments of a script of which PETSc reads other options, with one dash; the folder `output` is made.
+
+    What begins with two dashes and is not known ends the script, as does a folder that cannot be made or written.
+    """
+    arguments, rest = parser.parse_known_args()
+    unknown = [word for word in rest if word.startswith("--")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        if not os.access(arguments.output, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as error:
+        parser.error(f"--output {arguments.output}: {error.strerror or error}; name another folder")
+    return arguments

@@ -1,88 +1,165 @@
 """Pictures for talks: samples with their uncertainty, posterior predictive, training curve."""
 
+from collections.abc import Sequence
+
 import numpy as np
-from firedrake import Function, SpatialCoordinate, assemble, interpolate
+from finat.ufl import TensorProductElement
+from firedrake import Function, FunctionSpace, SpatialCoordinate, assemble, interpolate
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from fem_diffusion.fields import coefficients
+from fem_diffusion.checks import check_array, check_count, check_kind, check_text, together
+from fem_diffusion.diagnostics import Calibration
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
+from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.posterior import Samples
 
 __all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"]
 
 TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 
 
-def plot_samples(samples, axes=None, truth: Function | None = None, reference: tuple | None = None, curves: int = 20,
-                 xlabel: str = "position", ylabel: str = "parameter"):
-    """Draw samples of a scalar parameter.
+def plot_samples(samples, axes=None, truth: Function | None = None, reference: tuple | None = None,
+                 curves: int | None = None, xlabel: str | None = None, ylabel: str | None = None):
+    """Draw samples of a scalar parameter, or of a few numbers.
 
     On a one-dimensional mesh (a boundary part, too): mean, 95 % band, single samples, truth and reference along the
     coordinate that varies most. On a two-dimensional one: maps of mean, standard deviation and one sample, and of the
-    truth where it is given.
+    truth where it is given. In Real space: for each number a histogram with mean, 95 % interval, truth and reference.
+    What is constant along an extrusion is drawn on the base mesh.
 
     Parameters
     ----------
     samples : Samples
         What `Posterior.sample` returned.
-    axes : matplotlib Axes (1D) or sequence of them (2D), optional
+    axes : matplotlib Axes (lines, one number) or sequence of them (maps, several numbers), optional
         Where to draw; a new figure where left out.
     truth : Function, optional
         In the space of the samples.
-    reference : tuple of numpy.ndarray, optional
-        1D only: mean and standard deviation of a reference posterior, owned coefficients, shape (n_owned,) each;
+    reference : tuple of numpy.ndarray or Function, optional
+        Not for maps: mean and standard deviation of a reference posterior, owned coefficients, shape (n_owned,) each;
         its band is mean ± 1.96 standard deviations, or pass (mean, lower, upper).
-    curves : int
-        1D only: number of single samples.
-    xlabel, ylabel : str
-        Labels with units.
+    curves : int, optional
+        Lines only: number of single samples; 20 where left out.
+    xlabel : str, optional
+        Label with units, of the position (lines) or the parameter (numbers).
+    ylabel : str, optional
+        Label with units, of the parameter (lines, and the colours of maps) or its density (numbers).
 
     Returns
     -------
-    matplotlib Axes or sequence of them on rank 0, None elsewhere.
+    matplotlib Axes or array of them on rank 0, None elsewhere.
 
     Raises
     ------
     InputError
-        If the parameter is not scalar, the mesh is three-dimensional, or a map is asked for on several ranks.
+        If an argument is of the wrong kind, shape or space, or nothing would be drawn of it; the parameter is neither
+        scalar nor numbers, the mesh is three-dimensional, or a map is asked for on several ranks.
     """
-    V = samples.V
+    check_kind(samples, "samples", Samples, "what Posterior.sample returned")
+    V, comm = samples.V, samples.V.comm
     if len(V) > 1:
         raise InputError(f"plot_samples draws one parameter and these samples have {len(V)}: pass one of them, "
                          "samples.component(0).plot() and so on, or use save().")
-    if V.value_size != 1:
-        raise InputError("plot_samples draws scalar parameters; use save() and a viewer for vectors.")
-    dimension = V.mesh().topological_dimension
-    if dimension == 1:
-        return _plot_lines(samples, axes, truth, reference, curves, xlabel, ylabel)
-    if V.mesh().geometric_dimension != 2 or V.comm.size > 1:
-        raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
-    return _plot_maps(samples, axes, truth, ylabel)
-
-
-def _plot_lines(samples, axes, truth, reference, curves, xlabel, ylabel):
-    V = samples.V
-    x = _gather(V, np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())]))
-    lines = _gather(V, samples.values[:curves])
-    summary = _gather(V, coefficients([samples.mean(), samples.quantile(0.025), samples.quantile(0.975)]))
-    truth = None if truth is None else _gather(V, coefficients(truth)[None])
+    values = together(comm, lambda: check_array(samples.values, "samples.values", ("n", owned_size(V))))
+    if not len(values):
+        raise InputError("There are no samples: draw one at least.")
+    if truth is not None:
+        space = truth.function_space() if isinstance(truth, Function) else None
+        if space is None or space.mesh() is not V.mesh() or space.ufl_element() != V.ufl_element():
+            raise InputError(f"truth is {truth!r}: give a Function in the space of the samples, {V}.")
+        truth = together(comm, lambda: check_array(coefficients(truth), "truth", (owned_size(V),)))
     if reference is not None:
-        if len(reference) == 2:
-            mean, std = reference
-            reference = (mean, mean - 1.96 * std, mean + 1.96 * std)
-        reference = _gather(V, np.stack(reference))
+        reference = together(comm, lambda: _reference(reference, owned_size(V)))
+    for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
+        if label is not None:
+            check_text(label, name)
+    V = _drawn_space(V)
+    if V.ufl_element().family() == "Real":
+        _refuse("numbers", curves=curves)
+        together(comm, lambda: _axes_for(axes, V.dim()))
+        return _plot_numbers(V, values, axes, truth, reference, xlabel or "parameter", ylabel or "density")
+    if V.value_size != 1:
+        raise InputError("plot_samples draws scalar parameters and numbers in Real space; use save() and a viewer for "
+                         "vectors and tensors.")
+    if V.ufl_element().mapping() != "identity":
+        raise InputError(f"the coefficients in {V.ufl_element()} are not values, so their deviations and quantiles are "
+                         "not those of the field: interpolate the samples into a CG or DG space.")
+    if V.mesh().topological_dimension == 1:
+        curves = 20 if curves is None else check_count(curves, "curves", least=0)
+        together(comm, lambda: _axes_for(axes, 1))
+        return _plot_lines(V, values, axes, truth, reference, curves, xlabel or "position", ylabel or "parameter")
+    _refuse("maps", curves=curves, reference=reference, xlabel=xlabel)
+    if V.mesh().geometric_dimension != 2 or comm.size > 1:
+        raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
+    return _plot_maps(V, values, axes, truth, ylabel or "parameter")
+
+
+def _refuse(what: str, **arguments) -> None:
+    """Refuse arguments that a picture has no use for."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise InputError(f"pictures of {what} have no use for {' and '.join(given)}: leave it out.")
+
+
+def _drawn_space(V):
+    """A space with the same coefficients: scalar where values are vectors of one component, and on the base mesh where
+    they are constant along the extrusion.
+    """
+    element, mesh = V.ufl_element(), V.mesh()
+    if element.family() != "Real" and V.value_size == 1 and V.value_shape:
+        element = element.sub_elements[0]
+    factors = element.factor_elements if isinstance(element, TensorProductElement) else ()
+    if [factor.family() == "Real" for factor in factors] == [False, True]:
+        element, mesh = factors[0], mesh._base_mesh
+    return V if element == V.ufl_element() else FunctionSpace(mesh, element)
+
+
+def _reference(reference, size: int) -> np.ndarray:
+    """Mean, lower and upper bound, shape (3, n_owned)."""
+    parts = list(reference) if isinstance(reference, (tuple, list, np.ndarray)) else []
+    if len(parts) not in (2, 3):
+        raise InputError(f"reference is of type {type(reference).__name__}: give (mean, std) or (mean, lower, upper).")
+    parts = [check_array(coefficients(part) if isinstance(part, Function) else part, "reference", (size,))
+             for part in parts]
+    if len(parts) == 2:
+        mean, std = parts
+        if (std < 0).any():
+            raise InputError("reference has negative standard deviations: give (mean, std) or (mean, lower, upper).")
+        parts = [mean, mean - 1.96 * std, mean + 1.96 * std]
+    return np.stack(parts)
+
+
+def _axes_for(axes, count: int) -> None:
+    """Refuse what is not None, nor axes for so many pictures."""
+    if axes is not None:
+        many = [axes] if isinstance(axes, Axes) else list(axes) if isinstance(axes, (Sequence, np.ndarray)) else []
+        if len(many) < count or not all(isinstance(ax, Axes) for ax in many):
+            what = "a matplotlib Axes" if count == 1 else f"a row of {count} matplotlib Axes (axes.ravel() of an array)"
+            raise InputError(f"axes is {axes!r}: give {what}, or leave it out for a new figure.")
+
+
+def _plot_lines(V, values, axes, truth, reference, curves, xlabel, ylabel):
+    x = _gather(V, np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())]))
+    lines = _gather(V, values[:curves])
+    summary = _gather(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
+    truth = None if truth is None else _gather(V, truth[None])
+    reference = None if reference is None else _gather(V, reference)
     if V.comm.rank != 0:
         return None
     x = x[np.argmax(np.ptp(x, axis=1))]
     order = np.argsort(x)
     x = x[order]
-    axes = axes if axes is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
-    axes.plot(x, lines[:, order].T, color=MODEL, linewidth=0.6, alpha=0.35)
+    axes = _one(axes)
+    if curves:
+        axes.plot(x, lines[:, order].T, color=MODEL, linewidth=0.6, alpha=0.35)
     mean, lower, upper = summary[:, order]
     axes.fill_between(x, lower, upper, color=MODEL, alpha=0.2, label="95 % band")
     axes.plot(x, mean, color=MODEL, linewidth=2, label="posterior mean")
-    axes.plot([], [], color=MODEL, linewidth=0.6, alpha=0.6, label=f"{len(lines)} samples")
+    if curves:
+        axes.plot([], [], color=MODEL, linewidth=0.6, alpha=0.6, label=f"{len(lines)} samples")
     if reference is not None:
         axes.plot(x, reference[0, order], "--", color=REFERENCE, linewidth=1.6, label="reference mean")
         axes.plot(x, reference[1:, order].T, ":", color=REFERENCE, linewidth=1.6)
@@ -94,16 +171,69 @@ def _plot_lines(samples, axes, truth, reference, curves, xlabel, ylabel):
     return axes
 
 
-def _plot_maps(samples, axes, truth, label):
-    panels = {"posterior mean": samples.mean(), "standard deviation": samples.std(), "one sample": samples[0]}
+def _one(axes, size=(7, 4)):
+    """The one axes to draw on."""
+    if axes is None:
+        return plt.subplots(figsize=size, layout="constrained")[1]
+    return axes if isinstance(axes, Axes) else axes[0]
+
+
+def _plot_numbers(V, values, axes, truth, reference, xlabel, ylabel):
+    numbers, truth, reference = (None if part is None else _gather(V, np.atleast_2d(part))
+                                 for part in (values, truth, reference))
+    if V.comm.rank != 0:
+        return None
+    count = numbers.shape[1]
+    if axes is None:
+        columns = min(count, 3)
+        rows = -(-count // columns)
+        size = (max(3.6 * columns, 5.5), 3.2 * rows + 0.5)
+        figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+        for ax in axes.flat[count:]:
+            ax.axis("off")
+    else:
+        figure = None
+        axes = np.array([axes] if isinstance(axes, Axes) else axes, dtype=object)
+    axes = axes.ravel()[:count]
+    places = [str(i) for i in range(count)]
+    if len(V.value_shape) > 1 and V.value_size == count:
+        places = [",".join(map(str, place)) for place in np.ndindex(V.value_shape)]
+    for i, (ax, place) in enumerate(zip(axes, places)):
+        column = numbers[:, i]
+        lower, upper = np.quantile(column, [0.025, 0.975])
+        ax.hist(column, bins=min(max(8, round(2 * len(column)**(1 / 3))), 60), density=True, color=MODEL, alpha=0.35,
+                label=f"{len(column)} samples")
+        ax.axvspan(lower, upper, color=MODEL, alpha=0.12, linewidth=0, label="95 % interval")
+        ax.axvline(column.mean(), color=MODEL, linewidth=2, label="posterior mean")
+        if reference is not None:
+            ax.axvline(reference[0, i], linestyle="--", color=REFERENCE, linewidth=1.6, label="reference mean")
+            for bound, label in zip(reference[1:, i], ("reference 95 %", None)):
+                ax.axvline(bound, linestyle=":", color=REFERENCE, linewidth=1.6, label=label)
+        if truth is not None:
+            ax.axvline(truth[0, i], color=TRUTH, linewidth=1.5, label="truth")
+        ax.set(xlabel=xlabel, ylabel=ylabel, title="" if count == 1 else f"component {place}")
+    handles = axes[0].get_legend_handles_labels()
+    if figure is None or count == 1:
+        axes[0].legend(*handles, fontsize="small", frameon=False)
+    else:
+        figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize="small", frameon=False)
+    return axes[0] if count == 1 else axes
+
+
+def _plot_maps(V, values, axes, truth, label):
+    if len(values) < 2:
+        raise InputError("A map of the standard deviation needs at least 2 samples.")
+    panels = {"posterior mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
+              "one sample": values[0]}
     if truth is not None:
         panels = {"truth": truth, **panels}
+    _axes_for(axes, len(panels))
     if axes is None:
         axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained")[1]
-    values = np.concatenate([coefficients(f) for name, f in panels.items() if name != "standard deviation"])
-    for ax, (name, function) in zip(axes, panels.items()):
-        scale = {"cmap": "magma"} if name == "standard deviation" else {"vmin": values.min(), "vmax": values.max()}
-        ax.figure.colorbar(tripcolor(function, axes=ax, **scale), ax=ax, label=label)
+    shown = np.concatenate([rows for name, rows in panels.items() if name != "standard deviation"])
+    for ax, (name, rows) in zip(axes, panels.items()):
+        scale = {"cmap": "magma"} if name == "standard deviation" else {"vmin": shown.min(), "vmax": shown.max()}
+        ax.figure.colorbar(tripcolor(field(V, rows), axes=ax, **scale), ax=ax, label=label)
         ax.set(title=name, aspect="equal", xlabel="x", ylabel="y")
     return axes
 
@@ -125,8 +255,20 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: s
     Returns
     -------
     matplotlib Axes
+
+    Raises
+    ------
+    InputError
+        If the shapes do not match, or a number is not finite; the message says of which sensor.
     """
-    axes = axes if axes is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    names = [f"sensor {i}" for i in range(len(y))] if isinstance(y, (Sequence, np.ndarray)) else None
+    y = check_array(y, "y", ("k",), names=names)
+    predictions = check_array(predictions, "predictions", ("n", len(y)), names=names)
+    if not predictions.size:
+        raise InputError("There are no predictions, or no sensors: give one at least.")
+    check_text(ylabel, "ylabel")
+    _axes_for(axes, 1)
+    axes = _one(axes)
     sensors = np.arange(len(y))
     lower, middle, upper = np.quantile(predictions, [0.025, 0.5, 0.975], axis=0)
     axes.errorbar(sensors, middle, yerr=[middle - lower, upper - middle], fmt="o", color=MODEL, markersize=4, capsize=3,
@@ -150,8 +292,15 @@ def plot_history(history: History, axes=None):
     Returns
     -------
     matplotlib Axes
+
+    Raises
+    ------
+    InputError
+        If `history` or `axes` is something else.
     """
-    axes = axes if axes is not None else plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    check_kind(history, "history", History, "the history of a model, model.history")
+    _axes_for(axes, 1)
+    axes = _one(axes)
     axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
     axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
     axes.axhline(history.base, color=REFERENCE, linestyle="--", label="Gaussian base alone")
@@ -178,8 +327,15 @@ def plot_calibration(calibration, axes=None):
     -------
     matplotlib Axes
         A curve for each coordinate; 95 % of curves of calibrated draws stay wholly within the band (Kolmogorov).
+
+    Raises
+    ------
+    InputError
+        If `calibration` or `axes` is something else.
     """
-    axes = axes if axes is not None else plt.subplots(figsize=(5, 4), layout="constrained")[1]
+    check_kind(calibration, "calibration", Calibration, "what calibrate returned")
+    _axes_for(axes, 1)
+    axes = _one(axes, (5, 4))
     pairs, coordinates = calibration.ranks.shape
     level = np.linspace(0, 1, 201)
     position = np.sort((calibration.ranks + 0.5) / (calibration.draws + 1), axis=0)

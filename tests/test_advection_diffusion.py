@@ -124,11 +124,11 @@ def test_periodic_mesh():
     (dict(dirichlet={(1, 3): 0.0}), "marker 3 is named by both"),
     (dict(unknown=("dirichlet", 4)), "marker 4 is named by both"),
     (dict(robin={4: 1.0}), "must be a pair"),
-    (dict(diffusivity=0.0), "must be positive"),
+    (dict(diffusivity=0.0), "above 0"),
     (dict(diffusivity="large"), "must be a number"),
     (dict(diffusivity=np.diag([1.0, 0.0])), "positive definite"),
     (dict(diffusivity=[[1.0, 0.1], [0.2, 1.0]]), "symmetric"),
-    (dict(diffusivity=np.eye(3)), r"\(2, 2\) array"),
+    (dict(diffusivity=np.eye(3)), r"\(2, 2\)"),
     (dict(diffusivity=as_vector([1, 2])), "must have shape"),
     (dict(unknown=["source", "source"]), "each coefficient once"),
     (dict(unknown=["source", "diffusivity"]), "MixedFunctionSpace"),
@@ -221,7 +221,7 @@ def test_wrong_parameters():
         problem.solve_many(Function(problem.M))
     with pytest.raises(InputError, match="block"):
         problem.solve_many([Function(problem.M)], block=0)
-    with pytest.raises(InputError, match="rows must have shape"):
+    with pytest.raises(InputError, match="rows .* has the shape"):
         problem.sensitivity(Function(problem.M), np.zeros((1, 3)))
     with pytest.raises(InputError, match="state must be"):
         problem.sensitivity(Function(problem.M), np.zeros((1, problem.V.dim())), state=wrong)

@@ -267,7 +267,7 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, 3), "fewest and the most"),
     (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, (1, 1), series=2), "split into sensors"),
     (lambda V, m: SensorKind(lambda u: 1.0, 0.1, (1, 1)), "linear sensors"),
-    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), [0.1, 0.2, 0.3], (1, 1)), "std has shape"),
+    (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), [0.1, 0.2, 0.3], (1, 1)), "std has the shape"),
     (lambda V, m: OperatorFamily([]), "at least one"),
     (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0], GaussianNoise(std=0.1)).sample(
         9, seed=0, corrections=3), "Corrections need"),

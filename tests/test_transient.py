@@ -314,12 +314,12 @@ def test_the_initial_state_is_that_of_time_0():
     (dict(times=[0.5, 0.25]), "increasing"),
     (dict(times=[-0.5, 0.5]), "from 0 on"),
     (dict(times=[0.0]), "holds 0 only"),
-    (dict(times=["later"]), "sequence of numbers"),
+    (dict(times=["later"]), "times holds .*real numbers"),
     (dict(times=[0.25, 0.3]), r"times\[1\] = 0.3 is no multiple of time_step = 0.125"),
-    (dict(time_step=0.0), "positive number"),
-    (dict(time_step=-0.125), "positive number"),
-    (dict(time_step="small"), "positive number"),
-    (dict(theta=0.4), "0.5 .*to 1"),
+    (dict(time_step=0.0), "above 0"),
+    (dict(time_step=-0.125), "above 0"),
+    (dict(time_step="small"), "above 0"),
+    (dict(theta=0.4), "theta is 0.4: .*at least 0.5 and at most 1"),
     (dict(t=0.0), "scalar Constant"),
     (dict(t=Constant((0.0, 1.0))), "scalar Constant"),
     (dict(parameter_times=[0.0]), "two or more increasing"),
@@ -356,5 +356,5 @@ def test_wrong_spaces_and_parameters():
         problem.solve_many(np.zeros((2, 3)))
     with pytest.raises(InputError, match="block"):
         problem.solve_many([Function(problem.M)], block=0)
-    with pytest.raises(InputError, match="rows must have shape"):
+    with pytest.raises(InputError, match="rows .* has the shape"):
         problem.sensitivity(Function(problem.M), np.zeros((1, problem.V.dim())))

@@ -301,3 +301,8 @@ def test_two_ranks():
         problem.solve_many(ms)
     with pytest.raises(InputError, match="owned coefficients"):
         problem.sensitivity(Function(problem.M), ms)
+    known = Function(FunctionSpace(problem.V.mesh(), "CG", 1))
+    if COMM_WORLD.rank == 1:
+        known.dat.data_wo[:] = np.nan
+    with pytest.raises(InputError, match="not finite everywhere"):
+        channel(mesh=problem.V.mesh(), source=known)

@@ -33,6 +33,7 @@ from fem_diffusion import (
     AdvectionDiffusion, GaussianNoise, GaussianPrior, TransformedPrior, fit, karhunen_loeve, point_sensors, simulate,
     variance_exploding, variance_preserving,
 )
+from fem_diffusion.checks import read_arguments
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.diagnostics import sliced_wasserstein
 from fem_diffusion.diagnostics.fem_reference import exact_posterior, hmc_posterior
@@ -229,8 +230,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / OUTPUT)
     parser.add_argument("--case", choices=CASES, action="append")
-    arguments, _ = parser.parse_known_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = read_arguments(parser)
     draw_setup(arguments.output)
     for case in arguments.case or CASES:
         run(case, arguments.output, progress=True)

@@ -31,6 +31,7 @@ from firedrake.pyplot import tripcolor
 from matplotlib import colors, patheffects, pyplot as plt, ticker
 from tqdm import tqdm
 
+from fem_diffusion.checks import read_arguments
 from fem_diffusion.diffusion import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
@@ -347,6 +348,5 @@ def say(text):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
-    arguments, _ = parser.parse_known_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = read_arguments(parser)
     run(arguments.output, progress=True)

@@ -20,7 +20,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
-from firedrake import COMM_WORLD, Function, SpatialCoordinate
+from firedrake import Function, SpatialCoordinate
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
@@ -28,6 +28,7 @@ from fem_diffusion import (
     DataSet, GaussianNoise, OperatorFamily, SensorKind, TrainingOptions, fit, fit_family, karhunen_loeve,
     line_averages, point_sensors, random_points, simulate,
 )
+from fem_diffusion.checks import read_arguments
 from fem_diffusion.diagnostics.fem_reference import MonteCarloPosterior, exact_posterior, hmc_posterior
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.plot import plot_history
@@ -247,8 +248,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     parser.add_argument("--case", choices=CASES, action="append")
-    arguments, _ = parser.parse_known_args()
-    if COMM_WORLD.rank == 0:
-        arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = read_arguments(parser)
     for case in arguments.case or CASES:
         CASES[case](arguments.output, progress=True)

@@ -34,6 +34,7 @@ from fem_diffusion import (
     CallableNoise, CallablePrior, DataSet, Observation, TrainingOptions, TransformedPrior, fit, pod, point_sensors,
     simulate,
 )
+from fem_diffusion.checks import read_arguments
 from fem_diffusion.diagnostics import Calibration, calibrate, sbc_ranks
 from fem_diffusion.plot import plot_history
 
@@ -239,6 +240,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
     parser.add_argument("--pairs", type=int, default=PAIRS)
-    arguments, _ = parser.parse_known_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = read_arguments(parser)
     run(arguments.output, arguments.pairs, progress=True)

@@ -28,6 +28,7 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, fit, karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
+from fem_diffusion.checks import read_arguments
 from fem_diffusion.diagnostics import linear_gaussian_posterior
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.plot import plot_predictive
@@ -158,6 +159,5 @@ def draw(folder, drawn, solver, sensors):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
-    arguments, _ = parser.parse_known_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments = read_arguments(parser)
     run(arguments.output)

@@ -9,9 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fem_diffusion.bridge import ModalBasis
+from fem_diffusion.checks import (
+    check_array, check_callable, check_count, check_flag, check_kind, check_number, check_seed,
+)
 from fem_diffusion.diagnostics.reference import gauss_newton, hmc
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field
+from fem_diffusion.problem.observation import Observation
 
 __all__ = ["ExactPosterior", "MonteCarloPosterior", "exact_posterior", "hmc_posterior"]
 
@@ -21,7 +27,7 @@ _FAR = 12
 _AFFINE = 1e-6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactPosterior:
     """The posterior of a linear-Gaussian problem, for any measurement by its sensors.
 
@@ -39,6 +45,8 @@ class ExactPosterior:
         Pointwise standard deviation, owned coefficients, shape (n_owned,).
     noise_std : numpy.ndarray
         Of each sensor, shape (k,).
+    names : tuple of str
+        Of the sensors.
     """
 
     prior: object
@@ -47,16 +55,30 @@ class ExactPosterior:
     gain: np.ndarray
     std: np.ndarray
     noise_std: np.ndarray
+    names: tuple
 
     def mean(self, y: np.ndarray) -> np.ndarray:
-        """Posterior mean for a measurement (k,), owned coefficients, shape (n_owned,)."""
+        """Posterior mean for a measurement (k,), owned coefficients, shape (n_owned,).
+
+        Raises
+        ------
+        InputError
+            If the measurement is of the wrong length or not finite; the message names the sensors.
+        """
+        y = check_array(y, "y", (len(self.names),), names=self.names)
         return coefficients(self.prior.mean) + (y - self.offset) @ self.gain
 
     def sample(self, n: int, y: np.ndarray, seed: int) -> np.ndarray:
         """Samples for a measurement (k,), owned coefficients, shape (n, n_owned).
 
         Prior draws plus their own update (Matheron's rule), so nothing dense is built and any number of ranks will do.
+
+        Raises
+        ------
+        InputError
+            As for `mean`; also if n is no positive or seed no non-negative integer.
         """
+        n, seed, y = check_count(n), check_seed(seed), check_array(y, "y", (len(self.names),), names=self.names)
         draws = self.prior.sample_many(n, seed)
         noise = self.noise_std * np.random.default_rng([seed, 1]).standard_normal((n, len(y)))
         seen = (draws - coefficients(self.prior.mean)) @ self.operator.T
@@ -68,14 +90,14 @@ def exact_posterior(prior, forward, observation, noise_std) -> ExactPosterior:
 
     Parameters
     ----------
-    prior : GaussianPrior
-        Of the parameter.
+    prior : GaussianPrior or ProductPrior
+        Of the parameter; all components Gaussian.
     forward : AdvectionDiffusion
-        Affine in the parameter; any object with ``sensitivity(m, rows)`` and a call will do.
+        Affine in the parameter; any object with ``sensitivity(m, rows)`` and a call will do. It gets copies.
     observation : Observation
         The k sensors.
-    noise_std : float or array_like of shape (k,)
-        Standard deviation of independent noise.
+    noise_std : float, array_like of shape (k,) or GaussianNoise
+        Standard deviation of independent noise; a GaussianNoise of constant std will do.
 
     Returns
     -------
@@ -84,28 +106,68 @@ def exact_posterior(prior, forward, observation, noise_std) -> ExactPosterior:
     Raises
     ------
     InputError
-        If `forward` is not affine.
+        If an argument is of the wrong kind or shape, a standard deviation is not positive (the message names the
+        sensors), the prior is not Gaussian, or `forward` is not affine.
     """
-    operator, offset = forward.sensitivity(prior.mean, observation.rows), observation(forward(prior.mean))
-    noise_std = np.broadcast_to(np.asarray(noise_std, dtype=float), offset.shape)
+    if not all(hasattr(prior, name) for name in ("apply_covariance", "mean", "sample")):
+        raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or take hmc_posterior.")
+    _check_model(forward, observation, "__call__")
+    noise_std = _noise_std(noise_std, observation)
+    mean = prior.mean.copy(deepcopy=True)
+    operator = np.array(forward.sensitivity(mean, observation.rows))
+    offset = observation(forward(prior.mean.copy(deepcopy=True)))
     _check_affine(prior, forward, observation, operator, offset)
     cross = prior.apply_covariance(operator)
     gain = np.linalg.solve(prior.V.comm.allreduce(operator @ cross.T) + np.diag(noise_std**2), cross)
-    variance = coefficients(prior.pointwise_std(exact=True))**2 - (cross * gain).sum(axis=0)
-    return ExactPosterior(prior, operator, offset, gain, np.sqrt(np.maximum(variance, 0.0)), noise_std)
+    # Of a product component by component, which can be asked for the exact deviation.
+    std = np.concatenate([coefficients(part.pointwise_std(exact=True)) for part in getattr(prior, "priors", (prior,))])
+    variance = std**2 - (cross * gain).sum(axis=0)
+    return ExactPosterior(prior, operator, offset, gain, np.sqrt(np.maximum(variance, 0.0)), noise_std,
+                          observation.names)
+
+
+def _check_model(forward, observation, *methods):
+    """Refuse a forward problem that lacks a method, and sensors of another space than its states."""
+    check_kind(observation, "observation", Observation, "point_sensors(...) or another Observation")
+    missing = [name for name in ("sensitivity", *methods) if not callable(getattr(forward, name, None))]
+    if missing or isinstance(forward, type):
+        raise InputError(f"forward is of type {type(forward).__name__}, without {', '.join(missing) or 'state'}: give "
+                         "an AdvectionDiffusion, or an object with its methods.")
+    if getattr(forward, "state_space", observation.U) != observation.U:
+        raise InputError("The observation is of another space than the states of the forward problem: build it on "
+                         "forward.state_space.")
+
+
+def _noise_std(noise, observation):
+    """Standard deviations of the sensors, shape (k,)."""
+    k = len(observation)
+    if isinstance(noise, CallableNoise):
+        raise InputError("noise_std is a CallableNoise: give the standard deviations of Gaussian noise.")
+    if isinstance(noise, GaussianNoise):
+        matrix = noise.covariance(torch.zeros(1, k, dtype=torch.float64)).numpy()
+        if noise.relative.any() or np.count_nonzero(matrix - np.diag(np.diag(matrix))):
+            raise InputError("The noise is relative or correlated: this reference takes independent noise of constant "
+                             "std; give noise_std as numbers.")
+        noise = np.sqrt(np.diag(matrix))
+    std = np.broadcast_to(check_array(noise, "noise_std", (), (k,), names=observation.names), k)
+    bad = [observation.names[i] for i in np.flatnonzero(std <= 0)]
+    if bad:
+        raise InputError(f"noise_std is not positive for {', '.join(bad)}: give every sensor noise, because without it "
+                         "the posterior has no density.")
+    return std
 
 
 def _check_affine(prior, forward, observation, operator, offset):
     """Raise InputError where the derivative at the prior mean does not tell what a prior sample gives."""
     m = prior.sample(seed=0)
     change = prior.V.comm.allreduce(operator @ (coefficients(m) - coefficients(prior.mean)))
-    found = observation(forward(m)) - offset
+    found = observation(forward(m)) - offset   # last, because a user's solver may write into m
     if not np.allclose(found, change, rtol=0, atol=_AFFINE * np.abs(found).max(initial=0.0)):
         raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
                          "hmc_posterior.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MonteCarloPosterior:
     """Moments of the parameter by Hamiltonian Monte Carlo; owned coefficients, shape (n_owned,) each.
 
@@ -142,39 +204,64 @@ def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
     basis : ModalBasis
         Of `karhunen_loeve`, with its transform.
     forward : AdvectionDiffusion
-        Any object with ``solve_many`` and ``sensitivity`` will do.
+        Any object with ``solve_many`` and ``sensitivity`` will do. It gets copies.
     observation : Observation
         The k sensors.
     y : numpy.ndarray
         Measurement, shape (k,).
-    noise_std : float or array_like of shape (k,)
-        Standard deviation of independent noise.
+    noise_std : float, array_like of shape (k,) or GaussianNoise
+        As for `exact_posterior`.
     slope : Callable
         Derivative of the parameter by the field, node by node, as a function of the parameter's coefficients: itself
-        for an exponential, ones where there is no transform.
+        for an exponential, ones where there is no transform. It gets copies.
     seed, chains, draws, step, leaps, progress
         As for `hmc`. Where the posterior is far from Gaussian, a shorter step frees chains in its tails.
 
     Returns
     -------
     MonteCarloPosterior
+
+    Raises
+    ------
+    InputError
+        If an argument is of the wrong kind or shape, y or noise_std is not finite or a deviation not positive (the
+        message names the sensors), or `slope` returns another shape.
+    SolveError
+        If the search for the maximum or the chains fail.
     """
+    check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior)")
+    _check_model(forward, observation, "solve_many")
+    noise_std = _noise_std(noise_std, observation)
+    y = check_array(y, "y", (len(observation),), names=observation.names)
+    check_callable(slope, "slope", "a function of the parameter's coefficients", 1)
+    # Standard errors come from the spread between chains.
+    seed, chains = check_seed(seed), check_count(chains, "chains", least=2)
+    draws, leaps = check_count(draws, "draws"), check_count(leaps, "leaps")
+    step, progress = check_number(step, "step", above=0), check_flag(progress, "progress")
     comm = basis.V.comm
 
     def parameters(z):
         return basis.parameters(torch.as_tensor(z))
 
     def observe(m):
-        return observation.apply(forward.solve_many(m))
+        return observation.apply(forward.solve_many(m.copy()))
+
+    def derivative(m):
+        return np.array(forward.sensitivity(field(basis.parameter_space, m[0]), observation.rows))
+
+    def chain_rule(rows, m):
+        factor = np.asarray(slope(m.copy()))
+        if factor.shape != m.shape:
+            raise InputError(f"slope returned the shape {factor.shape} for {m.shape}: return one number for each.")
+        return comm.allreduce((rows * factor) @ basis.scaled_modes.T)
 
     def linearise(z):
         m = parameters(z[None])
-        rows = forward.sensitivity(field(basis.parameter_space, m[0]), observation.rows)
-        jacobian = comm.allreduce((rows * slope(m)) @ basis.scaled_modes.T)
+        jacobian = chain_rule(derivative(m), m)
         return (observe(m)[0] - y) / noise_std, jacobian / np.reshape(noise_std, (-1, 1))
     centre, hessian = gauss_newton(linearise, basis.r)
     m_map = parameters(centre[None])
-    rows = forward.sensitivity(field(basis.parameter_space, m_map[0]), observation.rows)
+    rows = derivative(m_map)
     offset = observe(m_map)[0]
 
     def potential(z):
@@ -185,7 +272,7 @@ def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
     def gradient(z):
         m = parameters(np.clip(z, -_FAR, _FAR))
         misfit = offset + comm.allreduce((m - m_map) @ rows.T) - y
-        return z + comm.allreduce(((misfit / np.square(noise_std)) @ rows * slope(m)) @ basis.scaled_modes.T)
+        return z + chain_rule((misfit / np.square(noise_std)) @ rows, m)
     result = hmc(potential, gradient, centre, hessian, chains=chains, draws=draws, warmup=10, step=step, leaps=leaps,
                  seed=seed, progress=progress)
     mean, std, mean_error, std_error = result.moments(parameters)

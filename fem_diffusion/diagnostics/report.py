@@ -4,17 +4,19 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fem_diffusion.checks import check_choice, check_count, check_file, check_number, check_text
 from fem_diffusion.errors import InputError
 
 __all__ = ["Convergence", "convergence", "plot_costs", "plot_overview", "summarise", "write_csv", "write_markdown"]
 
 _CELL = ("problem", "base", "formulation", "sampler", "budget")
+_WORDS = ("problem", "base", "formulation", "sampler", "coordinates", "nodes")
 _FIXED = _CELL + ("alpha", "coordinates", "nodes", "evaluations", "seed", "seconds")
 # Okabe and Ito's palette, which the colour-blind tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,8 +38,13 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
         evaluations and seconds, the mean of every score, and as NAME_spread its standard deviation over the seeds.
         Columns sbc_p* hold p-values, which have no mean: the smallest times the number of seeds (Bonferroni), at most
         1, and no spread.
+
+    Raises
+    ------
+    InputError
+        If there are no rows, or they are not what `run_protocol` returns.
     """
-    result = []
+    rows, result = _checked(rows), []
     for key, group in _grouped(rows).items():
         scores = [name for name in group[0] if name not in _FIXED]
         line = dict(zip(_CELL, key)) | {"seeds": len(group)}
@@ -52,6 +59,36 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
                     line[f"{name}_spread"] = values.std(ddof=1) if len(values) > 1 else math.nan
         result.append(line)
     return result
+
+
+def _checked(rows: Iterable[dict], *scores: str) -> list[dict]:
+    """The rows as a list: each with the columns of the protocol, the score, and what others of its problem have."""
+    if isinstance(rows, (str, bytes, Mapping)) or not isinstance(rows, Iterable):
+        raise InputError(f"rows is of type {type(rows).__name__}: give a list of dicts, of run_protocol.")
+    rows = list(rows)
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
+        raise InputError("There are no rows, or they are no dicts: give the list that run_protocol returned.")
+    first = {}
+    for number, row in enumerate(rows):
+        missing = [name for name in _FIXED if name not in row]
+        if missing or set(row) != set(first.setdefault(row["problem"], row)):
+            raise InputError(f"Row {number} " + (f"lacks {', '.join(missing)}" if missing else "has other columns than "
+                                                 "the first of its problem") + ": give rows of one run_protocol.")
+        for name in row:
+            if name not in _WORDS:
+                try:
+                    (int if name == "budget" else float)(row[name])
+                except (TypeError, ValueError) as error:
+                    raise InputError(f"Row {number} has {row[name]!r} for {name}: give a number.") from error
+        for score in scores:
+            check_choice(score, "score", [name for name in row if name not in _FIXED])
+    return rows
+
+
+def _choose(rows: list[dict], name: str, value, others: tuple = ()) -> None:
+    """Refuse a choice that no row has made."""
+    found = dict.fromkeys(row[name] for row in rows)
+    check_choice(value, name, [word for word in found if word not in others])
 
 
 def _grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -71,7 +108,15 @@ def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
         With the same names.
     path : path
         Written as a whole or not at all.
+
+    Raises
+    ------
+    InputError, FileError
+        If there are no rows, they have different columns, or there is no folder for the file.
     """
+    path, rows = check_file(path), list(rows) if isinstance(rows, Iterable) else []
+    if not rows or not all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows):
+        raise InputError("There are no rows, or they are no dicts with the same names: give a list of such.")
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -131,8 +176,10 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
     Raises
     ------
     InputError
-        If there are no rows of the reference for a problem and base.
+        If there are no rows of the reference for a problem and base, or an argument is none that the rows have.
     """
+    rows, tolerance = _checked(rows, score), check_number(tolerance, "tolerance", least=0)
+    _choose(rows, "sampler", reference)
     groups = _grouped(rows)
     converged = {}
     for (problem, base, _, sampler, _), group in sorted(groups.items(), key=lambda item: item[0][-1]):
@@ -158,7 +205,7 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
     return {name: result[name] for name in dict.fromkeys(key[:-1] for key in groups)}
 
 
-def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *, budget: int = 8,
+def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *, budget: int | None = None,
                    reference: str = "adaptive") -> None:
     """Write two tables: steps to convergence and scores at one budget, combinations down and problems across.
 
@@ -170,11 +217,19 @@ def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *,
         Markdown file, written as a whole or not at all.
     score : str
         Name of a column where less is better.
-    budget : int
-        Of the second table.
+    budget : int, optional
+        Of the second table; 8 where left out, or the largest where no row has that.
     reference : str
         Sampler that is converged.
+
+    Raises
+    ------
+    InputError, FileError
+        If the rows are not those of `run_protocol`, an argument is none of those that they have, or there is no folder
+        for the file.
     """
+    path, rows = check_file(path), _checked(rows, score)
+    budget, reference = _budget(rows, budget), check_text(reference, "reference")
     parts = []
     if any(row["sampler"] == reference for row in rows):
         found = convergence(rows, score, reference=reference)
@@ -188,6 +243,17 @@ def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *,
              for (key, text), line in zip(cells.items(), lines)}
     parts += [f"## {score} at {budget} network evaluations, mean ± spread over seeds\n", _table(cells)]
     replace_file(path, "\n".join(parts).encode())
+
+
+def _budget(rows: list[dict], budget: int | None) -> int:
+    """A budget that some row has."""
+    found = sorted({int(row["budget"]) for row in rows})
+    if budget is None:
+        return 8 if 8 in found else found[-1]
+    budget = check_count(budget, "budget", least=0)
+    if budget not in found:
+        raise InputError(f"budget is {budget}: the rows have {', '.join(map(str, found))}; choose one of these.")
+    return budget
 
 
 def _table(cells: dict[tuple, str]) -> str:
@@ -220,9 +286,17 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
         Which trainings.
     title : str
         Above the panels.
+
+    Raises
+    ------
+    InputError, FileError
+        As for `write_markdown`.
     """
     from matplotlib import pyplot as plt
 
+    path, rows, title = check_file(path), _checked(rows, score), check_text(title, "title")
+    _choose(rows, "base", base)
+    _choose(rows, "formulation", formulation, ("any",))
     lines = [line for line in summarise(rows) if line["base"] == base and line["formulation"] in (formulation, "any")]
     problems, samplers = (list(dict.fromkeys(line[name] for line in lines)) for name in ("problem", "sampler"))
     kinds = {row["sampler"]: (row["coordinates"], float(row["alpha"])) for row in rows}
@@ -263,7 +337,7 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
     _save(figure, path)
 
 
-def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, budget: int = 8,
+def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, budget: int | None = None,
                   base: str = "gaussian") -> None:
     """Draw a heat map, formulations across and samplers down: geometric mean over problems of score over floor.
 
@@ -277,14 +351,24 @@ def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, 
         Name of the column to draw.
     path : path
         Picture.
-    budget : int
-        Network evaluations; adaptive samplers are drawn, too.
+    budget : int, optional
+        Network evaluations; adaptive samplers are drawn, too. 8 where left out, or the largest where no row has that.
     base : str
         Which trainings.
+
+    Raises
+    ------
+    InputError, FileError
+        As for `write_markdown`; also if the rows do not hold the score's floor.
     """
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
 
+    path, rows = check_file(path), _checked(rows, score)
+    if not all(f"{score}_floor" in row for row in rows):
+        raise InputError(f"The rows hold no {score}_floor: choose a score that has a floor.")
+    budget = _budget(rows, budget)
+    _choose(rows, "base", base)
     lines = [line for line in summarise(rows) if line["base"] == base and line["budget"] in (budget, 0)]
     names = list(dict.fromkeys(line["formulation"] for line in lines if line["formulation"] != "any"))
     samplers = list(dict.fromkeys(line["sampler"] for line in lines))

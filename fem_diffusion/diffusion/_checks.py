@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fem_diffusion.checks import LARGEST, shape_fits, shape_words
+from fem_diffusion.checks import LARGEST, check_kind, shape_fits, shape_words
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_callable", "check_generator", "check_kind", "check_near", "check_tensor"]
+__all__ = ["check_generator", "check_near", "check_tensor"]
 
 # Beyond so many standard deviations of the training measurements a network in single precision overflows.
 _FAR = 1e12
@@ -58,20 +58,6 @@ def check_near(deviations: Tensor) -> None:
         raise InputError(f"The readings of sensors {torch.where(far)[0].tolist()} are more than {_FAR:g} standard "
                          "deviations from those of the training, beyond what a network's arithmetic holds: check "
                          "their units.")
-
-
-def check_kind(x, name: str, kind: type, remedy: str):
-    """An object of a class."""
-    if not isinstance(x, kind):
-        raise InputError(f"{name} is of type {type(x).__name__}: pass {remedy}.")
-    return x
-
-
-def check_callable(x, name: str, remedy: str):
-    """A function, or what can be called like one."""
-    if not callable(x):
-        raise InputError(f"{name} is {x!r}: give {remedy}.")
-    return x
 
 
 def check_generator(generator, device: torch.device) -> torch.Generator:

@@ -17,8 +17,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_device
-from fem_diffusion.diffusion._checks import check_callable, check_kind
+from fem_diffusion.checks import check_callable, check_device, check_kind
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.nodes import Spectrum
 from fem_diffusion.diffusion.support import Support

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion._checks import check_kind
+from fem_diffusion.checks import check_count, check_kind
 from fem_diffusion.diffusion.gaussian import GaussianBase
 from fem_diffusion.diffusion.network import Block, harmonics
 from fem_diffusion.errors import InputError

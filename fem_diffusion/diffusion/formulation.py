@@ -31,8 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fem_diffusion.checks import check_choice, check_number
-from fem_diffusion.diffusion._checks import check_callable
+from fem_diffusion.checks import check_callable, check_choice, check_number
 from fem_diffusion.errors import InputError
 
 __all__ = ["Formulation", "check_elementwise", "constant_moment", "straight_line", "sub_variance_preserving",

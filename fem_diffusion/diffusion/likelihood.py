@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion._checks import check_generator, check_kind, check_tensor
+from fem_diffusion.checks import check_count, check_kind
+from fem_diffusion.diffusion._checks import check_generator, check_tensor
 from fem_diffusion.diffusion._scheme import adaptive_flow
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.errors import InputError

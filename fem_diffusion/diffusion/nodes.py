@@ -22,8 +22,8 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
-from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion._checks import check_kind, check_tensor
+from fem_diffusion.checks import check_count, check_kind
+from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["Spectrum", "fit_spectrum", "place_angles"]

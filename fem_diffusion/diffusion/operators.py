@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_flag, check_options
-from fem_diffusion.diffusion._checks import check_kind, check_near, check_tensor
+from fem_diffusion.checks import check_flag, check_kind, check_options
+from fem_diffusion.diffusion._checks import check_near, check_tensor
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.emulator import fit_emulator

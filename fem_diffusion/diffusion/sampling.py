@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fem_diffusion.checks import check_choice, check_count, check_flag, check_number
+from fem_diffusion.checks import check_callable, check_choice, check_count, check_flag, check_kind, check_number
 from fem_diffusion.diffusion import _plain, _whitened
-from fem_diffusion.diffusion._checks import check_callable, check_generator, check_kind
+from fem_diffusion.diffusion._checks import check_generator
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.formulation import Formulation, check_elementwise, variance_preserving
 from fem_diffusion.diffusion.nodes import place_angles

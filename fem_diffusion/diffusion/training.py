@@ -13,8 +13,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_choice, check_flag, check_options
-from fem_diffusion.diffusion._checks import check_kind, check_tensor
+from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.collapse import measure_collapse
 from fem_diffusion.diffusion.denoiser import Denoiser

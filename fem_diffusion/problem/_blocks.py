@@ -1,5 +1,6 @@
 """Blocks of owned coefficient vectors, one vector a row, and the solves that many of them share."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,9 +8,13 @@ from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProb
                        NonlinearVariationalProblem, NonlinearVariationalSolver, action, adjoint, derivative, replace)
 from firedrake.assemble import get_assembler
 from firedrake.petsc import PETSc
+from ufl.core.expr import Expr
 
-from fem_diffusion.errors import InputError
+from fem_diffusion.checks import check_array, together
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, owned_size, solve
+from fem_diffusion.problem._given import petsc_reason
+from fem_diffusion.problem.observation import Observation
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
 CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
@@ -42,12 +47,6 @@ def write(f, values):
         x.array[:] = values
 
 
-def check_block(block):
-    """Refuse a block size that is no positive integer."""
-    if not isinstance(block, int) or block < 1:
-        raise InputError(f"block must be a positive integer, got {block!r}.")
-
-
 def check_parameter(m, M):
     """Refuse what is no Function in M."""
     if not isinstance(m, Function) or m.function_space() != M:
@@ -58,31 +57,35 @@ def check_parameter(m, M):
 
 def parameter_rows(ms, M):
     """Owned coefficients (n, n_owned_M) of Functions or of an array, checked on all ranks together."""
+    if isinstance(ms, Function):
+        raise InputError("solve_many takes a sequence of parameters; put the single Function in a list.")
     if not isinstance(ms, np.ndarray):
-        if isinstance(ms, Function):
-            raise InputError("solve_many takes a sequence of parameters; put the single Function in a list.")
-        ms = list(ms)
+        ms = list(ms) if isinstance(ms, Iterable) and not isinstance(ms, (Expr, Mapping)) else [None]
         if not all(isinstance(m, Function) and m.function_space() == M for m in ms):
             raise InputError(f"every parameter must be a Function in {M}; "
                              "make them with Function(problem.M).interpolate(...).")
         ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
-    good = ms.ndim == 2 and ms.shape[1] == owned_size(M)
+    good = ms.ndim == 2 and ms.shape[1] == owned_size(M) and ms.dtype.kind in "fiu"
     everywhere = M.comm.allgather((good, ms.shape[:1]))
     if not all(ok for ok, _ in everywhere) or len(set(n for _, n in everywhere)) > 1:
-        raise InputError(f"parameters must be an array (n, {owned_size(M)}) on this rank, with the same n on "
-                         f"every rank (owned coefficients, as in m.dat.vec_ro), got {ms.shape}.")
+        raise InputError(f"parameters must be an array (n, {owned_size(M)}) of real numbers on this rank, with the "
+                         "same n on every rank (owned coefficients, as in m.dat.vec_ro), got "
+                         f"{ms.shape} of {ms.dtype}.")
     return ms
 
 
 def observation_rows(rows, V):
     """Observation rows as a dense array (k, n_owned_V), checked on all ranks together."""
-    rows = np.asarray(rows.toarray() if hasattr(rows, "toarray") else rows, dtype=float)
-    good = rows.ndim == 2 and rows.shape[1] == owned_size(V)
-    everywhere = V.mesh().comm.allgather((good, rows.shape[:1]))
-    if not all(ok for ok, _ in everywhere) or len(set(k for _, k in everywhere)) > 1:
-        raise InputError(f"rows must have shape (k, {owned_size(V)}) on this rank (owned coefficients of V), "
-                         f"with the same k on every rank, got {rows.shape}.")
-    return rows
+    def check():
+        if isinstance(rows, Observation):
+            raise InputError("rows is an Observation: pass its rows, observation.rows.")
+        return check_array(rows.toarray() if hasattr(rows, "toarray") else rows,
+                           "rows (owned coefficients of the state)", ("k", owned_size(V)))
+    array = together(V.comm, check)
+    if len(set(V.comm.allgather(len(array)))) > 1:
+        raise InputError(f"rows must have shape (k, {owned_size(V)}) on this rank (owned coefficients of the state), "
+                         f"with the same k on every rank, got {array.shape}.")
+    return array
 
 
 def centre(rows, comm):
@@ -131,7 +134,11 @@ class Factorised:
     def _factorise(self):
         V = self._matrix.arguments()[0].function_space()
         # A solve, because that sets up while the options are in place.
-        self.solver.solve(Function(V), Cofunction(V.dual()))
+        try:
+            self.solver.solve(Function(V), Cofunction(V.dual()))
+        except PETSc.Error as error:
+            raise SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take "
+                             "'direct'.") from error
 
 
 class Pull:

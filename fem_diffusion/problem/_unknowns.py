@@ -7,10 +7,10 @@ import numpy as np
 from firedrake import Function, FunctionSpace
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import H1
-from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import owned_size
+from fem_diffusion.problem._given import by_marker, check_marker, check_scalar, is_callable
 from fem_diffusion.problem.observation import point_sensors
 
 STEADY = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
@@ -86,15 +86,15 @@ class Unknown:
                 x.array[:] = row
 
 
-def parse(name, transient=False):
+def parse(name, mesh, transient=False):
     """Split the name of an unknown into its kind, marker and shape (None where it has none)."""
-    if name in ("source", "diffusivity", "velocity") or (transient and name == "initial"):
+    if isinstance(name, str) and (name in ("source", "diffusivity", "velocity") or (transient and name == "initial")):
         return name, None, None
-    if isinstance(name, tuple) and len(name) == 2:
+    if isinstance(name, tuple) and len(name) == 2 and isinstance(name[0], str):
         if name[0] in ("flux", "dirichlet"):
-            return name[0], tuple(name[1]) if isinstance(name[1], list) else name[1], None
-        if transient and name[0] == "source" and isinstance(name[1], (Expr, Number)):
-            return "source", None, name[1]
+            return name[0], check_marker(name[1], f"the unknown {name[0]}"), None
+        if transient and name[0] == "source":
+            return "source", None, check_scalar(name[1], "the shape of the source", (mesh,))
     raise InputError(f"unknown must be one of {TRANSIENT if transient else STEADY}, or a list of them, got {name!r}.")
 
 
@@ -130,7 +130,7 @@ def read(unknown, V, M, m, given, times=None, nodes=None):
     m : Function
         The problem's parameter; it is the value of an unknown that is alone and does not depend on time.
     given : dict
-        The coefficients as the user gave them, by kind; fluxes and Dirichlet values in a dict by marker.
+        What `check_coefficients` made of the user's coefficients.
     times : ndarray, optional
         All times of a transient problem.
     nodes : ndarray, optional
@@ -142,7 +142,7 @@ def read(unknown, V, M, m, given, times=None, nodes=None):
     """
     several = isinstance(unknown, list)
     names = unknown if several else [unknown]
-    parsed = [parse(name, times is not None) for name in names]
+    parsed = [parse(name, V.mesh(), times is not None) for name in names]
     if not names or len({(kind, marker) for kind, marker, _ in parsed}) < len(names):
         raise InputError(f"unknown must name each coefficient once, got {unknown!r}.")
     if len(M) != len(names) or several != (len(M) > 1):
@@ -170,9 +170,10 @@ def _one(name, kind, marker, shape, space, columns, V, m, given, times, nodes):
         raise InputError(f"{name!r} is a strength in time: take M = FunctionSpace(IntervalMesh(n, {max(times):g}), "
                          "'CG', 1).")
     if strength:
-        if kind not in IN_TIME or space.value_shape:
-            raise InputError(f"a function of time alone is scalar and one of {', '.join(IN_TIME)}, not {name!r} in "
-                             f"{space}.")
+        element = space.ufl_element()
+        if kind not in IN_TIME or space.value_shape or element not in H1 or element.family() == "Real":
+            raise InputError(f"a function of time alone is scalar, continuous and one of {', '.join(IN_TIME)}, not "
+                             f"{name!r} in {space}: take FunctionSpace(IntervalMesh(n, {max(times):g}), 'CG', 1).")
         value = Function(FunctionSpace(V.mesh(), "R", 0), name="strength")
         return Unknown(name, kind, marker, shape, space, columns, value, strength=True)
     if there is not here and (kind != "flux" or getattr(there, "submesh_parent", None) is not here):
@@ -189,18 +190,6 @@ def _one(name, kind, marker, shape, space, columns, V, m, given, times, nodes):
         raise InputError(f"a {kind} unknown has value shape {shapes[0]}, but M has {space.value_shape}; "
                          f"take M = {family}(mesh, 'CG', 1), say, or give {kind} as a callable m -> UFL expression.")
     return Unknown(name, kind, marker, shape, space, columns, Function(space) if m is None else m, submesh=submesh)
-
-
-def by_marker(table, name):
-    """A table of boundary conditions, copied."""
-    if table is not None and not isinstance(table, dict):
-        raise InputError(f"{name} must be a dict from markers to values, such as {name}={{1: ...}}, got {table!r}.")
-    return dict(table or {})
-
-
-def is_callable(given):
-    """Whether a coefficient is given as a callable, which UFL expressions are too."""
-    return callable(given) and not isinstance(given, Expr)
 
 
 def apply_unknown(name, given, default, value):

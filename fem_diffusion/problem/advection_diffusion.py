@@ -26,15 +26,18 @@ from firedrake import Cofunction, DirichletBC, Function, adjoint, assemble, deri
 from firedrake.adjoint import annotate_tape, stop_annotating
 from firedrake.assemble import get_assembler
 from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives
 
-from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.checks import check_count
+from fem_diffusion.errors import SolveError
 from fem_diffusion.fields import coefficients, multiply, owned_size, require_real, solve
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
 from fem_diffusion.problem import _unknowns as unknowns
 from fem_diffusion.problem._backward import Adjoint
+from fem_diffusion.problem._given import check_coefficients, check_finite, check_function, check_solver, petsc_reason
 from fem_diffusion.problem._lift import Lift
 from fem_diffusion.problem._tape import recorded
 
@@ -68,7 +71,7 @@ class AdvectionDiffusion:
     dirichlet, flux, robin : dict, optional
         ``{marker: g}``, ``{marker: q}`` and ``{marker: (h, u_ext)}``.  A marker is an integer, a tuple of integers,
         ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
-    outflow : tuple or marker
+    outflow : tuple or marker, optional
         Markers with ``n·κ∇u = 0``, which markers not named anywhere get as well.
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
@@ -113,11 +116,12 @@ class AdvectionDiffusion:
         unknowns.check_spaces(V, M)
         self.V, self.M, self.state_space, self._prefix = V, M, V, options_prefix
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
-        self._unknowns = unknowns.read(unknown, V, M, self.m, {
-            "source": source, "diffusivity": diffusivity, "velocity": velocity, "flux": flux, "dirichlet": dirichlet})
-        A, N, values = forms.equation(
-            self.u, self._unknowns, velocity=velocity, diffusivity=diffusivity, reaction=reaction,
-            source=source, dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg)
+        given = check_coefficients(
+            V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
+            dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg)
+        solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
+        self._unknowns = unknowns.read(unknown, V, M, self.m, given)
+        A, N, values = forms.equation(self.u, self._unknowns, **given)
         self.F = F = A if N is None else A + N
         # Unknown boundary values where they are imposed strongly, and the unknowns that F contains.
         self._lifted = [x for x in self._unknowns if x.kind == "dirichlet" and x.marker in values]
@@ -196,6 +200,9 @@ class AdvectionDiffusion:
         self._w.assign(self._start)
         try:
             self._solver.solve()
+        except PETSc.Error as error:
+            raise SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take "
+                             "'direct'.") from error
         except ConvergenceError as error:
             raise SolveError(f"{' '.join(str(error).split())}; check the range of the parameter, call linearise_at(m) "
                              "with a typical one to start from its state, or pass other solver_parameters.") from error
@@ -291,7 +298,7 @@ class AdvectionDiffusion:
             If a sample has no solution that Newton's method finds; the message names it.
         """
         ms = blocks.parameter_rows(ms, self.M)
-        blocks.check_block(block)
+        block = check_count(block, "block")
         out = np.empty((len(ms), owned_size(self.V)))
         with stop_annotating():
             if not self.operator_depends_on_parameter and self._reference is None:
@@ -394,9 +401,11 @@ class AdvectionDiffusion:
         SolveError
             If the state is not given and cannot be solved for.
         """
+        blocks.check_parameter(m, self.M)
+        check_finite(m, "the parameter")
         rows = blocks.observation_rows(rows, self.V)
-        if state is not None and (not isinstance(state, Function) or state.function_space() != self.V):
-            raise InputError("state must be a Function in problem.V, such as problem(m).")
+        if state is not None:
+            check_function(state, self.V, "state", "pass problem(m)")
         with stop_annotating():
             self._assign(m)
             self._solve() if state is None else self.u.assign(state)

@@ -35,12 +35,15 @@ from firedrake import (
 )
 from firedrake.adjoint import stop_annotating
 from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
 from tqdm import tqdm
 from ufl.core.expr import Expr
 
+from fem_diffusion.checks import check_array, check_callable, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import require_real
 from fem_diffusion.problem._forms import linear_options
+from fem_diffusion.problem._given import check_finite, check_solver, is_callable, petsc_reason
 
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
@@ -66,7 +69,7 @@ def forward_density(p: Function, formulation, times: Sequence[float], *, theta: 
     options_prefix : str, optional
         Prefix of those options on the command line.
     monitor : callable, optional
-        ``monitor(t, p)``, called at the first time and after every step; copy p to keep it.
+        ``monitor(t, p)``, called at the first time and after every step, with a copy of the density.
     progress : bool
         Show a progress bar on rank 0.
 
@@ -80,7 +83,7 @@ def forward_density(p: Function, formulation, times: Sequence[float], *, theta: 
     InputError, SolveError, InstallError
         If an argument has the wrong kind, shape or range; a linear solve fails; PETSc is a complex build.
     """
-    times = _checked(p, times, theta, direction=1)
+    times = _checked(p, formulation, times, direction=1)
 
     def flux(p, xi, b, g, a, s):
         return -b * xi * p - g / 2 * grad(p)
@@ -119,14 +122,15 @@ def reverse_density(p: Function, formulation, times: Sequence[float], score: Cal
     InputError, SolveError, InstallError
         As for `forward_density`.
     """
-    times = _checked(p, times, theta, direction=-1)
-    if not 0 <= alpha < math.inf:
-        raise InputError(f"alpha is {alpha!r}: give a number >= 0, such as 0 for the ODE or 1 for the SDE.")
-    weight = Constant(alpha)
+    times = _checked(p, formulation, times, direction=-1)
+    if not is_callable(score):
+        raise InputError(f"score is {score!r}: give a function of ξ, a and s, such as GaussianMixture.score.")
+    check_callable(score, "score", "a function of ξ, a and s, such as GaussianMixture.score", 3)
+    weight = Constant(check_number(alpha, "alpha", least=0))   # 0 for the ODE, 1 for the SDE
 
     def flux(p, xi, b, g, a, s):
         q = score(xi, a, s)
-        if getattr(q, "ufl_shape", None) != xi.ufl_shape:
+        if not isinstance(q, Expr) or q.ufl_shape != xi.ufl_shape:
             raise InputError(f"score(ξ, a, s) is {q!r}: return a UFL vector of shape {xi.ufl_shape}, by as_vector.")
         return (b * xi + (1 + weight) / 2 * g * q) * p - weight * g / 2 * grad(p)
     return _march(p, formulation, times, flux, theta, solver_parameters, options_prefix, monitor, progress)
@@ -142,16 +146,17 @@ def noise_times(formulation, sigma: float, steps: int) -> np.ndarray:
     InputError
         Unless `steps` is positive and `sigma` lies between the formulation's noise levels at t = 0 and t = 1.
     """
+    _check_formulation(formulation, ("sigma", "time"))
     start, end = (float(formulation.sigma(_tensor(t))) for t in (0.0, 1.0))
-    if not (isinstance(steps, int) and steps > 0 and start < sigma <= end):
-        raise InputError(f"steps = {steps!r} and sigma = {sigma!r}: give a positive number of steps and a noise level "
-                         f"above {start:g}, at most {end:g}, the range of this formulation.")
+    steps = check_count(steps, "steps")
+    # The noise levels that the formulation has.
+    sigma = check_number(sigma, "sigma", above=start, most=end)
     times = formulation.time(_tensor(np.linspace(start, sigma, steps + 1))).numpy()
     times[0] = 0.0
     return times
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """A density whose diffusion is known in closed form: a mixture of isotropic Gaussians in d dimensions.
 
@@ -161,12 +166,13 @@ class GaussianMixture:
     Parameters
     ----------
     weights, means, stds : array_like
-        Probabilities (k,), which sum to one, centres (k, d) and standard deviations (k,).
+        Probabilities (k,), which sum to one, centres (k, d) and standard deviations (k,); copied.
 
     Raises
     ------
     InputError
-        If the shapes do not match, a weight or standard deviation is not positive, or the weights do not sum to 1.
+        If the shapes do not match, a number is not finite, a weight or standard deviation is not positive, or the
+        weights do not sum to 1.
     """
 
     weights: np.ndarray
@@ -174,10 +180,12 @@ class GaussianMixture:
     stds: np.ndarray
 
     def __post_init__(self):
-        for name in ("weights", "means", "stds"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
-        k = self.weights.size
-        if self.weights.shape != (k,) or self.stds.shape != (k,) or self.means.ndim != 2 or len(self.means) != k:
+        for name, shape in (("weights", ("k",)), ("means", ("k", "d")), ("stds", ("k",))):
+            array = check_array(getattr(self, name), name, shape)
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        k, d = self.means.shape
+        if not d or len(self.weights) != k or len(self.stds) != k:
             raise InputError(f"weights {self.weights.shape}, means {self.means.shape}, stds {self.stds.shape}: give "
                              "the shapes (k,), (k, d) and (k,) for k components in d dimensions.")
         if not ((self.weights > 0).all() and (self.stds > 0).all() and np.isclose(self.weights.sum(), 1)):
@@ -185,11 +193,13 @@ class GaussianMixture:
 
     def density(self, xi, a=1.0, s=0.0):
         """Density at positions `xi` of the law of ``a z_0 + s ε``: a UFL scalar, or an array (n,)."""
+        xi, a, s = self._checked(xi, a, s)
         logs, top, exp, *_ = self._components(xi, a, s)
         return exp(top) * sum(exp(value - top) for value in logs)
 
     def score(self, xi, a=1.0, s=0.0):
         """Gradient of the logarithm of that density: a UFL vector of shape (d,), or an array (n, d)."""
+        xi, a, s = self._checked(xi, a, s)
         logs, top, exp, means, variances = self._components(xi, a, s)
         # Relative to the largest term, because far from all centres every term underflows.
         shares = [exp(value - top) for value in logs]
@@ -199,17 +209,28 @@ class GaussianMixture:
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Independent draws of z_0, shape (n, d)."""
-        rng = np.random.default_rng(seed)
+        n, rng = check_count(n), np.random.default_rng(check_seed(seed))
         which = rng.choice(len(self.weights), size=n, p=self.weights)
         return self.means[which] + self.stds[which, None] * rng.standard_normal((n, self.means.shape[1]))
+
+    def _checked(self, xi, a, s):
+        """Positions as a UFL vector or an array, a and s as UFL scalars or numbers."""
+        d = self.means.shape[1]
+        if not isinstance(xi, Expr):
+            xi = check_array(xi, "xi", (d,), ("n", d))
+        elif xi.ufl_shape != (d,):
+            raise InputError(f"the mixture lives in {d} dimensions, the positions do not: give means of shape (k, d) "
+                             "with the dimension d of the mesh, and arrays of positions the shape (n, d).")
+        a, s = (x if isinstance(x, Expr) and not x.ufl_shape else check_number(x, name, least=least)
+                for name, x, least in (("a", a, -np.inf), ("s", s, 0.0)))
+        if isinstance(a, float) and isinstance(s, float) and not a and not s:
+            raise InputError("a and s are both zero: a law without spread has no density; give one of them.")
+        return xi, a, s
 
     def _components(self, xi, a, s):
         """Logarithms of the weighted component densities, their maximum, exp, the means and the variances at a, s."""
         k, d = self.means.shape
         array = isinstance(xi, np.ndarray)
-        if (xi.shape[-1:] if array else xi.ufl_shape) != (d,):
-            raise InputError(f"the mixture lives in {d} dimensions, the positions do not: give means of shape (k, d) "
-                             "with the dimension d of the mesh, and arrays of positions the shape (n, d).")
         exp, log, maximum = (np.exp, np.log, np.maximum) if array else (ufl.exp, ufl.ln, ufl.max_value)
         # Constants, so that every mixture of so many components shares one compiled kernel.
         weights, means, stds = (v if array else Constant(v) for v in (self.weights, self.means, self.stds))
@@ -226,9 +247,15 @@ def _tensor(values):
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def _checked(p, times, theta, direction):
+def _check_formulation(formulation, methods):
+    if isinstance(formulation, type) or not all(callable(getattr(formulation, name, None)) for name in methods):
+        raise InputError(f"formulation is {formulation!r}: give a Formulation, such as variance_exploding().")
+
+
+def _checked(p, formulation, times, direction):
     """Times as an array (steps + 1,), or InputError for what does not describe a run in this direction."""
     require_real()
+    _check_formulation(formulation, "bgas")
     if not isinstance(p, Function) or p.ufl_shape != () or p.function_space().ufl_element() not in ufl.H1:
         raise InputError("the density must be a scalar Function of a continuous space: make one with "
                          "Function(FunctionSpace(mesh, 'CG', 2)).interpolate(...).")
@@ -236,19 +263,23 @@ def _checked(p, times, theta, direction):
     if mesh.geometric_dimension != mesh.topological_dimension:
         raise InputError(f"the mesh has dimension {mesh.topological_dimension} in {mesh.geometric_dimension} "
                          "dimensions: take a mesh that fills its space, because ξ is a vector of its coordinates.")
-    times = np.asarray(times, dtype=float)
-    steps = direction * np.diff(times) if times.ndim == 1 else np.empty(0)
+    check_finite(p, "the density")
+    times = check_array(times, "times", ("n",))
+    steps = direction * np.diff(times)
     if not (steps.size and (steps > 0).all() and times.min() >= 0 and times.max() <= 1):
         raise InputError(f"give at least two {'increasing' if direction > 0 else 'decreasing'} times in [0, 1]; "
                          "noise_times makes increasing ones, times[::-1] turns them round.")
-    if not 0.5 <= theta <= 1:
-        raise InputError(f"theta is {theta!r}: give a number from 1/2 (second order) to 1 (backward Euler).")
     return times
 
 
 def _march(p, formulation, times, flux, theta, solver_parameters, options_prefix, monitor, progress):
     """Density at the last time, by the theta rule for ``∂p + ∇·F(p) = 0`` with ``n·F = 0`` on the boundary."""
     V = p.function_space()
+    theta = check_number(theta, "theta", least=0.5, most=1)   # 1/2 is of second order, 1 backward Euler
+    solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
+    if monitor is not None:
+        check_callable(monitor, "monitor", "a function of time and density", 2)
+    progress = check_flag(progress, "progress")
     step, *coefficients = (Constant(0.0) for _ in range(5))
     old, trial, test = p.copy(deepcopy=True), TrialFunction(V), TestFunction(V)
     new = Function(V, name="density").assign(p)
@@ -261,8 +292,8 @@ def _march(p, formulation, times, flux, theta, solver_parameters, options_prefix
                                      solver_parameters=linear_options(solver_parameters, V, advective=True),
                                      options_prefix=options_prefix)
     with stop_annotating():
-        if monitor:
-            monitor(float(times[0]), new)
+        if monitor is not None:
+            monitor(float(times[0]), new.copy(deepcopy=True))
         for start, end in tqdm(list(zip(times[:-1], times[1:])), desc="density", leave=False,
                                disable=not progress or V.comm.rank > 0):
             time = _tensor((1 - theta) * start + theta * end)
@@ -272,9 +303,10 @@ def _march(p, formulation, times, flux, theta, solver_parameters, options_prefix
             old.assign(new)
             try:
                 solver.solve()
-            except ConvergenceError as error:
-                raise SolveError(f"the step from t = {start:g} to {end:g} failed: {error}; take smaller steps or "
+            except (ConvergenceError, PETSc.Error) as error:
+                reason = petsc_reason(error) if isinstance(error, PETSc.Error) else error
+                raise SolveError(f"the step from t = {start:g} to {end:g} failed: {reason}; take smaller steps or "
                                  "solver_parameters='direct'.") from error
-            if monitor:
-                monitor(float(end), new)
+            if monitor is not None:
+                monitor(float(end), new.copy(deepcopy=True))
     return new

@@ -1,10 +1,11 @@
 """Families of observation operators: which sensors a measurement may hold, and how noisy each may be."""
 
-import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
+from fem_diffusion.checks import check_array, check_count
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem.observation import Observation
 
@@ -47,28 +48,30 @@ class SensorKind:
             raise InputError(f"A kind of sensor is an Observation, not {type(self.observation).__name__}: a family "
                              "needs linear sensors; for others train a model of one fixed operator with `fit`.")
         rows = len(self.observation)
-        if not isinstance(self.series, int) or self.series < 1 or rows % self.series:
-            raise InputError(f"series is {self.series!r}: {rows} rows must split into sensors of that many rows.")
-        try:
-            least, most = (operator.index(n) for n in self.count)
-        except (TypeError, ValueError):
-            raise InputError(f"count is {self.count!r}: give the fewest and the most sensors, e.g. (1, 64).") from None
-        if not 0 <= least <= most or most < 1 or most > rows // self.series:
-            raise InputError(f"count is {self.count}: of {rows // self.series} candidates between 0 and all can be in "
+        series = check_count(self.series, "series")
+        if rows % series:
+            raise InputError(f"series is {series}: {rows} rows must split into sensors of that many rows.")
+        ends = self.count
+        ends = tuple(ends) if isinstance(ends, Iterable) and not isinstance(ends, (Mapping, Set, str, bytes)) else ()
+        if len(ends) != 2:
+            raise InputError(f"count is {self.count!r}: give the fewest and the most sensors, e.g. (1, 64).")
+        least, most = (check_count(n, f"count[{i}]", least=i) for i, n in enumerate(ends))
+        if not least <= most <= rows // series:
+            raise InputError(f"count is {(least, most)}: of {rows // series} candidates between 0 and all can be in "
                              "a measurement, the fewest first.")
+        std = check_array(self.std, "std", (), (rows,), (2, rows), *([(2,)] if rows != 2 else []))
+        std.flags.writeable = False
+        for name, value in (("series", series), ("count", (least, most)), ("std", std)):
+            object.__setattr__(self, name, value)
         std = self.std_range
-        if not np.isfinite(std).all() or not (std > 0).all() or (std[0] > std[1]).any():
-            raise InputError("Every sensor needs noise: std must be positive and finite, the smallest value first.")
+        if not (std > 0).all() or (std[0] > std[1]).any():
+            raise InputError("Every sensor needs noise: std must be positive, the smallest value first.")
 
     @property
     def std_range(self) -> np.ndarray:
         """Smallest and largest standard deviation of each row, shape (2, k)."""
-        std, k = np.asarray(self.std, dtype=float), len(self.observation)
-        if std.shape == (2,) and k != 2:
-            std = std[:, None]
-        elif std.shape not in ((), (k,), (2, k)):
-            raise InputError(f"std has shape {std.shape}: give a number, a pair, or numbers for {k} rows.")
-        return np.broadcast_to(std, (2, k))
+        std, k = self.std, len(self.observation)
+        return np.broadcast_to(std[:, None] if std.shape == (2,) and k != 2 else std, (2, k))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,9 +92,10 @@ class OperatorFamily:
     kinds: tuple[SensorKind, ...]
 
     def __post_init__(self):
-        kinds = (self.kinds,) if isinstance(self.kinds, SensorKind) else tuple(self.kinds)
+        kinds = (self.kinds,) if isinstance(self.kinds, SensorKind) else self.kinds
+        kinds = tuple(kinds) if isinstance(kinds, (Sequence, Iterator)) else ()
         if not kinds or not all(isinstance(kind, SensorKind) for kind in kinds):
-            raise InputError("An OperatorFamily is made of SensorKinds: give at least one.")
+            raise InputError(f"An OperatorFamily is made of SensorKinds: give at least one, not {self.kinds!r}.")
         if any(kind.observation.U != kinds[0].observation.U for kind in kinds):
             raise InputError("All kinds of a family must observe the same state space.")
         object.__setattr__(self, "kinds", kinds)

@@ -24,6 +24,7 @@ With a nonlinear reaction the block iterates with the Jacobian at a typical stat
 method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -31,17 +32,22 @@ from firedrake import Constant, Function, VectorFunctionSpace
 from firedrake.adjoint import annotate_tape
 from pyadjoint import no_annotations
 from ufl.algorithms import extract_coefficients
+from ufl.core.expr import Expr
 
+from fem_diffusion.checks import check_array, check_count, check_number
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields import coefficients, field, owned_size, require_real
 from fem_diffusion.problem import _blocks as blocks
 from fem_diffusion.problem import _forms as forms
 from fem_diffusion.problem import _unknowns as unknowns
 from fem_diffusion.problem._backward import Backward
+from fem_diffusion.problem._given import check_coefficients, check_finite, check_function, check_solver
 from fem_diffusion.problem._march import Equation, March
 from fem_diffusion.problem._tape import recorded
 
 __all__ = ["TransientAdvectionDiffusion"]
+
+MOST_STEPS = 10_000_000   # beyond, the units are wrong
 
 
 class TransientAdvectionDiffusion:
@@ -118,29 +124,29 @@ class TransientAdvectionDiffusion:
         self.times, self.time_step, saved = _check_times(times, time_step)
         steps = self.time_step * np.arange(saved[-1] + 1)
         nodes = None if parameter_times is None else _check_nodes(parameter_times, steps[-1])
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0.5 <= theta <= 1:
-            raise InputError(f"theta must be a number from 0.5 (Crank-Nicolson) to 1 (implicit Euler), got {theta!r}.")
         if not (t is None or (isinstance(t, Constant) and t.ufl_shape == ())):
             raise InputError(f"t must be the scalar Constant that the coefficients contain, got {t!r}.")
-        self.theta, self.t = float(theta), Constant(0.0) if t is None else t
+        # 1/2 is Crank-Nicolson, 1 implicit Euler.
+        self.theta = check_number(theta, "theta", least=0.5, most=1)
+        self.t = Constant(0.0) if t is None else t
         self.V, self.M, self.m = V, M, Function(M, name="parameter")
         self.U = self.state_space = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(self.times))
-        given = {"initial": initial, "source": source, "diffusivity": diffusivity, "velocity": velocity, "flux": flux,
-                 "dirichlet": dirichlet}
+        given = check_coefficients(
+            V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
+            dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg, initial=initial)
+        solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
         found = unknowns.read(unknown, V, M, self.m, given, steps, nodes)
         if nodes is not None and all(x.nodes is None for x in found):
             raise InputError(f"parameter_times has {len(nodes)} times, but no unknown has as many components: take "
                              f"VectorFunctionSpace(mesh, 'CG', 1, dim={len(nodes)}) for one that depends on space and "
                              "time, or leave parameter_times out.")
         u, change = Function(V), Function(V)
-        A, N, values = forms.equation(
-            u, found, velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
-            dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg, change=change,
-            time_step=self.time_step)
+        initial = given.pop("initial")
+        A, N, values = forms.equation(u, found, change=change, time_step=self.time_step, **given)
         for x in found:
             if x.kind == "initial":
                 initial = unknowns.apply_unknown("initial", initial, 0, x.value)
-                if x.value not in extract_coefficients(initial):
+                if not isinstance(initial, Expr) or x.value not in extract_coefficients(initial):
                     raise InputError("the callable given for 'initial' makes no use of the parameter.")
         advective = velocity is not None or any(x.kind == "velocity" for x in found)
         self._march = March(
@@ -198,7 +204,7 @@ class TransientAdvectionDiffusion:
             If a sample has no solution that Newton's method finds; the message names it.
         """
         ms = blocks.parameter_rows(ms, self.M)
-        blocks.check_block(block)
+        block = check_count(block, "block")
         block = 1 if self.operator_depends_on_parameter else block
         out = np.empty((len(ms), owned_size(self.U)))
         superpose = self._march.affine and (
@@ -243,12 +249,15 @@ class TransientAdvectionDiffusion:
         Raises
         ------
         InputError
-            If m or rows do not fit their spaces.
+            If m, state or rows do not fit their spaces, or hold values that are not finite.
         SolveError
             If the states are needed and cannot be solved for.
         """
         blocks.check_parameter(m, self.M)
+        check_finite(m, "the parameter")
         rows = blocks.observation_rows(rows, self.U)
+        if state is not None:
+            check_function(state, self.U, "state", "pass problem(m)")
         rows = rows.reshape(len(rows), owned_size(self.V), len(self.times))
         return self._backward.rows(coefficients(m)[None], rows)
 
@@ -260,32 +269,32 @@ class TransientAdvectionDiffusion:
 
 def _check_times(times, time_step):
     """Saved times, the step as a float, and the numbers of the steps that reach them."""
-    if isinstance(time_step, bool) or not isinstance(time_step, (int, float, np.number)) or not 0 < time_step < np.inf:
-        raise InputError(f"time_step must be a positive number, got {time_step!r}.")
-    try:
-        times = np.array(times, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"times must be a sequence of numbers, got {times!r}.") from error
-    if times.ndim != 1 or not len(times) or not np.isfinite(times).all() or times[0] < 0 or (np.diff(times) <= 0).any():
+    time_step = check_number(time_step, "time_step", above=0)
+    times = _numbers(times, "times")
+    if not len(times) or times[0] < 0 or (np.diff(times) <= 0).any():
         raise InputError(f"times must be increasing, from 0 on, with at least one of them, got {times}.")
+    if times[-1] > MOST_STEPS * time_step:
+        raise InputError(f"it takes more than {MOST_STEPS:,} steps of time_step = {time_step:g} to reach times[-1] = "
+                         f"{times[-1]:g}: check their units, or take a larger step.")
     numbers = np.rint(times / time_step).astype(int)
-    bad = np.flatnonzero(np.abs(numbers * float(time_step) - times) > 1e-9 * max(times[-1], float(time_step)))
+    bad = np.flatnonzero(np.abs(numbers * time_step - times) > 1e-9 * max(times[-1], time_step))
     if len(bad):
         raise InputError(f"times[{bad[0]}] = {times[bad[0]]:g} is no multiple of time_step = {time_step:g}; choose a "
                          "step that divides all saved times.")
     if numbers[-1] == 0:
         raise InputError("times holds 0 only; add a time after it, because nothing happens before.")
-    return times, float(time_step), numbers
+    return times, time_step, numbers
 
 
 def _check_nodes(nodes, end):
     """Times of the components of unknowns in space and time."""
-    try:
-        nodes = np.array(nodes, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"parameter_times must be a sequence of numbers, got {nodes!r}.") from error
-    if nodes.ndim != 1 or len(nodes) < 2 or not (np.diff(nodes) > 0).all() or nodes[0] > 0 or (
-            nodes[-1] < end * (1 - 1e-9)):
+    nodes = _numbers(nodes, "parameter_times")
+    if len(nodes) < 2 or not (np.diff(nodes) > 0).all() or nodes[0] != 0 or nodes[-1] < end * (1 - 1e-9):
         raise InputError(f"parameter_times must be two or more increasing times from 0 to at least the last saved time "
                          f"{end:g}, got {nodes}.")
     return nodes
+
+
+def _numbers(values, name):
+    """A sequence or an iterator of numbers as an array (n,)."""
+    return check_array(list(values) if isinstance(values, Iterator) else values, name, ("n",))
