@@ -30,6 +30,7 @@ from fem_diffusion.diffusion import (
     Formulation, TrainingOptions, fit_denoiser, straight_line, sub_variance_preserving, variance_exploding,
     variance_preserving,
 )
+from fem_diffusion.files import write_bytes
 from problems import PROBLEMS, Problem
 
 # The noise levels of Karras et al. (2022), eq. 5, as a formulation.
@@ -206,9 +207,7 @@ def report(rows: list, folder: Path, size: Size) -> None:
         plot_costs(rows, "sliced_wasserstein", folder / "cost_plain_base.png", formulation="VP", base="plain",
                    title="Error against cost without the Gaussian base, plain samplers under VP")
     lines = verdict(rows)
-    partial = folder / "verdict.partial"
-    partial.write_text("".join(f"- {line}\n" for line in lines))
-    partial.replace(folder / "verdict.md")
+    write_bytes(folder / "verdict.md", "".join(f"- {line}\n" for line in lines).encode())
     print("\n".join(lines))
 
 

@@ -12,6 +12,7 @@ same command runs what is missing.
 
 import argparse
 import csv
+import io
 import tempfile
 import time
 from contextlib import chdir
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from fem_diffusion import files
 from fem_diffusion.diagnostics import c2st
 from fem_diffusion.diffusion import fit_denoiser, sample_latents
 
@@ -54,15 +56,13 @@ METHODS = {"fem_diffusion": ours, "sbi NPE": peer("NPE"), "sbi NPSE": peer("NPSE
 
 def simulate(task, folder: Path, seed: int):
     """Parameters (n, r) and measurements (n, k) of a task, drawn once and kept."""
-    file = folder / f"{task.name}-{seed}.pt"
+    file = folder / f"{task.name}-{seed}.safetensors"
     if not file.exists():
         torch.manual_seed(1000 + seed)
         theta = task.get_prior()(num_samples=SIMULATIONS)
-        partial = file.with_suffix(".partial")
-        torch.save({"theta": theta, "x": task.get_simulator()(theta)}, partial)
-        partial.replace(file)
-    data = torch.load(file, weights_only=True)
-    return data["theta"], data["x"]
+        files.write(file, "simulations", {"theta": theta.numpy(), "x": task.get_simulator()(theta).numpy()}, {})
+    arrays = files.read(file, "simulations", "Delete it and run again.").arrays
+    return torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["x"])
 
 
 def rows_of(task, method: str, seed: int, folder: Path):
@@ -124,17 +124,14 @@ def main():
                     continue
                 print(f"{task.name}, seed {seed}: {method}", flush=True)
                 rows += rows_of(task, method, seed, arguments.output)
-                partial = file.with_suffix(".partial")
-                with open(partial, "w", newline="") as stream:
-                    writer = csv.DictWriter(stream, FIELDS)
-                    writer.writeheader()
-                    writer.writerows(rows)
-                partial.replace(file)
+                text = io.StringIO()
+                writer = csv.DictWriter(text, FIELDS)
+                writer.writeheader()
+                writer.writerows(rows)
+                files.write_bytes(file, text.getvalue().encode())
     rows = [row for row in read(file) if row["task"] in arguments.tasks]
     print(table(rows))
-    partial = file.with_suffix(".partial")
-    partial.write_text(table(rows) + "\n")
-    partial.replace(arguments.output / "peers.md")
+    files.write_bytes(arguments.output / "peers.md", f"{table(rows)}\n".encode())
 
 
 if __name__ == "__main__":

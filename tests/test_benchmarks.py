@@ -111,7 +111,8 @@ def test_verdict_counts_from_where_on_the_error_stays(errors, words):
     cells = [("any", "adaptive", 0, 1.0)] + [("any", formulations.OURS, budget, 1.0) for budget in errors]
     cells += [(name, formulations.CLASSIC, budget, error) for name in ("VE", "VP") for budget, error in errors.items()]
     rows = [{"problem": "p", "base": "gaussian", "formulation": name, "sampler": sampler, "budget": str(budget),
-             "evaluations": str(budget), "seed": "0", "seconds": "1", "sliced_wasserstein": str(error)}
+             "alpha": "0.0", "coordinates": "plain", "nodes": "time", "evaluations": str(budget), "seed": "0",
+             "seconds": "1", "sliced_wasserstein": str(error)}
             for name, sampler, budget, error in cells]
     assert all(words in line for line in formulations.verdict(rows)[1:3])
 

@@ -57,7 +57,7 @@ def test_callables_and_texts():
 def test_files_need_a_folder_that_can_be_written(tmp_path, monkeypatch):
     assert check_file(str(tmp_path / "a")) == tmp_path / "a" and check_file("a") == Path("a")
     for path in (None, 3, "", b"a", "a\0"):
-        with pytest.raises(InputError, match="path is .*give the path of a file"):
+        with pytest.raises(InputError, match="path is .*give the name of a file"):
             check_file(path)
     for path, words in ((tmp_path / "no" / "a", "no is no folder: make it first"), (tmp_path, "is a folder: add")):
         with pytest.raises(FileError, match=words):

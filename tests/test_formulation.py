@@ -99,7 +99,7 @@ def test_variance_exploding_has_no_drift():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: variance_exploding(2.0, 1.0), "sigma_max is 1.0: give a number above 2"),
+    (lambda: variance_exploding(2.0, 1.0), "sigma_max is 1.0: give a number that is above 2"),
     (lambda: variance_exploding(schedule="quadratic"), "schedule is 'quadratic'"),
     (lambda: variance_preserving(0.0, 1.0), "beta_min"), (lambda: sub_variance_preserving(2.0, 1.0), "beta_max"),
     (lambda: variance_preserving(schedule="cosine", sigma_max=-1.0), "sigma_max"),

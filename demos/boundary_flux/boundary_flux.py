@@ -116,7 +116,7 @@ def run(name, folder, progress):
     noise = GaussianNoise(std=noise_std)
     say(f"\n{name} flux: {pairs} pairs, {basis.r} modes keep {basis.retained:.2%} of the prior variance, noise "
         f"{noise_std:.3f} mol/m³, simulated after {time.perf_counter() - start:.0f} s")
-    model = fit(data, basis, noise, checkpoint=folder / f"training_{name}.pt", progress=progress)
+    model = fit(data, basis, noise, checkpoint=folder / f"training_{name}.safetensors", progress=progress)
     model.save(folder / f"model_{name}.safetensors")
     say(f"trained after {time.perf_counter() - start:.0f} s; weights of step {model.history.best_step} are kept")
 

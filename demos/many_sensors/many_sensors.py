@@ -118,8 +118,8 @@ def gaussian(folder, progress, pairs=2000, count=20):
     basis = karhunen_loeve(prior)
     data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_gaussian", progress=progress)
     options = TrainingOptions(steps=1000)
-    model = fit_family(data, basis, probes_family(64), options=options, checkpoint=folder / "training_gaussian.pt",
-                       progress=progress)
+    model = fit_family(data, basis, probes_family(64), options=options, progress=progress,
+                       checkpoint=folder / "training_gaussian.safetensors")
     say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {basis.r} modes of the flux, "
         f"{model.states.r} of the state; network kept: {bool(model.history.best_step)}")
     rows = []
@@ -127,7 +127,7 @@ def gaussian(folder, progress, pairs=2000, count=20):
         observation = point_sensors(V, random_points(mesh, k, seed=1000 + number))
         y = measure(observation, PROBE, forward(prior.sample(seed=2000 + number)), number)
         exact = exact_posterior(prior, forward, observation, PROBE)
-        alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.pt")
+        alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.safetensors")
         both = [posterior.sample(2 * SAMPLES, seed=number) for posterior in
                 (model.condition(observation, y, GaussianNoise(std=PROBE)), alone.condition(y))]
         values = exact.sample(2 * SAMPLES, y, seed=3000 + number)
@@ -151,8 +151,8 @@ def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000),
     basis = karhunen_loeve(prior)
     data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_positive", progress=progress)
     simulated = time.perf_counter()
-    model = fit_family(data, basis, mixed_family(), options=options, checkpoint=folder / "training_positive.pt",
-                       progress=progress)
+    model = fit_family(data, basis, mixed_family(), options=options, progress=progress,
+                       checkpoint=folder / "training_positive.safetensors")
     say(f"\npositive flux: {pairs} states in {simulated - start:.0f} s, one model trained in "
         f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state, weights of step "
         f"{model.history.best_step}")
@@ -168,7 +168,7 @@ def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000),
         working, y, std = observation[~failed], y[~failed], std[~failed]
         # As much time as the one model had: its steps cost three times as much.
         longer = replace(options, steps=3 * options.steps)
-        alone = trained_alone(data, basis, working, std, longer, folder / f"alone_positive_{number}.pt")
+        alone = trained_alone(data, basis, working, std, longer, folder / f"alone_positive_{number}.safetensors")
         trained = time.perf_counter()
         reference = reference_posterior(folder / f"reference_{number}.npz", basis, forward, working, y, std, number,
                                         draws, progress)

@@ -198,7 +198,7 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
     prior, basis, data, noise, observation, problem = training_pairs(folder, pairs, modes, progress)
     print(f"{pairs} pairs, {len(observation)} readings each; {basis.r} modes keep {basis.retained:.2%} of the variance "
           f"of sqrt(m); after {time.perf_counter() - start:.0f} s", flush=True)
-    model = fit(data, basis, noise, options=options, network="field", checkpoint=folder / "training.pt",
+    model = fit(data, basis, noise, options=options, network="field", checkpoint=folder / "training.safetensors",
                 progress=progress)
     model.save(folder / "model.safetensors")
     history = model.history

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fem_diffusion import files
 from fem_diffusion.checks import (
     check_all, check_array, check_choice, check_count, check_flag, check_options, check_seed,
 )
 from fem_diffusion.diagnostics.calibration import calibrate
 from fem_diffusion.diagnostics.combinations import FEW_SAMPLERS, Combination, Sampler, combine
-from fem_diffusion.diagnostics.report import replace_file, summarise, write_csv, write_markdown
+from fem_diffusion.diagnostics.report import summarise, write_csv, write_markdown
 from fem_diffusion.diffusion import (
     Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
     variance_exploding, variance_preserving,
@@ -108,7 +109,7 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     trainings : iterable of Training
         With names of their own.
     folder : path
-        Where rows (rows/*.csv) and checkpoints (models/*.pt) are kept; made where it does not exist.
+        Where rows (rows/*.csv) and checkpoints (models/*.safetensors) are kept; made where it does not exist.
     settings : dict
         What the rows depend on besides their names, in JSON types, none of them called "signatures"; a folder made
         under other settings is refused. Combinations and seeds may be added later; a name of a formulation or sampler
@@ -128,6 +129,8 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
         name, or the name of a formulation or sampler stands for another one in the folder.
     DataError
         If a file of rows is not one of this protocol.
+    FileError
+        If a file cannot be written, or another run works in the folder.
     """
     trainings, folder = check_all(trainings, "trainings", Training), _folder(folder)
     check_flag(progress, "progress")
@@ -140,11 +143,14 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     except (TypeError, ValueError) as error:
         raise InputError(f"settings cannot be written as JSON ({error}): give a dict of words, numbers and lists of "
                          "them.") from error
-    try:
-        for part in ("rows", "models"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made ({error}): name another one.") from error
+    for part in ("rows", "models"):
+        files.make_folder(folder / part)
+    with files.locked(folder / "in_use.lock", f"The folder {folder}"):
+        return _run(trainings, folder, settings, progress)
+
+
+def _run(trainings: list[Training], folder: Path, settings: dict, progress: bool) -> list[dict]:
+    """`run_protocol` in a folder that is there and locked."""
     _claim(folder / "settings.json", settings, [c for training in trainings for c in training.combinations])
     rows = []
     # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
@@ -172,7 +178,7 @@ def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
     bar.update(sum(_work(c) for c in training.combinations if c.key in rows))
     if missing:
         bar.set_description(f"train {training.name}")
-        denoiser = training.fit(folder / "models" / f"{training.name}.pt")
+        denoiser = training.fit(folder / "models" / f"{training.name}.safetensors")
     for combination in missing:
         bar.set_description(f"{training.name}: {' '.join(combination.key)}")
         rows[combination.key] = _append(path, _row(training, combination, denoiser))
@@ -242,7 +248,7 @@ def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> N
                              "stand for this one. Give it a name of its own, or name another folder.")
     after = json.dumps(settings | {"signatures": signatures}, indent=1)
     if after != text:
-        replace_file(path, after.encode())
+        files.write_bytes(path, after.encode())
 
 
 def _signature(item: Formulation | Sampler) -> str:
@@ -262,7 +268,7 @@ def _read(path: Path) -> list[dict]:
     text = path.read_text()
     whole = text[:text.rfind("\n") + 1]
     if whole != text:
-        replace_file(path, whole.encode())
+        files.write_bytes(path, whole.encode())
     rows = list(csv.DictReader(io.StringIO(whole)))
     if any(None in row or None in row.values() or "budget" not in row for row in rows):
         raise DataError(f"{path} is not a file of this protocol, or was edited; delete it and run again.")

@@ -6,12 +6,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from fem_diffusion.checks import check_choice, check_count, check_file, check_number, check_text
 from fem_diffusion.errors import InputError
+from fem_diffusion.files import write_bytes
 
 __all__ = ["Convergence", "convergence", "plot_costs", "plot_overview", "summarise", "write_csv", "write_markdown"]
 
@@ -121,14 +121,7 @@ def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    replace_file(path, text.getvalue().encode())
-
-
-def replace_file(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file as a whole or not at all: a crash leaves the one before."""
-    partial = Path(path).with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    write_bytes(path, text.getvalue().encode())
 
 
 @dataclass(frozen=True)
@@ -242,7 +235,7 @@ def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *,
     cells = {key: text + (f" ± {line[f'{score}_spread']:.1g}" if line["seeds"] > 1 else "")
              for (key, text), line in zip(cells.items(), lines)}
     parts += [f"## {score} at {budget} network evaluations, mean ± spread over seeds\n", _table(cells)]
-    replace_file(path, "\n".join(parts).encode())
+    write_bytes(path, "\n".join(parts).encode())
 
 
 def _budget(rows: list[dict], budget: int | None) -> int:
@@ -404,4 +397,4 @@ def _save(figure, path: str | os.PathLike) -> None:
     # A palette of 256 colours halves the file and shows no difference in line drawings.
     small = io.BytesIO()
     Image.open(image).convert("RGB").quantize(256).save(small, format="png", optimize=True)
-    replace_file(path, small.getvalue())
+    write_bytes(path, small.getvalue())
