@@ -289,10 +289,10 @@ def _failed(what: str, path: Path, error: OSError) -> FileError:
         return FileError(f"{path} {what}: another run writes it at this moment. Name another file, or wait.")
     remedies = {errno.ENOSPC: "Make room on the disk", errno.EDQUOT: "Make room in your quota",
                 errno.ENOENT: f"Make the folder {path.parent} first", errno.EACCES: "Ask for permission there",
-                errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder"}
+                errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
+                errno.ENOTDIR: "A part of that path is a file"}
     remedy = remedies.get(error.errno, "Look at the disk")
-    return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place; what was there "
-                     "before is as it was.")
+    return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place.")
 
 
 def _checksum_place(data) -> int | None:

@@ -17,7 +17,7 @@ from fem_diffusion.diffusion import (
     Denoiser, Formulation, Support, TrainingOptions, linear_base, straight_line, variance_exploding,
     variance_preserving,
 )
-from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.errors import DataError, FileError, InputError
 
 FAST = TrainingOptions(steps=60, batch=64, width=16, depth=1, evaluate_every=30)
 VARIANCE = 0.04
@@ -224,7 +224,7 @@ def test_senseless_samplers_are_refused(change, words):
 
 @pytest.mark.parametrize("trainings, folder, settings, words", [
     ([None], "new", {}, "trainings holds NoneType"), ([], None, {}, "folder is None"),
-    ([], "file/new", {}, "cannot be made"), ([], "new", [], "settings cannot be written"),
+    ([], "new", [], "settings cannot be written"),
     ([], "new", {"signatures": 1}, "settings cannot be written"),
     ([], "new", {"n": np.int64(3)}, "settings cannot be written"),
 ])
@@ -232,6 +232,8 @@ def test_what_the_protocol_cannot_run_is_refused(tmp_path, trainings, folder, se
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=words):
         run_protocol(trainings, folder if folder is None else tmp_path / folder, settings)
+    with pytest.raises(FileError, match="cannot be made"):
+        run_protocol([], tmp_path / "file" / "new", {})
 
 
 def test_trainings_of_one_name_are_refused(tmp_path):
