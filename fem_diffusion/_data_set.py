@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,8 +122,8 @@ class Folder:
     def blocks(self) -> list[int]:
         """Numbers of the blocks that are there, in order (collective)."""
         def look():
-            names = (file.stem.removeprefix("block-") for file in self.path.glob("block-*.safetensors"))
-            return sorted(int(name) for name in names if name.isdigit())
+            found = (re.fullmatch("block-([0-9]{5,})", file.stem) for file in self.path.glob("block-*.safetensors"))
+            return sorted(int(match[1]) for match in found if match)
         return on_root(self.comm, look)
 
     def file(self, index: int) -> Path:
@@ -157,8 +158,9 @@ class Folder:
             if content.value(name, type(wanted)) != wanted:
                 raise content.error(f"is not block {index} of this data set: its {name} is {content.values[name]}")
         count, failed = content.value("count", int), content.value("failed", dict)
+        positions = {str(i) for i in range(min(count, self.size))}
         if not 0 < count <= self.size or not all(
-                i.isdigit() and int(i) < count and isinstance(reason, str) for i, reason in failed.items()):
+                i in positions and isinstance(reason, str) for i, reason in failed.items()):
             raise content.error("holds counts that do not fit its samples")
         rows = count - len(failed)
         parts = {name: content.array(name, rows, len(self.header.arrays[f"{name}.key"]))[:, columns]

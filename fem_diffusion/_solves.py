@@ -1,7 +1,7 @@
 """Solves of a forward problem for many prior samples, of which some may fail, on any number of ranks.
 
 What a failure is: the user's code raises, or parameter, state or readings are not finite. What no failure is: a
-mistake, an `InputError`, such as a state in another space, which every sample would repeat.
+mistake, such as a state in another space (`InputError`), which every sample would repeat.
 """
 
 import sys
@@ -12,8 +12,10 @@ from functools import cached_property
 
 import numpy as np
 from firedrake import Function
+from mpi4py import MPI
 
-from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.checks import portable
+from fem_diffusion.errors import DataError, FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields import coefficients, field
 
 __all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths", "check_share"]
@@ -24,7 +26,6 @@ _PATIENCE, _TIMES = 300.0, 20.0
 _PROBES, _CANDIDATES = 2, 8
 # Failures are counted from so many samples on: the first ones say little about a share.
 _ENOUGH = 50
-_MISTAKE, _FAILURE = "mistake", "failure"
 
 
 def block_seed(seed: int, index: int) -> int:
@@ -106,15 +107,21 @@ class Job:
     def draw(self, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Fields before any transform and parameters of the first samples of a block, shape (size, n_owned) each."""
         gaussian = getattr(self.prior, "base", self.prior)
-        # A copy: a prior of the user's own may hand out the same array again.
-        fields = np.array(gaussian.sample_many(size, block_seed(self.seed, index)), dtype=float)
-        broken = self._watch.allreduce((~np.isfinite(fields).all(axis=1)).astype(int))
+
+        def run():
+            # A copy: a prior of the user's own may hand out the same array again.
+            fields = np.array(gaussian.sample_many(size, block_seed(self.seed, index)), dtype=float)
+            return fields, fields if gaussian is self.prior else self.prior.transform_many(fields)
+        drawn, reason = self._together(run)
+        if reason is not None:
+            raise DataError(f"The prior failed for block {index} (seed {self.seed}): {reason}. Mend the prior.")
+        broken = self._watch.allreduce((~np.isfinite(drawn[0]).all(axis=1)).astype(int))
         if broken.any():
             raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
                             "not finite as they come from the prior: mend the prior.")
-        return fields, fields if gaussian is self.prior else self.prior.transform_many(fields)
+        return drawn
 
-    def solve(self, parameters: np.ndarray, found: Solved, first: int = 0, stop: bool = True) -> None:
+    def solve(self, parameters: np.ndarray, found: Solved, first: int, enough: Callable[[Solved], bool]) -> None:
         """States and readings of parameters (n, n_owned), added to `found` as they come.
 
         Parameters
@@ -125,8 +132,8 @@ class Job:
             Gets the results; holds those before an exception.
         first : int
             Position of the first one.
-        stop : bool
-            Whether to stop after the first failure.
+        enough : Callable
+            Whether there are too many failures to go on.
         """
         blocks = len(parameters) > 0 and hasattr(self.forward, "solve_many") and hasattr(self.observation, "apply")
         # A whole block at once is fast, but does not tell who fails.
@@ -141,43 +148,69 @@ class Job:
                 result, reason = self._solve_one(values)
             if reason is not None:
                 found.failed[i] = reason
-                if stop:
+                if enough(found):
                     return
                 continue
-            found.rows.append(i)
             found.observations.append(result[1])
             if self.keep_states:
                 found.states.append(result[0])
+            # Last, so that an interruption before it leaves no half of a sample.
+            found.rows.append(i)
 
     def _solve_many(self, parameters: np.ndarray):
         """States and readings of parameters (n, n_owned) as one block, or None and the reason."""
-        def run():
-            # A copy: the parameters of an untransformed prior are the fields that are kept.
-            states = np.array(self.forward.solve_many(_finite(parameters, "parameter").copy()), dtype=float)
-            return _finite(states, "state"), _finite(self.observation.apply(states), "reading")
-        return self._together(run)
+        # A copy: the parameters of an untransformed prior are the fields that are kept.
+        states, reason = self._solved(
+            parameters, lambda: np.array(self.forward.solve_many(parameters.copy()), dtype=float), lambda x: x)
+        return (None, reason) if reason is not None else self._read(states, self.observation.apply, states)
 
     def _solve_one(self, values: np.ndarray):
         """State and readings of one parameter (n_owned,) by a call, or None and the reason."""
-        # In two steps: the second waits for other ranks, where one may have caught an exception in the first.
-        state, reason = self._together(lambda: self.forward(field(self.prior.V, _finite(values, "parameter"))))
-        return (None, reason) if reason is not None else self._together(lambda: self._observed(state))
+        states = []
+
+        def run():
+            states.append(self.forward(field(self.prior.V, values)))
+
+        def coefficients_of(_):
+            # Before it is observed, because an observation of the user's own may change the state.
+            return coefficients(states[0]) if isinstance(states[0], Function) else None
+        kept, reason = self._solved(values, run, coefficients_of)
+        return (None, reason) if reason is not None else self._read(kept, self._observed, states[0])
+
+    # Each step ends with word from all ranks before the next one starts: steps hold sums over ranks, where the others
+    # would wait for a rank that has stopped.
+
+    def _solved(self, parameters, run, coefficients_of):
+        """Coefficients of what `run` solves for finite parameters, or None and the reason."""
+        _, reason = self._together(lambda: _finite(parameters, "parameter"))
+        if reason is None:
+            state, reason = self._together(run)
+        if reason is None:
+            state, reason = self._together(lambda: coefficients_of(state))
+        if reason is None:
+            state, reason = self._together(lambda: state if state is None else _finite(state, "state"))
+        return (None, reason) if reason is not None else (state, None)
+
+    def _read(self, kept, observe, state):
+        """What is kept of a state, and its readings, or None and the reason."""
+        readings, reason = self._together(lambda: observe(state))
+        if reason is None:
+            all_ranks = self._watch.allgather(readings) if self._watch.size > 1 else [readings]
+            tolerance = 1e-6 * np.abs(np.nan_to_num(readings)).max(initial=0.0)
+            same = all(x.shape == readings.shape and np.allclose(x, readings, 0, tolerance, True) for x in all_ranks)
+            if not self._watch.allreduce(same, MPI.LAND):
+                raise InputError("The observation gives other readings on other ranks: let it sum over ranks, as "
+                                 "assemble and Observation do.")
+            readings, reason = self._together(lambda: _finite(readings, "reading"))
+        return (None, reason) if reason is not None else ((kept, readings), None)
 
     def _observed(self, state):
-        """Coefficients of a state, where they can be had, and its readings."""
-        # First of all, because an observation of the user's own may change the state.
-        kept = coefficients(state) if isinstance(state, Function) else None
+        """Readings (k,) of a state."""
         readings = np.array(self.observation(state))
         if readings.ndim > 1 or readings.dtype.kind not in "biuf":
             raise InputError(f"The observation gave an array of shape {readings.shape} and type {readings.dtype}: let "
                              "it return k real numbers.")
-        readings = np.atleast_1d(readings).astype(float)
-        all_ranks = self._watch.allgather(readings) if self._watch.size > 1 else [readings]
-        tolerance = 1e-6 * np.abs(np.nan_to_num(readings)).max(initial=0.0)
-        if len({x.shape for x in all_ranks}) > 1 or not np.allclose(all_ranks, readings, 0, tolerance, equal_nan=True):
-            raise InputError("The observation gives other readings on other ranks: let it sum over ranks, as assemble "
-                             "and Observation do.")
-        return None if kept is None else _finite(kept, "state"), _finite(readings, "reading")
+        return np.atleast_1d(readings).astype(float)
 
     def _together(self, run):
         """Result of `run` on this rank and None, or None and why one rank has none; mistakes are raised on all."""
@@ -185,16 +218,17 @@ class Job:
         result = outcome = None
         try:
             result = run()
-        except InputError as error:
-            outcome = _MISTAKE, str(error)
+        except (InputError, FileError, InstallError) as error:
+            outcome = portable(error)
         except _NotFinite as error:
-            outcome = _FAILURE, str(error)
+            outcome = str(error)
         except Exception as error:
-            outcome = _FAILURE, f"{type(error).__name__}: {' '.join(str(error).split())}"
-        worst = max(filter(None, self._gathered(outcome, time.monotonic() - start)), default=None)
-        if worst is not None and worst[0] == _MISTAKE:
-            raise InputError(worst[1])
-        return (result, None) if worst is None else (None, worst[1])
+            outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        everywhere = [found for found in self._gathered(outcome, time.monotonic() - start) if found is not None]
+        for found in everywhere:
+            if isinstance(found, Exception):
+                raise found
+        return (None, min(everywhere)) if everywhere else (result, None)
 
     def _gathered(self, mine, spent: float) -> list:
         """What all ranks have to say, in order; the run ends where one of them never comes."""
@@ -246,6 +280,11 @@ class Tally:
     def stops(self) -> bool:
         """Whether one failure is too many."""
         return self.most == 0
+
+    def exceeded(self, found: Solved) -> bool:
+        """Whether there are too many failures, with those of a block that is being solved."""
+        failed, drawn = len(self.failed) + len(found.failed), self.drawn + found.count
+        return failed > 0 if self.stops else drawn >= min(_ENOUGH, self.n) and failed > self.most * drawn
 
     def add(self, index: int, block) -> None:
         """Count a block; raises SolveError where the share of failures is too large."""

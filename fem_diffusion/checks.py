@@ -6,6 +6,7 @@ No Firedrake and no torch at import.
 import argparse
 import inspect
 import os
+import pickle
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from numbers import Integral, Real
@@ -13,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fem_diffusion.errors import FemDiffusionError, FileError, InputError
+from fem_diffusion.errors import FileError, InputError
 
 __all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choice", "check_count", "check_device",
            "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
-           "check_seed", "check_text", "read_arguments", "shape_fits", "shape_words", "together"]
+           "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words", "together"]
 
 # Beyond it sums of squares leave the range of double precision.
 LARGEST = 1e100
@@ -164,7 +165,8 @@ def check_path(path, name: str = "path") -> Path:
     """A path as such; a number, say, would open whatever has that number."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
-    return Path(path)
+    # As seen from here: a solver of the user's own may change the folder.
+    return Path(path).absolute()
 
 
 def check_options(x, kind: type, name: str = "options"):
@@ -230,14 +232,23 @@ def check_file(path, name: str = "path") -> Path:
     return path
 
 
-def together(comm, check: Callable):
-    """Result of `check()`; what it raises on one rank of an MPI communicator is raised on all of them."""
+def portable(error: Exception) -> Exception:
+    """An exception that other ranks can read: one that cannot be pickled would leave them waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def together(comm, run: Callable):
+    """Result of `run()`; what it raises on one rank of an MPI communicator is raised on all of them."""
     result = error = None
     try:
-        result = check()
-    except FemDiffusionError as caught:
-        error = caught
-    for found in comm.allgather(error):
+        result = run()
+    except Exception as caught:
+        error = portable(caught)
+    for found in comm.allgather(error) if comm.size > 1 else [error]:
         if found is not None:
             raise found
     return result

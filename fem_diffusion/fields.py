@@ -4,7 +4,6 @@ Owned coefficients are this rank's part of ``with f.dat.vec_ro as v: v.array``: 
 spaces alike.
 """
 
-import pickle
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from firedrake.utils import complex_mode
 from mpi4py import MPI
 from scipy.spatial import cKDTree
 
+from fem_diffusion.checks import portable
 from fem_diffusion.errors import InstallError, SolveError
 
 __all__ = ["coefficients", "field", "generic_integrals", "geometric_key", "independent_entries", "is_real", "multiply",
@@ -46,20 +46,11 @@ def on_root(comm, function):
         try:
             outcome = function(), None
         except Exception as error:
-            outcome = None, _portable(error)
+            outcome = None, portable(error)
     result, error = outcome if comm.size == 1 else comm.bcast(outcome)
     if error is not None:
         raise error
     return result
-
-
-def _portable(error: Exception) -> Exception:
-    """An exception that other ranks can read: one that cannot be pickled would leave them waiting."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def owned_size(V) -> int:

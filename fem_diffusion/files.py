@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ class Content:
         if name not in self.values or not (isinstance(found, kinds) or (float in kinds and whole)) or (
                 isinstance(found, bool) and bool not in kinds):
             raise self.error(f"holds no setting {name!r} of type {' or '.join(kind.__name__ for kind in kinds)}")
+        if float in kinds and whole and abs(found) > 2**53:
+            raise self.error(f"holds a setting {name!r} that is too large")
         return found
 
 
@@ -261,6 +264,8 @@ def _open_locked(path: Path) -> int:
                 # Some network file systems know no locks.
                 if error.errno not in _NO_LOCKS:
                     raise
+                warnings.warn(f"The file system of {path} knows no locks: see to it that no other run writes there.",
+                              stacklevel=4)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
@@ -287,10 +292,11 @@ def _flush(path: Path) -> None:
 def _failed(what: str, path: Path, error: OSError) -> FileError:
     if isinstance(error, BlockingIOError):
         return FileError(f"{path} {what}: another run writes it at this moment. Name another file, or wait.")
+    made = "Make the folder " + str(path.parent) + " first" if not path.parent.exists() else "Look at that path"
     remedies = {errno.ENOSPC: "Make room on the disk", errno.EDQUOT: "Make room in your quota",
-                errno.ENOENT: f"Make the folder {path.parent} first", errno.EACCES: "Ask for permission there",
+                errno.ENOENT: made, errno.EACCES: "Ask for permission there",
                 errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
-                errno.ENOTDIR: "A part of that path is a file"}
+                errno.ENOTDIR: "A part of that path is a file", errno.EEXIST: "That is a file or a broken link"}
     remedy = remedies.get(error.errno, "Look at the disk")
     return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place.")
 

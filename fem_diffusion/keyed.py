@@ -9,9 +9,12 @@ import os
 import numpy as np
 
 from fem_diffusion import files
-from fem_diffusion.fields import geometric_key, on_root, owned_columns
+from fem_diffusion.checks import together
+from fem_diffusion.fields import geometric_key, owned_columns
 
 __all__ = ["element_of", "gather_keys", "gather_rows", "own_columns", "read_everywhere"]
+
+_MESSAGE = 2**28    # bytes
 
 
 def element_of(V) -> str:
@@ -21,14 +24,18 @@ def element_of(V) -> str:
 
 def gather_keys(V) -> np.ndarray | None:
     """Keys of all degrees of freedom, shape (n_global, c), on rank 0; None elsewhere (collective)."""
-    parts = V.comm.gather(geometric_key(V))
-    return None if parts is None else np.concatenate(parts)
+    key = gather_rows(V, geometric_key(V).T)
+    return None if key is None else np.ascontiguousarray(key.T)
 
 
 def gather_rows(V, rows: np.ndarray) -> np.ndarray | None:
     """Rows of owned coefficients (B, n_owned) as (B, n_global) on rank 0; None elsewhere (collective)."""
-    parts = V.comm.gather(rows)
-    return None if parts is None else np.concatenate(parts, axis=1)
+    if V.comm.size == 1:
+        return np.array(rows)
+    # In parts, because a message holds less than 2 GiB.
+    step = max(1, _MESSAGE // (8 * max(1, V.dim())))
+    parts = [V.comm.gather(rows[i:i + step]) for i in range(0, max(1, len(rows)), step)]
+    return None if V.comm.rank else np.concatenate([np.concatenate(part, axis=1) for part in parts])
 
 
 def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarray:
@@ -69,5 +76,5 @@ def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarra
 
 
 def read_everywhere(comm, path: str | os.PathLike, kind: str, remedy: str) -> files.Content:
-    """As `files.read`, by rank 0 for all ranks (collective)."""
-    return on_root(comm, lambda: files.read(path, kind, remedy))
+    """As `files.read`; an error of one rank is one of all (collective)."""
+    return together(comm, lambda: files.read(path, kind, remedy))

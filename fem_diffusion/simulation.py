@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from fem_diffusion._data_set import Block, Folder
 from fem_diffusion._solves import Job, Solved, Tally, block_seed, check_lengths, check_share
-from fem_diffusion.checks import check_choice, check_count, check_flag, check_number, check_seed
-from fem_diffusion.errors import DataError, FemDiffusionError, InputError, SolveError
+from fem_diffusion.checks import check_choice, check_count, check_flag, check_kind, check_number, check_seed, together
+from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields import field, on_root, require_real
 from fem_diffusion.problem.observation import no_sensors
 
@@ -141,13 +141,13 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
             return _joined(blocks, block, n, stop)
         folder = Folder(path, V, U)
         member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
-        on_root(V.comm if ensemble is None else ensemble.global_comm,
-                lambda: stack.enter_context(folder.lock()) or folder.clean())
-        _on_members(ensemble, lambda: member or folder.exists() or folder.create(job.seed, block, *job.probe))
-        _on_members(ensemble, lambda: _check_former(folder, job, block))
-        _on_members(ensemble, lambda: _complete(folder, job, n, bar, stop, member, members))
+        everyone = V.comm if ensemble is None else ensemble.global_comm
+        on_root(everyone, lambda: stack.enter_context(folder.lock()) or folder.clean())
+        together(everyone, lambda: member or folder.exists() or folder.create(job.seed, block, *job.probe))
+        together(everyone, lambda: _check_former(folder, job, block))
+        together(everyone, lambda: _complete(folder, job, n, bar, stop, member, members))
         # Whoever is done waits, because the folder is unlocked by one of all.
-        return _on_members(ensemble, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop))
+        return together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop))
 
 
 def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> DataSet:
@@ -183,19 +183,20 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
         If samples are missing because their solves failed.
     """
     n = None if n is None else check_count(n)
+    check_kind(V, "V", WithGeometry, "the space of the prior's fields")
     folder = Folder(path, V, U)
     folder.open()
     there = folder.blocks()
     if not there:
         raise DataError(f"{folder.path} holds no samples: run simulate(..., path={str(path)!r}) first.")
-    wanted = range(there[-1] + 1 if n is None else -(-n // folder.size))
-    missing = [i for i in wanted if i not in there]
-    blocks = [folder.read(i) for i in wanted if i in there]
-    count = sum(block.count for block in blocks)
-    if missing or (n is not None and count < n):
-        raise DataError(f"{folder.path} holds {count} of {n or len(wanted) * folder.size} pairs: run simulate again to "
-                        "complete it.")
-    return _joined(blocks, folder.size, n or count, most=1.0)
+    last = there[-1] if n is None else (n - 1) // folder.size
+    blocks = {i: folder.read(i) for i in there if i <= last}
+    n = last * folder.size + blocks[last].count if n is None else n
+    wanted = [folder.size] * last + [n - last * folder.size]
+    if any(i not in blocks or blocks[i].count < count for i, count in enumerate(wanted)):
+        raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
+                        "simulate again to complete it.")
+    return _joined(blocks.values(), folder.size, n, most=1.0)
 
 
 def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> Function:
@@ -227,6 +228,9 @@ def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> F
 
 def _check_spaces(prior, forward, observation, keep_states) -> None:
     """Raise InputError where prior, forward problem and observation do not follow each other."""
+    if not hasattr(prior, "sample_many") or not hasattr(prior, "V"):
+        raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or your own sampler in a "
+                         "CallablePrior.")
     for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
                                ("forward problem", getattr(forward, "state_space", None),
                                 getattr(observation, "U", None))):
@@ -238,21 +242,6 @@ def _check_spaces(prior, forward, observation, keep_states) -> None:
     for name, part in (("forward problem", forward), ("observation", observation)):
         if not callable(part):
             raise InputError(f"The {name} is of type {type(part).__name__}: give a callable.")
-
-
-def _on_members(ensemble: Ensemble | None, run: Callable):
-    """Result of `run` on every member of an ensemble; what it raises on one of them is raised on all."""
-    if ensemble is None:
-        return run()
-    result = failure = None
-    try:
-        result = run()
-    except FemDiffusionError as error:
-        failure = error
-    for error in ensemble.global_comm.allgather(failure):
-        if error is not None:
-            raise error
-    return result
 
 
 def _all_blocks(job: Job, n: int, size: int, bar, most: float) -> list[Block]:
@@ -277,8 +266,8 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
                         "delete this one.")
     same = all(new.shape == old.shape and _near(new, old) for new, old in zip(job.probe, folder.probe()))
     if not folder.comm.allreduce(same, MPI.LAND):
-        raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation: name another "
-                        "folder, or delete this one.")
+        raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
+                        "them does not repeat itself: name another folder, or delete this one.")
 
 
 def _near(new: np.ndarray, old: np.ndarray) -> bool:
@@ -312,7 +301,7 @@ def _solved_block(job: Job, index: int, size: int, tally: "Tally", former: Block
         raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
     found = Solved()
     try:
-        job.solve(parameters[start:], found, start, tally.stops)
+        job.solve(parameters[start:], found, start, tally.exceeded)
     except KeyboardInterrupt:
         # On several ranks they are interrupted at different places, and writing needs them all.
         if folder is not None and found.rows and job.prior.V.comm.size == 1:
