@@ -316,18 +316,15 @@ def fix_quadrature(F):
 
 
 def linear_options(given, V, advective):
-    """PETSc options from the words "direct" and "iterative" or from a dict."""
+    """PETSc options from what `check_solver` returns: the words "direct" and "iterative", or a dict."""
     if isinstance(given, dict):
-        return dict(given)
+        return given
     if given == "direct":
         own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
         return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
                 "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
-    if given == "iterative":
-        # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
-        asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
-        pc = asm if advective else {"pc_type": "gamg"}
-        return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
-                "ksp_max_it": 1000, **pc}
-    raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, "
-                     f"got {given!r}.")
+    # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
+    asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
+    pc = asm if advective else {"pc_type": "gamg"}
+    return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
+            "ksp_max_it": 1000, **pc}
