@@ -6,6 +6,7 @@ No Firedrake and no torch at import.
 import argparse
 import inspect
 import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from numbers import Integral, Real
@@ -91,7 +92,7 @@ def check_seed(seed, name: str = "seed") -> int:
 
 def check_count(n, name: str = "n", least: int = 1) -> int:
     """An integer of at least `least`, Python's or NumPy's."""
-    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or n < least:
+    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or not least <= n <= sys.maxsize:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise InputError(f"{name} is {n!r}: give {kind}.")
     return int(n)
@@ -210,8 +211,8 @@ def check_text(x, name: str) -> str:
 
 
 def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> Callable:
-    """A function (no class) that takes so many arguments by position, as far as its signature is known."""
-    if not callable(x) or isinstance(x, type):
+    """A function (no class, no UFL expression or form) that takes so many arguments, as far as its signature tells."""
+    if not callable(x) or isinstance(x, type) or hasattr(x, "ufl_shape") or hasattr(x, "ufl_domains"):
         raise InputError(f"{name} is {x!r}: give {remedy}.")
     if arguments is not None:
         try:

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from ufl.core.expr import Expr
 from ufl.form import BaseForm
 
-from fem_diffusion.checks import check_array, check_number
+from fem_diffusion.checks import LARGEST, check_array, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, independent_entries, is_real
 from fem_diffusion.problem._given import check_expression
@@ -128,7 +128,7 @@ def interpolated(V, value, name, meshes):
     if isinstance(value, (Expr, BaseForm)):
         value = check_expression(value, name, meshes, (), V.value_shape)
     elif isinstance(value, Number):
-        value = Constant(check_number(value, name))
+        value = Constant(check_number(value, name, least=-LARGEST, most=LARGEST))
     else:
         value = Constant(check_array(value, name, (), V.value_shape))
     if value.ufl_shape == () and V.value_shape:

@@ -15,7 +15,7 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 
-from fem_diffusion.checks import check_all, check_count, check_flag, check_number, check_seed
+from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, independent_entries, is_real, require_real
 from fem_diffusion.problem._checks import check_reproduced, interpolated, matern_space, root_space
@@ -77,11 +77,6 @@ class GaussianPrior:
             if root_space(bc.function_space()) != V:
                 raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
                                  "components of it")
-            try:
-                bc.nodes
-            except (LookupError, ValueError) as error:
-                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, which is no part of the boundary "
-                                 f"({error}): name markers of this mesh") from error
         self._std = self._given(std, "std")
         if not V.comm.allreduce(bool((self._std >= 0).all()), op=MPI.LAND):
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
@@ -104,7 +99,13 @@ class GaussianPrior:
 
     def _set_operator(self, correlation_length, smoothness, solver_parameters):
         """Check and keep what the operator of a field needs."""
-        self.correlation_length = check_number(correlation_length, "correlation_length", above=0)
+        for bc in self.bcs:
+            try:
+                bc.nodes
+            except (LookupError, ValueError) as error:
+                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, which is no part of the mesh's boundary: "
+                                 "name its markers") from error
+        self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
         self._order = operator_order(smoothness, d)
         self.smoothness = self._order - d / 2

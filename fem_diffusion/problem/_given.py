@@ -121,7 +121,7 @@ def check_coefficients(mesh, *, velocity, diffusivity, reaction, source, dirichl
             raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2, got "
                              f"{reaction!r}.")
         reaction = checked(reaction, "reaction", check_scalar, "u")
-    if not isinstance(supg, str):
+    if not isinstance(supg, str) or supg != "auto":
         supg = check_flag(supg, "supg, unless 'auto',")
     return {"velocity": None if velocity is None else checked(velocity, "velocity", _vector),
             "diffusivity": checked(diffusivity, "diffusivity", _diffusivity), "reaction": reaction,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-from firedrake import Cofunction, Function, TestFunction, assemble
+from firedrake import Cofunction, Function, MismatchingDomainError, TestFunction, assemble
 from mpi4py import MPI
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, hstack, vstack
@@ -303,8 +303,8 @@ def _row(U, form, argument, i):
         if arities != {1}:
             raise ArityMismatch(f"arities {arities}")
         covector = assemble(integral)
-    except (ArityMismatch, TypeError, ValueError) as error:
-        raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
+    except (ArityMismatch, LookupError, MismatchingDomainError, TypeError, ValueError) as error:
+        raise InputError(f"functional {i} cannot be assembled as a linear form ({error}): {remedy}") from error
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
     row = coefficients(covector)

@@ -61,6 +61,8 @@ def level_set(values, thresholds):
         raise InputError(f"thresholds are {thresholds}: give them strictly increasing")
 
     def transform(f):
+        if not isinstance(f, Expr) or f.ufl_shape:
+            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component")
         expression = Constant(values[-1])
         for value, threshold in reversed(list(zip(values, thresholds))):
             expression = conditional(lt(f, threshold), Constant(value), expression)
