@@ -73,7 +73,7 @@ def test_bad_means_and_deviations(name, value, words):
     (dict(bcs=0), "bcs is 0: give a sequence of DirichletBC"), (dict(bcs=""), "bcs is ''"),
     (dict(bcs=np.array([None])), "bcs holds NoneType"), (dict(bcs=Constant(1.0)), "bcs is"),
     (dict(bcs=DirichletBC(V, np.nan, 1)), "values of bcs is not finite"),
-    (dict(bcs=DirichletBC(V, 0, 99)), r"condition on \(99,\), which is no part .*name its markers"),
+    (dict(bcs=DirichletBC(V, 0, 99)), r"condition on \(99,\), no part .*name its markers"),
     (dict(bcs=DirichletBC(V, 0, "top")), r"condition on \('top',\)"),
     (dict(solver_parameters=None), "'direct', 'iterative' or a dict"),
     (dict(solver_parameters="lu"), "'direct', 'iterative' or a dict.*got 'lu'"),
@@ -180,7 +180,7 @@ def test_products_know_their_exact_deviation():
 ])
 def test_bad_places(points, words):
     for name, call in [("points", lambda: point_sensors(V, points)),
-    ("centres", lambda: patch_averages(V, points, 0.5)),
+                       ("centres", lambda: patch_averages(V, points, 0.5)),
                        ("starts", lambda: line_averages(V, points, PLACE)),
                        ("ends", lambda: line_averages(V, PLACE, points))]:
         with pytest.raises(InputError, match=f"{name} .*{words}"):

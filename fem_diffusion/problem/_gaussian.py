@@ -103,7 +103,7 @@ class GaussianPrior:
             try:
                 bc.nodes
             except (LookupError, ValueError) as error:
-                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, which is no part of the mesh's boundary: "
+                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
                                  "name its markers") from error
         self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
