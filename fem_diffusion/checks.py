@@ -7,7 +7,8 @@ import argparse
 import inspect
 import os
 import pickle
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -39,9 +40,13 @@ def shape_words(wanted: tuple) -> str:
 def check_all(x, name: str, kind: type, words: str | None = None) -> tuple:
     """Several objects of one class, as a tuple; `words` say what they are where the class does not."""
     words = words or kind.__name__
-    if isinstance(x, str) or not np.iterable(x):
+    # Sets have no order.
+    if isinstance(x, (str, bytes, Mapping, Set)) or not np.iterable(x):
         raise InputError(f"{name} is {x!r}: give a sequence of {words}.")
-    items = tuple(x)
+    try:
+        items = tuple(x)
+    except (TypeError, NotImplementedError):   # UFL expressions and Constants only look iterable
+        raise InputError(f"{name} is {x!r}: give a sequence of {words}.") from None
     if not all(isinstance(item, kind) for item in items):
         found = sorted({type(item).__name__ for item in items})
         raise InputError(f"{name} holds {', '.join(found)}: give a sequence of {words}.")
@@ -52,17 +57,19 @@ def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None
     """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
 
     Shapes hold numbers, and words that each stand for one number: ("n", "r"). Messages use the names of the entries
-    along the last axis, where they are given.
+    along the last axis, where they are given, or the numbers of the rows of a matrix. Without a shape any will do.
     """
-    wanted = " or ".join(map(shape_words, shapes))
+    wanted = " or ".join(map(shape_words, dict.fromkeys(shapes))) or "(n,)"
+    if hasattr(x, "ufl_shape"):   # NumPy would take entries of a UFL expression without end
+        raise InputError(f"{name} holds object values, of type {type(x).__name__}: give numbers of shape {wanted}.")
     try:
         array = np.asarray(x.detach().cpu() if hasattr(x, "detach") else x)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{name} is no array of numbers ({error}): give one of shape {wanted}.") from error
     if array.dtype.kind not in "fiu":
         remedy = "give real and imaginary parts by themselves" if array.dtype.kind == "c" else "give real numbers"
         raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
-    if not any(shape_fits(array.shape, shape) for shape in shapes):
+    if shapes and not any(shape_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
     # Converted first: the bound is beyond single precision.
     array = array.astype(float)
@@ -70,6 +77,8 @@ def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None
     if wild.any():
         where = np.unique(np.nonzero(wild)[-1]) if names is not None and array.ndim else ()
         of = f" of {', '.join(names[i] for i in where)}" if len(where) else ""
+        if names is None and array.ndim == 2:
+            of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}"
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
                          "where they come from, or take other units.")
     return array
@@ -84,7 +93,7 @@ def check_seed(seed, name: str = "seed") -> int:
 
 def check_count(n, name: str = "n", least: int = 1) -> int:
     """An integer of at least `least`, Python's or NumPy's."""
-    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or n < least:
+    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or not least <= n <= sys.maxsize:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise InputError(f"{name} is {n!r}: give {kind}.")
     return int(n)
@@ -204,8 +213,8 @@ def check_text(x, name: str) -> str:
 
 
 def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> Callable:
-    """A function (no class) that takes so many arguments by position, as far as its signature is known."""
-    if not callable(x) or isinstance(x, type):
+    """A function (no class, no UFL expression or form) that takes so many arguments, as far as its signature tells."""
+    if not callable(x) or isinstance(x, type) or hasattr(x, "ufl_shape") or hasattr(x, "ufl_domains"):
         raise InputError(f"{name} is {x!r}: give {remedy}.")
     if arguments is not None:
         try:

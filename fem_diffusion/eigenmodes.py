@@ -67,7 +67,8 @@ def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.n
     """
     comm, free = V.comm, free_dofs(V, bcs)
     if not 1 <= r <= free:
-        raise InputError(f"r = {r} modes were asked for; the space has {free} free degrees of freedom.")
+        raise InputError(f"r = {r} modes were asked for; the space has {free} free degrees of freedom: ask "
+                         "for one to as many.")
     mass = mass_action(V)
     block = min(free, r + max(8, r // 2))
     modes = np.random.default_rng([0, comm.rank]).standard_normal((block, owned_size(V)))

@@ -92,11 +92,11 @@ def test_errors_tell_the_remedy():
     U, V = FunctionSpace(mesh, "CG", 1), VectorFunctionSpace(mesh, "CG", 1)
     for action, words in [
         (lambda: patch_averages(U, [[0.2, 0.2]], 0.0), "radii must be one positive"),
-        (lambda: patch_averages(U, [[0.2, 0.2]], [0.1, 0.1]), "one for each centre"),
+        (lambda: patch_averages(U, [[0.2, 0.2]], [0.1, 0.1]), r"radii has the shape \(2,\): give \(\) or \(1,\)"),
         (lambda: patch_averages(U, [[0.2, 0.2], [0.3, 0.31]], [0.3, 0.02]), "does not resolve patch 1"),
         (lambda: patch_averages(U, [[30.0, 0.2]], 0.1), "does not resolve patch 0"),
         (lambda: patch_averages(V, [[0.2, 0.2]], 0.1), "averages are of scalars"),
-        (lambda: patch_averages(U, [[0.2, np.nan]], 0.1), r"centres \[0\] are not finite"),
+        (lambda: patch_averages(U, [[0.2, np.nan]], 0.1), r"centres holds values in rows \[0\] that are not finite"),
         (lambda: patch_averages(U * U, [[0.2, 0.2]], 0.1), "component=0 to 1"),
         (lambda: patch_averages(U, [[0.2, 0.2]], 0.1, component=1), "component is 1"),
         (lambda: line_averages(U, [[0.1, 0.9]], [[0.9, 0.1]], points=0), "points is 0"),

@@ -92,7 +92,7 @@ def test_functionals_analytic(mesh, U, state):
     kappa = Constant(3.0)
     patch = conditional(lt(x[0], 0.4), 1 / 0.4, 0)
     observed = functionals(U, [lambda u: u * ds(2), lambda u: -kappa * dot(grad(u), n) * ds(4),
-                               lambda u: patch * u * dx(degree=4)], names="abc")
+                               lambda u: patch * u * dx(degree=4)], names=list("abc"))
     right = 1 + 2 - 1 + 0.5             # integral of 3 - 3 y² + y
     top = -3 * (-6 + 0.5)               # -κ ∂u/∂y at y = 1 is -κ (-6 + x)
     average = 1 + 2 * 0.2 - 1 + 0.2 * 0.5
@@ -138,7 +138,7 @@ def test_components_of_a_mixed_state_and_some_of_the_rows(mesh, U):
 
 
 @pytest.mark.parametrize("points, words", [
-    ([[0.1, np.nan], [0.5, 0.5]], r"points \[0\] are not finite"),
+    ([[0.1, np.nan], [0.5, 0.5]], r"points holds values in rows \[0\] that are not finite"),
     ([[0.1, 0.2, 0.3]], r"shape \(1, 3\)"),
     ([0.1, 0.2], r"shape \(2,\)"),
     (np.zeros((0, 2)), r"shape \(0, 2\)"),

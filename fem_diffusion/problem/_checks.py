@@ -4,6 +4,7 @@ Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.v
 """
 
 from functools import partial
+from numbers import Number
 
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
@@ -11,9 +12,12 @@ from firedrake import H1, Constant, Function, FunctionSpace, Measure, assemble, 
 from firedrake.interpolation import get_interpolator
 from mpi4py import MPI
 from ufl.core.expr import Expr
+from ufl.form import BaseForm
 
+from fem_diffusion.checks import LARGEST, check_array, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, independent_entries, is_real
+from fem_diffusion.problem._given import check_expression
 
 __all__ = ["check_reproduced", "exterior_measures", "interpolated", "matern_space", "prepared_interpolation",
            "refuse_variable_layers", "root_space"]
@@ -119,18 +123,16 @@ def root_space(V):
     return V
 
 
-def interpolated(V, value, name):
-    """Interpolate a number, an array of V's value shape or a UFL expression into V, or raise InputError."""
-    if not isinstance(value, Expr):
-        try:
-            value = Constant(np.asarray(value, dtype=float))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{name} is {value!r}: give a number, a UFL expression or a Function") from error
+def interpolated(V, value, name, meshes):
+    """Interpolate a number, an array of V's value shape or a UFL expression on these meshes into V."""
+    if isinstance(value, (Expr, BaseForm)):
+        value = check_expression(value, name, meshes, (), V.value_shape)
+    elif isinstance(value, Number):
+        value = Constant(check_number(value, name, least=-LARGEST, most=LARGEST))
+    else:
+        value = Constant(check_array(value, name, (), V.value_shape))
     if value.ufl_shape == () and V.value_shape:
         value = value * Constant(np.ones(V.value_shape))
-    if value.ufl_shape != V.value_shape:
-        raise InputError(f"{name} has value shape {value.ufl_shape}, the space has {V.value_shape}: give a "
-                         "scalar or an expression of the space's shape")
     f = Function(V)
     prepared_interpolation(value, f)()
     check_reproduced(value, f, name)

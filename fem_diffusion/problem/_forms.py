@@ -1,8 +1,5 @@
 """What the problem classes are made of: checks of their arguments and the pieces of their residuals."""
 
-from collections.abc import Callable
-from numbers import Number
-
 import numpy as np
 from firedrake import (Constant, JacobianInverse, Measure, SpatialCoordinate, TestFunction, as_matrix, as_vector,
                        assemble, div, dot, grad, inner, sqrt)
@@ -15,7 +12,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import _dg as dg
 from fem_diffusion.problem._checks import exterior_measures
-from fem_diffusion.problem._unknowns import apply_unknown, by_marker, is_discontinuous
+from fem_diffusion.problem._unknowns import apply_unknown, is_discontinuous
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
 PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
@@ -47,50 +44,31 @@ def check_markers(mesh, conditions):
                 owner[atom] = name
 
 
-def coefficient(value, shape, name, positive=False):
-    """A UFL expression of the given shape from a number, a sequence of numbers or an expression."""
-    if isinstance(value, Number):
-        if positive and not value > 0:
-            raise InputError(f"{name} must be positive, got {value}.")
-        value = Constant(value)
-    elif not isinstance(value, Expr):
-        try:
-            value = as_vector([coefficient(c, (), name) for c in value]) if shape else as_ufl(value)
-        except (TypeError, ValueError):
-            raise InputError(f"{name} must be a number or a UFL expression of shape {shape}, "
-                             f"got {type(value).__name__}.") from None
-    if value.ufl_shape != shape:
-        raise InputError(f"{name} must have shape {shape}, got {value.ufl_shape}.")
-    return value
+def coefficient(value, name):
+    """A UFL expression from what `check_coefficients` lets through, unless it is a callable for something known."""
+    if isinstance(value, Expr):
+        return value
+    if callable(value):
+        raise InputError(f"{name} is a callable, which only an unknown may be: give a number or a UFL expression.")
+    return as_vector([coefficient(c, name) for c in value]) if isinstance(value, tuple) else Constant(value)
 
 
-def diffusivity_tensor(value, gdim):
+def diffusivity_tensor(value):
     """The diffusivity as a UFL scalar or a UFL tensor of shape (gdim, gdim)."""
-    if isinstance(value, (list, tuple, np.ndarray)):
-        try:
-            array = np.array(value, dtype=float)
-        except (TypeError, ValueError):
-            value = as_tensor(value)   # rows of UFL scalars
-        else:
-            if array.shape != (gdim, gdim) or not np.allclose(array, array.T) or np.linalg.eigvalsh(array).min() <= 0:
-                raise InputError(f"a diffusivity of numbers must be positive, or a symmetric positive definite "
-                                 f"({gdim}, {gdim}) array, got {value!r}.")
-            value = Constant(array)
-    if isinstance(value, Expr) and value.ufl_shape:
-        return coefficient(value, (gdim, gdim), "diffusivity")
-    return coefficient(value, (), "diffusivity", positive=True)
+    if not isinstance(value, (list, np.ndarray)):
+        return coefficient(value, "diffusivity")
+    try:
+        array = np.array(value, dtype=float)
+    except (TypeError, ValueError):
+        return as_tensor(value)   # rows of UFL scalars
+    if not np.allclose(array, array.T) or np.linalg.eigvalsh(array).min() <= 0:
+        raise InputError(f"a diffusivity of numbers must be positive, or symmetric positive definite, got {value!r}.")
+    return Constant(array)
 
 
 def diffusive_flux(kappa, u):
     """κ∇u for a scalar or a tensor κ."""
     return dot(kappa, grad(u)) if kappa.ufl_shape else kappa * grad(u)
-
-
-def robin_pair(pair, marker):
-    """The transfer coefficient h and the outer value u_ext of a Robin condition, as UFL scalars."""
-    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise InputError(f"robin[{marker!r}] must be a pair (h, u_ext) for n·κ∇u = h (u_ext - u).")
-    return tuple(coefficient(c, (), f"robin[{marker!r}]") for c in pair)
 
 
 def facet_measure(mesh, marker, submesh=None):
@@ -121,9 +99,7 @@ def reaction_terms(reaction, u):
     """The reaction r(u) and, where r is linear, its derivative (else None): two UFL scalars."""
     if reaction is None:
         return as_ufl(0), as_ufl(0)
-    if not isinstance(reaction, Callable) or isinstance(reaction, Expr):
-        raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2.")
-    r = coefficient(reaction(u), (), "reaction(u)")
+    r = coefficient(reaction(u), "reaction(u)")
     w = variable(u)
     slope = expand_derivatives(diff(as_ufl(reaction(w)), w))
     return r, (None if u in extract_coefficients(slope) else slope)
@@ -151,7 +127,7 @@ def supg_tau(V, v, kappa, slope, rate):
 
 def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg,
              change=None, time_step=None):
-    """Put the unknowns in their places, check everything, and write the residual F = A + N.
+    """Put the unknowns in their places, check what belongs together, and write the residual F = A + N.
 
     Parameters
     ----------
@@ -160,7 +136,7 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
     unknowns : list of Unknown
         What is unknown; their values stand for them.
     velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg
-        As for `AdvectionDiffusion`.
+        What `check_coefficients` makes of those of `AdvectionDiffusion`.
     change : Function, optional
         ∂u/∂t of a transient problem.
     time_step : float, optional
@@ -176,8 +152,7 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
         Strong Dirichlet values by marker, UFL scalars; empty where V is discontinuous.
     """
     mesh = u.function_space().mesh()
-    tables = {"dirichlet": by_marker(dirichlet, "dirichlet"), "flux": by_marker(flux, "flux"),
-              "robin": by_marker(robin, "robin")}
+    tables = {"dirichlet": dict(dirichlet), "flux": dict(flux), "robin": robin}
     single = {"source": source, "diffusivity": diffusivity, "velocity": velocity}
     defaults = {"source": 0, "diffusivity": 1, "velocity": None}
     for x in unknowns:
@@ -188,8 +163,7 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
         elif x.kind in single:
             single[x.kind] = apply_unknown(x.kind, single[x.kind], defaults[x.kind], x.value)
             if x.shape is not None:
-                single[x.kind] = single[x.kind] * coefficient(x.shape, (), "the shape of the source")
-    outflow = (outflow,) if isinstance(outflow, (int, str)) else tuple(outflow)
+                single[x.kind] = single[x.kind] * coefficient(x.shape, "the shape of the source")
     check_markers(mesh, tables | {"outflow": outflow})
     discontinuous = is_discontinuous(u.function_space())
     if mesh.extruded and not discontinuous and "on_boundary" in tables["dirichlet"]:
@@ -204,17 +178,16 @@ def equation(u, unknowns, *, velocity, diffusivity, reaction, source, dirichlet,
             check_submesh(mesh, x.marker, x.submesh)
 
     v = single["velocity"]
-    v = None if v is None else coefficient(v, (mesh.geometric_dimension,), "velocity")
+    v = None if v is None else coefficient(v, "velocity")
     r, slope = reaction_terms(reaction, u)
     if change is None and not tables["dirichlet"] and not tables["robin"] and u not in extract_coefficients(r):
         raise InputError("without a Dirichlet or Robin condition or a reaction that depends on u, the state "
                          "is determined only up to a constant; add one of them.")
-    if supg not in ("auto", True, False) or (supg is True and (v is None or discontinuous)):
-        raise InputError("supg must be 'auto', False or, where V is continuous and there is a velocity, True; "
-                         f"got {supg!r}.")
-    values = {key: coefficient(g, (), f"dirichlet[{key!r}]") for key, g in tables["dirichlet"].items()}
-    terms = dict(velocity=v, kappa=diffusivity_tensor(single["diffusivity"], mesh.geometric_dimension), reaction=r,
-                 slope=slope, source=coefficient(single["source"], (), "source"), flux=tables["flux"],
+    if supg is True and (v is None or discontinuous):
+        raise InputError("supg must be 'auto', False or, where V is continuous and there is a velocity, True.")
+    values = {key: coefficient(g, f"dirichlet[{key!r}]") for key, g in tables["dirichlet"].items()}
+    terms = dict(velocity=v, kappa=diffusivity_tensor(single["diffusivity"]), reaction=r,
+                 slope=slope, source=coefficient(single["source"], "source"), flux=tables["flux"],
                  robin=tables["robin"], supg=supg, change=change, time_step=time_step)
     submeshes = {x.marker: x.submesh for x in unknowns if x.submesh is not None}
     if discontinuous:
@@ -246,9 +219,9 @@ def _natural(u, terms, submeshes):
     """Flux and Robin conditions, the same for continuous and discontinuous states."""
     mesh, w, F = u.function_space().mesh(), TestFunction(u.function_space()), Form([])
     for key, q in terms["flux"].items():
-        F -= coefficient(q, (), f"flux[{key!r}]") * w * facet_measure(mesh, key, submeshes.get(key))
+        F -= coefficient(q, f"flux[{key!r}]") * w * facet_measure(mesh, key, submeshes.get(key))
     for key, pair in terms["robin"].items():
-        h, u_ext = robin_pair(pair, key)
+        h, u_ext = (coefficient(c, f"robin[{key!r}]") for c in pair)
         F -= h * (u_ext - u) * w * facet_measure(mesh, key)
     return F
 
@@ -316,18 +289,15 @@ def fix_quadrature(F):
 
 
 def linear_options(given, V, advective):
-    """PETSc options from the words "direct" and "iterative" or from a dict."""
+    """PETSc options from what `check_solver` returns: the words "direct" and "iterative", or a dict."""
     if isinstance(given, dict):
-        return dict(given)
+        return given
     if given == "direct":
         own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
         return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
                 "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
-    if given == "iterative":
-        # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
-        asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
-        pc = asm if advective else {"pc_type": "gamg"}
-        return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
-                "ksp_max_it": 1000, **pc}
-    raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, "
-                     f"got {given!r}.")
+    # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
+    asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
+    pc = asm if advective else {"pc_type": "gamg"}
+    return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
+            "ksp_max_it": 1000, **pc}

@@ -15,10 +15,12 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 
-from fem_diffusion.checks import check_count, check_flag, check_number, check_seed
+from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, independent_entries, is_real, require_real
 from fem_diffusion.problem._checks import check_reproduced, interpolated, matern_space, root_space
+from fem_diffusion.problem._forms import linear_options
+from fem_diffusion.problem._given import check_finite, check_rows, check_solver, check_space
 from fem_diffusion.problem._matern import (
     NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance, variance_is_exact,
 )
@@ -42,7 +44,7 @@ class GaussianPrior:
         Matérn length ℓ, in the units of the mesh: see `matern_correlation`; left out for numbers.
     mean : float | ufl.core.expr.Expr
         Mean away from Dirichlet parts.
-    bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC
+    bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC | None
         Conditions that every sample satisfies exactly, the mean by a Helmholtz lift that decays over ℓ.
     smoothness : float | None
         Matérn smoothness ν = m - d/2 with m even: 1.5, 3.5, ... in one dimension, 1, 3 in two, 0.5, 2.5 in
@@ -50,27 +52,29 @@ class GaussianPrior:
     normalise : bool
         Whether to make the pointwise standard deviation ``std`` (default), or to leave it as the operator
         gives it: that saves the solves of the correction, and is right only inside, on a fine mesh.
-    solver_parameters : dict | None
-        PETSc options for the operator; default a direct solver.
+    solver_parameters : "direct" | "iterative" | dict
+        PETSc options for the operator.
 
     Raises
     ------
     InputError
-        If the space is not CG or Real, an argument of the wrong kind, shape or sign, one that varies where the space
-        is constant, or a condition on another space.
+        If the space is not CG or Real, an argument is of the wrong kind, shape or sign, on another mesh, not finite or
+        varies where the space is constant, or a condition is on another space or a marker that the mesh lacks.
     SolveError
         If an iterative solver chosen through ``solver_parameters`` does not converge.
     """
 
     @no_annotations
     def __init__(self, V, std, correlation_length=None, *, mean=0.0, bcs=(), smoothness=None, normalise=True,
-                 solver_parameters=None):
+                 solver_parameters="direct"):
         require_real()
-        self.V, self._normalise = V, check_flag(normalise, "normalise")
-        self.bcs = (bcs,) if isinstance(bcs, DirichletBC) else tuple(bcs or ())
+        self.V, self._normalise = check_space(V), check_flag(normalise, "normalise")
+        solver_parameters = check_solver(solver_parameters, None, V.comm)
+        bcs = (bcs,) if isinstance(bcs, DirichletBC) else () if bcs is None else bcs
+        self.bcs = check_all(bcs, "bcs", DirichletBC, "DirichletBC objects")
         self._space = V if len(V) == 1 and is_real(V) else matern_space(V)
         for bc in self.bcs:
-            if not isinstance(bc, DirichletBC) or root_space(bc.function_space()) != V:
+            if root_space(bc.function_space()) != V:
                 raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
                                  "components of it")
         self._std = self._given(std, "std")
@@ -78,7 +82,7 @@ class GaussianPrior:
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
         mean = self._given(mean, "mean")
         if is_real(V):
-            if self.bcs or any(x is not None for x in (correlation_length, smoothness, solver_parameters)):
+            if self.bcs or correlation_length is not None or smoothness is not None or solver_parameters != "direct":
                 raise InputError('numbers (family "R") have a mean and a standard deviation alone: leave out '
                                  "correlation_length, smoothness, bcs and solver_parameters")
             self.correlation_length = self.smoothness = None
@@ -90,18 +94,23 @@ class GaussianPrior:
     def _given(self, value, name):
         """Owned coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
         on_base = isinstance(value, Expr) and self._space.mesh() in extract_domains(value)
-        return coefficients(interpolated(self._space if on_base else self.V, value, name))
+        space = self._space if on_base else self.V
+        return coefficients(interpolated(space, value, name, (space.mesh(),)))
 
     def _set_operator(self, correlation_length, smoothness, solver_parameters):
         """Check and keep what the operator of a field needs."""
-        self.correlation_length = check_number(correlation_length, "correlation_length", above=0)
+        for bc in self.bcs:
+            try:
+                bc.nodes
+            except (LookupError, ValueError) as error:
+                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
+                                 "name its markers") from error
+        self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
         self._order = operator_order(smoothness, d)
         self.smoothness = self._order - d / 2
         self._L = self.correlation_length / np.sqrt(2 * self.smoothness)
-        direct = {"ksp_type": "preonly", "pc_type": "lu",
-                  "pc_factor_mat_solver_type": "petsc" if self.V.comm.size == 1 else "mumps"}
-        self._solver_parameters = dict(direct if solver_parameters is None else solver_parameters)
+        self._solver_parameters = linear_options(solver_parameters, self._space, advective=False)
 
     def _conditions(self, f):
         """The bcs on the operator's space, with the values of f (n_owned,)."""
@@ -123,6 +132,7 @@ class GaussianPrior:
         if not self.bcs:
             return mean
         fixed = self._applied(mean)
+        check_finite(field(self.V, fixed), "the mean with the values of bcs")
         space, lift = self._space, Function(self._space)
         u, v = TrialFunction(space), TestFunction(space)
         K = inner(u, v) * dx + Constant(self._L**2) * inner(grad(u), grad(v)) * dx
@@ -236,11 +246,9 @@ class GaussianPrior:
         Raises
         ------
         InputError
-            If x has another shape.
+            If x has another shape, or is not real and finite.
         """
-        x, op = np.asarray(x, dtype=float), self._operator
-        if x.ndim != 2 or x.shape[1] != self._std.size:
-            raise InputError(f"x has shape {x.shape}: give (k, {self._std.size}), a row for each vector")
+        x, op = check_rows(x, self.V, "x"), self._operator
         block, y = op.block(), np.empty(x.shape)
         for start in range(0, len(x), block):
             rows = slice(start, start + block)
@@ -294,5 +302,10 @@ class GaussianPrior:
         firedrake.Function
             In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
             to be `exact`.
+
+        Raises
+        ------
+        InputError
+            If `exact` is neither True nor False.
         """
-        return field(self.V, self._exact_std if exact else self._pointwise_std)
+        return field(self.V, self._exact_std if check_flag(exact, "exact") else self._pointwise_std)

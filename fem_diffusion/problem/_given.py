@@ -5,6 +5,7 @@ from numbers import Integral, Number
 
 import numpy as np
 from firedrake import Constant, Function
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from petsctools import OptionsManager
 from ufl.algorithms import extract_arguments
@@ -15,10 +16,10 @@ from ufl.form import BaseForm
 
 from fem_diffusion.checks import check_array, check_callable, check_flag, check_number, together
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients
+from fem_diffusion.fields import coefficients, owned_size
 
-__all__ = ["by_marker", "check_coefficients", "check_finite", "check_function", "check_marker", "check_scalar",
-           "check_solver", "is_callable", "petsc_reason"]
+__all__ = ["by_marker", "check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
+           "check_prior", "check_rows", "check_scalar", "check_solver", "check_space", "is_callable", "petsc_reason"]
 
 MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
 
@@ -49,7 +50,7 @@ def check_solver(parameters, prefix, comm):
     if prefix is not None and (not isinstance(prefix, str) or not prefix or prefix[0] == "-" or " " in prefix):
         raise InputError(f"options_prefix is {prefix!r}: give a word such as 'state_', or leave it out.")
     if not isinstance(parameters, Mapping):
-        if not isinstance(parameters, str):
+        if not isinstance(parameters, str) or parameters not in ("direct", "iterative"):
             raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, got "
                              f"{parameters!r}.")
         return parameters
@@ -120,7 +121,7 @@ def check_coefficients(mesh, *, velocity, diffusivity, reaction, source, dirichl
             raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2, got "
                              f"{reaction!r}.")
         reaction = checked(reaction, "reaction", check_scalar, "u")
-    if not isinstance(supg, str):
+    if not isinstance(supg, str) or supg != "auto":
         supg = check_flag(supg, "supg, unless 'auto',")
     return {"velocity": None if velocity is None else checked(velocity, "velocity", _vector),
             "diffusivity": checked(diffusivity, "diffusivity", _diffusivity), "reaction": reaction,
@@ -150,14 +151,9 @@ def check_scalar(value, name, meshes, above=-np.inf):
         value = value[()]
     if isinstance(value, Number):
         return check_number(value, name, above=above)
-    if not isinstance(value, Expr) or isinstance(value, BaseForm):
-        remedy = "; assemble or interpolate it first" if isinstance(value, BaseForm) else ""
-        raise InputError(f"{name} must be a number or a UFL expression, got {type(value).__name__}{remedy}.")
-    if value.ufl_shape:
-        raise InputError(f"{name} must have shape (), got {value.ufl_shape}.")
-    if isinstance(value, Constant):
+    if isinstance(value, Constant) and not value.ufl_shape:
         check_number(float(value), name, above=above)
-    return _check_expression(value, name, meshes)
+    return check_expression(value, name, meshes, ())
 
 
 def _vector(value, name, meshes):
@@ -167,9 +163,7 @@ def _vector(value, name, meshes):
         raise InputError(f"{name} must have shape {shape}: give a number for each direction or a UFL vector, not "
                          f"{value!r}.")
     if isinstance(value, Expr):
-        if value.ufl_shape != shape:
-            raise InputError(f"{name} must have shape {shape}, got {value.ufl_shape}.")
-        return _check_expression(value, name, meshes)
+        return check_expression(value, name, meshes, shape)
     value = tuple(check_scalar(c, name, meshes) for c in value)
     if len(value) != shape[0]:
         raise InputError(f"{name} must have shape {shape}, got {len(value)} numbers.")
@@ -189,18 +183,25 @@ def _diffusivity(value, name, meshes):
             raise InputError(f"{name} must be a number, a UFL expression or of shape {(gdim, gdim)}, got {value!r}.")
         return [[check_scalar(c, name, meshes) for c in row] for row in value]
     if isinstance(value, Expr) and value.ufl_shape:
-        if value.ufl_shape != (gdim, gdim):
-            raise InputError(f"{name} must have shape () or {(gdim, gdim)}, got {value.ufl_shape}.")
-        return _check_expression(value, name, meshes)
+        return check_expression(value, name, meshes, (), (gdim, gdim))
     return check_scalar(value, name, meshes, above=0)
 
 
-def _check_expression(value, name, meshes):
-    """The expression; refused where it holds test or trial functions, another mesh, or values that are not finite."""
+def check_expression(value, name, meshes, *shapes):
+    """A UFL expression of one of these shapes, on these meshes, without test functions and values that are not finite.
+
+    Any shape will do where none is given.
+    """
+    if not isinstance(value, Expr) or isinstance(value, BaseForm):
+        remedy = "; assemble or interpolate it first" if isinstance(value, BaseForm) else ""
+        raise InputError(f"{name} must be a number or a UFL expression, got {type(value).__name__}{remedy}.")
+    if shapes and value.ufl_shape not in shapes:
+        raise InputError(f"{name} must have shape {' or '.join(map(str, dict.fromkeys(shapes)))}, got "
+                         f"{value.ufl_shape}.")
     if extract_arguments(value):
         raise InputError(f"{name} holds test or trial functions: give a coefficient, such as a Function.")
     if not set(extract_domains(value)) <= set(meshes):
-        raise InputError(f"{name} lives on another mesh than the state: interpolate it into a space on that mesh.")
+        raise InputError(f"{name} lives on another mesh: interpolate it into a space on this one.")
     for part in extract_type(value, (Function, Constant)):
         check_finite(part, f"{name} holds {part}, which")
     return value
@@ -215,6 +216,27 @@ def check_finite(f, name):
         check()
     else:
         together(f.function_space().comm, check)
+
+
+def check_space(V, name="V"):
+    """A function space; no dual one."""
+    if not isinstance(V, WithGeometry):
+        raise InputError(f"{name} must be a FunctionSpace, got {type(V).__name__}.")
+    return V
+
+
+def check_prior(prior, name):
+    """One of our priors, or an object of the user's own with the same methods."""
+    has_space = isinstance(getattr(prior, "V", None), WithGeometry)
+    if isinstance(prior, type) or not hasattr(prior, "sample_many") or not has_space:
+        raise InputError(f"{name} is {type(prior).__name__}: give a prior, such as GaussianPrior(...), or "
+                         "CallablePrior(V, sample) for a sampler of your own.")
+    return prior
+
+
+def check_rows(values, V, name):
+    """Owned coefficients in V or its dual as an array (n, n_owned) of finite real numbers, on all ranks together."""
+    return together(V.comm, lambda: check_array(values, name, ("n", owned_size(V))))
 
 
 def check_function(f, V, name, remedy):

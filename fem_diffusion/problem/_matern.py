@@ -4,7 +4,6 @@ Every coefficient array holds *owned* coefficients: this rank's part of ``with f
 """
 
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 from firedrake import (
@@ -17,6 +16,7 @@ from mpi4py import MPI
 from scipy.sparse import bsr_matrix, csr_matrix
 from scipy.special import gamma, kv
 
+from fem_diffusion.checks import check_array, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import multiply, owned_size, solve
 from fem_diffusion.problem._checks import exterior_measures
@@ -46,8 +46,16 @@ def matern_correlation(r, correlation_length, smoothness):
     -------
     numpy.ndarray
         Correlations of the shape of ``r``.
+
+    Raises
+    ------
+    InputError
+        If a distance is negative, or an argument no finite number, or length or smoothness not positive.
     """
-    x = np.sqrt(2 * smoothness) * np.asarray(r, dtype=float) / correlation_length
+    r, smoothness = check_array(r, "r"), check_number(smoothness, "smoothness", above=0, most=100)
+    if (r < 0).any():
+        raise InputError("r holds negative numbers: give distances")
+    x = np.sqrt(2 * smoothness) * r / check_number(correlation_length, "correlation_length", above=0)
     safe = np.where(x > 0, x, 1.0)  # the Bessel function is infinite at zero
     values = 2**(1 - smoothness) / gamma(smoothness) * safe**smoothness * kv(smoothness, safe)
     return np.where(x > 0, values, 1.0)
@@ -63,7 +71,8 @@ def operator_order(smoothness, d):
     """
     m = 2 if d < 3 else 4
     if smoothness is not None:
-        m = smoothness + d / 2 if isinstance(smoothness, Real) else -1
+        # Weights of higher orders leave the range of double precision.
+        m = check_number(smoothness, "smoothness", above=0, most=100) + d / 2
     if m < 2 or m % 2:
         choices = ", ".join(str(order - d / 2) for order in (2, 4, 6))
         raise InputError(f"smoothness is {smoothness!r}: on a mesh of dimension {d} choose {choices}, ...")

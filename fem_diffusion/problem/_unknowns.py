@@ -10,7 +10,7 @@ from ufl import H1
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import owned_size
-from fem_diffusion.problem._given import by_marker, check_marker, check_scalar, is_callable
+from fem_diffusion.problem._given import check_marker, check_scalar, check_space, is_callable
 from fem_diffusion.problem.observation import point_sensors
 
 STEADY = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
@@ -109,9 +109,8 @@ def is_discontinuous(V):
 
 def check_spaces(V, M):
     """Refuse what is no space, and a state space that is not scalar and CG or DG."""
-    for name, space in (("V", V), ("M", M)):
-        if not isinstance(space, WithGeometry):
-            raise InputError(f"{name} must be a FunctionSpace, got {type(space).__name__}.")
+    check_space(V, "V")
+    check_space(M, "M")
     if len(V) > 1 or V.value_shape != () or V.ufl_element().family() == "Real" or not (
             V.ufl_element() in H1 or is_discontinuous(V)):
         raise InputError("V must be scalar and either continuous or discontinuous, such as "
@@ -155,7 +154,7 @@ def read(unknown, V, M, m, given, times=None, nodes=None):
     ends = np.cumsum([0] + [owned_size(space) for space in spaces])
     found = []
     for (kind, marker, shape), name, space, first, last in zip(parsed, names, spaces, ends, ends[1:]):
-        coefficient = given[kind] if marker is None else by_marker(given[kind], kind).get(marker)
+        coefficient = given[kind] if marker is None else given[kind].get(marker)
         found.append(_one(name, kind, marker, shape, space, slice(first, last), V, None if several else m,
                           coefficient, times, nodes))
     return found

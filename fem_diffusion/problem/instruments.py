@@ -9,15 +9,18 @@ import numpy as np
 from firedrake import (
     Constant, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, interpolate,
 )
+from firedrake.mesh import MeshGeometry
 from mpi4py import MPI
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, identity, kron, vstack
 
-from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, multiply
+from fem_diffusion.fields import coefficients, multiply, on_root
 from fem_diffusion.problem._points import locate, sensor_rows
-from fem_diffusion.problem.observation import Observation, checked_names, checked_points, component_space, labels
+from fem_diffusion.problem.observation import (
+    Observation, check_tolerance, checked_names, checked_points, component_space, labels,
+)
 
 __all__ = ["line_averages", "patch_averages", "random_points"]
 
@@ -59,10 +62,10 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
     _check_scalar(W)
     mesh = W.mesh()
     centres = checked_points(mesh, centres, "centres")
-    radii = mesh.comm.bcast(np.asarray(radii, dtype=float))
-    if radii.shape not in ((), (len(centres),)) or not (np.isfinite(radii) & (radii > 0)).all():
+    radii = on_root(mesh.comm, lambda: check_array(radii, "radii", (), (len(centres),)))
+    if not (radii > 0).all():
         raise InputError("radii must be one positive number or one for each centre, not "
-                         f"{np.array2string(radii, threshold=5)} of shape {radii.shape}")
+                         f"{np.array2string(radii, threshold=5)}")
     radii = np.broadcast_to(radii, len(centres))
     degree = 2 * max(2, W.ufl_element().embedded_superdegree)
     (at_points, weights, places), (_, fine_weights, fine_places) = (_quadrature(W, d) for d in (degree, degree + 2))
@@ -120,6 +123,7 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
     W, embed = component_space(U, component)
     _check_scalar(W)
     mesh, count = W.mesh(), check_count(points, "points")
+    tolerance = check_tolerance(tolerance)
     starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
     if starts.shape != ends.shape:
         raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment")
@@ -164,7 +168,8 @@ def random_points(mesh, n, seed, *, tolerance=1e-6):
     InputError
         If n is no positive or seed no non-negative integer, or the mesh is a surface or a curve in space.
     """
-    n, rng = check_count(n), np.random.default_rng(check_seed(seed))
+    n, rng, tolerance = check_count(n), np.random.default_rng(check_seed(seed)), check_tolerance(tolerance)
+    check_kind(mesh, "mesh", MeshGeometry, "a mesh")
     gdim, comm = mesh.geometric_dimension, mesh.comm
     if mesh.topological_dimension != gdim:
         raise InputError(f"the mesh is {mesh.topological_dimension}-dimensional in {gdim} dimensions: a random point "

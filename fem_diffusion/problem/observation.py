@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
-from firedrake import Cofunction, Function, TestFunction, assemble
+from firedrake import Cofunction, Function, MismatchingDomainError, TestFunction, assemble
 from mpi4py import MPI
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, hstack, vstack
@@ -20,8 +20,10 @@ from ufl.algorithms import expand_derivatives
 from ufl.algorithms.check_arities import ArityMismatch
 from ufl.algorithms.formtransformations import compute_form_arities
 
+from fem_diffusion.checks import check_all, check_array, check_callable, check_number
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, independent_entries, owned_size
+from fem_diffusion.fields import coefficients, independent_entries, on_root, owned_size
+from fem_diffusion.problem._given import check_rows, check_space
 from fem_diffusion.problem._points import locate, sensor_rows
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
@@ -74,7 +76,8 @@ class Observation:
             remedy = ("return one mixed Function from the solver" if isinstance(u, (tuple, list)) else
                       "interpolate it into the observation's space")
             raise InputError(f"the state is in {got}, expected a Function in {self.U}: {remedy}")
-        return self.apply(coefficients(u)[None])[0]
+        # A state that is not finite gives NaN: those who solve tell a failed solve from a mistake by it.
+        return self._readings(coefficients(u)[None])[0]
 
     def apply(self, values):
         """Observe many states.
@@ -92,12 +95,12 @@ class Observation:
         Raises
         ------
         InputError
-            If the coefficients have another shape.
+            If the coefficients have another shape, or are not real and finite.
         """
-        values = np.asarray(values)
-        if values.ndim != 2 or values.shape[1] != self.rows.shape[1]:
-            raise InputError(f"coefficients have shape {values.shape}: give (n, {self.rows.shape[1]}), "
-                             "a row of owned coefficients for each state")
+        return self._readings(check_rows(values, self.U, "values"))
+
+    def _readings(self, values):
+        """As `apply`, of an array of floats."""
         total = np.ascontiguousarray((self.rows @ values.T).T)
         self.U.comm.Allreduce(MPI.IN_PLACE, total)
         return total
@@ -128,7 +131,7 @@ class Observation:
         try:
             rows = rows if isinstance(rows, slice) or len(np.atleast_1d(rows)) else slice(0)
             chosen = np.atleast_1d(np.arange(len(self))[rows if isinstance(rows, slice) else np.asarray(rows)])
-        except IndexError as error:
+        except (IndexError, TypeError, ValueError, NotImplementedError) as error:
             raise InputError(f"there is no such row ({error}): the observation has {len(self)} rows; select them by "
                              "whole numbers, a slice or a boolean mask") from error
         if chosen.ndim != 1 or not len(chosen):
@@ -152,7 +155,7 @@ class Observation:
 
 def checked_names(names, default, count):
     """Names as a tuple of count strings."""
-    names = tuple(default) if names is None else tuple(str(name) for name in names)
+    names = tuple(default) if names is None else check_all(names, "names", str, "strings")
     if len(names) != count:
         raise InputError(f"got {len(names)} names for {count} sensors: give one name for each")
     return names
@@ -164,14 +167,15 @@ def component_space(U, component):
     Raises
     ------
     InputError
-        If U is mixed and no component is named, or there is no such component.
+        If U is no space, or mixed and no component is named, or there is no such component.
     """
+    check_space(U, "U")
     if component is None:
         if len(U) > 1:
             raise InputError(f"the state space is mixed: name one of its components, component=0 to {len(U) - 1}, or "
                              "use functionals")
         return U, lambda rows: rows
-    if not isinstance(component, Integral) or isinstance(component, bool) or not 0 <= component < len(U):
+    if not isinstance(component, Integral) or isinstance(component, (bool, np.bool_)) or not 0 <= component < len(U):
         raise InputError(f"component is {component!r}: the state space has components 0 to {len(U) - 1}")
     spaces = [W.collapse() for W in U]
     before, after = (sum(owned_size(W) for W in part) for part in (spaces[:component], spaces[component + 1:]))
@@ -185,14 +189,16 @@ def component_space(U, component):
 def checked_points(mesh, points, what="points"):
     """Coordinates of rank 0 as an array (k, gdim), or InputError."""
     gdim = mesh.geometric_dimension
-    points = mesh.comm.bcast(np.array(points, dtype=float))
-    points = points[:, None] if gdim == 1 and points.ndim == 1 else points
-    if points.ndim != 2 or points.shape[1] != gdim or not len(points):
-        raise InputError(f"{what} have shape {points.shape}: give (k, {gdim}), one row for each sensor")
-    if not np.isfinite(points).all():
-        bad = np.flatnonzero(~np.isfinite(points).all(axis=1)).tolist()
-        raise InputError(f"{what} {bad} are not finite: give finite coordinates")
+    shapes = [("k", gdim)] + [("k",)] * (gdim == 1)
+    points = on_root(mesh.comm, lambda: check_array(points, what, *shapes)).reshape(-1, gdim)
+    if not len(points):
+        raise InputError(f"{what} has the shape {points.shape}: give one row for each sensor, at least one")
     return points
+
+
+def check_tolerance(tolerance):
+    """How far outside the mesh a point may be, as a fraction of the size of a cell: a positive float."""
+    return check_number(tolerance, "tolerance", above=0)
 
 
 def labels(points):
@@ -232,7 +238,7 @@ def point_sensors(U, points, names=None, *, component=None, tolerance=1e-6):
         the wrong shape, are not finite or outside the mesh, or Firedrake reads the state wrongly there; on every rank.
     """
     W, embed = component_space(U, component)
-    mesh = W.mesh()
+    mesh, tolerance = W.mesh(), check_tolerance(tolerance)
     points = checked_points(mesh, points)
     vom, index, found = locate(mesh, points, tolerance)
     if not found.all():
@@ -271,9 +277,9 @@ def functionals(U, forms, names=None):
     InputError
         If a form is no UFL form, not linear or not finite, or a name is missing.
     """
-    forms = list(forms)
+    forms = check_all(forms, "forms", object, "functions of the state")
     try:
-        argument = TestFunction(U)
+        argument = TestFunction(check_space(U, "U"))
     except NotImplementedError as error:
         raise InputError(f"Firedrake assembles no functional of this state ({error}): take a "
                          "FunctionSpace(mesh, \"R\", 0) for each number") from error
@@ -288,8 +294,7 @@ def functionals(U, forms, names=None):
 def _row(U, form, argument, i):
     """Owned row of one functional, shape (1, n_owned)."""
     remedy = "give a callable that maps the state to an integral linear in it, such as lambda u: u * ds(2)"
-    if not callable(form):
-        raise InputError(f"functional {i} is {type(form).__name__}: {remedy}")
+    check_callable(form, f"functional {i}", remedy.removeprefix("give "), 1)
     try:
         integral = form(argument)
         arities = None
@@ -298,8 +303,8 @@ def _row(U, form, argument, i):
         if arities != {1}:
             raise ArityMismatch(f"arities {arities}")
         covector = assemble(integral)
-    except (ArityMismatch, TypeError, ValueError) as error:
-        raise InputError(f"functional {i} is not a linear form ({error}): {remedy}") from error
+    except (ArityMismatch, LookupError, MismatchingDomainError, TypeError, ValueError) as error:
+        raise InputError(f"functional {i} cannot be assembled as a linear form ({error}): {remedy}") from error
     if not isinstance(covector, Cofunction):
         raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}")
     row = coefficients(covector)
@@ -311,5 +316,5 @@ def _row(U, form, argument, i):
 
 def no_sensors(U):
     """The observation without a single row: nothing is measured."""
-    gdim = U.mesh().geometric_dimension
+    gdim = check_space(U, "U").mesh().geometric_dimension
     return Observation(U, csr_matrix((0, owned_size(U))), (), np.empty((0, gdim)))

@@ -23,11 +23,12 @@ from firedrake import Constant, Function, conditional, lt
 from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
-from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.checks import check_array, check_callable, check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, owned_size
 from fem_diffusion.problem._checks import check_reproduced, prepared_interpolation
 from fem_diffusion.problem._gaussian import GaussianPrior
+from fem_diffusion.problem._given import check_expression, check_prior, check_rows, check_space
 from fem_diffusion.problem._matern import matern_correlation
 
 __all__ = ["GaussianPrior", "TransformedPrior", "CallablePrior", "level_set", "matern_correlation"]
@@ -51,15 +52,17 @@ def level_set(values, thresholds):
     Raises
     ------
     InputError
-        If the thresholds do not increase, or there is not one value more than thresholds.
+        If they are not finite numbers, the thresholds do not increase, or there is not one value more than thresholds.
     """
-    values, thresholds = [float(x) for x in values], [float(x) for x in thresholds]
-    if len(values) != len(thresholds) + 1 or not thresholds:
+    values, thresholds = check_array(values, "values", ("n",)), check_array(thresholds, "thresholds", ("n",))
+    if len(values) != len(thresholds) + 1 or not len(thresholds):
         raise InputError(f"got {len(values)} values and {len(thresholds)} thresholds: give one value more")
     if not np.all(np.diff(thresholds) > 0):
         raise InputError(f"thresholds are {thresholds}: give them strictly increasing")
 
     def transform(f):
+        if not isinstance(f, Expr) or f.ufl_shape:
+            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component")
         expression = Constant(values[-1])
         for value, threshold in reversed(list(zip(values, thresholds))):
             expression = conditional(lt(f, threshold), Constant(value), expression)
@@ -73,7 +76,7 @@ class TransformedPrior:
 
     Parameters
     ----------
-    base : GaussianPrior | CallablePrior | TransformedPrior
+    base : GaussianPrior | CallablePrior | TransformedPrior | ProductPrior
         Prior of the field.
     transform : callable
         Maps the field (a Function) to a UFL expression, e.g. ``firedrake.exp`` or ``level_set(...)``.
@@ -88,7 +91,9 @@ class TransformedPrior:
     """
 
     def __init__(self, base, transform, V=None):
-        self.base, self.transform, self.V = base, transform, base.V if V is None else V
+        self.base = check_prior(base, "base")
+        self.transform = check_callable(transform, "transform", "a function that maps the field to a UFL expression", 1)
+        self.V = base.V if V is None else check_space(V)
         self._field, self._result = Function(base.V), Function(self.V)
         expression = transform(self._field)
         if not isinstance(expression, Expr):
@@ -96,6 +101,7 @@ class TransformedPrior:
         if expression.ufl_shape != self.V.value_shape:
             raise InputError(f"transform gave value shape {expression.ufl_shape}, the space has "
                              f"{self.V.value_shape}: change the transform or pass another V")
+        check_expression(expression, "what transform gave", (*(W.mesh() for W in base.V), self.V.mesh()))
         try:
             self._interpolate = prepared_interpolation(expression, self._result)
         except NotImplementedError as error:
@@ -130,12 +136,9 @@ class TransformedPrior:
         Raises
         ------
         InputError
-            If the coefficients have another shape.
+            If the coefficients have another shape, or are not real and finite.
         """
-        values = np.asarray(values, dtype=float)
-        owned = owned_size(self.base.V)
-        if values.ndim != 2 or values.shape[1] != owned:
-            raise InputError(f"coefficients have shape {values.shape}: give (n, {owned})")
+        values = check_rows(values, self.base.V, "values")
         result = np.empty((len(values), owned_size(self.V)))
         for row, source in zip(result, values):
             with self._field.dat.vec_wo as vec:
@@ -154,21 +157,25 @@ class CallablePrior:
         Space of the parameter.
     sample : callable
         Maps an integer seed to a Function in V; the same seed must give the same Function.
+
+    Raises
+    ------
+    InputError
+        If V is no space, or sample no function of one argument.
     """
 
     def __init__(self, V, sample):
-        if not callable(sample):
-            raise InputError(f"sample is {type(sample).__name__}: give a function from seed to Function")
-        self.V, self._sample = V, sample
+        self.V = check_space(V)
+        self._sample = check_callable(sample, "sample", "a function from seed to Function", 1)
 
     def sample(self, seed):
-        """Draw one sample, a Function in ``V``; InputError if the sampler returns anything else."""
+        """Draw one sample, a new Function in ``V``; InputError if the sampler returns anything else."""
         f = self._sample(check_seed(seed))
         got = f.function_space() if isinstance(f, Function) else type(f).__name__
         if got != self.V:
             raise InputError(f"the sampler returned {got}, expected a Function in {self.V}: interpolate it "
                              "into the prior's space")
-        return f
+        return field(self.V, coefficients(f))
 
     def sample_many(self, n, seed):
         """Draw n samples with seeds derived from seed: owned coefficients, shape (n, n_owned)."""

@@ -9,9 +9,11 @@ from functools import cached_property
 import numpy as np
 from firedrake import DirichletBC, MixedFunctionSpace
 
-from fem_diffusion.checks import check_seed
+from fem_diffusion.checks import check_all, check_seed
+from fem_diffusion.eigenmodes import split
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.fields import coefficients, field
+from fem_diffusion.problem._given import check_prior, check_rows
 
 __all__ = ["ProductPrior"]
 
@@ -46,11 +48,11 @@ class ProductPrior:
     """
 
     def __init__(self, priors):
-        self.priors = tuple(priors)
+        self.priors = check_all(priors, "priors", object, "priors")
         if len(self.priors) < 2:
             raise InputError(f"a product of {len(self.priors)} priors was asked for: give at least two")
         for i, prior in enumerate(self.priors):
-            if not hasattr(prior, "sample_many") or len(getattr(prior, "V", ())) != 1:
+            if len(check_prior(prior, f"prior {i}").V) != 1:
                 raise InputError(f"prior {i} is {type(prior).__name__}: give a flat list of priors on spaces that are "
                                  "not mixed")
         if any(prior.V.comm.size != self.priors[0].V.comm.size for prior in self.priors):
@@ -153,9 +155,25 @@ class ProductPrior:
         priors = self._gaussian("covariance")
         return np.hstack([prior.apply_covariance(part) for prior, part in zip(priors, _parts(self.V, x))])
 
-    def pointwise_std(self):
-        """Standard deviation at the nodes, a Function in ``V``; InputError unless all components are Gaussian."""
-        parts = [coefficients(prior.pointwise_std()) for prior in self._gaussian("standard deviation")]
+    def pointwise_std(self, exact=False):
+        """Standard deviation at the nodes.
+
+        Parameters
+        ----------
+        exact : bool
+            As for `GaussianPrior.pointwise_std`.
+
+        Returns
+        -------
+        firedrake.Function
+            In ``V``.
+
+        Raises
+        ------
+        InputError
+            Unless all components are Gaussian and `exact` is True or False.
+        """
+        parts = [coefficients(prior.pointwise_std(exact)) for prior in self._gaussian("standard deviation")]
         return field(self.V, np.concatenate(parts))
 
     @cached_property
@@ -180,8 +198,4 @@ class ProductPrior:
 
 def _parts(V, values):
     """Owned coefficients (n, n_owned) of a mixed space, component by component."""
-    values = np.asarray(values, dtype=float)
-    sizes = [owned_size(W) for W in V]
-    if values.ndim != 2 or values.shape[1] != sum(sizes):
-        raise InputError(f"coefficients have shape {values.shape}: give (n, {sum(sizes)})")
-    return np.split(values, np.cumsum(sizes)[:-1], axis=1)
+    return split(V, check_rows(values, V, "coefficients"))

@@ -150,7 +150,7 @@ class TransientAdvectionDiffusion:
                     raise InputError("the callable given for 'initial' makes no use of the parameter.")
         advective = velocity is not None or any(x.kind == "velocity" for x in found)
         self._march = March(
-            Equation(u, change, A, N, values, forms.coefficient(initial, (), "initial"), found, self.t, steps, saved,
+            Equation(u, change, A, N, values, forms.coefficient(initial, "initial"), found, self.t, steps, saved,
                      self.theta),
             V, M, forms.linear_options(solver_parameters, V, advective), options_prefix)
         self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
