@@ -14,7 +14,7 @@ import numpy as np
 from firedrake import Function
 from mpi4py import MPI
 
-from fem_diffusion.checks import portable
+from fem_diffusion.checks import LARGEST, portable
 from fem_diffusion.errors import DataError, FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields import coefficients, field
 
@@ -253,8 +253,8 @@ class _NotFinite(Exception):
 
 
 def _finite(x: np.ndarray, what: str) -> np.ndarray:
-    """The array, or _NotFinite."""
-    if not np.isfinite(x).all():
+    """The array, or _NotFinite, also where squares of its numbers would not be."""
+    if not (np.abs(x) <= LARGEST).all():
         raise _NotFinite(f"the {what} is not finite")
     return x
 

@@ -20,11 +20,12 @@ from numbers import Integral
 import numpy as np
 import torch
 from firedrake import DirichletBC, Function
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from scipy.stats import chi2, norm
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_count, check_number, check_seed
+from fem_diffusion.checks import check_all, check_count, check_kind, check_number, check_seed
 from fem_diffusion.eigenmodes import (
     free_dofs, leading_modes, mass_action, sample_covariance, split, without_conditions,
 )
@@ -115,7 +116,9 @@ class ModalBasis:
         size = self._against(lambda rows, weights: np.abs(rows) @ np.abs(weights))
         if signature.shape != ours.shape or (np.abs(signature - ours) > 1e-4 * size + 1e-12 * size.max()).any():
             raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                            "prior and number of modes, or the one that ModalBasis.save wrote beside it.")
+                            "prior and number of modes, or the one that ModalBasis.save wrote beside it. Modes of "
+                            "equal variance, as of the components of a vector, may turn from one number of ranks to "
+                            "another: then only the saved basis will do.")
 
     @property
     def standard_prior(self) -> bool:
@@ -206,7 +209,9 @@ class ModalBasis:
         means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
         chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
         worst = int(chances.min(axis=0).argmin())
-        if chances.size * chances.min() < _CHANCE:
+        # All latents together tell of small differences that no single one does.
+        total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
+        if min(chances.size * chances.min(), total) < _CHANCE:
             raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
                             f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
                             f"{squares[worst] / n:.3g}, where 0 and 1 are due. Compute the basis from the prior of the "
@@ -218,7 +223,7 @@ class ModalBasis:
     def save(self, path) -> None:
         """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
 
-        A transform or a prior is code, not data, and is not written; nor is the mesh.
+        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
 
         Parameters
         ----------
@@ -233,15 +238,13 @@ class ModalBasis:
         V = self.V
         arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
                   "modes": gather_rows(V, self.modes), "variances": self.variances}
-        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights}
+        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights,
+                  "transformed": self.transform is not None, "standard_prior": self.standard_prior}
         on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
 
 
-def load_basis(path, V) -> ModalBasis:
+def load_basis(path, V, prior=None) -> ModalBasis:
     """Read what `ModalBasis.save` wrote; no code in the file is run.
-
-    Modes past r cannot be refilled and a transform has to be applied by the caller; where the prior is at hand,
-    compute its basis again instead.
 
     Parameters
     ----------
@@ -249,6 +252,9 @@ def load_basis(path, V) -> ModalBasis:
         The file.
     V : firedrake.functionspaceimpl.WithGeometry
         The space of the basis, on the mesh of the user's own; on any number of ranks.
+    prior : GaussianPrior, TransformedPrior or ProductPrior, optional
+        The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
+        samples hold the modes of the basis alone.
 
     Returns
     -------
@@ -256,19 +262,37 @@ def load_basis(path, V) -> ModalBasis:
 
     Raises
     ------
+    InputError
+        If the fields of the prior are in another space, or the basis has a transform and there is no prior to bring it.
     FileError
-        If the file is damaged, foreign, holds no basis, or belongs to another mesh or space.
+        If the file is damaged, foreign, holds no basis, or belongs to another mesh, space or prior.
     """
+    check_kind(V, "V", WithGeometry, "the space of the basis")
+    gaussian = getattr(prior, "base", prior)
+    if prior is not None and getattr(gaussian, "V", None) != V:
+        raise InputError(f"prior is of type {type(prior).__name__} and its fields are not in V: give the basis's own.")
     content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
     columns = own_columns(content, "key", "element", V)
     variances, size = content.array("variances", None), len(content.arrays["key"])
     mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
     weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
-    weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and x > 0 for x in weights))
-    if not len(variances) or not (variances > 0).all() or not weighted or not 0 < total < np.inf:
-        raise content.error("holds no modes of positive variance")
-    basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total),
+    weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and 0 < x < np.inf for x in weights))
+    falling = len(variances) > 0 and (variances > 0).all() and (np.diff(variances) <= 1e-6 * variances[0]).all()
+    if not falling or not weighted or not (1 - 1e-6) * variances.sum() <= total < np.inf:
+        raise content.error("holds no modes of positive variance, largest first")
+    transformed, standard = content.value("transformed", bool), content.value("standard_prior", bool)
+    if transformed and not hasattr(prior, "transform_many"):
+        raise InputError(f"The parameter of the basis in {path} is a transform of its field, which is code and not in "
+                         "the file: pass prior=, the TransformedPrior.")
+    transform = (prior.transform_many, prior.V) if transformed else (None, None)
+    mean = field(V, mean[0, columns], name="mean")
+    basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), gaussian if standard else None, *transform,
                        weights=weights and tuple(weights))
+    if basis.prior is not None:
+        off, size = (V.comm.allreduce(float(np.abs(x).max(initial=0.0)), MPI.MAX) for x in (
+            coefficients(mean) - coefficients(gaussian.mean), coefficients(mean)))
+        if off > 1e-6 * (size + variances[0]**0.5 * np.abs(modes).max()):
+            raise content.error("belongs to another prior: its mean is another one")
     identity = torch.eye(basis.r, dtype=torch.float64)
     if not torch.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
@@ -361,7 +385,9 @@ def pod(V, fields, r: int | Sequence[int], bcs: Sequence[DirichletBC] = (), tran
         If there are too few samples, a sample is not finite or violates a condition, or `r` is not one number for each
         component.
     """
-    fields = fields if isinstance(fields, np.ndarray) else coefficients(fields)
+    check_kind(V, "V", WithGeometry, "the space of the fields")
+    if not isinstance(fields, np.ndarray):
+        fields = coefficients(list(check_all(fields, "fields", Function)))
     counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
     if None in counts:
         raise InputError(f"r is {r!r}: give the number of modes.")

@@ -2,6 +2,7 @@
 for use: Firedrake runs code that it finds in a CheckpointFile.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from firedrake import CheckpointFile, Function, VTKFile
 from firedrake.petsc import PETSc
 
 from fem_diffusion import files
+from fem_diffusion.checks import together
 from fem_diffusion.errors import FileError, InstallError
 from fem_diffusion.fields import coefficients, on_root
 from fem_diffusion.keyed import gather_rows
@@ -36,6 +38,9 @@ def write_checkpoint(path: Path, functions: Sequence[Function]) -> None:
     mesh, comm = functions[0].function_space().mesh(), functions[0].function_space().comm
     partial = path.with_name(path.name + ".partial")
     on_root(comm, lambda: files.make_folder(path.parent))
+    # Ranks that write together hang where the disk is full, so there must be room: measured, and twice as much.
+    cells, numbers = comm.allreduce(mesh.cell_set.size), sum(f.function_space().dim() for f in functions)
+    on_root(comm, lambda: files.check_room(partial, 2**21 + 600 * cells + 32 * numbers))
     wanted = {f.name(): gather_rows(f.function_space(), coefficients(f)[None]) for f in functions}
     try:
         with CheckpointFile(str(partial), "w", comm=comm) as file:
@@ -86,11 +91,17 @@ def write_vtk(path: Path, functions: Sequence[Function]) -> None:
         If VTK is not installed.
     """
     try:
-        file = VTKFile(str(path), comm=functions[0].function_space().comm)
+        together(functions[0].function_space().comm, lambda: VTKFile(
+            str(path), comm=functions[0].function_space().comm).write(*functions))
     except ModuleNotFoundError as error:
         raise InstallError(f"The samples are written to {path.parent}; files for viewing need VTK: "
                            "pip install 'fem_diffusion[vtk]'.") from error
-    try:
-        file.write(*functions)
     except OSError as error:
+        on_root(functions[0].function_space().comm, lambda: _remove(path))
         raise FileError(f"{path} cannot be written ({error}). Make room on the disk, or name another place.") from error
+
+
+def _remove(path: Path) -> None:
+    """Remove half a VTK file and its folder."""
+    path.unlink(missing_ok=True)
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)

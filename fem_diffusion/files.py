@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from fem_diffusion.checks import check_path
 from fem_diffusion.errors import FileError
 
-__all__ = ["Content", "VERSION", "adopt", "locked", "make_folder", "read", "write", "write_bytes"]
+__all__ = ["Content", "VERSION", "adopt", "check_room", "locked", "make_folder", "read", "write", "write_bytes"]
 
 VERSION = 1
 _DIGITS = 64
@@ -205,6 +205,24 @@ def _fill(descriptor: int, partial: Path, parts) -> None:
         found = _hash(iter(lambda: file.read(2**20), b""))
     if found != _hash(parts):
         raise OSError(errno.EIO, "what was written reads back differently")
+
+
+def check_room(partial: Path, size: int) -> None:
+    """Raise FileError unless so many bytes can be written under a name, which is empty then."""
+    try:
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, 0)
+            os.close(descriptor)
+    except OSError as error:
+        raise _failed("cannot be written", partial, error) from error
 
 
 def adopt(partial: Path, path: Path) -> None:

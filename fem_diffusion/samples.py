@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from firedrake import Function
+from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_count, check_number, check_path
+from fem_diffusion.checks import check_count, check_kind, check_number, check_path
 from fem_diffusion.errors import InputError
 from fem_diffusion.export import write_checkpoint, write_vtk
 from fem_diffusion.fields import field, on_root, owned_size
@@ -83,6 +84,7 @@ class Samples:
 
     def mean(self) -> Function:
         """Pointwise mean at the nodes."""
+        self._check_some()
         return field(self.V, self.values.mean(axis=0), name="mean")
 
     def std(self) -> Function:
@@ -93,6 +95,7 @@ class Samples:
 
     def quantile(self, q: float) -> Function:
         """Pointwise quantile at the nodes, 0 <= q <= 1."""
+        self._check_some()
         q = check_number(q, "q", least=0, most=1)
         return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
 
@@ -125,6 +128,7 @@ class Samples:
         -----
         Firedrake runs code that it finds in a CheckpointFile: open none that a stranger may have written.
         """
+        self._check_some()
         folder, comm = check_path(folder, "folder"), self.V.comm
         chosen = self if count is None else self[:check_count(count, "count")]
         arrays = {"key": gather_keys(self.V), "values": gather_rows(self.V, chosen.values),
@@ -145,9 +149,15 @@ class Samples:
         write_checkpoint(folder / "samples.h5", [*summary, *self[:count]])
         write_vtk(folder / "summary.pvd", summary)
 
+    def _check_some(self) -> None:
+        if not len(self):
+            raise InputError("There are no samples: choose at least one.")
+
     def plot(self, axes=None, truth: Function | None = None, **kwargs):
         """Draw the samples; see `fem_diffusion.plot.plot_samples`."""
         from fem_diffusion.plot import plot_samples
+
+        self._check_some()
         return plot_samples(self, axes=axes, truth=truth, **kwargs)
 
 
@@ -170,9 +180,12 @@ def load_samples(folder: str | os.PathLike, V) -> Samples:
     FileError
         If the file is damaged, foreign, or belongs to another mesh or space.
     """
+    check_kind(V, "V", WithGeometry, "the space of the parameter")
     content = read_everywhere(V.comm, check_path(folder, "folder") / _FILE, "samples", "Copy it again, or sample anew.")
     columns = own_columns(content, "key", "element", V)
     values = content.array("values", None, len(content.arrays["key"]))
     latents = content.arrays.get("latents", np.empty(0))
+    if latents.dtype not in (np.float32, np.float64):
+        raise content.error(f"holds latents of type {latents.dtype}")
     return Samples(V, values[:, columns], torch.from_numpy(content.array("latents", len(values), None,
                                                                          dtype=latents.dtype)))

@@ -195,6 +195,26 @@ def test_a_basis_on_a_mesh_and_its_submesh_reads_back(tmp_path):
     assert again.weights == basis.weights and again.total_variance == basis.total_variance
 
 
+def test_a_basis_of_a_transformed_prior_needs_it_again(tmp_path):
+    V = FunctionSpace(_mesh(5), "CG", 1)
+    gaussian = GaussianPrior(V, 0.5, 0.5)
+    prior = TransformedPrior(gaussian, exp)
+    basis = karhunen_loeve(prior, 4)
+    basis.save(tmp_path / "basis")
+    with pytest.raises(InputError, match="pass prior=, the TransformedPrior"):
+        load_basis(tmp_path / "basis", V)
+    again, z = load_basis(tmp_path / "basis", V, prior), torch.ones(1, 4)
+    np.testing.assert_allclose(again.parameters(z, 3), basis.parameters(z, 3), rtol=1e-12)
+    assert again.standard_prior and again.parameter_space == prior.V
+    with pytest.raises(FileError, match="belongs to another prior"):
+        load_basis(tmp_path / "basis", V, TransformedPrior(GaussianPrior(V, 0.5, 0.5, mean=1.0), exp))
+    with pytest.raises(InputError, match="not in V"):
+        load_basis(tmp_path / "basis", V, GaussianPrior(FunctionSpace(V.mesh(), "CG", 2), 0.5, 0.5))
+    # A POD basis stays one.
+    pod(V, gaussian.sample_many(9, 0), 3).save(tmp_path / "pod")
+    assert not load_basis(tmp_path / "pod", V, gaussian).standard_prior
+
+
 def test_violated_conditions_of_a_small_component_are_noticed():
     """Pascals beside mole fractions: each component is measured in its own units."""
     mesh = _mesh(4)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, UnitIntervalMesh
+from firedrake import Ensemble, Function, FunctionSpace, UnitIntervalMesh
 from mpi4py import MPI
 
 from fem_diffusion.errors import DataError, InputError, SolveError
@@ -231,6 +232,90 @@ def test_a_failure_on_one_rank_is_one_of_all(tmp_path):
     # A reading that the user forgot to sum over ranks.
     with pytest.raises(InputError, match="other readings on other ranks"):
         Problem(None, comm=MPI.COMM_WORLD).simulate(observation=lambda u: [u.dat.data_ro.sum()])
+
+
+@pytest.mark.parallel(2)
+def test_what_is_not_finite_on_one_rank_fails_on_all(tmp_path):
+    """Sums over ranks come after word from all of them, so that nobody waits for a rank that has stopped."""
+    rank = MPI.COMM_WORLD.rank
+    problem = Problem(None, comm=MPI.COMM_WORLD)
+    options = {"seed": SEED, "block": BLOCK, "progress": False, "on_failure": "skip", "most_failures": 0.9}
+    overflow = TransformedPrior(problem.prior, lambda f: 10.0**(300 * f))
+
+    class OneNan(Blocks):
+        def solve_many(self, ms):
+            states = ms**2
+            if rank == 1:
+                states[ms.max(axis=1) > 0.5] = np.nan
+            return states
+
+    def fails(u):
+        readings = problem.sensors(u)
+        if rank == 1 and u.dat.data_ro.max() > 1.0:
+            raise ValueError("on this rank only")
+        return readings
+
+    def wrong(u):
+        return np.ones((2, 2)) if rank == 1 else np.ones(2)
+    for prior, forward, observation, reason in [
+            (overflow, problem, problem.sensors, "the parameter is not finite"),
+            (problem.prior, OneNan(None, comm=MPI.COMM_WORLD), None, "the state is not finite"),
+            (problem.prior, problem, fails, "ValueError: on this rank only")]:
+        with pytest.warns(SkippedWarning):
+            data = simulate(prior if forward is problem else forward.prior, forward, observation or forward.sensors, 30,
+                            **options)
+        assert 0 < len(data.skipped) < 30 and all(why == reason for _, why in data.skipped)
+        assert len(set(MPI.COMM_WORLD.allgather(data.skipped))) == 1
+    with pytest.raises(InputError, match="k real numbers"):
+        simulate(problem.prior, problem, wrong, 3, **options)
+    with pytest.raises(DataError, match="prior failed for block 0 .*ValueError: no draw"):
+        def no_draw(seed):
+            if rank == 1:
+                raise ValueError("no draw")
+            return Function(problem.V)
+        simulate(CallablePrior(problem.V, no_draw), problem, problem.sensors, 3, **options)
+
+
+@pytest.mark.parallel(2)
+def test_an_error_of_one_member_of_an_ensemble_is_one_of_all(tmp_path):
+    folder = Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    ensemble = Ensemble(MPI.COMM_WORLD, 1)
+    problem = Problem(None, comm=ensemble.comm)
+
+    def draw(seed):
+        if MPI.COMM_WORLD.rank == 1:
+            raise ValueError("no draw here")
+        return Function(problem.V)
+    with pytest.raises(DataError, match="no draw here"):
+        simulate(CallablePrior(problem.V, draw), problem, problem.sensors, 30, seed=0, block=4, path=folder / "d",
+                 ensemble=ensemble, progress=False)
+
+
+def test_a_short_block_in_the_middle_is_incomplete(tmp_path):
+    problem = Problem()
+    with pytest.raises(SolveError):
+        problem.simulate(16, path=tmp_path / "d")
+    bad = _truth()[1][0]
+    assert bad < BLOCK
+    # The second block comes from elsewhere, as from another member of an ensemble.
+    Problem(None).simulate(16, path=tmp_path / "e")
+    shutil.copy(tmp_path / "e" / "block-00001.safetensors", tmp_path / "d")
+    with pytest.raises(DataError, match=f"{bad + BLOCK} of 16 pairs"):
+        load_pairs(tmp_path / "d", problem.V)
+    assert len(load_pairs(tmp_path / "d", problem.V, bad)) == bad
+
+
+def test_a_solver_may_change_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    problem = Problem(None)
+
+    def forward(m):
+        os.chdir(tmp_path / "other")
+        return problem(m)
+    simulate(problem.prior, forward, problem.sensors, 9, seed=0, block=4, path="pairs", progress=False)
+    assert len(load_pairs(tmp_path / "pairs", problem.V)) == 9 and not list((tmp_path / "pairs").glob("*.lock"))
+    assert not list((tmp_path / "other").iterdir())
 
 
 HANGS = """

@@ -26,6 +26,7 @@ from fem_diffusion.diffusion import GaussianNoise, TrainingOptions, linear_base,
 from fem_diffusion.errors import FileError
 from fem_diffusion.problem.observation import point_sensors
 from fem_diffusion.problem.prior import GaussianPrior
+from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation import simulate
 
 ARRAYS = {"x": np.arange(12.0).reshape(3, 4).T, "none": np.empty((0, 3)), "number": np.array(2.5),
@@ -400,3 +401,27 @@ def test_checkpoint_files_for_others_are_read_back(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("lost*"))
     with pytest.raises(FileError, match="cannot be made"):
         export.write_checkpoint(tmp_path / "square" / "file", functions)
+
+
+@pytest.mark.parallel(2)
+def test_samples_that_find_no_room_on_two_ranks_hang_nobody(tmp_path):
+    """HDF5 on several ranks waits for ever where one of them cannot write: so there must be room before it starts."""
+    folder = Path(MPI.COMM_WORLD.bcast(str(tmp_path)))
+    V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
+    samples = Samples(V, np.ones((5, V.dof_dset.layout_vec.getLocalSize())), torch.zeros(5, 1))
+    for size in (100, 20_000, 500_000):
+        with largest_file(size), pytest.raises(FileError, match="File too large"):
+            samples.save(folder / "s")
+    assert len(load_samples(folder / "s", V)) == 5
+    if MPI.COMM_WORLD.rank == 0:
+        assert {path.name for path in (folder / "s").iterdir()} == {"samples.safetensors"}
+
+
+def test_half_a_vtk_file_is_removed(tmp_path):
+    pytest.importorskip("vtk")
+    from fem_diffusion.export import write_vtk
+    f = Function(FunctionSpace(UnitSquareMesh(20, 20, comm=MPI.COMM_SELF), "CG", 1), name="mean")
+    for size in (10, 2000):
+        with largest_file(size), pytest.raises(FileError, match="File too large|cannot be written"):
+            write_vtk(tmp_path / "summary.pvd", [f])
+        assert not list(tmp_path.iterdir())

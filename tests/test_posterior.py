@@ -224,6 +224,10 @@ def test_a_basis_of_another_prior_is_noticed(job):
         other = GaussianPrior(prior.V, std=std, correlation_length=length, mean=mean, bcs=prior.bcs)
         with pytest.raises(DataError, match="no draws of the prior behind the basis.*prior of the simulation"):
             fit(data, karhunen_loeve(other, 5), GaussianNoise(std=NOISE), options=OPTIONS, progress=False)
+    # Small differences show in all latents together.
+    z = 1.05 * torch.randn(1000, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(DataError, match="no draws of the prior"):
+        karhunen_loeve(same, 20).check_draws(z)
     # 200 draws of the prior itself pass, however few and however many latents.
     for n in (2, 5, 20, 400):
         for seed in range(50):
@@ -250,6 +254,10 @@ def test_samples_are_sliced_saved_and_read(job, tmp_path):
     np.testing.assert_array_equal(part.values, samples.values[[2, 5]])
     np.testing.assert_array_equal(coefficients(samples[-1]), samples.values[9])
     assert samples[np.int64(1)].name() == "sample_1" and len(list(samples)) == 10
+    for call in (lambda x: x.mean(), lambda x: x.quantile(0.5), lambda x: x.save(tmp_path / "n"), lambda x: x.plot()):
+        with pytest.raises(InputError, match="no samples"):
+            call(samples[:0])
+    assert not (tmp_path / "n").exists()
     for index in ("a", 1.0, True, None):
         with pytest.raises(InputError, match="numbered by integers and slices"):
             samples[index]

@@ -206,6 +206,11 @@ def read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
         "whitener": (k, k)})
     if base is None or not r:
         raise content.error("holds no base")
+    # Each latent in its own units.
+    unit = base.factor.square().sum(1).sqrt()
+    inverse = (base.factor @ base.factor_inverse) * unit / unit[:, None]
+    if not torch.allclose(inverse, torch.eye(r, dtype=inverse.dtype), rtol=0, atol=1e-4):
+        raise content.error("holds a base whose factors are no inverses of each other")
     network = unpack_network(content, "network", (ResidualMLP, FieldNetwork), {"r": r, "k": k})
     signature = content.array("basis.signature", r + 1)
     return signature, Denoiser(base, network, *unpack_sampling(content, r)), unpack_history(content)

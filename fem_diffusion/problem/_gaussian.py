@@ -18,7 +18,9 @@ from ufl.domain import extract_domains
 from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field, independent_entries, is_real, require_real
-from fem_diffusion.problem._checks import check_reproduced, interpolated, matern_space, root_space
+from fem_diffusion.problem._checks import (
+    check_reproduced, exterior_measures, interpolated, matern_space, root_space,
+)
 from fem_diffusion.problem._forms import linear_options
 from fem_diffusion.problem._given import check_finite, check_rows, check_solver, check_space
 from fem_diffusion.problem._matern import (
@@ -99,12 +101,17 @@ class GaussianPrior:
 
     def _set_operator(self, correlation_length, smoothness, solver_parameters):
         """Check and keep what the operator of a field needs."""
+        ends = set(exterior_measures(self.V.mesh()))
         for bc in self.bcs:
+            words = [part for part in bc.sub_domain if part in ("bottom", "top")]
             try:
-                bc.nodes
-            except (LookupError, ValueError) as error:
+                # The seam of a periodic extrusion has nodes and is no boundary.
+                known = ends.issuperset(words) and bc.nodes is not None
+            except (LookupError, ValueError):
+                known = False
+            if not known:
                 raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
-                                 "name its markers") from error
+                                 "name its markers")
         self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
         self._order = operator_order(smoothness, d)

@@ -24,7 +24,7 @@ from fem_diffusion.problem._checks import exterior_measures
 __all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
            "pointwise_variance"]
 
-_ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficien
+_ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficient
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
 _VARIANCE_ERROR = 0.015  # relative standard error of the estimated pointwise variance of larger problems
 _BLOCK_BYTES = 2**26     # memory for one block of right-hand sides
