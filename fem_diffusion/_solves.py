@@ -255,7 +255,7 @@ class _NotFinite(Exception):
 def _finite(x: np.ndarray, what: str) -> np.ndarray:
     """The array, or _NotFinite, also where squares of its numbers would not be."""
     if not (np.abs(x) <= LARGEST).all():
-        raise _NotFinite(f"the {what} is not finite")
+        raise _NotFinite(f"the {what} is not finite, or beyond {LARGEST:g}")
     return x
 
 

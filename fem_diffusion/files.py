@@ -27,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from fem_diffusion.checks import check_path
+from fem_diffusion.checks import LARGEST, check_path
 from fem_diffusion.errors import FileError
 
 __all__ = ["Content", "VERSION", "adopt", "check_room", "locked", "make_folder", "read", "write", "write_bytes"]
@@ -79,8 +79,8 @@ class Content:
         if not fits or found.dtype != dtype:
             raise self.error(f"holds {name!r} of shape {found.shape} and type {found.dtype}, where {shape} and "
                              f"{np.dtype(dtype)} are expected")
-        if finite and not np.isfinite(found).all():
-            raise self.error(f"holds values in {name!r} that are not finite")
+        if finite and not (np.abs(found.astype(float)) <= LARGEST).all():
+            raise self.error(f"holds values in {name!r} that are not finite, or beyond {LARGEST:g}")
         return found
 
     def value(self, name: str, *kinds: type):

@@ -94,6 +94,8 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
     _refuse("maps", curves=curves, reference=reference, xlabel=xlabel)
     if V.mesh().geometric_dimension != 2 or comm.size > 1:
         raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
+    if getattr(V.mesh(), "extruded_periodic", False):
+        raise InputError("Firedrake draws no maps on periodic extrusions: use save() and a viewer.")
     return _plot_maps(V, values, axes, truth, ylabel or "parameter")
 
 

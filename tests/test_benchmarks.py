@@ -1,6 +1,5 @@
 """Canonical problems: their conditionals are those of their joint laws; what the benchmarks' commands promise."""
 
-import csv
 import re
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fem_diffusion import files
 from fem_diffusion.diagnostics import mmd, sbc_p_values, sbc_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -95,7 +95,7 @@ def test_command_reaches_its_verdict(tmp_path, monkeypatch, capsys):
 
 def test_command_judges_a_network(tmp_path, monkeypatch, capsys):
     printed = _command("banana", tmp_path, monkeypatch, capsys, steps=400, evaluate_every=100)
-    rows = list(csv.DictReader((tmp_path / "rows" / "rows" / "banana-gaussian-0.csv").read_text().splitlines()))
+    rows = files.read(tmp_path / "rows" / "rows" / "banana-gaussian-0.safetensors", "rows", "").values["rows"]
     assert int(next(row for row in rows if row["sampler"] == "adaptive")["evaluations"]) > 20
     ratio = float(re.search("met on 1 of 1 problems, geometric mean ([0-9.]+) of", printed)[1])
     assert 0.9 < ratio < 1.05

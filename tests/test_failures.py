@@ -264,16 +264,10 @@ def test_what_is_not_finite_on_one_rank_fails_on_all(tmp_path):
         with pytest.warns(SkippedWarning):
             data = simulate(prior if forward is problem else forward.prior, forward, observation or forward.sensors, 30,
                             **options)
-        assert 0 < len(data.skipped) < 30 and all(why == reason for _, why in data.skipped)
+        assert 0 < len(data.skipped) < 30 and any(reason in why for _, why in data.skipped)
         assert len(set(MPI.COMM_WORLD.allgather(data.skipped))) == 1
     with pytest.raises(InputError, match="k real numbers"):
         simulate(problem.prior, problem, wrong, 3, **options)
-    with pytest.raises(DataError, match="prior failed for block 0 .*ValueError: no draw"):
-        def no_draw(seed):
-            if rank == 1:
-                raise ValueError("no draw")
-            return Function(problem.V)
-        simulate(CallablePrior(problem.V, no_draw), problem, problem.sensors, 3, **options)
 
 
 @pytest.mark.parallel(2)

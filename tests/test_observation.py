@@ -7,6 +7,7 @@ from firedrake import (
     MixedFunctionSpace, SpatialCoordinate, Submesh, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh,
     VectorFunctionSpace, as_vector, assemble, conditional, cross, div, dot, ds, dx, grad, lt, split, sqrt,
 )
+from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem.advection_diffusion import AdvectionDiffusion
@@ -248,3 +249,15 @@ def test_rows_agree_with_an_assembled_form(mesh, U, state):
     x = SpatialCoordinate(mesh)
     observed = functionals(U, [lambda u: x[0] * u.dx(1) * dx])
     assert observed(state)[0] == pytest.approx(assemble(x[0] * state.dx(1) * dx), abs=1e-13)
+
+
+@pytest.mark.parametrize("family", ["BDMCF", "BDMCE", "RTCF", "RTCE"])
+def test_elements_that_understate_their_degree_are_read(family):
+    """Firedrake says degree 1 of BDMCF, whose values are quadratic: an exact copy has more."""
+    mesh = UnitSquareMesh(4, 4, quadrilateral=True, comm=MPI.COMM_SELF)
+    U, D = FunctionSpace(mesh, family, 1), VectorFunctionSpace(mesh, "DQ", 3)
+    points = np.random.default_rng(1).random((20, 2))
+    u = Function(U)
+    u.dat.data[:] = np.random.default_rng(0).standard_normal(U.dim())
+    exact = point_sensors(D, points)(Function(D).interpolate(u))
+    np.testing.assert_allclose(point_sensors(U, points)(u), exact, atol=1e-12)

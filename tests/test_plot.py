@@ -222,3 +222,9 @@ def test_two_ranks_draw_on_the_first_and_refuse_together():
         assert axes is None
     with pytest.raises(InputError, match="axes is 'ax'"):
         samples.plot(axes="ax" if mesh.comm.rank else None)
+
+
+def test_a_map_on_a_periodic_extrusion_is_refused():
+    mesh = ExtrudedMesh(UnitIntervalMesh(3), 3, periodic=True)
+    with pytest.raises(InputError, match="periodic extrusions: use save"):
+        _samples(FunctionSpace(mesh, "CG", 1)).plot()

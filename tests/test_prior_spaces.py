@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from firedrake import (COMM_SELF, COMM_WORLD, Constant, DirichletBC, ExtrudedMesh, Function, FunctionSpace, Mesh,
-                       PeriodicUnitIntervalMesh, PeriodicUnitSquareMesh, SpatialCoordinate, TensorFunctionSpace,
-                       UnitCubeMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, dx, exp)
+from firedrake import (
+    COMM_SELF, COMM_WORLD, Constant, DirichletBC, ExtrudedMesh, Function, FunctionSpace, Mesh,
+    PeriodicUnitIntervalMesh, PeriodicUnitSquareMesh, SpatialCoordinate, TensorFunctionSpace, UnitCubeMesh,
+    UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, dx, exp,
+)
 
 from fem_diffusion.bridge import karhunen_loeve
 from fem_diffusion.eigenmodes import mass_action
@@ -167,3 +169,11 @@ def test_numbers_are_independent_normals_and_leave_other_components_their_modes(
     np.testing.assert_allclose(kept, alone.scaled_modes, atol=1e-9)
     latents = together.encode(together.prior.sample_many(400, seed=4))
     assert (torch.cov(latents.T) - torch.eye(8)).abs().max() < 5 / np.sqrt(400)
+
+
+@pytest.mark.parametrize("end", ["bottom", "top"])
+def test_conditions_on_a_seam_are_refused(end):
+    mesh = ExtrudedMesh(UnitIntervalMesh(4, comm=COMM_SELF), 4, periodic=True)
+    V = FunctionSpace(mesh, "CG", 1)
+    with pytest.raises(InputError, match="no part of the mesh's boundary"):
+        GaussianPrior(V, 1.0, 0.3, bcs=DirichletBC(V, 0, end))

@@ -1,7 +1,5 @@
 """The comparison protocol: every cell once, nothing lost in a crash, and conclusions that follow from the rows."""
 
-import csv
-import json
 import math
 from dataclasses import replace
 
@@ -9,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from fem_diffusion import files
 from fem_diffusion.diagnostics import (
     SAMPLERS, Sampler, Training, combine, compare, convergence, plot_costs, plot_overview, run_protocol, summarise,
     write_markdown,
@@ -17,7 +16,7 @@ from fem_diffusion.diffusion import (
     Denoiser, Formulation, Support, TrainingOptions, linear_base, straight_line, variance_exploding,
     variance_preserving,
 )
-from fem_diffusion.errors import DataError, FileError, InputError
+from fem_diffusion.errors import FileError, InputError
 
 FAST = TrainingOptions(steps=60, batch=64, width=16, depth=1, evaluate_every=30)
 VARIANCE = 0.04
@@ -52,11 +51,6 @@ def _training(fit, score=_score, seed=0, budgets=(2, 8), samplers=SAMPLERS, form
 
 def _run(trainings, folder, settings={}):
     return run_protocol(trainings, folder, settings, progress=False)
-
-
-def _lines(path):
-    """Number of complete rows in a file."""
-    return len(list(csv.DictReader(path.read_text().splitlines())))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
@@ -123,23 +117,6 @@ def test_rows_survive_a_crash_and_are_not_repeated(tmp_path):
     assert [{**row, "seconds": ""} for row in rows] == [{**row, "seconds": ""} for row in whole]
 
 
-@pytest.mark.parametrize("cut", [1, 7, 40])
-def test_a_line_cut_short_is_done_again(tmp_path, cut):
-    whole = _run([_training(Fit())], tmp_path)
-    path = tmp_path / "rows" / "narrow-gaussian-0.csv"
-    path.write_bytes(path.read_bytes()[:-cut])
-    again = _run([_training(Fit())], tmp_path)
-    assert [{**row, "seconds": ""} for row in again] == [{**row, "seconds": ""} for row in whole]
-    assert _lines(path) == len(whole)
-
-
-def test_a_header_cut_short_starts_afresh(tmp_path):
-    whole = _run([_training(Fit())], tmp_path)
-    path = tmp_path / "rows" / "narrow-gaussian-0.csv"
-    path.write_bytes(path.read_bytes()[:20])
-    assert len(_run([_training(Fit())], tmp_path)) == len(whole) == _lines(path)
-
-
 def test_more_budgets_and_seeds_extend_a_folder(tmp_path):
     fit = Fit()
     few = _run([_training(fit)], tmp_path)
@@ -147,13 +124,22 @@ def test_more_budgets_and_seeds_extend_a_folder(tmp_path):
     assert fit.calls == 3 and len(more) > len(few) and all(row in more for row in few)
 
 
-@pytest.mark.parametrize("spoil", [lambda p: p.write_text("a,b\n1,2\n"),
-                                   lambda p: p.write_text(p.read_text() + "1,2,3\n"),
-                                   lambda p: p.write_text(p.read_text().replace(",", ";"))])
-def test_foreign_rows_are_refused(tmp_path, spoil):
+@pytest.mark.parametrize("name", ["rows/narrow-gaussian-0.safetensors", "settings.safetensors"])
+@pytest.mark.parametrize("spoil", [lambda content: content[:-7], lambda content: content.replace(b"1", b"2", 1),
+                                   lambda content: b"[1]", lambda content: b"\xff\xfe"])
+def test_damaged_and_foreign_files_are_refused(tmp_path, name, spoil):
     _run([_training(Fit())], tmp_path)
-    spoil(tmp_path / "rows" / "narrow-gaussian-0.csv")
-    with pytest.raises(DataError, match="delete it"):
+    broken = spoil((tmp_path / name).read_bytes())
+    (tmp_path / name).write_bytes(broken)
+    with pytest.raises(FileError, match="is damaged|no file that fem_diffusion reads"):
+        _run([_training(Fit())], tmp_path)
+    assert (tmp_path / name).read_bytes() == broken
+
+
+def test_rows_of_something_else_are_refused(tmp_path):
+    _run([_training(Fit())], tmp_path)
+    files.write(tmp_path / "rows" / "narrow-gaussian-0.safetensors", "rows", {}, {"rows": [{"a": 1}]})
+    with pytest.raises(FileError, match="no rows of this protocol.*Delete it"):
         _run([_training(Fit())], tmp_path)
 
 
@@ -171,10 +157,10 @@ def test_other_settings_are_refused(tmp_path):
 ])
 def test_another_formulation_or_sampler_of_a_known_name_is_refused(tmp_path, change, words):
     first = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path)
-    kept = (tmp_path / "settings.json").read_text()
+    kept = (tmp_path / "settings.safetensors").read_bytes()
     with pytest.raises(InputError, match=f"{words}.*name another folder"):
         _run([_training(Fit(), **{"samplers": SAMPLERS[:1]} | change)], tmp_path)
-    assert (tmp_path / "settings.json").read_text() == kept
+    assert (tmp_path / "settings.safetensors").read_bytes() == kept
     assert _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path) == first
 
 
@@ -184,20 +170,19 @@ def test_one_name_means_one_formulation_in_all_trainings(tmp_path):
               _training(Fit(), formulations=(variance_exploding(0.1),), seed=1)], tmp_path)
 
 
-def test_new_names_are_added_and_an_old_folder_is_completed(tmp_path):
+def test_new_names_are_added(tmp_path):
     few = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps({"pairs": 1}))
+    path = tmp_path / "settings.safetensors"
     mine = Formulation("mine", lambda t: 2500 * t**2, lambda t: 1 + 50 * t)
     more = _run([_training(Fit(), samplers=SAMPLERS[:2], formulations=(
         variance_exploding(), variance_preserving(), mine))], tmp_path, {"pairs": 1})
     assert all(row in more for row in few)
-    signatures = json.loads(path.read_text())["signatures"]
+    signatures = files.read(path, "settings", "").values["signatures"]
     assert list(signatures["formulations"]) == ["VE", "VP", "mine"]
     assert list(signatures["samplers"]) == ["Euler-Maruyama", "Euler ODE"]
     # What is left out of a call stays known.
     _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
-    assert json.loads(path.read_text())["signatures"] == signatures
+    assert files.read(path, "settings", "").values["signatures"] == signatures
 
 
 @pytest.mark.parametrize("change, words", [

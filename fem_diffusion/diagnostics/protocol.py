@@ -1,8 +1,8 @@
 """The comparison protocol: formulations times samplers times numbers of network evaluations, resumable.
 
-A training makes one denoiser; a combination is one way to sample it. Every finished combination is one line of a CSV
-file, on the disk before the next one starts, and every training keeps its checkpoint. So a crash loses the combination
-in work, and the same call goes on where it stopped. `compare` runs the protocol on joint samples of your own;
+A training makes one denoiser; a combination is one way to sample it. Every finished combination is a row in a file, on
+the disk before the next one starts, and every training keeps its checkpoint. So a crash loses the combination in work,
+and the same call goes on where it stopped. `compare` runs the protocol on joint samples of your own;
 benchmarks with exact conditionals call `run_protocol` with scores of their own.
 
 All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
@@ -11,9 +11,7 @@ of the latents is left out: it would draw some samples again, at a cost beyond t
 """
 
 import copy
-import csv
 import hashlib
-import io
 import json
 import os
 import time
@@ -42,7 +40,7 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.diffusion.gaussian import check_pairs, spread
 from fem_diffusion.diffusion.noise import as_noise
-from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.errors import InputError, SolveError
 
 __all__ = ["Training", "compare", "run_protocol"]
 
@@ -109,7 +107,7 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     trainings : iterable of Training
         With names of their own.
     folder : path
-        Where rows (rows/*.csv) and checkpoints (models/*.safetensors) are kept; made where it does not exist.
+        Where rows (rows/*.safetensors) and checkpoints (models/*.safetensors) are kept; made where it does not exist.
     settings : dict
         What the rows depend on besides their names, in JSON types, none of them called "signatures"; a folder made
         under other settings is refused. Combinations and seeds may be added later; a name of a formulation or sampler
@@ -127,10 +125,8 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     InputError
         If the folder cannot be made or belongs to other settings, these are not in JSON types, two trainings share a
         name, or the name of a formulation or sampler stands for another one in the folder.
-    DataError
-        If a file of rows is not one of this protocol.
     FileError
-        If a file cannot be written, or another run works in the folder.
+        If a file is damaged or cannot be written, or another run works in the folder.
     """
     trainings, folder = check_all(trainings, "trainings", Training), _folder(folder)
     check_flag(progress, "progress")
@@ -151,7 +147,7 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
 
 def _run(trainings: list[Training], folder: Path, settings: dict, progress: bool) -> list[dict]:
     """`run_protocol` in a folder that is there and locked."""
-    _claim(folder / "settings.json", settings, [c for training in trainings for c in training.combinations])
+    _claim(folder / "settings.safetensors", settings, [c for training in trainings for c in training.combinations])
     rows = []
     # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
     with tqdm(total=sum(_work(c) for t in trainings for c in t.combinations), unit="eval", disable=not progress,
@@ -172,7 +168,7 @@ def _work(combination: Combination) -> int:
 
 
 def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
-    path = folder / "rows" / f"{training.name}.csv"
+    path = folder / "rows" / f"{training.name}.safetensors"
     rows = {(row["formulation"], row["sampler"], row["budget"]): row for row in _read(path)}
     missing = [c for c in training.combinations if c.key not in rows]
     bar.update(sum(_work(c) for c in training.combinations if c.key in rows))
@@ -181,7 +177,9 @@ def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
         denoiser = training.fit(folder / "models" / f"{training.name}.safetensors")
     for combination in missing:
         bar.set_description(f"{training.name}: {' '.join(combination.key)}")
-        rows[combination.key] = _append(path, _row(training, combination, denoiser))
+        row = _row(training, combination, denoiser)
+        rows[combination.key] = {name: str(value) for name, value in row.items()}
+        files.write(path, "rows", {}, {"rows": list(rows.values())})
         bar.update(_work(combination))
     return [rows[c.key] for c in training.combinations]
 
@@ -232,9 +230,12 @@ class _Counter:
 
 def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> None:
     """Write the settings of a new folder, or compare them with those of an old one; add signatures of new names."""
-    text = path.read_text() if path.exists() else ""
-    before = json.loads(text) if text else dict(settings)
-    signatures = {"formulations": {}, "samplers": {}} | before.pop("signatures", {})
+    before, signatures = settings, {"formulations": {}, "samplers": {}}
+    if path.exists():
+        content = files.read(path, "settings", f"Delete {path.parent}, or name another folder.")
+        before, signatures = content.value("settings", dict), content.value("signatures", dict)
+        if set(signatures) != {"formulations", "samplers"} or not all(isinstance(x, dict) for x in signatures.values()):
+            raise content.error("holds no signatures")
     if before != settings:
         names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
         raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
@@ -246,9 +247,7 @@ def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> N
         if signatures[group].setdefault(item.name, signature) != signature:
             raise InputError(f"{path.parent} knows another one of the {group} as {item.name!r}, whose rows cannot "
                              "stand for this one. Give it a name of its own, or name another folder.")
-    after = json.dumps(settings | {"signatures": signatures}, indent=1)
-    if after != text:
-        files.write_bytes(path, after.encode())
+    files.write(path, "settings", {}, {"settings": settings, "signatures": signatures})
 
 
 def _signature(item: Formulation | Sampler) -> str:
@@ -262,32 +261,15 @@ def _signature(item: Formulation | Sampler) -> str:
 
 
 def _read(path: Path) -> list[dict]:
-    """Complete rows of a file; a line that a crash cut short is taken off it."""
+    """Rows of a file, none where there is no file."""
     if not path.exists():
         return []
-    text = path.read_text()
-    whole = text[:text.rfind("\n") + 1]
-    if whole != text:
-        files.write_bytes(path, whole.encode())
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    if any(None in row or None in row.values() or "budget" not in row for row in rows):
-        raise DataError(f"{path} is not a file of this protocol, or was edited; delete it and run again.")
+    content = files.read(path, "rows", "Delete it and run again.")
+    rows = content.value("rows", list)
+    if not all(isinstance(row, dict) and {"formulation", "sampler", "budget"} <= set(row)
+               and all(isinstance(value, str) for value in row.values()) for row in rows):
+        raise content.error("holds no rows of this protocol")
     return rows
-
-
-def _append(path: Path, row: dict) -> dict:
-    """Add one row to a file, header first where it is new, and wait until it is on the disk; the row as text."""
-    row = {key: str(value) for key, value in row.items()}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(row), lineterminator="\n")
-    if not path.exists() or not path.stat().st_size:
-        writer.writeheader()
-    writer.writerow(row)
-    with open(path, "a") as file:
-        file.write(text.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    return row
 
 
 def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *, noise=None,
@@ -341,8 +323,8 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     InputError
         If shapes disagree, too few pairs remain for training, there is nothing to run, or the folder holds results for
         other data, settings, formulations or samplers.
-    DataError
-        If a file of rows in the folder is not one of this protocol.
+    FileError
+        If a file in the folder is damaged or cannot be written, or another run works there.
     """
     # The protocol runs on the CPU; `options.device` says where training does.
     z, y = torch.from_numpy(check_array(z, "z", ("n", "r"))), torch.from_numpy(check_array(y, "y", ("n", "k")))

@@ -7,7 +7,7 @@ lines. So thousands of rows cost a few matrix products, and no form is assembled
 import finat.ufl
 import numpy as np
 from firedrake import (
-    Constant, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, interpolate,
+    Constant, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, exp, interpolate,
 )
 from firedrake.mesh import MeshGeometry
 from mpi4py import MPI
@@ -19,7 +19,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, multiply, on_root
 from fem_diffusion.problem._points import locate, sensor_rows
 from fem_diffusion.problem.observation import (
-    Observation, check_tolerance, checked_names, checked_points, component_space, labels,
+    Observation, check_tolerance, checked_names, checked_points, compare_row, component_space, labels,
 )
 
 __all__ = ["line_averages", "patch_averages", "random_points"]
@@ -86,6 +86,7 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
         mesh.comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
         rows[np.abs(rows) < 1e-12 * largest[:, None]] = 0.0
         blocks.append(csr_matrix(rows))
+    compare_row(W, blocks[0][:1], "patch 0", lambda u: _direct_average(u, centres[0], radii[0], degree))
     default = [f"{label}±{radius:g}" for label, radius in zip(labels(centres), radii)]
     return Observation(U, embed(vstack(blocks, format="csr")), checked_names(names, default, len(centres)), centres)
 
@@ -186,6 +187,15 @@ def random_points(mesh, n, seed, *, tolerance=1e-6):
         candidates = low + (high - low) * rng.random((trials, gdim))
         chosen = np.concatenate([chosen, candidates[locate(mesh, candidates, tolerance)[2]]])
     return chosen[:n]
+
+
+def _direct_average(u, centre, radius, degree):
+    """Average of a Function with the weight of `patch_averages`."""
+    x = SpatialCoordinate(u.function_space().mesh())
+    # Constants, so that the forms are compiled once for all places.
+    square = sum((x[i] - Constant(c))**2 for i, c in enumerate(centre))
+    weight, over = exp(-square / (2 * Constant(radius)**2)), dx(u.function_space().mesh(), degree=degree)
+    return assemble(weight * u * over) / assemble(weight * over)
 
 
 def _check_scalar(W):

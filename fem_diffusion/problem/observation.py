@@ -22,7 +22,7 @@ from ufl.algorithms.formtransformations import compute_form_arities
 
 from fem_diffusion.checks import check_all, check_array, check_callable, check_number
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, independent_entries, on_root, owned_size
+from fem_diffusion.fields import coefficients, field, independent_entries, on_root, owned_size
 from fem_diffusion.problem._given import check_rows, check_space
 from fem_diffusion.problem._points import locate, sensor_rows
 
@@ -109,6 +109,9 @@ class Observation:
         return len(self.names)
 
     __iter__ = None  # a row alone means little, and NumPy would otherwise take an observation for a sequence
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("An Observation holds a mesh and cannot be copied or pickled: build it again.")
 
     def __getitem__(self, rows):
         """Observation of some of the rows, for example without a failed sensor.
@@ -286,9 +289,21 @@ def functionals(U, forms, names=None):
     if not forms:
         raise InputError("there are no forms: give at least one functional of the state")
     rows = [csr_matrix(_row(U, form, argument, i)) for i, form in enumerate(forms)]
+    compare_row(U, rows[0], "functional 0", lambda u: assemble(forms[0](u)))
     names = checked_names(names, (f"functional {i}" for i in range(len(forms))), len(forms))
     points = np.full((len(forms), U.mesh().geometric_dimension), np.nan)
     return Observation(U, vstack(rows, format="csr"), names, points)
+
+
+def compare_row(U, row, name, direct):
+    """Raise InputError unless a row (1, n_owned) reads of a random state what `direct` finds in the Function."""
+    state = field(U, np.random.default_rng([0, U.comm.rank]).standard_normal(owned_size(U)))
+    values = coefficients(state)
+    found, size = U.comm.allreduce(np.array([(row @ values)[0], (abs(row) @ np.abs(values))[0]]))
+    wanted = float(direct(state))
+    if not abs(found - wanted) <= 1e-8 * size:
+        raise InputError(f"{name} reads {found:g} of a state by its row, and {wanted:g} directly: Firedrake assembles "
+                         "one of them wrongly on this mesh; choose another element or another form")
 
 
 def _row(U, form, argument, i):
