@@ -5,6 +5,7 @@ import pytest
 from firedrake import Ensemble, Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh
 from mpi4py import MPI
 
+from fem_diffusion import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.problem.observation import point_sensors
 from fem_diffusion.problem.prior import CallablePrior, GaussianPrior, TransformedPrior
@@ -88,7 +89,9 @@ def test_an_ensemble_makes_the_same_data(tmp_path_factory):
 
 
 @pytest.mark.parallel(2)
-def test_a_mesh_on_two_ranks(tmp_path_factory):
+def test_a_mesh_on_two_ranks(tmp_path_factory, monkeypatch):
+    # Rows go in parts, because a message holds less than 2 GiB.
+    monkeypatch.setattr(keyed, "_MESSAGE", 200)
     folder = MPI.COMM_WORLD.bcast(str(tmp_path_factory.mktemp("pairs")))
     prior, forward, observation = _problem(MPI.COMM_WORLD)
     data = simulate(prior, forward, observation, 6, seed=3, path=f"{folder}/d", keep_states=True, progress=False)
