@@ -155,7 +155,8 @@ def test_numbers_stand_for_gaussian_noise():
     z = torch.randn(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     few = TrainingOptions(steps=20, evaluate_every=20, width=4)
     one, other = (fit_denoiser(z, z, noise, options=few)[0].base for noise in (0.5, GaussianNoise(std=0.5)))
-    assert torch.equal(one.gain, other.gain)
+    # Up to rounding, which depends on where tensors lie in memory.
+    torch.testing.assert_close(one.gain, other.gain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("noise, words", [
