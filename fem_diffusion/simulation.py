@@ -325,8 +325,10 @@ def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, fo
     known = [] if folder is None else [np.empty(folder.sensors)]
     check_lengths(found.observations + known)
     k = len((found.observations + known or [()])[0])
-    observations = np.array(found.observations).reshape(len(found.rows), k)
-    states = np.array(found.states).reshape(len(found.rows), -1) if job.keep_states else None
+    # An interruption may have left a result that has no row yet.
+    rows = len(found.rows)
+    observations = np.array(found.observations[:rows]).reshape(rows, k)
+    states = np.array(found.states[:rows]).reshape(rows, -1) if job.keep_states else None
     new = Block(fields[found.rows], observations, states, found.count, found.failed)
     if former is None:
         return new
