@@ -223,6 +223,9 @@ class Job:
         except _NotFinite as error:
             outcome = str(error)
         except Exception as error:
+            # PETSc turns what is raised in its callbacks into errors of its own.
+            if _interrupted(error):
+                raise KeyboardInterrupt from error
             outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
         everywhere = [found for found in self._gathered(outcome, time.monotonic() - start) if found is not None]
         for found in everywhere:
@@ -246,6 +249,13 @@ class Job:
                 comm.Abort(1)
             time.sleep(0 if waited < 0.01 else 1e-3)
         return comm.allgather(mine)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an exception comes from an interruption by the user."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class _NotFinite(Exception):

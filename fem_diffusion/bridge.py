@@ -38,6 +38,8 @@ __all__ = ["ModalBasis", "karhunen_loeve", "load_basis", "pod"]
 _TAIL_DRAWS = 64
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
+# How far covariances of modes may be from those of a prior, in units of their standard deviations.
+_SAME = 1e-2
 
 
 @dataclass(frozen=True)
@@ -200,22 +202,36 @@ class ModalBasis:
         """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
         return [field(self.parameter_space, values) for values in self.parameters(z)]
 
-    def check_draws(self, z: torch.Tensor) -> None:
-        """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I)."""
+    def check_draws(self, z: torch.Tensor, missing: float = 0.0) -> None:
+        """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I).
+
+        A share of them may be missing; by what moments can differ then, the inequality of Cauchy and Schwarz tells.
+        """
         if not self.standard_prior:
             return
         z, n = z.double().numpy(), len(z)
         squares = (z**2).sum(axis=0)
+        if missing:
+            worst = int(np.abs(squares / n - 1).argmax())
+            wrong = (np.abs(z.mean(axis=0)).max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
+                     or squares.max() > chi2.isf(_CHANCE, n) / (1 - missing)
+                     or squares.min() < chi2.ppf(_CHANCE, n) * (1 - np.sqrt(3 * missing)))
+            if wrong:
+                raise self._no_draws(z, worst)
+            return
         means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
         chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
         worst = int(chances.min(axis=0).argmin())
         # All latents together tell of small differences that no single one does.
         total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
         if min(chances.size * chances.min(), total) < _CHANCE:
-            raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
-                            f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
-                            f"{squares[worst] / n:.3g}, where 0 and 1 are due. Compute the basis from the prior of the "
-                            "simulation, or take pod(V, data.fields, r) where that prior is not known.")
+            raise self._no_draws(z, worst)
+
+    def _no_draws(self, z: np.ndarray, worst: int) -> DataError:
+        return DataError(f"The fields of the data are no draws of the prior behind the basis: over {len(z)} of them "
+                         f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
+                         f"{(z[:, worst]**2).mean():.3g}, where 0 and 1 are due. Compute the basis from the prior of "
+                         "the simulation, or take pod(V, data.fields, r) where that prior is not known.")
 
     def __reduce_ex__(self, protocol):
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
@@ -288,15 +304,26 @@ def load_basis(path, V, prior=None) -> ModalBasis:
     mean = field(V, mean[0, columns], name="mean")
     basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), gaussian if standard else None, *transform,
                        weights=weights and tuple(weights))
-    if basis.prior is not None:
-        off, size = (V.comm.allreduce(float(np.abs(x).max(initial=0.0)), MPI.MAX) for x in (
-            coefficients(mean) - coefficients(gaussian.mean), coefficients(mean)))
-        if off > 1e-6 * (size + variances[0]**0.5 * np.abs(modes).max()):
-            raise content.error("belongs to another prior: its mean is another one")
+    if basis.prior is not None and not _is_of(basis, modes[:, columns]):
+        raise content.error("belongs to another prior")
     identity = torch.eye(basis.r, dtype=torch.float64)
     if not torch.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     return basis
+
+
+def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
+    """Whether mean and modes are those of the basis's prior, up to what modes are converged to (collective)."""
+    def largest(x):
+        return max(basis.V.comm.allgather(float(np.abs(x).max(initial=0.0))))
+    mean = coefficients(basis.mean)
+    off = largest(mean - coefficients(basis.prior.mean))
+    dual = mass_action(basis.V, basis.weights)(modes)
+    # As the modes see it, the covariance is diagonal.
+    seen = basis.V.comm.allreduce(dual @ basis.prior.apply_covariance(dual).T)
+    unit = np.sqrt(basis.variances)
+    same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME
+    return bool(same) and off <= 1e-6 * largest(basis.scaled_modes) + 1e-9 * largest(mean)
 
 
 def karhunen_loeve(prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:

@@ -103,7 +103,7 @@ def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, b
                  most: float = np.inf) -> float:
     """A finite real number with above < x < below and least <= x <= most."""
     bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("below", below),
-                                                      ("at most", most)) if np.isfinite(bound)]
+                                                      ("at most", most)) if abs(bound) < LARGEST]
     wanted = f"that is {' and '.join(bounds) or 'finite'}"
     if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
         raise InputError(f"{name} is {x!r}: give a number {wanted}.")
@@ -165,8 +165,8 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
     if len(bad):
         which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
         repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"
-        raise InputError(f"The readings of {len(bad)} sensors are not finite or too large to calculate with, sensor "
-                         f"{which}: repair them, or choose other units; {repair}.")
+        raise InputError(f"Readings are not finite or too large to calculate with: sensor {which}"
+                         f"{' and others' if len(bad) > 5 else ''}. Repair them, or choose other units; {repair}.")
     return y
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from fem_diffusion import files
 from fem_diffusion.checks import together
+from fem_diffusion.errors import FileError
 from fem_diffusion.fields import geometric_key, owned_columns
 
 __all__ = ["element_of", "gather_keys", "gather_rows", "own_columns", "read_everywhere"]
@@ -63,15 +64,16 @@ def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarra
         If the file belongs to another mesh or space.
     """
     stored = content.value(element, str)
+    remedy = "Pass the space that it was written with, on the same mesh."
     if stored != element_of(V):
-        raise content.error(f"belongs to another mesh or space: its element is {stored:.200}, not {element_of(V)}")
+        raise FileError(f"{content.path} belongs to another mesh or space: its element is {stored:.200}, not "
+                        f"{element_of(V)}. {remedy}")
     columns = owned_columns(content.array(keys, None, None), V)
     if columns is None:
         # Where coefficients have an orientation, it follows the numbering of the mesh.
         oriented = not all(W.finat_element.has_pointwise_dual_basis for W in V if W.ufl_element().family() != "Real")
-        raise content.error("belongs to another mesh or space" + (
-            ", or was written on another number of ranks, on which edges and faces are oriented otherwise"
-            if oriented else ""))
+        ranks = ", or was written on another number of ranks, on which edges and faces are oriented otherwise"
+        raise FileError(f"{content.path} belongs to another mesh or space{ranks if oriented else ''}. {remedy}")
     return columns
 
 

@@ -89,11 +89,9 @@ def check_training(data: DataSet, basis: ModalBasis, progress: bool) -> None:
 
 def is_standard(data: DataSet, basis: ModalBasis, z: torch.Tensor) -> bool:
     """Whether latents (n, r) of training fields are N(0, I); DataError where they should be and are not."""
-    if data.skipped:
-        # The solver has chosen among the prior's samples.
-        return False
-    basis.check_draws(z)
-    return basis.standard_prior
+    basis.check_draws(z, len(data.skipped) / (len(data) + len(data.skipped)))
+    # Where solves have failed, the solver has chosen among the prior's samples.
+    return basis.standard_prior and not data.skipped
 
 
 @dataclass(frozen=True)

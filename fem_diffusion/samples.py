@@ -46,12 +46,20 @@ class Samples:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index: int | slice) -> "Function | Samples":
-        """One sample as a Function, or some of them."""
-        if isinstance(index, slice):
-            return Samples(self.V, self.values[index], self.latents[index])
+    def __getitem__(self, index) -> "Function | Samples":
+        """One sample as a Function; some of them as Samples, by a slice, a boolean mask, or a sequence of integers."""
+        if isinstance(index, (slice, list, tuple, np.ndarray)):
+            try:
+                chosen = np.arange(len(self))[index if isinstance(index, slice) else np.asarray(index)]
+            except (IndexError, ValueError) as error:
+                raise InputError(f"There are {len(self)} samples, and no such choice of them ({error}): give a slice, "
+                                 "a mask of that length, or their numbers.") from error
+            if chosen.ndim != 1:
+                raise InputError("Samples are chosen in one dimension: give a flat mask or sequence of numbers.")
+            return Samples(self.V, self.values[chosen], self.latents[chosen])
         if not isinstance(index, Integral) or isinstance(index, bool):
-            raise InputError(f"Samples are numbered by integers and slices, not by {index!r}.")
+            raise InputError(f"Samples are numbered by integers, slices, masks and sequences of integers, not by "
+                             f"{type(index).__name__}.")
         # An IndexError ends a loop over a sequence, so it stays one.
         return field(self.V, self.values[index], name=f"sample_{range(len(self))[index]}")
 
@@ -181,7 +189,10 @@ def load_samples(folder: str | os.PathLike, V) -> Samples:
         If the file is damaged, foreign, or belongs to another mesh or space.
     """
     check_kind(V, "V", WithGeometry, "the space of the parameter")
-    content = read_everywhere(V.comm, check_path(folder, "folder") / _FILE, "samples", "Copy it again, or sample anew.")
+    folder = check_path(folder, "folder")
+    if folder.is_file():
+        raise InputError(f"{folder} is a file: give the folder that Samples.save wrote.")
+    content = read_everywhere(V.comm, folder / _FILE, "samples", "Copy it again, or sample anew.")
     columns = own_columns(content, "key", "element", V)
     values = content.array("values", None, len(content.arrays["key"]))
     latents = content.arrays.get("latents", np.empty(0))

@@ -88,7 +88,8 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         Its members share the blocks; the mesh lives on ``ensemble.comm``. Needs `path`.
     on_failure : {"raise", "skip"}
         What to do where the forward problem raises an exception for a sample, or parameter, state or readings are not
-        finite: stop, with all finished solves kept; or leave the sample out and record it in `DataSet.skipped`.
+        finite: stop, with all finished solves kept; or leave the sample out and record it in `DataSet.skipped`. In a
+        folder, "raise" gives samples that were left out another turn.
     most_failures : float
         Share of failed samples above which skipping stops, too.
     progress : bool
@@ -138,7 +139,7 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         bar = stack.enter_context(tqdm(total=n, desc="simulate", disable=quiet))
         if path is None:
             blocks = _all_blocks(job, n, block, bar, stop)
-            return _joined(blocks, block, n, stop)
+            return _told(_joined(blocks, block, n, stop))
         folder = Folder(path, V, U)
         member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
         everyone = V.comm if ensemble is None else ensemble.global_comm
@@ -147,7 +148,7 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         together(everyone, lambda: _check_former(folder, job, block))
         together(everyone, lambda: _complete(folder, job, n, bar, stop, member, members))
         # Whoever is done waits, because the folder is unlocked by one of all.
-        return together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop))
+        return _told(together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop)))
 
 
 def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> DataSet:
@@ -196,7 +197,7 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
     if any(i not in blocks or blocks[i].count < count for i, count in enumerate(wanted)):
         raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
                         "simulate again to complete it.")
-    return _joined(blocks.values(), folder.size, n, most=1.0)
+    return _told(_joined(blocks.values(), folder.size, n, most=1.0))
 
 
 def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> Function:
@@ -286,6 +287,8 @@ def _complete(folder: Folder, job: Job, n: int, bar, most: float, member: int, m
         wanted = min(size, n - index * size)
         if index % members == member:
             block = folder.read(index) if index in there else None
+            if block is not None and block.failed and tally.stops:
+                block = _retried(job, index, block, tally, folder)
             if block is None or block.count < wanted:
                 block = _solved_block(job, index, wanted, tally, block, folder)
             tally.add(index, block)
@@ -320,6 +323,23 @@ def _solved_block(job: Job, index: int, size: int, tally: "Tally", former: Block
     return block
 
 
+def _retried(job: Job, index: int, former: Block, tally: Tally, folder: Folder) -> Block:
+    """A block with another turn for the samples that a former run has left out; raises where one fails again."""
+    fields, parameters = job.draw(index, former.count)
+    missing, found = sorted(former.failed), Solved()
+    job.solve(parameters[missing], found, 0, tally.exceeded)
+    if found.failed:
+        (place, reason), = found.failed.items()
+        raise tally.error(index, missing[place], reason, True)
+    new = _block(job, fields[missing], found, None, folder)
+    order = np.argsort(former.rows + missing)
+    parts = [None if a is None else np.concatenate([a, b])[order] for a, b in (
+        (former.fields, new.fields), (former.observations, new.observations), (former.states, new.states))]
+    block = Block(*parts, former.count, {})
+    folder.write(index, block)
+    return block
+
+
 def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
     """New results as a block, behind those of a former run."""
     known = [] if folder is None else [np.empty(folder.sensors)]
@@ -340,7 +360,7 @@ def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, fo
 
 
 def _joined(blocks, size: int, n: int, most: float) -> DataSet:
-    """The first n samples of consecutive blocks; warns where some are missing."""
+    """The first n samples of consecutive blocks."""
     fields, observations, states, skipped = [], [], [], []
     for index, block in enumerate(blocks):
         inside = [i for i, position in enumerate(block.rows) if index * size + position < n]
@@ -354,9 +374,17 @@ def _joined(blocks, size: int, n: int, most: float) -> DataSet:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
     check_lengths([x[0] for x in observations])
-    if skipped:
-        warnings.warn(f"{len(skipped)} of {n} samples ({len(skipped) / n:.1%}) are missing, because their solves "
-                      f"failed (the first: sample {skipped[0][0]}, {skipped[0][1]}). What is learned from the others "
-                      "belongs to the prior on condition that the solver succeeds.", SkippedWarning, stacklevel=3)
     return DataSet(np.concatenate(fields), np.concatenate(observations),
                    None if states[0] is None else np.concatenate(states), tuple(skipped))
+
+
+def _told(data: DataSet) -> DataSet:
+    """The same data; warns its reader where samples are missing."""
+    missing, n = len(data.skipped), len(data) + len(data.skipped)
+    if missing:
+        number, reason = data.skipped[0]
+        warnings.warn(f"{missing} of {n} samples ({missing / n:.1%}) are missing, because their solves failed (the "
+                      f"first: sample {number}, {reason}). What is learned from the others belongs to the prior on "
+                      "condition that the solver succeeds. simulate(..., on_failure='raise') in the same folder gives "
+                      "them another turn.", SkippedWarning, stacklevel=3)
+    return data

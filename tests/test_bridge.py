@@ -206,8 +206,15 @@ def test_a_basis_of_a_transformed_prior_needs_it_again(tmp_path):
     again, z = load_basis(tmp_path / "basis", V, prior), torch.ones(1, 4)
     np.testing.assert_allclose(again.parameters(z, 3), basis.parameters(z, 3), rtol=1e-12)
     assert again.standard_prior and again.parameter_space == prior.V
+    for std, length, mean in ((0.5, 0.5, 1.0), (0.6, 0.5, 0.0), (0.5, 0.6, 0.0)):
+        with pytest.raises(FileError, match="belongs to another prior"):
+            load_basis(tmp_path / "basis", V, TransformedPrior(GaussianPrior(V, std, length, mean=mean), exp))
+    # A product knows the shares of its components.
+    both = ProductPrior([gaussian, GaussianPrior(V, 1e3, 0.4, mean=5.0)])
+    karhunen_loeve(both, (3, 3)).save(tmp_path / "both")
+    assert load_basis(tmp_path / "both", both.V, both).standard_prior
     with pytest.raises(FileError, match="belongs to another prior"):
-        load_basis(tmp_path / "basis", V, TransformedPrior(GaussianPrior(V, 0.5, 0.5, mean=1.0), exp))
+        load_basis(tmp_path / "both", both.V, ProductPrior([gaussian, GaussianPrior(V, 2e3, 0.4, mean=5.0)]))
     with pytest.raises(InputError, match="not in V"):
         load_basis(tmp_path / "basis", V, GaussianPrior(FunctionSpace(V.mesh(), "CG", 2), 0.5, 0.5))
     # A POD basis stays one.

@@ -115,6 +115,12 @@ def test_failed_solves_are_skipped_recorded_and_told(kind, how, states, tmp_path
     # Who does not want holes is told of them, and who wants more gets more.
     with pytest.raises(SolveError, match=f"failed for sample {bad[0]} "):
         kind(how).simulate(path=tmp_path / "d", keep_states=states)
+    shutil.copytree(tmp_path / "d", tmp_path / "mended")
+    mended = kind(None)
+    again = mended.simulate(path=tmp_path / "mended", keep_states=states)
+    np.testing.assert_array_equal(again.fields, whole.fields)
+    np.testing.assert_allclose(again.observations, whole.observations, rtol=1e-14)
+    assert again.skipped == () and mended.calls == 2 + (0 if kind is Blocks else len(bad))
     with pytest.warns(SkippedWarning):
         longer = kind(how).simulate(44, path=tmp_path / "d", **options)
     np.testing.assert_array_equal(longer.fields[:len(good)], data.fields)
@@ -297,6 +303,38 @@ def test_a_short_block_in_the_middle_is_incomplete(tmp_path):
     with pytest.raises(DataError, match=f"{bad + BLOCK} of 16 pairs"):
         load_pairs(tmp_path / "d", problem.V)
     assert len(load_pairs(tmp_path / "d", problem.V, bad)) == bad
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "skip"])
+def test_an_interruption_inside_a_solver_of_petsc_is_one(tmp_path, on_failure):
+    """PETSc hands on what is raised in its callbacks as an error of its own, and keeps the solver locked."""
+    problem = Problem(None)
+
+    def forward(m):
+        problem.calls += 1
+        if problem.calls == 2 + 11:
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as error:
+                raise RuntimeError("error code 101") from error
+        return Function(problem.V).interpolate(m**2)
+    options = {"seed": SEED, "block": BLOCK, "path": tmp_path / "d", "on_failure": on_failure, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        simulate(problem.prior, forward, problem.sensors, 30, **options)
+    data = simulate(problem.prior, forward, problem.sensors, 30, **options)
+    assert data.skipped == () and problem.calls == 2 + 11 + 2 + 20
+
+
+def test_a_solver_that_forgets_to_return_is_told_so():
+    problem = Problem(None)
+    with pytest.raises(InputError, match="the state is in NoneType.*let the solver return the state"):
+        simulate(problem.prior, lambda m: None, problem.sensors, 3, seed=0, progress=False)
+
+
+def test_warnings_point_at_the_caller(tmp_path):
+    with pytest.warns(SkippedWarning) as caught:
+        Problem().simulate(path=tmp_path / "d", on_failure="skip", most_failures=0.9)
+    assert caught[0].filename == __file__
 
 
 def test_a_solver_may_change_the_folder(tmp_path, monkeypatch):

@@ -152,8 +152,8 @@ def test_samples_are_saved_for_restart_and_viewing(job, tmp_path):
 
 @pytest.mark.parametrize("y, words", [
     (np.ones(3), "each of the 4 sensors"), (np.ones((2, 4)), "each of the 4 sensors"), (None, "each of the 4 sensors"),
-    ([1.0, np.nan, 1.0, np.inf], r"2 sensors .*sensor 1 \(nan\), 3 \(inf\)"), ([1, 2, [3], 4], "each of the 4"),
-    ([1.0, 1.0, 1.0, 1e200], r"too large to calculate with, sensor 3 \(1e\+200\).*other units"),
+    ([1.0, np.nan, 1.0, np.inf], r"sensor 1 \(nan\), 3 \(inf\)"), ([1, 2, [3], 4], "each of the 4"),
+    ([1.0, 1.0, 1.0, 1e200], r"too large to calculate with: sensor 3 \(1e\+200\).*other units"),
     (np.ones(4) * 1j, "type complex128"), (list("abcd"), "real number for each"),
 ])
 def test_bad_measurements_are_refused(job, y, words):
@@ -234,6 +234,17 @@ def test_a_basis_of_another_prior_is_noticed(job):
             model.basis.check_draws(torch.randn(n, 40, generator=torch.Generator().manual_seed(seed)))
 
 
+def test_a_basis_of_another_prior_is_noticed_where_a_few_samples_are_missing(job):
+    prior, _, _, model, data = job
+    kept = np.arange(len(data)) >= 8
+    few = DataSet(data.fields[kept], data.observations[kept], None, tuple((i, "no solution") for i in range(8)))
+    assert fit(few, model.basis, NOISE, options=OPTIONS, progress=False).denoiser.base.r == model.basis.r
+    for std, mean in ((0.9, 0.2), (0.1, 0.2), (0.3, 1.0)):
+        other = GaussianPrior(prior.V, std=std, correlation_length=1.0, mean=mean, bcs=prior.bcs)
+        with pytest.raises(DataError, match="no draws of the prior"):
+            fit(few, karhunen_loeve(other, 5), NOISE, options=OPTIONS, progress=False)
+
+
 def test_latents_of_a_simulation_with_holes_are_not_taken_for_standard_normal(job):
     """Where the solver fails for every second sample, the prior of the data is that of the others."""
     _, _, observation, model, data = job
@@ -258,8 +269,14 @@ def test_samples_are_sliced_saved_and_read(job, tmp_path):
         with pytest.raises(InputError, match="no samples"):
             call(samples[:0])
     assert not (tmp_path / "n").exists()
+    mask = np.arange(10) % 3 == 0
+    np.testing.assert_array_equal(samples[mask].values, samples.values[mask])
+    np.testing.assert_array_equal(samples[[4, -1]].values, samples.values[[4, 9]])
     for index in ("a", 1.0, True, None):
-        with pytest.raises(InputError, match="numbered by integers and slices"):
+        with pytest.raises(InputError, match="numbered by integers, slices"):
+            samples[index]
+    for index in ([99], mask[:3], [0.5], [[1]]):
+        with pytest.raises(InputError, match="no such choice|in one dimension"):
             samples[index]
     for count, expected in ((None, 10), (3, 3), (99, 10)):
         try:
@@ -272,8 +289,10 @@ def test_samples_are_sliced_saved_and_read(job, tmp_path):
     for count in (0, 2.5, -1):
         with pytest.raises(InputError, match="count is"):
             samples.save(tmp_path / "t", count=count)
-    with pytest.raises(FileError, match="another mesh or space"):
+    with pytest.raises(FileError, match="another mesh or space.*Pass the space"):
         load_samples(tmp_path / "s", FunctionSpace(job[0].V.mesh(), "CG", 2))
+    with pytest.raises(InputError, match="give the folder"):
+        load_samples(tmp_path / "s" / "samples.safetensors", samples.V)
     with pytest.raises(FileError, match="No such file"):
         load_samples(tmp_path / "t", samples.V)
 

@@ -74,7 +74,8 @@ class Observation:
         got = u.function_space() if isinstance(u, Function) else type(u).__name__
         if got != self.U:
             remedy = ("return one mixed Function from the solver" if isinstance(u, (tuple, list)) else
-                      "interpolate it into the observation's space")
+                      "interpolate it into the observation's space" if isinstance(u, Function) else
+                      "let the solver return the state, a Function")
             raise InputError(f"the state is in {got}, expected a Function in {self.U}: {remedy}")
         # A state that is not finite gives NaN: those who solve tell a failed solve from a mistake by it.
         return self._readings(coefficients(u)[None])[0]
