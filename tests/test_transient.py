@@ -127,8 +127,8 @@ def test_order_in_space_and_time(family, degree, kappa):
     steps = {1: (16, 32), 2: (24, 68)}[degree]   # third order in space needs finer steps in time
     coarse, fine = (error_at_end(UnitSquareMesh(n, n), family, degree, k, 0.5, exact, kappa)
                     for n, k in zip((8, 16), steps))
-    # With hardly any diffusion SUPG is of order p + 1/2 at least (Johnson, Navert, Pitkaranta 1984) and nears p + 1 late:
-    # 2.66 and 2.75 for p = 2 on these meshes and the next.
+    # With hardly any diffusion SUPG is of order p + 1/2 at least (Johnson, Navert, Pitkaranta 1984) and nears p + 1
+    # late: 2.66 and 2.75 for p = 2 on these meshes and the next.
     assert np.log2(coarse / fine) >= degree + (0.6 if (family, kappa) == ("CG", 1e-4) else 0.8)
 
 
