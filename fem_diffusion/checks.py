@@ -102,17 +102,18 @@ def check_count(n, name: str = "n", least: int = 1) -> int:
 def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, below: float = np.inf,
                  most: float = np.inf) -> float:
     """A finite real number with above < x < below and least <= x <= most."""
-    bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("below", below),
-                                                      ("at most", most)) if abs(bound) < LARGEST]
-    wanted = f"that is {' and '.join(bounds) or 'finite'}"
-    if not isinstance(x, Real) or isinstance(x, (bool, np.bool_)):
-        raise InputError(f"{name} is {x!r}: give a number {wanted}.")
     try:
-        value = float(x)
+        value = float(x) if isinstance(x, Real) and not isinstance(x, (bool, np.bool_)) else None
     except OverflowError:   # an integer beyond the range of double precision
         value = np.inf
-    if not (np.isfinite(value) and above < value < below and least <= value <= most):
-        raise InputError(f"{name} is {value!r}: give a number {wanted}.")
+    if value is None or not (np.isfinite(value) and above < value < below and least <= value <= most):
+        # Bounds that keep arithmetic from overflowing are told to those alone who reach them.
+        reach = 0.0 if value is None else abs(value)
+        bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("below", below),
+                                                          ("at most", most))
+                  if np.isfinite(bound) and abs(bound) < max(LARGEST, reach)]
+        found = repr(x) if value is None else repr(value)
+        raise InputError(f"{name} is {found}: give a number that is {' and '.join(bounds) or 'finite'}.")
     return value
 
 
