@@ -13,7 +13,8 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh
 from mpi4py import MPI
 
 from fem_diffusion import files
-from fem_diffusion.bridge import karhunen_loeve, load_basis
+from fem_diffusion.bridge import load_basis
+from fem_diffusion.expansion import karhunen_loeve
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
     Spectrum, Support, TrainingOptions, linear_base, train,

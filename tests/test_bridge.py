@@ -10,7 +10,8 @@ from firedrake import (
 from firedrake import Function
 from mpi4py import MPI
 
-from fem_diffusion.bridge import karhunen_loeve, load_basis, pod
+from fem_diffusion.bridge import load_basis
+from fem_diffusion.expansion import karhunen_loeve, pod
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields import coefficients, field
 from fem_diffusion.problem.prior import GaussianPrior, TransformedPrior

@@ -10,7 +10,7 @@ from firedrake import (Cofunction, Constant, Function, FunctionSpace, IntervalMe
                        UnitSquareMesh, exp, grad)
 from scipy.sparse import csr_matrix
 
-from fem_diffusion.bridge import karhunen_loeve
+from fem_diffusion.expansion import karhunen_loeve
 from fem_diffusion.diagnostics import (
     convergence, plot_costs, plot_overview, summarise, write_csv, write_markdown,
 )

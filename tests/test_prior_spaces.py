@@ -9,7 +9,7 @@ from firedrake import (
     UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, dx, exp,
 )
 
-from fem_diffusion.bridge import karhunen_loeve
+from fem_diffusion.expansion import karhunen_loeve
 from fem_diffusion.eigenmodes import mass_action
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients

@@ -8,7 +8,8 @@ from firedrake import (
     VectorFunctionSpace, as_vector, assemble, dx, exp, grad, inner, solve, split,
 )
 
-from fem_diffusion.bridge import karhunen_loeve, load_basis, pod
+from fem_diffusion.bridge import load_basis
+from fem_diffusion.expansion import karhunen_loeve, pod
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields import coefficients, field
