@@ -16,7 +16,7 @@ from fem_diffusion._data_set import Block, Folder
 from fem_diffusion._solves import Job, Solved, Tally, block_seed, check_lengths, check_share
 from fem_diffusion.checks import check_choice, check_count, check_flag, check_kind, check_number, check_seed, together
 from fem_diffusion.errors import DataError, InputError, SolveError
-from fem_diffusion.fields import field, on_root, require_real
+from fem_diffusion.fields import field, on_root, owned_size, require_real
 from fem_diffusion.problem.observation import no_sensors
 
 __all__ = ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"]
@@ -295,7 +295,7 @@ def _complete(folder: Folder, job: Job, n: int, bar, most: float, member: int, m
         bar.update(wanted)
 
 
-def _solved_block(job: Job, index: int, size: int, tally: "Tally", former: Block | None = None,
+def _solved_block(job: Job, index: int, size: int, tally: Tally, former: Block | None = None,
                   folder: Folder | None = None) -> Block:
     """Solve the samples of a block that a former run has not; in a folder, what is solved is kept."""
     fields, parameters = job.draw(index, size)
@@ -328,15 +328,17 @@ def _retried(job: Job, index: int, former: Block, tally: Tally, folder: Folder) 
     fields, parameters = job.draw(index, former.count)
     missing, found = sorted(former.failed), Solved()
     job.solve(parameters[missing], found, 0, tally.exceeded)
+    solved = [missing[i] for i in found.rows]
+    new = _block(job, fields[missing], found, None, folder)
+    order = np.argsort(former.rows + solved)
+    parts = [None if a is None else np.concatenate([a, b])[order] for a, b in (
+        (former.fields, new.fields), (former.observations, new.observations), (former.states, new.states))]
+    block = Block(*parts, former.count, {i: reason for i, reason in former.failed.items() if i not in solved})
+    if solved:
+        folder.write(index, block)
     if found.failed:
         (place, reason), = found.failed.items()
         raise tally.error(index, missing[place], reason, True)
-    new = _block(job, fields[missing], found, None, folder)
-    order = np.argsort(former.rows + missing)
-    parts = [None if a is None else np.concatenate([a, b])[order] for a, b in (
-        (former.fields, new.fields), (former.observations, new.observations), (former.states, new.states))]
-    block = Block(*parts, former.count, {})
-    folder.write(index, block)
     return block
 
 
@@ -348,12 +350,14 @@ def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, fo
     # An interruption may have left a result that has no row yet.
     rows = len(found.rows)
     observations = np.array(found.observations[:rows]).reshape(rows, k)
-    states = np.array(found.states[:rows]).reshape(rows, -1) if job.keep_states else None
+    states = None
+    if job.keep_states:
+        states = np.array(found.states[:rows]).reshape(rows, owned_size(job.observation.U))
     new = Block(fields[found.rows], observations, states, found.count, found.failed)
     if former is None:
         return new
     if states is not None:
-        states = np.concatenate([former.states, states.reshape(len(states), former.states.shape[1])])
+        states = np.concatenate([former.states, states])
     fields, observations = (np.concatenate(parts) for parts in ((former.fields, new.fields),
                                                                 (former.observations, observations)))
     return Block(fields, observations, states, former.count + new.count, former.failed | new.failed)

@@ -127,6 +127,41 @@ def test_failed_solves_are_skipped_recorded_and_told(kind, how, states, tmp_path
     assert len(longer) + len(longer.skipped) == 44
 
 
+@pytest.mark.parametrize("states", [False, True])
+@pytest.mark.parametrize("kind", [Problem, Blocks])
+def test_a_block_in_which_all_fail_is_one_of_many(kind, states, tmp_path):
+    options = {"block": 1, "on_failure": "skip", "most_failures": 0.7, "keep_states": states}
+    for path in (None, tmp_path / "d"):
+        # Draws belong to blocks, so these are other samples.
+        alone = Problem(None).simulate(block=1, keep_states=True)
+        good = ~(alone.fields > Problem().limit).any(axis=1)
+        with pytest.warns(SkippedWarning):
+            data = kind().simulate(path=path, **options)
+        np.testing.assert_array_equal(data.fields, alone.fields[good])
+        if states:
+            np.testing.assert_allclose(data.states, alone.states[good], rtol=1e-14)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_another_turn_keeps_what_it_solves_before_the_next_failure(states, tmp_path):
+    whole, bad = _truth()
+    peaks = whole.fields.max(axis=1)
+    # One that the half mended solver fails for, behind others that it solves.
+    limit = next(peaks[i] for k, i in enumerate(bad) if k > 1 and i < BLOCK * (bad[0] // BLOCK + 1)
+                 and peaks[i] > max(peaks[j] for j in bad[:k])) - 1e-9
+    first = next(i for i in bad if peaks[i] > limit)
+    options = {"path": tmp_path / "d", "keep_states": states}
+    with pytest.warns(SkippedWarning):
+        Problem().simulate(on_failure="skip", most_failures=0.7, **options)
+    with pytest.raises(SolveError, match=f"failed for sample {first} "):
+        Problem(limit=limit).simulate(**options)
+    mended = Problem(None)
+    again = mended.simulate(**options)
+    assert mended.calls == 2 + len(bad) - bad.index(first)
+    np.testing.assert_array_equal(again.fields, whole.fields)
+    np.testing.assert_allclose(again.observations, whole.observations, rtol=1e-14)
+
+
 def test_too_many_failures_stop(tmp_path):
     whole, bad = _truth()
     problem = Problem()
