@@ -20,7 +20,7 @@ import torch
 from matplotlib import pyplot as plt
 from tqdm import trange
 
-from fem_diffusion.diagnostics import write_csv
+from fem_diffusion.comparison import write_csv
 from fem_diffusion.diffusion import (
     CollapseWarning, Denoiser, GaussianNoise, ResidualMLP, TrainingOptions, fit_denoiser, linear_base, measure_collapse,
     plain_base, sample_latents,

@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fem_diffusion.diagnostics import (
-    SAMPLERS, Training, c2st, combine, convergence, mmd, plot_costs, plot_overview, run_protocol, sinkhorn,
-    sliced_wasserstein, summarise, write_csv, write_markdown,
+from fem_diffusion.comparison import (
+    SAMPLERS, Training, c2st, combine, convergence, mmd, plot_costs, plot_overview, run_protocol,
+    sinkhorn, sliced_wasserstein, summarise, write_csv, write_markdown,
 )
 from fem_diffusion.diffusion import (
     Formulation, TrainingOptions, fit_denoiser, straight_line, sub_variance_preserving, variance_exploding,

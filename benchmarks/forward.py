@@ -19,7 +19,7 @@ from firedrake import (Function, FunctionSpace, LinearVariationalProblem, Linear
                        NonlinearVariationalProblem, NonlinearVariationalSolver, SpatialCoordinate, Submesh,
                        TrialFunction, UnitSquareMesh, as_vector, derivative, replace, solve)
 
-from fem_diffusion.problem.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 
 
 def quadratic(u):

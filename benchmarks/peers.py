@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fem_diffusion import files
-from fem_diffusion.diagnostics import c2st
+from fem_diffusion.comparison import c2st
 from fem_diffusion.diffusion import fit_denoiser, sample_latents
 
 SIMULATIONS, SAMPLES, OBSERVATIONS = 10000, 10000, (1, 2, 3)

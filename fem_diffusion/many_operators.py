@@ -10,7 +10,7 @@ import torch
 from mpi4py import MPI
 
 from fem_diffusion import files
-from fem_diffusion.bridge import ModalBasis
+from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.checks import check_count, check_readings
 from fem_diffusion.diffusion import (
     Emulator, GaussianNoise, History, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,
@@ -19,14 +19,14 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion._loop import unpack_history
 from fem_diffusion.diffusion.model_file import REMEDY, pack, unpack, unpack_network, unpack_sampling
 from fem_diffusion.diffusion.operator_base import UPDATES
-from fem_diffusion.eigenmodes import leading_modes, sample_covariance, split
+from fem_diffusion.fields.modes import leading_modes, sample_covariance, split
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields import coefficients, field, on_root, owned_size
-from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns
+from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
+from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior, check_training, is_standard
-from fem_diffusion.problem.family import OperatorFamily
-from fem_diffusion.problem.observation import Observation, no_sensors
-from fem_diffusion.simulation import DataSet
+from fem_diffusion.observation.family import OperatorFamily
+from fem_diffusion.observation.linear import Observation, no_sensors
+from fem_diffusion.simulation.simulate import DataSet
 
 __all__ = ["FamilyModel", "fit_family", "load_family"]
 

@@ -10,10 +10,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from fem_diffusion.checks import check_array, check_count, check_kind, check_text, together
-from fem_diffusion.diagnostics import Calibration
+from fem_diffusion.trust import Calibration
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import coefficients, field, owned_size
+from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 from fem_diffusion.posterior import Samples
 
 __all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"]

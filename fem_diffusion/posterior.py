@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fem_diffusion.bridge import ModalBasis
+from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.checks import check_choice, check_count, check_device, check_flag, check_readings, check_seed
 from fem_diffusion.diffusion import (
     CallableNoise, Denoiser, Formulation, GaussianNoise, History, TrainingOptions, fit_denoiser, log_density,
@@ -15,10 +15,10 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion.model_file import read_model, write_model
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.field_geometry import field_geometry, on_mesh
-from fem_diffusion.fields import on_root
+from fem_diffusion.fields.geometry import field_geometry, on_mesh
+from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.samples import Samples
-from fem_diffusion.simulation import DataSet
+from fem_diffusion.simulation.simulate import DataSet
 
 __all__ = ["ConditionalModel", "Posterior", "fit", "load_model"]
 

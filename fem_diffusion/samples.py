@@ -14,9 +14,9 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_kind, check_number, check_path
 from fem_diffusion.errors import InputError
-from fem_diffusion.export import write_checkpoint, write_vtk
-from fem_diffusion.fields import field, on_root, owned_size
-from fem_diffusion.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+from fem_diffusion.fields.export import write_checkpoint, write_vtk
+from fem_diffusion.fields.coefficients import field, on_root, owned_size
+from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
 

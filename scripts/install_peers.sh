@@ -12,6 +12,6 @@ if "$py" -c 'import fem_diffusion, ot, sbi, sbibm, sklearn' >/dev/null 2>&1; the
 echo "setting up .venv-peers (2 min)"
 [ -x "$py" ] || "${PYTHON:-python3}" -m venv .venv-peers
 "$py" -m pip install --quiet "torch==$torch" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"}
-"$py" -m pip install --quiet --editable ".[diagnostics,peers]"
+"$py" -m pip install --quiet --editable ".[comparison,peers]"
 # sbibm asks for an old sbi and for packages that its tasks do not use; only its tasks and reference samples are wanted.
 "$py" -m pip install --quiet --no-deps "sbibm==1.1.0"

@@ -4,7 +4,7 @@ import numpy as np
 from firedrake import (Constant, FacetNormal, Function, FunctionSpace, SpatialCoordinate, UnitSquareMesh,
                        VectorFunctionSpace, as_vector, cos, div, dot, errornorm, exp, grad, sin)
 
-from fem_diffusion.problem.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 
 
 def quadratic(u):

@@ -13,8 +13,8 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh
 from mpi4py import MPI
 
 from fem_diffusion import files
-from fem_diffusion.bridge import load_basis
-from fem_diffusion.expansion import karhunen_loeve
+from fem_diffusion.fields.basis import load_basis
+from fem_diffusion.fields.expansion import karhunen_loeve
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
     Spectrum, Support, TrainingOptions, linear_base, train,
@@ -22,11 +22,11 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.errors import InstallError
 from fem_diffusion.many_operators import fit_family, load_family
 from fem_diffusion.posterior import ConditionalModel, fit, load_model
-from fem_diffusion.problem.family import OperatorFamily, SensorKind
-from fem_diffusion.problem.observation import point_sensors
-from fem_diffusion.problem.prior import GaussianPrior
+from fem_diffusion.observation.family import OperatorFamily, SensorKind
+from fem_diffusion.observation.linear import point_sensors
+from fem_diffusion.prior.transformed import GaussianPrior
 from fem_diffusion.samples import Samples, load_samples
-from fem_diffusion.simulation import load_pairs, simulate
+from fem_diffusion.simulation.simulate import load_pairs, simulate
 
 KINDS = "data set", "block", "model", "field model", "family model", "basis", "samples", "checkpoint"
 OPTIONS = TrainingOptions(steps=20, evaluate_every=10, width=8, depth=1, batch=16)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fem_diffusion import files
-from fem_diffusion.diagnostics import mmd, sbc_p_values, sbc_ranks
+from fem_diffusion.comparison import mmd
+from fem_diffusion.trust import sbc_p_values, sbc_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import collapse  # noqa: E402  (benchmarks is a folder of scripts, not a package)

@@ -9,7 +9,7 @@ import pytest
 from firedrake import COMM_WORLD, Ensemble
 
 from fem_diffusion.diffusion import TrainingOptions
-from fem_diffusion.simulation import simulate
+from fem_diffusion.simulation.simulate import simulate
 
 matplotlib.use("Agg")
 DEMOS = Path(__file__).parent.parent / "demos"

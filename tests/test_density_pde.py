@@ -17,7 +17,7 @@ from fem_diffusion.diffusion import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.problem.density import GaussianMixture, forward_density, noise_times, reverse_density
+from fem_diffusion.density_pde import GaussianMixture, forward_density, noise_times, reverse_density
 
 MINE = Formulation(
     "mine",

@@ -24,10 +24,10 @@ from mpi4py import MPI
 from fem_diffusion import files
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions, linear_base, train
 from fem_diffusion.errors import FileError
-from fem_diffusion.problem.observation import point_sensors
-from fem_diffusion.problem.prior import GaussianPrior
+from fem_diffusion.observation.linear import point_sensors
+from fem_diffusion.prior.transformed import GaussianPrior
 from fem_diffusion.samples import Samples, load_samples
-from fem_diffusion.simulation import simulate
+from fem_diffusion.simulation.simulate import simulate
 
 ARRAYS = {"x": np.arange(12.0).reshape(3, 4).T, "none": np.empty((0, 3)), "number": np.array(2.5),
           "flags": np.array([True, False]), "whole": np.array([1, -2]), "single": np.float32([1.5, np.inf]),
@@ -379,7 +379,7 @@ def test_two_trainings_of_one_checkpoint(tmp_path):
 
 def test_checkpoint_files_for_others_are_read_back(tmp_path, monkeypatch):
     """HDF5 swallows errors of its last writes: then there is no file."""
-    from fem_diffusion import export
+    from fem_diffusion.fields import export
     meshes = {"square": UnitSquareMesh(3, 3, comm=MPI.COMM_SELF), "extruded": ExtrudedMesh(UnitIntervalMesh(
         3, comm=MPI.COMM_SELF), 2), "periodic": PeriodicUnitSquareMesh(3, 3, comm=MPI.COMM_SELF),
         "surface": UnitIcosahedralSphereMesh(1, comm=MPI.COMM_SELF), "submesh": None}
@@ -419,7 +419,7 @@ def test_samples_that_find_no_room_on_two_ranks_hang_nobody(tmp_path):
 
 def test_half_a_vtk_file_is_removed(tmp_path):
     pytest.importorskip("vtk")
-    from fem_diffusion.export import write_vtk
+    from fem_diffusion.fields.export import write_vtk
     f = Function(FunctionSpace(UnitSquareMesh(20, 20, comm=MPI.COMM_SELF), "CG", 1), name="mean")
     for size in (10, 2000):
         with largest_file(size), pytest.raises(FileError, match="File too large|cannot be written"):

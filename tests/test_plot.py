@@ -11,10 +11,10 @@ from firedrake import (
 
 from matplotlib import pyplot as plt
 
-from fem_diffusion.diagnostics import calibrate
+from fem_diffusion.trust import calibrate
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields import owned_size
+from fem_diffusion.fields.coefficients import owned_size
 from fem_diffusion.plot import plot_calibration, plot_history, plot_predictive, plot_samples
 from fem_diffusion.samples import Samples
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fem_diffusion import TrainingOptions
-from fem_diffusion.fields import field
+from fem_diffusion.fields.coefficients import field
 
 FILE = Path(__file__).parent.parent / "demos" / "source_release" / "source_release.py"
 

@@ -34,9 +34,9 @@ from fem_diffusion import (
     variance_exploding, variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.fields import coefficients, field
-from fem_diffusion.diagnostics import sliced_wasserstein
-from fem_diffusion.diagnostics.fem_reference import exact_posterior, hmc_posterior
+from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.comparison import sliced_wasserstein
+from fem_diffusion.reference.finite_element import exact_posterior, hmc_posterior
 from fem_diffusion.plot import plot_history, plot_predictive
 
 INFLOW, OUTFLOW, WALL = 1, 2, 3

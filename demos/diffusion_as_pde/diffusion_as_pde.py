@@ -35,7 +35,7 @@ from fem_diffusion.checks import read_arguments
 from fem_diffusion.diffusion import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
-from fem_diffusion.problem.density import GaussianMixture, forward_density, noise_times, reverse_density
+from fem_diffusion.density_pde import GaussianMixture, forward_density, noise_times, reverse_density
 
 # ## The data: three unequal modes on a line, an open ring in the plane
 

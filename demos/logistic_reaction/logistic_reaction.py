@@ -28,7 +28,7 @@ from fem_diffusion import GaussianNoise, GaussianPrior, TransformedPrior, fit  #
 from fem_diffusion import karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.diagnostics import calibrate_model
+from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration, plot_predictive
 
 SIZE = 10.0  # km

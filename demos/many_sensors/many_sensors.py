@@ -29,8 +29,8 @@ from fem_diffusion import (
     line_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.diagnostics.fem_reference import MonteCarloPosterior, exact_posterior, hmc_posterior
-from fem_diffusion.fields import coefficients, field
+from fem_diffusion.reference.finite_element import MonteCarloPosterior, exact_posterior, hmc_posterior
+from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_history
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "boundary_flux"))

@@ -35,7 +35,7 @@ from fem_diffusion import (
     simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.diagnostics import Calibration, calibrate, sbc_ranks
+from fem_diffusion.trust import Calibration, calibrate, sbc_ranks
 from fem_diffusion.plot import plot_history
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -13,7 +13,7 @@ from firedrake import (
 )
 
 from fem_diffusion import GaussianNoise, TransientAdvectionDiffusion
-from fem_diffusion.fields import coefficients, field
+from fem_diffusion.fields.coefficients import coefficients, field
 
 HERE = Path(__file__).parent
 INFLOW, OUTFLOW, WALLS, OBSTACLES = 1, 2, 3, 4  # markers in streets.geo

@@ -29,8 +29,8 @@ from matplotlib import pyplot as plt
 from fem_diffusion import GaussianNoise, GaussianPrior, fit, karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.diagnostics import linear_gaussian_posterior
-from fem_diffusion.fields import coefficients, field
+from fem_diffusion.reference import linear_gaussian_posterior
+from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_predictive
 
 INFLOW, OUTFLOW, BOTTOM, TOP = 1, 2, 3, 4

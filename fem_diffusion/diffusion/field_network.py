@@ -30,7 +30,7 @@ _FIELDS = 3  # denoised estimate, state, mean of the base
 
 @dataclass(frozen=True)
 class FieldGeometry:
-    """What a network on fields has to know of the mesh; `fem_diffusion.field_geometry` makes it from a basis.
+    """What a network on fields has to know of the mesh; `fem_diffusion.fields.geometry` makes it from a basis.
 
     The domain has unit measure and the field unit mean variance here, so that units do not matter.
 
@@ -130,7 +130,7 @@ class FieldNetwork(nn.Module):
         InputError
             If geometry or base have another number of latents, measurements or dimensions.
         """
-        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.field_geometry makes of a basis")
+        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
         check_kind(base, "base", GaussianBase, "the base of the denoiser")
         r, k, dimension = self.config["r"], self.config["k"], self.config["dimension"]
         if (len(geometry.std), base.r, base.k, len(geometry.gradients)) != (r, r, k, dimension):

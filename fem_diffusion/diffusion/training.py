@@ -126,7 +126,7 @@ def train(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | None, bas
     check_flag(progress, "progress")
     check_kind(base, "base", GaussianBase, "what fit_base or plain_base returns")
     if geometry is not None:
-        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.field_geometry makes of a basis")
+        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
     check_tensor(z, "z", ("n", base.r), "latents")
     check_tensor(y, "y", (len(z), base.k), "sensors")
     noise = as_noise(noise, base.k)

@@ -1,0 +1,386 @@
+"""The comparison protocol: formulations times samplers times numbers of network evaluations, resumable.
+
+A training makes one denoiser; a combination is one way to sample it. Every finished combination is a row in a file, on
+the disk before the next one starts, and every training keeps its checkpoint. So a crash loses the combination in work,
+and the same call goes on where it stopped. `compare` runs the protocol on joint samples of your own;
+benchmarks with exact conditionals call `run_protocol` with scores of their own.
+
+All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
+converge to the same samples, so their errors can be compared to far below the noise of a set of samples. A hard support
+of the latents is left out: it would draw some samples again, at a cost beyond the budget.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fem_diffusion import files
+from fem_diffusion.checks import (
+    check_all, check_array, check_choice, check_count, check_flag, check_options, check_seed,
+)
+from fem_diffusion.trust.calibration import calibrate
+from fem_diffusion.comparison.combinations import FEW_SAMPLERS, Combination, Sampler, combine
+from fem_diffusion.comparison.report import summarise, write_csv, write_markdown
+from fem_diffusion.diffusion import (
+    Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
+    variance_exploding, variance_preserving,
+)
+from fem_diffusion.diffusion._checks import check_tensor
+from fem_diffusion.diffusion.gaussian import check_pairs, spread
+from fem_diffusion.diffusion.noise import as_noise
+from fem_diffusion.errors import InputError, SolveError
+
+__all__ = ["Training", "compare", "run_protocol"]
+
+_LARGEST = 1e100   # beyond it squared distances overflow
+
+
+@dataclass(frozen=True)
+class Training:
+    """One denoiser and all the ways to sample it.
+
+    Parameters
+    ----------
+    problem, base : str
+        For tables and files; together with `seed` they name the training.
+    seed : int
+        Of the training and of its samples.
+    fit : Callable[[Path], Denoiser]
+        Trains, given the path of a checkpoint.
+    measurements : Tensor
+        Rows to draw one sample for, shape (B, k).
+    score : Callable[[numpy.ndarray, Combination], dict]
+        Maps the samples (B, r), which may not be finite, to numbers; the same names for every combination.
+    combinations : tuple of Combination
+        What to run.
+
+    Raises
+    ------
+    InputError
+        If an argument is of the wrong kind, or there are no measurements.
+    """
+
+    problem: str
+    base: str
+    seed: int
+    fit: Callable[[Path], Denoiser]
+    measurements: Tensor
+    score: Callable[[np.ndarray, Combination], dict]
+    combinations: tuple[Combination, ...]
+
+    def __post_init__(self):
+        for what in ("problem", "base"):
+            if not isinstance(getattr(self, what), str):
+                raise InputError(f"{what} is {getattr(self, what)!r}: give a word.")
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        for what in ("fit", "score"):
+            if not callable(getattr(self, what)):
+                raise InputError(f"{what} is {getattr(self, what)!r}: give a function.")
+        if not len(check_tensor(self.measurements, "measurements", ("B", "k"), "sensors")):
+            raise InputError("There are no measurements: give at least one row.")
+        object.__setattr__(self, "combinations", check_all(self.combinations, "combinations", Combination))
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.problem}-{self.base}-{self.seed}"
+
+
+def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, settings: dict, *,
+                 progress: bool = True) -> list[dict]:
+    """Run every combination of every training that `folder` does not hold yet.
+
+    Parameters
+    ----------
+    trainings : iterable of Training
+        With names of their own.
+    folder : path
+        Where rows (rows/*.safetensors) and checkpoints (models/*.safetensors) are kept; made where it does not exist.
+    settings : dict
+        What the rows depend on besides their names, in JSON types, none of them called "signatures"; a folder made
+        under other settings is refused. Combinations and seeds may be added later; a name of a formulation or sampler
+        stands for one and the same in all the life of the folder, and its signature is kept with the settings.
+    progress : bool
+        Show a progress bar in units of network evaluations, with what runs and the time that is left.
+
+    Returns
+    -------
+    list of dict
+        All rows of these trainings, values as text.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made or belongs to other settings, these are not in JSON types, two trainings share a
+        name, or the name of a formulation or sampler stands for another one in the folder.
+    FileError
+        If a file is damaged or cannot be written, or another run works in the folder.
+    """
+    trainings, folder = check_all(trainings, "trainings", Training), _folder(folder)
+    check_flag(progress, "progress")
+    if len({training.name for training in trainings}) < len(trainings):
+        raise InputError("Two trainings share problem, base and seed; give each its own.")
+    try:
+        if not isinstance(settings, dict) or "signatures" in settings:
+            raise TypeError("no dict without the key 'signatures'")
+        settings = json.loads(json.dumps(settings))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"settings cannot be written as JSON ({error}): give a dict of words, numbers and lists of "
+                         "them.") from error
+    for part in ("rows", "models"):
+        files.make_folder(folder / part)
+    with files.locked(folder / "in_use.lock", f"The folder {folder}"):
+        return _run(trainings, folder, settings, progress)
+
+
+def _run(trainings: list[Training], folder: Path, settings: dict, progress: bool) -> list[dict]:
+    """`run_protocol` in a folder that is there and locked."""
+    _claim(folder / "settings.safetensors", settings, [c for training in trainings for c in training.combinations])
+    rows = []
+    # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
+    with tqdm(total=sum(_work(c) for t in trainings for c in t.combinations), unit="eval", disable=not progress,
+              smoothing=0.02) as bar:
+        for training in trainings:
+            rows += _run_training(training, folder, bar)
+    return rows
+
+
+def _folder(folder) -> Path:
+    if not isinstance(folder, (str, os.PathLike)):
+        raise InputError(f"folder is {folder!r}: give a path.")
+    return Path(folder)
+
+
+def _work(combination: Combination) -> int:
+    return 40 + combination.budget
+
+
+def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
+    path = folder / "rows" / f"{training.name}.safetensors"
+    rows = {(row["formulation"], row["sampler"], row["budget"]): row for row in _read(path)}
+    missing = [c for c in training.combinations if c.key not in rows]
+    bar.update(sum(_work(c) for c in training.combinations if c.key in rows))
+    if missing:
+        bar.set_description(f"train {training.name}")
+        denoiser = training.fit(folder / "models" / f"{training.name}.safetensors")
+    for combination in missing:
+        bar.set_description(f"{training.name}: {' '.join(combination.key)}")
+        row = _row(training, combination, denoiser)
+        rows[combination.key] = {name: str(value) for name, value in row.items()}
+        files.write(path, "rows", {}, {"rows": list(rows.values())})
+        bar.update(_work(combination))
+    return [rows[c.key] for c in training.combinations]
+
+
+def _row(training: Training, combination: Combination, denoiser: Denoiser) -> dict:
+    """Sample, score, and put together one line."""
+    sampler = combination.sampler
+    counter = _Counter(denoiser.network)
+    counted = copy.copy(denoiser)
+    counted.network = None if denoiser.network is None else counter
+    # Rows outside a hard support are drawn again, at a cost that no budget announces.
+    counted.support = None
+    # An adaptive method takes its steps as it likes; the number given to it is not used.
+    steps = sampler.steps(combination.budget) or 1
+    # One seed for all combinations of a training, another for each problem: chance must not agree across problems.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{training.problem} {training.seed}".encode()))
+    start = time.perf_counter()
+    try:
+        z = sample_latents(counted, training.measurements, combination.formulation, generator=generator,
+                           method=sampler.method, alpha=sampler.alpha, steps=steps,
+                           coordinates=sampler.coordinates, nodes=sampler.nodes).cpu().numpy()
+    except SolveError:
+        z = np.full((len(training.measurements), denoiser.base.r), np.nan)
+    seconds = time.perf_counter() - start
+    cost = counter.rows / len(z)
+    if denoiser.network is None and sampler.method != "adaptive":
+        cost = evaluations(sampler.method, steps, sampler.coordinates)
+    formulation, name, budget = combination.key
+    return {"problem": training.problem, "base": training.base, "formulation": formulation, "sampler": name,
+            "alpha": sampler.alpha, "coordinates": sampler.coordinates, "nodes": sampler.nodes, "budget": budget,
+            "evaluations": round(cost), "seed": training.seed, "seconds": f"{seconds:.4g}",
+            **{key: f"{value:.6g}" for key, value in training.score(z, combination).items()}}
+
+
+class _Counter:
+    """A network that counts the rows it evaluates."""
+
+    def __init__(self, network):
+        self.network, self.rows = network, 0
+
+    def __getattr__(self, name):
+        return getattr(self.network, name)
+
+    def __call__(self, v, angle, features):
+        self.rows += len(v)
+        return self.network(v, angle, features)
+
+
+def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> None:
+    """Write the settings of a new folder, or compare them with those of an old one; add signatures of new names."""
+    before, signatures = settings, {"formulations": {}, "samplers": {}}
+    if path.exists():
+        content = files.read(path, "settings", f"Delete {path.parent}, or name another folder.")
+        before, signatures = content.value("settings", dict), content.value("signatures", dict)
+        if set(signatures) != {"formulations", "samplers"} or not all(isinstance(x, dict) for x in signatures.values()):
+            raise content.error("holds no signatures")
+    if before != settings:
+        names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
+        raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
+                         "folder, or delete it.")
+    named = {id(item): (group, item) for c in combinations
+             for group, item in (("formulations", c.formulation), ("samplers", c.sampler)) if item is not None}
+    for group, item in named.values():
+        signature = _signature(item)
+        if signatures[group].setdefault(item.name, signature) != signature:
+            raise InputError(f"{path.parent} knows another one of the {group} as {item.name!r}, whose rows cannot "
+                             "stand for this one. Give it a name of its own, or name another folder.")
+    files.write(path, "settings", {}, {"settings": settings, "signatures": signatures})
+
+
+def _signature(item: Formulation | Sampler) -> str:
+    """Fingerprint of what a name stands for, equal on all machines: numbers count to ten digits."""
+    if isinstance(item, Sampler):
+        text = f"{item.method} {float(item.alpha)} {item.coordinates} {item.nodes}"
+    else:
+        t = torch.linspace(0, 1, 33, dtype=torch.float64)
+        text = " ".join(f"{x:.9e}" for x in torch.cat([item.sigma(t), item.scaling(t.clone())]).tolist())
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> list[dict]:
+    """Rows of a file, none where there is no file."""
+    if not path.exists():
+        return []
+    content = files.read(path, "rows", "Delete it and run again.")
+    rows = content.value("rows", list)
+    if not all(isinstance(row, dict) and {"formulation", "sampler", "budget"} <= set(row)
+               and all(isinstance(value, str) for value in row.values()) for row in rows):
+        raise content.error("holds no rows of this protocol")
+    return rows
+
+
+def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *, noise=None,
+            held_out: int = 200, draws: int = 39, formulations: Sequence[Formulation] | None = None,
+            samplers: Sequence[Sampler] = FEW_SAMPLERS, evaluations: Sequence[int] = (4, 8, 16, 32, 128),
+            seeds: Sequence[int] = (0, 1, 2, 3, 4), bases: Sequence[str] = ("gaussian",),
+            options: TrainingOptions = TrainingOptions(), progress: bool = True) -> list[dict]:
+    """Compare formulations and samplers on joint samples of your own, scored on held-out pairs.
+
+    One network is trained for each seed and base. No exact conditional is needed: the energy score (lower is better,
+    proper), the p-value of simulation-based calibration and the coverage of central intervals come from pairs that no
+    training has seen.
+
+    Parameters
+    ----------
+    z : Tensor or numpy.ndarray
+        Latents, shape (n, r).
+    y : Tensor or numpy.ndarray
+        Noise-free observations, shape (n, k), or measurements where `noise` is None.
+    folder : path
+        For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
+    held_out : int
+        Pairs that are kept from training for the scores.
+    draws : int
+        Samples for each of them, at least 2; levels of coverage are exact where draws + 1 is a multiple of 20.
+    formulations : sequence of Formulation, optional
+        Variance exploding, variance preserving and the straight line where left out.
+    samplers : sequence of Sampler
+        Ways to sample; five telling ones of `SAMPLERS` where left out.
+    evaluations : sequence of int
+        Budgets of network evaluations.
+    seeds : sequence of int
+        Of trainings and samples; results over them show reproducibility.
+    bases : sequence of {"gaussian", "plain"}
+        Bases to train on.
+    options : TrainingOptions
+        Of every training; the seed is replaced.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    list of dict
+        Means over seeds and their spread, one for each base, formulation, sampler and budget; energy scores in
+        standard deviations of the latents.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, too few pairs remain for training, there is nothing to run, or the folder holds results for
+        other data, settings, formulations or samplers.
+    FileError
+        If a file in the folder is damaged or cannot be written, or another run works there.
+    """
+    # The protocol runs on the CPU; `options.device` says where training does.
+    z, y = torch.from_numpy(check_array(z, "z", ("n", "r"))), torch.from_numpy(check_array(y, "y", ("n", "k")))
+    check_options(options, TrainingOptions).check()
+    folder = _folder(folder)
+    held_out, draws = check_count(held_out, "held_out", least=2), check_count(draws, "draws", least=2)
+    if len(z) != len(y) or held_out >= len(z):
+        raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out are needed, not {tuple(z.shape)}, "
+                         f"{tuple(y.shape)} and held_out = {held_out}.")
+    seeds = [check_seed(seed, "A seed") for seed in check_all(seeds, "seeds", Integral, "integers")]
+    bases = [check_choice(base, "A base", ("gaussian", "plain")) for base in check_all(bases, "bases", str, "words")]
+    noise = as_noise(noise, y.shape[1])
+    check_pairs(z, y)
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
+    test, rest = order[:held_out], order[held_out:]
+    # Each latent counts alike in a score, whatever its unit.
+    unit = spread(z[rest] - z[rest].mean(0)).numpy()
+    measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
+    cells = combine(formulations if formulations is not None else
+                    (variance_exploding(), variance_preserving(), straight_line()), samplers, evaluations)
+    if not seeds or not bases or not cells:
+        raise InputError("There is nothing to compare: give at least one seed, one base, and a sampler with a budget "
+                         "that buys it a step.")
+
+    def training(base: str, seed: int) -> Training:
+        def fit(checkpoint: Path) -> Denoiser:
+            return fit_denoiser(z[rest], y[rest], noise, base=base, options=replace(options, seed=seed),
+                                checkpoint=checkpoint)[0]
+        return Training("data", base, seed, fit, measured.repeat_interleave(draws, dim=0), score, cells)
+
+    def score(samples: np.ndarray, _) -> dict:
+        return _held_out_scores(samples.reshape(held_out, draws, -1) / unit, z[test].numpy() / unit)
+    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": draws, "scores": "standardised",
+                "options": asdict(replace(options, seed=0))}
+    rows = run_protocol([training(base, seed) for base in bases for seed in seeds], folder, settings, progress=progress)
+    summary = summarise(rows)
+    write_csv(rows, folder / "results.csv")
+    write_csv(summary, folder / "summary.csv")
+    write_markdown(rows, folder / "summary.md", "energy_score")
+    return summary
+
+
+def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict:
+    """Energy score, calibration and coverage of samples (m, n, r) for truths (m, r); infinite scores if not finite."""
+    names = [f"sbc_p_{i + 1}" for i in range(truth.shape[1])]
+    if not (np.abs(samples) < _LARGEST).all():
+        return {"energy_score": np.inf, "coverage_50": np.nan, "coverage_90": np.nan, "sbc_p": 0.0,
+                **dict.fromkeys(names, 0.0)}
+    result = calibrate(samples, truth)
+    return {"energy_score": result.energy_score.mean(), "coverage_50": result.coverage[0.5],
+            "coverage_90": result.coverage[0.9], "sbc_p": result.p_value, **dict(zip(names, result.p_values))}
+
+
+def _digest(*parts: Tensor) -> str:
+    """Fingerprint of tensors."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part.numpy()).tobytes())
+    return digest.hexdigest()

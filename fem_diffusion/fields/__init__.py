@@ -1,0 +1,1 @@
+"""Firedrake numerics under everything else: coefficients, modes, bases, keys, geometry."""

@@ -1,0 +1,322 @@
+r"""Fields to latents and back: the one file that knows Firedrake and torch.
+
+A field is written in modes that are orthonormal in the mass inner product,
+
+.. math:: m = \bar m + \sum_k \sqrt{\lambda_k}\, z_k\, \varphi_k ,
+
+with the eigenvalues of the prior covariance, :math:`C M \varphi = \lambda \varphi` (Karhunen-Loeve), or of the
+sample covariance (proper orthogonal decomposition, POD). The latents z have unit prior variance, do not depend on
+the mesh beyond discretisation error, and white noise in z is the prior's own noise in V. Every mode vanishes where
+the field has Dirichlet conditions and the mean carries their values, so every decoded field satisfies them.
+
+All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
+Latents are global: the same on all ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from firedrake import Function
+from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
+from scipy.stats import chi2, norm
+
+from fem_diffusion import files
+from fem_diffusion.checks import check_kind, check_seed
+from fem_diffusion.fields.modes import mass_action
+from fem_diffusion.errors import DataError, FileError, InputError
+from fem_diffusion.fields.coefficients import coefficients, field, generic_integrals, on_root
+from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+
+__all__ = ["ModalBasis", "load_basis"]
+
+# Below this probability of their moments, latents are not those of the prior.
+_CHANCE = 1e-9
+# How far covariances of modes may be from those of a prior, in units of their standard deviations.
+_SAME = 1e-2
+
+
+@dataclass(frozen=True)
+class ModalBasis:
+    """Orthonormal modes with their variances: the coordinates in which diffusion takes place.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the field; scalar, vector or mixed.
+    mean : firedrake.Function
+        Mean of the field, with the values of inhomogeneous Dirichlet conditions.
+    modes : numpy.ndarray
+        Owned coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
+    variances : numpy.ndarray
+        Variance of the field along each mode, shape (r,), decreasing, global.
+    total_variance : float
+        Integral over the mesh of the field's pointwise variance.
+    prior : object or None
+        The Gaussian prior behind a Karhunen-Loeve basis; None for POD.
+    transform : Callable or None
+        Owned coefficients of fields (B, n_owned) to those of the parameter, e.g. the exponential.
+    parameter_space : firedrake.functionspaceimpl.WithGeometry or None
+        Space of the parameter where there is a transform; V otherwise.
+    weights : tuple of float or None
+        Of the components of a mixed V in its inner product: where each was expanded by itself, one over its total
+        variance, so that `variances` and `retained` compare shares of variance, not units.
+
+    Attributes
+    ----------
+    scaled_modes : numpy.ndarray
+        Modes times the square root of their variance, shape (r, n_owned): a field is mean + z @ scaled_modes.
+    """
+
+    V: object
+    mean: Function
+    modes: np.ndarray
+    variances: np.ndarray
+    total_variance: float
+    prior: object = None
+    transform: Callable[[np.ndarray], np.ndarray] | None = None
+    parameter_space: object = None
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
+        object.__setattr__(self, "_encoder", weighted)
+        object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
+        if self.parameter_space is None:
+            object.__setattr__(self, "parameter_space", self.V)
+
+    @property
+    def r(self) -> int:
+        """Number of modes."""
+        return len(self.variances)
+
+    @property
+    def retained(self) -> float:
+        """Share of the total variance that the modes carry."""
+        return float(self.variances.sum() / self.total_variance)
+
+    @property
+    def signature(self) -> np.ndarray:
+        """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
+        return self._against(lambda rows, weights: rows @ weights)
+
+    def _against(self, product) -> np.ndarray:
+        """Sum over ranks of a product of mean and scaled modes (1 + r, n_owned) with the fixed function's integrals."""
+        rows = np.vstack([coefficients(self.mean), self.scaled_modes])
+        return self.V.comm.allreduce(product(rows, generic_integrals(self.V)), MPI.SUM)
+
+    def check_signature(self, signature: np.ndarray, path) -> None:
+        """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
+        ours = self.signature
+        # Each row in units of its own: an integral may vanish by symmetry, the sum of its parts does not.
+        size = self._against(lambda rows, weights: np.abs(rows) @ np.abs(weights))
+        if signature.shape != ours.shape or (np.abs(signature - ours) > 1e-4 * size + 1e-12 * size.max()).any():
+            raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
+                            "prior and number of modes, or the one that ModalBasis.save wrote beside it. Modes of "
+                            "equal variance, as of the components of a vector, may turn from one number of ranks to "
+                            "another: then only the saved basis will do.")
+
+    @property
+    def standard_prior(self) -> bool:
+        """True where the latents are standard normal under the prior."""
+        return self.prior is not None
+
+    def encode(self, fields, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Latents of fields (before any transform).
+
+        Parameters
+        ----------
+        fields : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
+            Fields in V or their owned coefficients.
+        dtype, device
+            Of the result.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (B, r); (r,) for one Function; global.
+
+        Raises
+        ------
+        InputError
+            If a field is in another space or the array has another length.
+        """
+        if not isinstance(fields, np.ndarray):
+            for f in [fields] if isinstance(fields, Function) else fields:
+                if f.function_space() != self.V:
+                    raise InputError(f"A field in {f.function_space()} cannot be encoded: the basis is on {self.V}. "
+                                     "Interpolate the field into that space first.")
+            fields = coefficients(fields)
+        mean = coefficients(self.mean)
+        if fields.dtype.kind not in "biuf":
+            raise InputError(f"Fields are arrays of real numbers, not of type {fields.dtype}.")
+        if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
+            raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis, which has "
+                             f"{len(mean)} on this rank.")
+        latents = self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
+        return torch.as_tensor(latents, dtype=dtype, device=device)
+
+    def decode(self, z: torch.Tensor, refill_seed: int | None = None) -> np.ndarray:
+        """Owned coefficients of the fields (before any transform) with these latents.
+
+        Parameters
+        ----------
+        z : torch.Tensor
+            Latents, shape (B, r), any floating dtype and device; the same on all ranks.
+        refill_seed : int, optional
+            Add the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (B, n_owned).
+
+        Raises
+        ------
+        InputError
+            If the latents are of another length, or a refill is asked for without a Gaussian prior.
+        """
+        z = torch.as_tensor(z)
+        if z.ndim != 2 or z.shape[1] != self.r or z.is_complex() or not torch.isfinite(z).all():
+            raise InputError(f"Latents must be finite real numbers of shape (B, {self.r}), not {tuple(z.shape)}.")
+        fields = coefficients(self.mean) + z.detach().cpu().double().numpy() @ self.scaled_modes
+        if refill_seed is not None:
+            if self.prior is None:
+                raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only.")
+            draws = self.prior.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
+            fields += draws - self.decode(self.encode(draws))
+        return fields
+
+    def parameters(self, z: torch.Tensor, refill_seed: int | None = None) -> np.ndarray:
+        """Owned coefficients of the parameter, the transform of `decode`; shape (B, n_owned of parameter_space)."""
+        fields = self.decode(z, refill_seed)
+        return fields if self.transform is None else self.transform(fields)
+
+    def functions(self, z: torch.Tensor) -> list[Function]:
+        """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
+        return [field(self.parameter_space, values) for values in self.parameters(z)]
+
+    def check_draws(self, z: torch.Tensor, missing: float = 0.0) -> None:
+        """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I).
+
+        A share of them may be missing; by what moments can differ then, the inequality of Cauchy and Schwarz tells.
+        """
+        if not self.standard_prior:
+            return
+        z, n = z.double().numpy(), len(z)
+        squares = (z**2).sum(axis=0)
+        if missing:
+            worst = int(np.abs(squares / n - 1).argmax())
+            wrong = (np.abs(z.mean(axis=0)).max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
+                     or squares.max() > chi2.isf(_CHANCE, n) / (1 - missing)
+                     or squares.min() < chi2.ppf(_CHANCE, n) * (1 - np.sqrt(3 * missing)))
+            if wrong:
+                raise self._no_draws(z, worst)
+            return
+        means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
+        chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
+        worst = int(chances.min(axis=0).argmin())
+        # All latents together tell of small differences that no single one does.
+        total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
+        if min(chances.size * chances.min(), total) < _CHANCE:
+            raise self._no_draws(z, worst)
+
+    def _no_draws(self, z: np.ndarray, worst: int) -> DataError:
+        return DataError(f"The fields of the data are no draws of the prior behind the basis: over {len(z)} of them "
+                         f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
+                         f"{(z[:, worst]**2).mean():.3g}, where 0 and 1 are due. Compute the basis from the prior of "
+                         "the simulation, or take pod(V, data.fields, r) where that prior is not known.")
+
+    def __reduce_ex__(self, protocol):
+        raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
+
+    def save(self, path) -> None:
+        """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
+
+        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
+
+        Parameters
+        ----------
+        path : path
+            The file, written whole or not at all.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        """
+        V = self.V
+        arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
+                  "modes": gather_rows(V, self.modes), "variances": self.variances}
+        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights,
+                  "transformed": self.transform is not None, "standard_prior": self.standard_prior}
+        on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
+
+
+def load_basis(path, V, prior=None) -> ModalBasis:
+    """Read what `ModalBasis.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    V : firedrake.functionspaceimpl.WithGeometry
+        The space of the basis, on the mesh of the user's own; on any number of ranks.
+    prior : GaussianPrior, TransformedPrior or ProductPrior, optional
+        The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
+        samples hold the modes of the basis alone.
+
+    Returns
+    -------
+    ModalBasis
+
+    Raises
+    ------
+    InputError
+        If the fields of the prior are in another space, or the basis has a transform and there is no prior to bring it.
+    FileError
+        If the file is damaged, foreign, holds no basis, or belongs to another mesh, space or prior.
+    """
+    check_kind(V, "V", WithGeometry, "the space of the basis")
+    gaussian = getattr(prior, "base", prior)
+    if prior is not None and getattr(gaussian, "V", None) != V:
+        raise InputError(f"prior is of type {type(prior).__name__} and its fields are not in V: give the basis's own.")
+    content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
+    columns = own_columns(content, "key", "element", V)
+    variances, size = content.array("variances", None), len(content.arrays["key"])
+    mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
+    weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
+    weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and 0 < x < np.inf for x in weights))
+    falling = len(variances) > 0 and (variances > 0).all() and (np.diff(variances) <= 1e-6 * variances[0]).all()
+    if not falling or not weighted or not (1 - 1e-6) * variances.sum() <= total < np.inf:
+        raise content.error("holds no modes of positive variance, largest first")
+    transformed, standard = content.value("transformed", bool), content.value("standard_prior", bool)
+    if transformed and not hasattr(prior, "transform_many"):
+        raise InputError(f"The parameter of the basis in {path} is a transform of its field, which is code and not in "
+                         "the file: pass prior=, the TransformedPrior.")
+    transform = (prior.transform_many, prior.V) if transformed else (None, None)
+    mean = field(V, mean[0, columns], name="mean")
+    basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), gaussian if standard else None, *transform,
+                       weights=weights and tuple(weights))
+    if basis.prior is not None and not _is_of(basis, modes[:, columns]):
+        raise content.error("belongs to another prior")
+    identity = torch.eye(basis.r, dtype=torch.float64)
+    if not torch.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
+        raise content.error("holds modes that are not orthonormal on this mesh")
+    return basis
+
+
+def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
+    """Whether mean and modes are those of the basis's prior, up to what modes are converged to (collective)."""
+    def largest(x):
+        return max(basis.V.comm.allgather(float(np.abs(x).max(initial=0.0))))
+    mean = coefficients(basis.mean)
+    off = largest(mean - coefficients(basis.prior.mean))
+    dual = mass_action(basis.V, basis.weights)(modes)
+    # As the modes see it, the covariance is diagonal.
+    seen = basis.V.comm.allreduce(dual @ basis.prior.apply_covariance(dual).T)
+    unit = np.sqrt(basis.variances)
+    same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME
+    return bool(same) and off <= 1e-6 * largest(basis.scaled_modes) + 1e-9 * largest(mean)

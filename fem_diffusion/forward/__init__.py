@@ -1,0 +1,1 @@
+"""Forward problems: advection-diffusion solved for blocks of samples, steady and in time."""

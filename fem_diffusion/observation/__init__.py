@@ -1,0 +1,1 @@
+"""What sensors read of a state: linear observations, instruments, families."""

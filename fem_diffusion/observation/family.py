@@ -1,0 +1,106 @@
+"""Families of observation operators: which sensors a measurement may hold, and how noisy each may be."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from fem_diffusion.checks import check_array, check_count
+from fem_diffusion.errors import InputError
+from fem_diffusion.observation.linear import Observation
+
+__all__ = ["OperatorFamily", "SensorKind"]
+
+
+@dataclass(frozen=True, eq=False)
+class SensorKind:
+    """Candidates of one kind of sensor, of which a measurement holds some.
+
+    Parameters
+    ----------
+    observation : Observation
+        The candidates: places on the mesh (`random_points`), patches of many sizes, lines, fluxes, or the instruments
+        of one fixed array, of which some may fail. Thousands of them are cheap.
+    std : float, tuple of two floats, or array_like of shape (k,) or (2, k)
+        Standard deviation of the noise, in units of the measurement: one for all, its smallest and largest value
+        (each sensor of each training sample draws its own, log-uniformly), one for each row of the observation, or
+        the two for each row. For exactly two rows give (2, k).
+    count : tuple of int
+        Fewest and most sensors of this kind in a measurement; small numbers are as frequent as large ones on a
+        logarithmic scale.
+    series : int
+        Rows that make up one sensor and come or fail together, such as the times of a time series; they follow each
+        other in the observation.
+
+    Raises
+    ------
+    InputError
+        If a number is out of range or of the wrong shape.
+    """
+
+    observation: Observation
+    std: object
+    count: tuple[int, int]
+    series: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.observation, Observation):
+            raise InputError(f"A kind of sensor is an Observation, not {type(self.observation).__name__}: a family "
+                             "needs linear sensors; for others train a model of one fixed operator with `fit`.")
+        rows = len(self.observation)
+        series = check_count(self.series, "series")
+        if rows % series:
+            raise InputError(f"series is {series}: {rows} rows must split into sensors of that many rows.")
+        ends = self.count
+        ends = tuple(ends) if isinstance(ends, Iterable) and not isinstance(ends, (Mapping, Set, str, bytes)) else ()
+        if len(ends) != 2:
+            raise InputError(f"count is {self.count!r}: give the fewest and the most sensors, e.g. (1, 64).")
+        least, most = (check_count(n, f"count[{i}]", least=i) for i, n in enumerate(ends))
+        if not least <= most <= rows // series:
+            raise InputError(f"count is {(least, most)}: of {rows // series} candidates between 0 and all can be in "
+                             "a measurement, the fewest first.")
+        std = check_array(self.std, "std", (), (rows,), (2, rows), *([(2,)] if rows != 2 else []))
+        std.flags.writeable = False
+        for name, value in (("series", series), ("count", (least, most)), ("std", std)):
+            object.__setattr__(self, name, value)
+        std = self.std_range
+        if not (std > 0).all() or (std[0] > std[1]).any():
+            raise InputError("Every sensor needs noise: std must be positive, the smallest value first.")
+
+    @property
+    def std_range(self) -> np.ndarray:
+        """Smallest and largest standard deviation of each row, shape (2, k)."""
+        std, k = self.std, len(self.observation)
+        return np.broadcast_to(std[:, None] if std.shape == (2,) and k != 2 else std, (2, k))
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorFamily:
+    """Random observation operators: some sensors of every kind, together in one measurement.
+
+    Parameters
+    ----------
+    kinds : sequence of SensorKind
+        On the same state space.
+
+    Raises
+    ------
+    InputError
+        If there is no kind, or the kinds are on different spaces.
+    """
+
+    kinds: tuple[SensorKind, ...]
+
+    def __post_init__(self):
+        kinds = (self.kinds,) if isinstance(self.kinds, SensorKind) else self.kinds
+        kinds = tuple(kinds) if isinstance(kinds, (Sequence, Iterator)) else ()
+        if not kinds or not all(isinstance(kind, SensorKind) for kind in kinds):
+            raise InputError(f"An OperatorFamily is made of SensorKinds: give at least one, not {self.kinds!r}.")
+        if any(kind.observation.U != kinds[0].observation.U for kind in kinds):
+            raise InputError("All kinds of a family must observe the same state space.")
+        object.__setattr__(self, "kinds", kinds)
+
+    @property
+    def U(self):
+        """The state space."""
+        return self.kinds[0].observation.U

@@ -1,0 +1,221 @@
+"""Instruments that see more than a point: averages over patches and along lines; and random places for sensors.
+
+The integrals become sums over points: quadrature points of every cell for patches, Gauss points of every segment for
+lines. So thousands of rows cost a few matrix products, and no form is assembled for each of them.
+"""
+
+import finat.ufl
+import numpy as np
+from firedrake import (
+    Constant, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, exp, interpolate,
+)
+from firedrake.mesh import MeshGeometry
+from mpi4py import MPI
+from pyadjoint import no_annotations
+from scipy.sparse import csr_matrix, identity, kron, vstack
+
+from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import coefficients, multiply, on_root
+from fem_diffusion.observation.points import locate, sensor_rows
+from fem_diffusion.observation.linear import (
+    Observation, check_tolerance, checked_names, checked_points, compare_row, component_space, labels,
+)
+
+__all__ = ["line_averages", "patch_averages", "random_points"]
+
+_BLOCK = 256  # rows whose footprints are held at once
+_AGREE = 0.05  # how far two quadrature rules may differ on a footprint
+_CANDIDATES = 20000  # random points that are looked for in the mesh at once
+
+
+@no_annotations
+def patch_averages(U, centres, radii, names=None, *, component=None):
+    """Sensors that average the state around points, with the weight exp(-|x - c|²/(2 ρ²)).
+
+    Parameters
+    ----------
+    U : firedrake.functionspaceimpl.WithGeometry
+        The state space; the state, or the component, is scalar.
+    centres : numpy.ndarray
+        Global, those of rank 0 count, shape (k, gdim).
+    radii : float | numpy.ndarray
+        The ρ of all footprints, or of each, shape (k,), in the units of the mesh.
+    names : sequence of str | None
+        One name for each row; default the centres.
+    component : int | None
+        Index of the component of a mixed U.
+
+    Returns
+    -------
+    Observation
+        Weights are normalised over the domain, so a constant state gives that constant; weights below 1e-12 of the
+        largest of their row are left out.
+
+    Raises
+    ------
+    InputError
+        If U is mixed and no component is named, the state is not scalar, a radius is not positive, the centres have
+        the wrong shape or are not finite, or a footprint is too small for the mesh (or outside of it).
+    """
+    W, embed = component_space(U, component)
+    _check_scalar(W)
+    mesh = W.mesh()
+    centres = checked_points(mesh, centres, "centres")
+    radii = on_root(mesh.comm, lambda: check_array(radii, "radii", (), (len(centres),)))
+    if not (radii > 0).all():
+        raise InputError("radii must be one positive number or one for each centre, not "
+                         f"{np.array2string(radii, threshold=5)}")
+    radii = np.broadcast_to(radii, len(centres))
+    degree = 2 * max(2, W.ufl_element().embedded_superdegree)
+    (at_points, weights, places), (_, fine_weights, fine_places) = (_quadrature(W, d) for d in (degree, degree + 2))
+    blocks = []
+    for start in range(0, len(centres), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        footprints = weights * _footprints(places, centres[part], radii[part])
+        fine = fine_weights * _footprints(fine_places, centres[part], radii[part])
+        volume, check = mesh.comm.allreduce(np.stack([footprints.sum(axis=1), fine.sum(axis=1)]), MPI.SUM)
+        unseen = ~(np.abs(volume - check) <= _AGREE * check) | (check < 1e-200)
+        if unseen.any():
+            i = start + int(np.argmax(unseen))
+            raise InputError(f"the mesh does not resolve patch {i} at {tuple(centres[i].tolist())} of radius "
+                             f"{radii[i]:g}: make the radius as large as a cell, refine the mesh there, move the "
+                             "centre inside, or use point_sensors")
+        rows = multiply(at_points, footprints / volume[:, None], transpose=True)
+        largest = np.abs(rows).max(axis=1, initial=0.0)
+        mesh.comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
+        rows[np.abs(rows) < 1e-12 * largest[:, None]] = 0.0
+        blocks.append(csr_matrix(rows))
+    compare_row(W, blocks[0][:1], "patch 0", lambda u: _direct_average(u, centres[0], radii[0], degree))
+    default = [f"{label}±{radius:g}" for label, radius in zip(labels(centres), radii)]
+    return Observation(U, embed(vstack(blocks, format="csr")), checked_names(names, default, len(centres)), centres)
+
+
+@no_annotations
+def line_averages(U, starts, ends, points=8, names=None, *, component=None, tolerance=1e-6):
+    """Sensors that average the state along straight segments, as a beam of light does.
+
+    Parameters
+    ----------
+    U : firedrake.functionspaceimpl.WithGeometry
+        The state space; the state, or the component, is scalar.
+    starts, ends : numpy.ndarray
+        Ends of the segments; global, those of rank 0 count, shape (k, gdim) each.
+    points : int
+        Gauss points of a segment; more than the cells it crosses times the degree of the state are of little use.
+    names : sequence of str | None
+        One name for each row; default the ends.
+    component : int | None
+        Index of the component of a mixed U.
+    tolerance : float
+        How far outside the mesh a segment may be, as a fraction of the size of a cell.
+
+    Returns
+    -------
+    Observation
+        One row for each segment; its `points` are the midpoints.
+
+    Raises
+    ------
+    InputError
+        If U is mixed and no component is named, the state is not scalar, the ends have the wrong shape or are not
+        finite, points is no positive integer, or an end or a Gauss point of a segment is outside the mesh.
+    """
+    W, embed = component_space(U, component)
+    _check_scalar(W)
+    mesh, count = W.mesh(), check_count(points, "points")
+    tolerance = check_tolerance(tolerance)
+    starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
+    if starts.shape != ends.shape:
+        raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment")
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    nodes, weights = np.concatenate([[0.0, 1.0], (nodes + 1) / 2]), np.concatenate([[0.0, 0.0], weights / 2])
+    places = starts[:, None] + nodes[:, None] * (ends - starts)[:, None]
+    vom, index, found = locate(mesh, places.reshape(-1, places.shape[2]), tolerance)
+    outside = np.flatnonzero(~found.reshape(len(starts), -1).all(axis=1))
+    if len(outside):
+        first = ", ".join(f"{i} from {tuple(starts[i].tolist())} to {tuple(ends[i].tolist())}" for i in outside[:5])
+        raise InputError(f"{len(outside)} of {len(starts)} segments leave the mesh (segment {first}): move their ends, "
+                         "cut them at the boundary, or give a larger tolerance")
+    rows = kron(identity(len(starts)), weights[None], format="csr") @ sensor_rows(W, vom, index, found.size)
+    rows.eliminate_zeros()
+    default = [f"{start} to {end}" for start, end in zip(labels(starts), labels(ends))]
+    return Observation(U, embed(rows), checked_names(names, default, len(starts)), (starts + ends) / 2)
+
+
+@no_annotations
+def random_points(mesh, n, seed, *, tolerance=1e-6):
+    """Points spread evenly over the volume of a mesh, for sensors at random places.
+
+    Parameters
+    ----------
+    mesh : firedrake.mesh.MeshGeometry
+        Of any cells, with holes and re-entrant corners if it has them, extruded too; its topological dimension is
+        its geometric one.
+    n : int
+        Number of points.
+    seed : int
+        Non-negative; the same points on any number of ranks, and the first ones do not depend on n.
+    tolerance : float
+        How far outside the mesh a point may be, as a fraction of the size of a cell.
+
+    Returns
+    -------
+    numpy.ndarray
+        Global, shape (n, gdim).
+
+    Raises
+    ------
+    InputError
+        If n is no positive or seed no non-negative integer, or the mesh is a surface or a curve in space.
+    """
+    n, rng, tolerance = check_count(n), np.random.default_rng(check_seed(seed)), check_tolerance(tolerance)
+    check_kind(mesh, "mesh", MeshGeometry, "a mesh")
+    gdim, comm = mesh.geometric_dimension, mesh.comm
+    if mesh.topological_dimension != gdim:
+        raise InputError(f"the mesh is {mesh.topological_dimension}-dimensional in {gdim} dimensions: a random point "
+                         "of space is not on it; choose among its nodes, mesh.coordinates.dat.data_ro")
+    nodes = mesh.coordinates.dat.data_ro.reshape(-1, gdim)
+    low = np.min(comm.allgather(nodes.min(axis=0, initial=np.inf)), axis=0)
+    high = np.max(comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
+    if mesh.ufl_coordinate_element().embedded_subdegree > 1:
+        low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)  # curved cells bulge past their nodes
+    share = float(assemble(Constant(1.0) * dx(mesh))) / np.prod(high - low)
+    chosen = np.empty((0, gdim))
+    while len(chosen) < n:
+        trials = int(min(_CANDIDATES, 16 + 1.2 * (n - len(chosen)) / share))
+        candidates = low + (high - low) * rng.random((trials, gdim))
+        chosen = np.concatenate([chosen, candidates[locate(mesh, candidates, tolerance)[2]]])
+    return chosen[:n]
+
+
+def _direct_average(u, centre, radius, degree):
+    """Average of a Function with the weight of `patch_averages`."""
+    x = SpatialCoordinate(u.function_space().mesh())
+    # Constants, so that the forms are compiled once for all places.
+    square = sum((x[i] - Constant(c))**2 for i, c in enumerate(centre))
+    weight, over = exp(-square / (2 * Constant(radius)**2)), dx(u.function_space().mesh(), degree=degree)
+    return assemble(weight * u * over) / assemble(weight * over)
+
+
+def _check_scalar(W):
+    if W.value_shape:
+        raise InputError(f"the state has value shape {W.value_shape}: averages are of scalars; use functionals for "
+                         "an entry of a vector")
+
+
+def _footprints(places, centres, radii):
+    """Weights exp(-|x - c|²/(2 ρ²)), shape (k, n) for places (gdim, n), centres (k, gdim) and radii (k,)."""
+    square = sum((x - c[:, None])**2 for x, c in zip(places, centres.T))
+    return np.exp(-square / (2 * radii[:, None]**2))
+
+
+def _quadrature(W, degree):
+    """Quadrature points of this rank's cells: matrix of the values there, weights (n,) and coordinates (gdim, n)."""
+    mesh = W.mesh()
+    element = finat.ufl.FiniteElement("Quadrature", mesh.ufl_cell(), degree=degree, quad_scheme="default")
+    Q = FunctionSpace(mesh, element)
+    at_points = assemble(interpolate(TrialFunction(W), Q), mat_type="aij").petscmat
+    weights = coefficients(assemble(TestFunction(Q) * dx(degree=degree)))
+    places = coefficients([assemble(interpolate(x, Q)) for x in SpatialCoordinate(mesh)])
+    return at_points, weights, places

@@ -1,0 +1,1 @@
+"""Prior distributions of unknown fields."""

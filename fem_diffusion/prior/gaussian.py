@@ -1,0 +1,318 @@
+r"""Gaussian priors: Whittle-Matérn fields, fields that are constant along an extrusion, and numbers.
+
+The mathematics is in prior.py.  Every coefficient array holds *owned* coefficients: this rank's part of
+``with f.dat.vec_ro as v: v.array``.
+"""
+
+from functools import cached_property
+
+import numpy as np
+from firedrake import (
+    Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, dx, grad, inner, solve,
+)
+from mpi4py import MPI
+from pyadjoint import no_annotations
+from ufl.core.expr import Expr
+from ufl.domain import extract_domains
+
+from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, require_real
+from fem_diffusion.fields.checks import (
+    check_reproduced, exterior_measures, interpolated, matern_space, root_space,
+)
+from fem_diffusion.forward.forms import linear_options
+from fem_diffusion.fields.doors import check_finite, check_rows, check_solver, check_space
+from fem_diffusion.prior.matern import (
+    NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance, variance_is_exact,
+)
+
+__all__ = ["GaussianPrior"]
+
+
+class GaussianPrior:
+    """Gaussian random field with Whittle-Matérn covariance and Dirichlet conditions, or Gaussian numbers.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of CG elements, scalar or (with independent components) vector- or tensor-valued, symmetric tensors
+        included, on any mesh of dimension 1 to 3, a codimension-one ``Submesh`` included.  Where it is constant along
+        an extrusion (``vfamily="R"``), the prior is that of the base mesh.  On a space of family ``"R"``, scalar or
+        vector, the unknowns are independent numbers.
+    std : float | ufl.core.expr.Expr
+        Pointwise standard deviation, in the units of the field; it may vary in space.
+    correlation_length : float
+        Matérn length ℓ, in the units of the mesh: see `matern_correlation`; left out for numbers.
+    mean : float | ufl.core.expr.Expr
+        Mean away from Dirichlet parts.
+    bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC | None
+        Conditions that every sample satisfies exactly, the mean by a Helmholtz lift that decays over ℓ.
+    smoothness : float | None
+        Matérn smoothness ν = m - d/2 with m even: 1.5, 3.5, ... in one dimension, 1, 3 in two, 0.5, 2.5 in
+        three.  Default: the smallest that is at least one.
+    normalise : bool
+        Whether to make the pointwise standard deviation ``std`` (default), or to leave it as the operator
+        gives it: that saves the solves of the correction, and is right only inside, on a fine mesh.
+    solver_parameters : "direct" | "iterative" | dict
+        PETSc options for the operator.
+
+    Raises
+    ------
+    InputError
+        If the space is not CG or Real, an argument is of the wrong kind, shape or sign, on another mesh, not finite or
+        varies where the space is constant, or a condition is on another space or a marker that the mesh lacks.
+    SolveError
+        If an iterative solver chosen through ``solver_parameters`` does not converge.
+    """
+
+    @no_annotations
+    def __init__(self, V, std, correlation_length=None, *, mean=0.0, bcs=(), smoothness=None, normalise=True,
+                 solver_parameters="direct"):
+        require_real()
+        self.V, self._normalise = check_space(V), check_flag(normalise, "normalise")
+        solver_parameters = check_solver(solver_parameters, None, V.comm)
+        bcs = (bcs,) if isinstance(bcs, DirichletBC) else () if bcs is None else bcs
+        self.bcs = check_all(bcs, "bcs", DirichletBC, "DirichletBC objects")
+        self._space = V if len(V) == 1 and is_real(V) else matern_space(V)
+        for bc in self.bcs:
+            if root_space(bc.function_space()) != V:
+                raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
+                                 "components of it")
+        self._std = self._given(std, "std")
+        if not V.comm.allreduce(bool((self._std >= 0).all()), op=MPI.LAND):
+            raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
+        mean = self._given(mean, "mean")
+        if is_real(V):
+            if self.bcs or correlation_length is not None or smoothness is not None or solver_parameters != "direct":
+                raise InputError('numbers (family "R") have a mean and a standard deviation alone: leave out '
+                                 "correlation_length, smoothness, bcs and solver_parameters")
+            self.correlation_length = self.smoothness = None
+        else:
+            self._set_operator(correlation_length, smoothness, solver_parameters)
+            mean = self._lifted(mean)
+        self.mean, self._mean = field(V, mean), mean
+
+    def _given(self, value, name):
+        """Owned coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
+        on_base = isinstance(value, Expr) and self._space.mesh() in extract_domains(value)
+        space = self._space if on_base else self.V
+        return coefficients(interpolated(space, value, name, (space.mesh(),)))
+
+    def _set_operator(self, correlation_length, smoothness, solver_parameters):
+        """Check and keep what the operator of a field needs."""
+        ends = set(exterior_measures(self.V.mesh()))
+        for bc in self.bcs:
+            words = [part for part in bc.sub_domain if part in ("bottom", "top")]
+            try:
+                # The seam of a periodic extrusion has nodes and is no boundary.
+                known = ends.issuperset(words) and bc.nodes is not None
+            except (LookupError, ValueError):
+                known = False
+            if not known:
+                raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
+                                 "name its markers")
+        self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
+        d = self._space.mesh().topological_dimension
+        self._order = operator_order(smoothness, d)
+        self.smoothness = self._order - d / 2
+        self._L = self.correlation_length / np.sqrt(2 * self.smoothness)
+        self._solver_parameters = linear_options(solver_parameters, self._space, advective=False)
+
+    def _conditions(self, f):
+        """The bcs on the operator's space, with the values of f (n_owned,)."""
+        values, conditions = field(self._space, f), []
+        for bc in self.bcs:
+            if self._space != self.V and {"top", "bottom"} & set(np.atleast_1d(bc.sub_domain)):
+                raise InputError("a condition at the top or bottom fixes a field that is constant along the extrusion "
+                                 "everywhere: name markers of the sides")
+            component = bc.function_space().component
+            target, g, W = (x if component is None else x.sub(component) for x in (self._space, values, self.V))
+            value = getattr(bc, "_original_arg", None)
+            if self._space != self.V and isinstance(value, Expr):
+                check_reproduced(value, Function(W.collapse()).interpolate(value), "the value of a condition")
+            conditions.append(DirichletBC(target, g, bc.sub_domain))
+        return conditions
+
+    def _lifted(self, mean):
+        """The mean (n_owned,) plus the Helmholtz extension of its mismatch with the bcs: it satisfies them exactly."""
+        if not self.bcs:
+            return mean
+        fixed = self._applied(mean)
+        check_finite(field(self.V, fixed), "the mean with the values of bcs")
+        space, lift = self._space, Function(self._space)
+        u, v = TrialFunction(space), TestFunction(space)
+        K = inner(u, v) * dx + Constant(self._L**2) * inner(grad(u), grad(v)) * dx
+        solve(K == inner(Constant(np.zeros(space.value_shape)), v) * dx, lift, bcs=self._conditions(fixed - mean),
+              solver_parameters=self._solver_parameters)
+        return self._applied(mean + coefficients(lift))  # the sum has rounding errors
+
+    def _applied(self, values):
+        """Values (n_owned,) with those of the bcs where they hold."""
+        f = field(self.V, values)
+        for bc in self.bcs:
+            bc.apply(f)
+        return coefficients(f)
+
+    @cached_property
+    @no_annotations
+    def _operator(self):
+        """The operator with the Dirichlet conditions, factorised."""
+        if is_real(self.V):
+            return NumberOperator(self.V)
+        conditions = self._conditions(np.zeros_like(self._std))
+        return matern_operator(self._space, self._L, self._order, conditions, self._solver_parameters)
+
+    @cached_property
+    @no_annotations
+    def _scale(self):
+        """Diagonal of ``D``, owned, shape (n_owned,)."""
+        if is_real(self.V):
+            return self._std
+        # An entry that stands twice in a tensor has twice the mass, and half the variance under the same operator.
+        counts = np.sqrt(independent_entries(self.V)[1])
+        scale = (self._std.reshape(-1, len(counts)) * counts).ravel()  # components are interleaved
+        if not self._normalise:
+            return scale
+        scalar = self._space
+        if scalar.value_shape:
+            scalar = FunctionSpace(scalar.mesh(), scalar.ufl_element().sub_elements[0])
+        op = self._operator
+        if self.bcs or self.V.value_shape:
+            op = matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
+        return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
+
+    @property
+    def covariance(self):
+        """Firedrake's AutoregressiveCovariance, without the normalisation ``D``; None for numbers."""
+        return self._operator.covariance
+
+    def sample(self, seed):
+        """Draw one sample.
+
+        Parameters
+        ----------
+        seed : int
+            Non-negative; the same seed gives the same sample up to rounding, on any number of ranks.
+
+        Returns
+        -------
+        firedrake.Function
+            The sample, in ``V``; its coefficients are ``sample_many(1, seed)[0]``.
+
+        Raises
+        ------
+        InputError
+            If seed is no non-negative integer.
+        """
+        return field(self.V, self.sample_many(1, seed)[0])
+
+    @no_annotations
+    def sample_many(self, n, seed):
+        """Draw n samples, a block of right-hand sides at a time (collective).
+
+        Parameters
+        ----------
+        n : int
+            Number of samples.
+        seed : int
+            Non-negative; the first samples do not depend on n.
+
+        Returns
+        -------
+        numpy.ndarray
+            Owned coefficients, shape (n, n_owned).
+
+        Raises
+        ------
+        InputError
+            If n is no positive or seed no non-negative integer.
+        """
+        n, op = check_count(n), self._operator
+        rng = np.random.default_rng(check_seed(seed))
+        samples, block = np.empty((n, self._std.size)), op.block()
+        for start in range(0, n, block):
+            part = samples[start:start + block]
+            part[:] = self._mean + self._scale * op.root(op.white_noise(rng, len(part)))
+        return samples
+
+    @no_annotations
+    def apply_covariance(self, x):
+        """Apply the covariance ``C`` to dual coefficients (collective).
+
+        Parameters
+        ----------
+        x : numpy.ndarray
+            Owned dual coefficients (of a Cofunction), shape (k, n_owned).
+
+        Returns
+        -------
+        numpy.ndarray
+            Owned primal coefficients of ``C x``, shape (k, n_owned).
+
+        Raises
+        ------
+        InputError
+            If x has another shape, or is not real and finite.
+        """
+        x, op = check_rows(x, self.V, "x"), self._operator
+        block, y = op.block(), np.empty(x.shape)
+        for start in range(0, len(x), block):
+            rows = slice(start, start + block)
+            y[rows] = self._scale * op.action(self._scale * x[rows])
+        return y
+
+    def covariance_matrix(self):
+        """Dense covariance of the coefficients, for small problems on one rank.
+
+        Returns
+        -------
+        numpy.ndarray
+            Symmetric, shape (n, n).
+
+        Raises
+        ------
+        InputError
+            If the mesh is distributed.
+        """
+        if self.V.comm.size > 1:
+            raise InputError("covariance_matrix needs the whole mesh on one rank: use apply_covariance")
+        C = self.apply_covariance(np.eye(self._std.size))
+        return (C + C.T) / 2
+
+    @cached_property
+    @no_annotations
+    def _pointwise_std(self):
+        """Owned, shape (n_owned,)."""
+        if self._normalise and not self.bcs:
+            return self._std
+        return self._scale * np.sqrt(pointwise_variance(self._operator))
+
+    @cached_property
+    @no_annotations
+    def _exact_std(self):
+        """As `_pointwise_std`, without an estimate for large spaces."""
+        if is_real(self.V) or variance_is_exact(self._operator):
+            return self._pointwise_std
+        return self._scale * np.sqrt(exact_variance(self._operator))
+
+    def pointwise_std(self, exact=False):
+        """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
+
+        Parameters
+        ----------
+        exact : bool
+            Whether to solve once for each unknown, however many there are.
+
+        Returns
+        -------
+        firedrake.Function
+            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
+            to be `exact`.
+
+        Raises
+        ------
+        InputError
+            If `exact` is neither True nor False.
+        """
+        return field(self.V, self._exact_std if check_flag(exact, "exact") else self._pointwise_std)

@@ -1,0 +1,307 @@
+"""Firedrake's Whittle-Matérn covariance operator, opened for blocks of vectors; mathematics in prior.py.
+
+Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from firedrake import (
+    BrokenElement, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
+    assemble, dx, grad, homogenize, inner, interpolate,
+)
+from firedrake.adjoint import AutoregressiveCovariance
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+from scipy.sparse import bsr_matrix, csr_matrix
+from scipy.special import gamma, kv
+
+from fem_diffusion.checks import check_array, check_number
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import multiply, owned_size, solve
+from fem_diffusion.fields.checks import exterior_measures
+
+__all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
+           "pointwise_variance"]
+
+_ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficient
+_EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
+_VARIANCE_ERROR = 0.015  # relative standard error of the estimated pointwise variance of larger problems
+_BLOCK_BYTES = 2**26     # memory for one block of right-hand sides
+
+
+def matern_correlation(r, correlation_length, smoothness):
+    """Matérn correlation at distance r (Lindgren et al. 2011, eq. 1, with ``κ = sqrt(2ν)/ℓ``).
+
+    Parameters
+    ----------
+    r : float | numpy.ndarray
+        Distances, of any shape.
+    correlation_length : float
+        The length ℓ; the correlation at ``r = ℓ`` is 0.42 (ν = 1/2: 0.37) to 0.61 (ν to infinity).
+    smoothness : float
+        The smoothness ν.
+
+    Returns
+    -------
+    numpy.ndarray
+        Correlations of the shape of ``r``.
+
+    Raises
+    ------
+    InputError
+        If a distance is negative, or an argument no finite number, or length or smoothness not positive.
+    """
+    r, smoothness = check_array(r, "r"), check_number(smoothness, "smoothness", above=0, most=100)
+    if (r < 0).any():
+        raise InputError("r holds negative numbers: give distances")
+    x = np.sqrt(2 * smoothness) * r / check_number(correlation_length, "correlation_length", above=0)
+    safe = np.where(x > 0, x, 1.0)  # the Bessel function is infinite at zero
+    values = 2**(1 - smoothness) / gamma(smoothness) * safe**smoothness * kv(smoothness, safe)
+    return np.where(x > 0, values, 1.0)
+
+
+def operator_order(smoothness, d):
+    """Even order m of the operator with smoothness ν = m - d/2; for None the smallest with ν of at least one.
+
+    Raises
+    ------
+    InputError
+        If no even m >= 2 gives this smoothness in d dimensions.
+    """
+    m = 2 if d < 3 else 4
+    if smoothness is not None:
+        # Weights of higher orders leave the range of double precision.
+        m = check_number(smoothness, "smoothness", above=0, most=100) + d / 2
+    if m < 2 or m % 2:
+        choices = ", ".join(str(order - d / 2) for order in (2, 4, 6))
+        raise InputError(f"smoothness is {smoothness!r}: on a mesh of dimension {d} choose {choices}, ...")
+    return int(m)
+
+
+def _global_sum(comm, x):
+    """Sum of equally shaped arrays over all ranks."""
+    total = np.ascontiguousarray(x)
+    comm.Allreduce(MPI.IN_PLACE, total)
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class MaternOperator:
+    """A Firedrake covariance operator, opened for blocks of vectors.
+
+    Attributes
+    ----------
+    covariance : firedrake.adjoint.AutoregressiveCovariance
+        The operator whose factorised solver is used.
+    mass, noise : PETSc.Mat
+        Mass matrix ``M`` (n, n), and ``S`` (n, n_broken) with ``S z ~ N(0, M)`` for ``z ~ N(0, I)``.
+    places : numpy.ndarray
+        Owned, shape (n_cells,): place of each cell in an order that no partition changes.
+    free : numpy.ndarray
+        Owned, shape (n_owned,): one at free coefficients, zero at those a Dirichlet condition fixes.
+    weight : float
+        Scale that makes the variance one on an unbounded domain.
+    """
+
+    covariance: AutoregressiveCovariance
+    mass: PETSc.Mat
+    noise: PETSc.Mat
+    places: np.ndarray
+    free: np.ndarray
+    weight: float
+
+    @property
+    def comm(self):
+        """The communicator of the function space."""
+        return self.covariance.function_space().comm
+
+    def solve(self, x):
+        """``K⁻¹`` applied to every row of x (k, n_owned), with zero at the fixed coefficients."""
+        return solve(self.covariance.solver.snes.ksp, x * self.free) * self.free
+
+    def root(self, x):
+        """``R`` applied to every row of the dual coefficients x (k, n_owned)."""
+        y = self.solve(x)
+        for _ in range(self.covariance.iterations // 2 - 1):
+            y = self.solve(multiply(self.mass, y))
+        return self.weight * y
+
+    def action(self, x):
+        """``R M Rᵀ`` applied to every row of the dual coefficients x (k, n_owned)."""
+        y = self.solve(x)
+        for _ in range(self.covariance.iterations - 1):
+            y = self.solve(multiply(self.mass, y))
+        return self.weight**2 * y
+
+    def white_noise(self, rng, k):
+        """k draws of ``b ~ N(0, M)``, owned dual coefficients of shape (k, n_owned).
+
+        Every rank draws the numbers of all cells and keeps its own: a sample does not depend on the ranks.
+        """
+        owned, total = self.noise.getSizes()[1]
+        per_cell = total // self.comm.allreduce(len(self.places))
+        z = rng.standard_normal((k, total // per_cell, per_cell))[:, self.places]
+        return multiply(self.noise, z.reshape(k, owned))
+
+    def block(self):
+        """Number of vectors to treat at once, the same on every rank."""
+        return int(np.clip(_BLOCK_BYTES / (8 * self.noise.getSizes()[1][1]), 1, 256))
+
+
+class NumberOperator:
+    """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
+
+    covariance = None
+
+    def __init__(self, V):
+        start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
+        self._total, self._owned = V.dim(), slice(start, start + owned_size(V))
+
+    def root(self, x):
+        """The numbers x (k, n_owned) themselves."""
+        return x
+
+    action = root
+
+    def white_noise(self, rng, k):
+        """k draws, shape (k, n_owned); every rank draws all numbers and keeps its own."""
+        return rng.standard_normal((k, self._total))[:, self._owned]
+
+    def block(self):
+        """As `MaternOperator.block`."""
+        return 256
+
+
+def _white_noise_matrix(V):
+    """White noise on V from independent numbers that belong to cells, not to their numbering.
+
+    Cholesky factors of the cells' mass matrices, gathered from the broken space into V, as Firedrake's
+    ``WhiteNoiseGenerator`` does it (Croci et al. 2018).  Firedrake's numbering of a distributed mesh changes
+    from run to run, so here cells, and the nodes of a cell, are ordered by their place instead.
+
+    Returns
+    -------
+    PETSc.Mat
+        ``S`` with ``S z ~ N(0, M)`` for ``z ~ N(0, I)``, its columns those of the owned cells.
+    numpy.ndarray
+        Place of each owned cell in an order of all cells that no partition changes, shape (n_cells,).
+    """
+    Vb, mesh = V.broken_space(), V.mesh()
+    scalar = V.ufl_element().sub_elements[0] if V.value_shape else V.ufl_element()
+    dim, nodes = mesh.geometric_dimension, Vb.cell_node_map().arity
+    nodes_of_cells = VectorFunctionSpace(mesh, BrokenElement(scalar), dim=dim)
+    x = Function(nodes_of_cells).interpolate(SpatialCoordinate(mesh)).dat.data_ro.reshape(-1, nodes, dim)
+
+    gather = assemble(interpolate(TrialFunction(V), Vb), mat_type="aij").petscmat
+    mass = assemble(inner(TrialFunction(Vb), TestFunction(Vb)) * dx, mat_type="aij").petscmat
+    local = mass if V.comm.size == 1 else mass.getDiagonalBlock()
+    indptr, indices, values = local.getValuesCSR()
+    size = nodes * V.block_size
+    cells = csr_matrix((values, indices, indptr), shape=local.getSize()).tobsr((size, size))
+
+    # In each direction by itself, as cells may be thin; a direction without extent has rounding errors alone.
+    lowest = x.min(axis=1, keepdims=True)
+    noise = 1e-11 * V.comm.allreduce(np.abs(x).max(initial=0.0), op=MPI.MAX)
+    extent = np.maximum(np.ptp(x, axis=1, keepdims=True), noise)
+    keys = np.rint((x - lowest) / extent * 1e3)
+    order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int)
+    order = order.reshape(-1, nodes)  # also where a rank has no cell
+    order = (order[:, :, None] * V.block_size + np.arange(V.block_size)).reshape(-1, size)
+    each = np.arange(len(order))[:, None, None]
+    factor = np.empty_like(cells.data)
+    factor[each[:, :, 0], order] = np.linalg.cholesky(cells.data[each, order[:, :, None], order[:, None, :]])
+    factor = bsr_matrix((factor, cells.indices, cells.indptr), shape=cells.shape).tocsr()
+    offset = mass.getOwnershipRange()[0]
+    pattern = (factor.indptr.astype(PETSc.IntType), (factor.indices + offset).astype(PETSc.IntType))
+    block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=mass.comm)
+
+    centres = np.concatenate(V.comm.allgather(x.mean(axis=1)))
+    sort = np.lexsort([_levels(c) for c in centres.T])
+    place = np.empty(len(sort), dtype=int)
+    place[sort] = np.arange(len(sort))
+    noise = gather.transposeMatMult(block_diagonal)
+    block_diagonal.destroy()
+    return noise, place[offset // size:offset // size + len(x)]
+
+
+def _levels(x):
+    """Integers in the order of numbers (n,), the same for those that differ by rounding errors, as of cells in line."""
+    order = np.argsort(x)
+    steps = np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0)
+    levels = np.zeros(len(x), dtype=int)
+    levels[order[1:]] = np.cumsum(steps)
+    return levels
+
+
+def matern_operator(V, L, m, bcs, solver_parameters):
+    """Build the operator on V with scale L, order m and homogeneous bcs."""
+    mesh = V.mesh()
+    u, v = TrialFunction(V), TestFunction(V)
+    K = inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
+    K += sum(Constant(_ROBIN * L) * inner(u, v) * ds for ds in exterior_measures(mesh).values())
+    d = mesh.topological_dimension
+    weight = np.sqrt(gamma(m) * (4 * np.pi)**(d / 2) * L**d / gamma(m - d / 2))
+    covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight),
+                                          bcs=homogenize(list(bcs)), solver_parameters=solver_parameters)
+    covariance.solver.solve()  # assembles and factorises
+    free = Function(V).assign(1)
+    for bc in bcs:
+        bc.zero(free)
+    with free.dat.vec_ro as vec:
+        free = vec.array.copy()
+    mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
+    return MaternOperator(covariance, mass, *_white_noise_matrix(V), free, float(weight))
+
+
+def pointwise_variance(op):
+    """Diagonal of ``R M Rᵀ``, owned, shape (n_owned,): exact, or estimated for large spaces."""
+    return exact_variance(op) if variance_is_exact(op) else _estimated_variance(op)
+
+
+def variance_is_exact(op):
+    """Whether the space is small enough for `pointwise_variance` to be exact."""
+    return op.mass.getSizes()[0][1] <= _EXACT_LIMIT
+
+
+def exact_variance(op):
+    """Diagonal of ``R M Rᵀ`` from one solve per unknown: ``diag_i = |Rᵀ e_i|²_M``."""
+    total, (first, last) = op.mass.getSizes()[0][1], op.mass.getOwnershipRange()
+    result, block = np.zeros(last - first), op.block()
+    for start in range(0, total, block):
+        stop = min(start + block, total)
+        unit = np.zeros((stop - start, last - first))
+        mine = np.arange(max(start, first), min(stop, last))
+        unit[mine - start, mine - first] = 1.0
+        y = op.solve(unit)
+        for _ in range(op.covariance.iterations // 2 - 1):
+            y = op.solve(multiply(op.mass, y))
+        squares = _global_sum(op.comm, np.einsum("ki,ki->k", y, multiply(op.mass, y)))
+        result[mine - first] = squares[mine - start]
+    return op.weight**2 * result
+
+
+def _estimated_variance(op, rank=256, most=4096):
+    """Diagonal of ``C = R M Rᵀ``: exact for a low-rank part, plus the spread of draws given that part.
+
+    With a random ``Ω`` of ``rank`` columns, a draw x splits into its regression on ``Ωᵀ x``, whose
+    variance ``diag(C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C)`` is known, and an independent remainder.  Only the remainder is
+    estimated by Monte Carlo: the error is the usual one times the remainder's share of the variance.
+    """
+    rng = np.random.default_rng(0)
+    block = op.block()
+    omega = np.concatenate([op.white_noise(rng, block) for _ in range(-(-rank // block))])
+    image = np.concatenate([op.action(omega[i:i + block]) for i in range(0, len(omega), block)])
+    values, vectors = np.linalg.eigh(_global_sum(op.comm, image @ omega.T))
+    keep = values > 1e-10 * values[-1]
+    vectors = vectors[:, keep] / np.sqrt(values[keep])
+    omega, image = vectors.T @ omega, vectors.T @ image  # now Ωᵀ x ~ N(0, I)
+    known, rest, count, error = np.sum(image**2, axis=0), 0.0, 0, np.inf
+    while count < most and error > _VARIANCE_ERROR:
+        x = op.root(op.white_noise(rng, block))
+        x -= _global_sum(op.comm, x @ omega.T) @ image
+        rest, count = rest + np.sum(x**2, axis=0), count + block
+        estimate = known + rest / count
+        share = rest / count / np.where(estimate > 0, estimate, 1.0)
+        error = np.sqrt(2 / count) * op.comm.allreduce(share.max(initial=0.0), op=MPI.MAX)
+    return estimate

@@ -1,1 +1,0 @@
-"""The inverse problem in Firedrake's words: physics, prior, observation operator."""

@@ -1,0 +1,213 @@
+"""Calibration on held-out pairs: are the truths where the draws say they are?
+
+Nothing exact is needed here. If (z, y) is a joint sample and x_1..x_n are draws of p(z | y), the rank of z among
+the draws is uniform on 0..n in every coordinate (Talts et al. 2018, theorem 1).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import chisquare
+
+from fem_diffusion.checks import check_array, check_count, check_number, check_seed
+from fem_diffusion.comparison.distances import energy_score
+from fem_diffusion.diffusion.noise import as_noise
+from fem_diffusion.errors import InputError
+
+__all__ = ["Calibration", "calibrate", "calibrate_model", "sbc_p_values", "sbc_ranks"]
+
+
+def sbc_ranks(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Rank of each truth among its draws, coordinate by coordinate.
+
+    Parameters
+    ----------
+    draws : numpy.ndarray
+        n independent draws for each of m truths, shape (m, n, r).
+    truth : numpy.ndarray
+        Shape (m, r).
+
+    Returns
+    -------
+    numpy.ndarray
+        Whole numbers in 0..n, shape (m, r).
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree or a value is not finite and real.
+    """
+    draws = check_array(draws, "draws", ("m", "n", "r"))
+    truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
+    if not draws.size:
+        raise InputError(f"Draws (m, n, r) and truths (m, r) are needed, not {draws.shape} and {truth.shape}.")
+    return (draws < truth[:, None]).sum(axis=1)
+
+
+def sbc_p_values(ranks: np.ndarray, n: int, bins: int | None = None) -> np.ndarray:
+    """p-value of Pearson's chi-square test for uniform ranks, for each coordinate.
+
+    Parameters
+    ----------
+    ranks : numpy.ndarray
+        In 0..n, shape (m, r).
+    n : int
+        Number of draws a truth.
+    bins : int, optional
+        Number of bins; where left out m / 10 but at least 2 and at most 20, so that each expects about ten truths or
+        more.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (r,).
+
+    Raises
+    ------
+    InputError
+        If ranks are no integers in 0..n, or there are fewer than two bins or more bins than ranks.
+    """
+    n, ranks = check_count(n, "n"), check_array(ranks, "ranks", ("m", "r"))
+    m = len(ranks)
+    if not m or (ranks % 1 != 0).any() or (ranks < 0).any() or (ranks > n).any():
+        raise InputError(f"ranks must be integers between 0 and {n}: pass what sbc_ranks returns.")
+    ranks = ranks.astype(int)
+    bins = check_count(min(max(m // 10, 2), 20, n + 1) if bins is None else bins, "bins")
+    if not 2 <= bins <= n + 1:
+        raise InputError(f"Choose between 2 and {n + 1} bins for ranks among {n} draws, not {bins}.")
+    # Bins hold unequal numbers of ranks where n + 1 is no multiple of their number.
+    bin_of_rank = np.arange(n + 1) * bins // (n + 1)
+    expected = m * np.bincount(bin_of_rank) / (n + 1)
+    counts = [np.bincount(bin_of_rank[column], minlength=bins) for column in ranks.T]
+    return np.array([chisquare(count, expected).pvalue for count in counts])
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What held-out pairs say about a sampler.
+
+    Parameters
+    ----------
+    ranks : numpy.ndarray
+        Of the truths among the draws, shape (m, r).
+    p_values : numpy.ndarray
+        Of uniform ranks, shape (r,).
+    coverage : dict of float to float
+        Level of a central interval to the share of truths inside, averaged over coordinates.
+    energy_score : numpy.ndarray
+        Of each pair, shape (m,); lower is better, and the true conditional has the lowest mean.
+    draws : int
+        Number n of draws a truth.
+    """
+
+    ranks: np.ndarray
+    p_values: np.ndarray
+    coverage: dict
+    energy_score: np.ndarray
+    draws: int
+
+    @property
+    def p_value(self) -> float:
+        """One p-value for all coordinates: the smallest, times their number (Bonferroni), at most 1."""
+        return float(min(1.0, len(self.p_values) * self.p_values.min()))
+
+    def coverage_error(self, level: float) -> float:
+        """Standard error of the coverage at a level; pairs are independent, coordinates of one pair are not."""
+        level = check_number(level, "level", above=0, below=1)
+        inside = _inside(self.ranks, self.draws, level).mean(axis=1)
+        return float(inside.std(ddof=1) / np.sqrt(len(inside)))
+
+    def table(self) -> str:
+        """Coverage with its standard error as a Markdown table, and the p-value of uniform ranks."""
+        lines = ["", "| central interval | truths inside | standard error |", "|---|---|---|"]
+        lines += [f"| {level:.0%} | {share:.1%} | {self.coverage_error(level):.1%} |"
+                  for level, share in self.coverage.items()]
+        return "\n".join([*lines, "", f"{len(self.ranks)} held-out pairs; uniform ranks of all latents: "
+                          f"p = {self.p_value:.2f}", ""])
+
+
+def _inside(ranks: np.ndarray, n: int, level: float) -> np.ndarray:
+    """Whether ranks among n draws lie in the central interval of a level; shape of the ranks."""
+    return np.abs((ranks + 0.5) / (n + 1) - 0.5) <= level / 2
+
+
+def _levels(levels) -> tuple[float, ...]:
+    if not isinstance(levels, (tuple, list, np.ndarray)):
+        raise InputError(f"levels is {levels!r}: give several levels, such as (0.5, 0.9).")
+    return tuple(check_number(level, "A level", above=0, below=1) for level in levels)
+
+
+def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)) -> Calibration:
+    """Ranks, coverage and energy score of draws for held-out pairs.
+
+    An interval of level p is made of the ranks whose centre (rank + 1/2) / (n + 1) lies within p / 2 of one half; where
+    n + 1 is a multiple of 20, levels of 50 % and 90 % are met exactly.
+
+    Parameters
+    ----------
+    draws : numpy.ndarray
+        n independent draws of the sampler for the measurement of each of m pairs, shape (m, n, r), n >= 2.
+    truth : numpy.ndarray
+        Latents of the pairs, shape (m, r).
+    levels : tuple of float
+        Of the central intervals.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree, a value is not finite and real, or a level does not lie between 0 and 1.
+    """
+    levels = _levels(levels)
+    ranks = sbc_ranks(draws, truth)
+    n = np.shape(draws)[1]
+    coverage = {level: float(_inside(ranks, n, level).mean()) for level in levels}
+    return Calibration(ranks, sbc_p_values(ranks, n), coverage, energy_score(draws, truth), n)
+
+
+def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: int | None = None,
+                    levels: tuple[float, ...] = (0.5, 0.9), **sampling) -> Calibration:
+    """Calibration of a trained model in its latents, on pairs that were not used in training.
+
+    Parameters
+    ----------
+    model : ConditionalModel
+        The trained model.
+    data : DataSet
+        Held-out pairs, from `simulate` with another seed.
+    noise : GaussianNoise, CallableNoise, float or None
+        Noise of the measurements, or its standard deviation; None where the observations hold it already.
+    seed : int
+        Of noise and draws.
+    draws : int
+        Draws a pair.
+    leading : int, optional
+        Look at the first latents only, those with the largest prior variance; all where left out.
+    levels : tuple of float
+        Of the central intervals.
+    **sampling
+        Passed to `Posterior.sample`, e.g. ``steps=8``.
+
+    Returns
+    -------
+    Calibration
+
+    Raises
+    ------
+    InputError
+        If a number is out of range.
+    """
+    seed, draws, levels = check_seed(seed), check_count(draws, "draws", least=2), _levels(levels)
+    leading = None if leading is None else check_count(leading, "leading")
+    y = torch.from_numpy(check_array(data.observations, "The observations", ("n", "k")))
+    noise = as_noise(noise, y.shape[1])
+    if noise is not None:
+        y = noise.sample(y, torch.Generator().manual_seed(seed))
+    latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents.numpy()
+                        for i, row in enumerate(y.numpy())])
+    truth = model.basis.encode(data.fields).numpy()
+    return calibrate(latents[:, :, :leading], truth[:, :leading], levels)
