@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fem_diffusion import files
-from fem_diffusion.diffusion._loop import History, unpack_history
+from fem_diffusion.diffusion.training.loop import History, unpack_history
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.field_network import FieldNetwork
 from fem_diffusion.diffusion.gaussian import GaussianBase

@@ -1,13 +1,17 @@
 """A score network that sees its measurement as a set of sensors, whatever their number and order."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion.network import ResidualMLP
-from fem_diffusion.diffusion.operator_base import Located
-from fem_diffusion.diffusion.sensors import Sensors
+from fem_diffusion.diffusion.network.mlp import ResidualMLP
 from fem_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["SensorNetwork"]
 
@@ -28,7 +32,7 @@ class SensorNetwork(nn.Module):
     ----------
     r : int
         Number of latents.
-    s : int
+    k : int
         Number of state coordinates.
     width, depth : int
         Of the residual network.
@@ -43,13 +47,13 @@ class SensorNetwork(nn.Module):
         If a size is not positive, or `tokens` no multiple of 4.
     """
 
-    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
+    def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
         super().__init__()
-        sizes = {"r": r, "s": s, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
+        sizes = {"r": r, "k": k, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
         self.config = {name: check_count(size, name) for name, size in sizes.items()}
         if tokens % _HEADS:
             raise InputError(f"tokens is {tokens}: give a multiple of {_HEADS}.")
-        self.seen = min(s, _SEEN)
+        self.seen = min(k, _SEEN)
         self.embed = nn.Sequential(nn.Linear(self.seen + r + 3, tokens), nn.SiLU(),
                                    nn.Linear(tokens, tokens), nn.SiLU())
         # A token that is always there: attention over no sensors is defined, and their number can be felt.
@@ -64,45 +68,29 @@ class SensorNetwork(nn.Module):
         """Floating point type of the weights."""
         return self.flow.dtype
 
-    def context(self, sensors: Sensors, located: Located, y: Tensor) -> Tensor:
-        """What the network knows of each measurement, shape (B, 2 r + tokens): mean, log std, gathered sensors.
-
-        `located` is in units of the prior, see `OperatorBase.standardised`.
-        """
-        sensors, y = sensors.standardised(y)
-        numbers = [y, located.misfit, torch.log(sensors.variance.sqrt())]
+    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+        """Tokens (B, k, .), which of them are there (B, k), mean and log std (B, 2 r) and factor (B, r, r) of the base."""
+        (layout, y), located = layout.standardised(y), base.standardised(located)
+        numbers = torch.stack([y, located.misfit, torch.log(layout.variance.sqrt())], 2)
         # asinh bounds what a very precise sensor brings in.
-        token = torch.cat([sensors.rows[:, :, :self.seen], torch.asinh(located.sensitivity),
-                           torch.asinh(torch.stack(numbers, 2))], 2)
-        token = self.embed(token.to(self.dtype))
+        token = torch.cat([layout.rows[:, :, :self.seen], torch.asinh(located.sensitivity), torch.asinh(numbers)], 2)
+        centre = torch.cat([located.mean, torch.log(located.std)], 1)
+        return token.to(self.dtype), layout.present, centre.to(self.dtype), located.factor.to(self.dtype)
+
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """Mean, log std and gathered sensors (B, 2 r + tokens), and the factor (B, r, r)."""
+        token, present, centre, factor = seen
+        token = self.embed(token)
         token = torch.cat([self.nothing.expand(len(token), 1, -1), token], 1)
-        hidden = torch.cat([sensors.present.new_zeros(len(token), 1), ~sensors.present], 1)
+        hidden = torch.cat([present.new_zeros(len(token), 1), ~present], 1)
         gathered = self.attention(self.queries.expand(len(token), -1, -1), token, token, key_padding_mask=hidden,
                                   need_weights=False)[0]
-        base = torch.cat([located.mean, torch.log(located.std)], 1).to(self.dtype)
-        return torch.cat([base, self.gather(gathered.flatten(1))], 1)
+        return torch.cat([centre, self.gather(gathered.flatten(1))], 1), factor
 
-    def forward(self, v: Tensor, angle: Tensor, context: Tensor, factor: Tensor) -> Tensor:
-        """Network output.
-
-        Parameters
-        ----------
-        v : Tensor
-            Unit-variance states in base coordinates, shape (R, B, r): R of each measurement.
-        angle : Tensor
-            arctan(sigma), shape (R, B, 1).
-        context : Tensor
-            From `context`, shape (B, 2 r + tokens).
-        factor : Tensor
-            Of the base in units of the prior, shape (B, r, r).
-
-        Returns
-        -------
-        Tensor
-            Shape (R, B, r).
-        """
+    def forward(self, v: Tensor, angle: Tensor, summary: Tensor, factor: Tensor) -> Tensor:
+        """Network output (n, B, r) for states (n, B, r), angles and what `context` gives; see `ScoreNetwork`."""
         r = v.shape[2]
-        latent = context[:, :r] + torch.cos(angle) * torch.einsum("bij,nbj->nbi", factor, v)
-        output = self.flow(torch.cat([v, latent], 2), angle, context.expand(len(v), -1, -1))
+        latent = summary[:, :r] + torch.cos(angle) * torch.einsum("bij,nbj->nbi", factor, v)
+        output = self.flow(torch.cat([v, latent], 2), angle, summary)
         # A score of the latents becomes one of base coordinates by the transposed factor.
         return output[..., :r] + torch.einsum("bij,nbi->nbj", factor, output[..., r:])

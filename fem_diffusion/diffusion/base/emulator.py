@@ -1,26 +1,32 @@
-r"""The state as a function of the latents, learned once and valid for every observation operator.
+r"""What sensors can see as a function of the latents, learned once.
 
-The state is written in modes, :math:`u = \bar u + \sum_j c_j \psi_j`, and its coordinates are regressed on the latents,
+What can be seen has coordinates c: of the state in modes, :math:`u = \bar u + \sum_j c_j \psi_j`, over which any sensor
+is a row, or the noise-free readings of fixed sensors themselves. They are regressed on the latents,
 
 .. math:: c = f(z) + \text{residual}, \qquad f(z) = f_0 + A z + \text{network}(z),
 
-by least squares first; a network for what is left is kept only where it helps on held-out pairs. A sensor is a row over
-the coordinates c, so one emulator tells what any sensor would read.
+by least squares first; a network for what is left is kept only where it helps on held-out pairs.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count, check_flag, check_options
-from fem_diffusion.diffusion._checks import check_tensor
-from fem_diffusion.diffusion._loop import History, Loop, Task, TrainingOptions, hold_out, threads
-from fem_diffusion.diffusion.gaussian import check_pairs, regress, spread
+from fem_diffusion.diffusion.base.regression import check_pairs, regress, spread
+from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
-__all__ = ["Emulator", "fit_emulator"]
+__all__ = ["Emulator", "affine_emulator", "fit_emulator"]
+
+# A regression gains from more width and less decay than a score network (docs/training.md).
+_WIDER, _DECAY = 2, 0.1
+# What the affine map leaves is nothing to learn below this share of the noise's variance, and below rounding.
+_SMALL, _ROUNDING = 1e-3, 1e-9
 
 
 class Emulator(nn.Module):
@@ -129,21 +135,28 @@ class _Regression(Task):
         return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
 
 
-def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOptions = TrainingOptions(),
+def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
+    """Emulator c = offset + G z of a matrix G (s, r) and an offset (s,), with the covariance (s, s) of its error."""
+    emulator = Emulator(*matrix.shape[::-1], depth=0).to(matrix.device)
+    emulator.matrix, emulator.offset, emulator.residual = matrix.double(), offset.double(), residual.double()
+    return emulator.eval().requires_grad_(False)
+
+
+def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
                  checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
-    """Regress state coordinates on latents.
+    """Regress coordinates of what sensors see on latents.
 
     Parameters
     ----------
     z : Tensor
         Latents, shape (n, r).
     c : Tensor
-        State coordinates, shape (n, s).
-    weights : Tensor
-        What an error in each coordinate counts, positive, shape (s,); with the standard deviations of the modes, errors
-        count as they do in the state.
+        Coordinates, shape (n, s).
+    noise : Tensor
+        Errors of each coordinate that count alike, positive, shape (s,): standard deviations of the readings' noise;
+        of state modes one over their standard deviation, such that errors count as they do in the state.
     options : TrainingOptions
-        Of the network.
+        Of the network, which is twice as wide, one layer less deep, and decays at a tenth of the rate.
     checkpoint : path, optional
         Training writes its state there and resumes from it.
     progress : bool
@@ -161,36 +174,38 @@ def fit_emulator(z: Tensor, c: Tensor, weights: Tensor, *, options: TrainingOpti
     InputError
         If shapes disagree, there are too few pairs, or a value is not finite.
     FileError, SolveError
-        As for `train`.
+        As for `fit_denoiser`.
     """
     check_options(options, TrainingOptions).check()
     check_flag(progress, "progress")
-    check_pairs(z, c)
-    weights = check_tensor(weights, "weights", (c.shape[1],), "coordinates").double().cpu()
-    if not (weights > 0).all():
-        raise InputError("The weights of state coordinates must be positive: leave coordinates of no weight out.")
+    check_pairs(z, c, 1)
+    noise = check_tensor(noise, "noise", (c.shape[1],), "coordinates").double().cpu()
+    if not (noise > 0).all():
+        raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
     training, held_out = hold_out(len(z), options)
     if len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
     z, c = z.double().cpu(), c.double().cpu()
-    z_mean, c_mean = z[training].mean(0), c[training].mean(0)
-    unit = spread(z[training] - z_mean)
-    matrix = regress(z[training] - z_mean, c[training] - c_mean)
-    offset = c_mean - matrix @ z_mean
-    rest = (c - offset - z @ matrix.T) * weights
+    matrix, offset, _ = regress(z[training], c[training])
+    rest = (c - offset - z @ matrix.T) / noise
     size = rest[training].square().sum(1).mean().sqrt()
-    emulator, history = Emulator(z.shape[1], c.shape[1], depth=0), History()
-    # Rounding is nothing to learn.
-    if float(size) > 1e-9 * float((c[training].std(0) * weights).norm()):
+    network, history = None, History()
+    if float(rest[training].square().mean(0).max()) > _SMALL and (
+            float(size) > _ROUNDING * float((c[training].std(0) / noise).norm())):
+        options = replace(options, width=_WIDER * options.width, depth=max(1, options.depth - 1),
+                          weight_decay=_DECAY * options.weight_decay)
         with threads(options.threads):
             device = torch.device(options.device)
-            white = ((z - z_mean) / unit).float().to(device)
-            task = _Regression(white, (rest / size).float().to(device), training, held_out, options)
-            loop = Loop(task, options, checkpoint)
-            emulator, history = loop.run(progress) or emulator, loop.history
-            emulator.centre, emulator.unit = z_mean, unit
-    emulator.to("cpu").eval().requires_grad_(False)
-    emulator.matrix, emulator.offset, emulator.scale = matrix, offset, size / weights
+            centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))
+            white = ((z - centre) / unit).float().to(device)
+            loop = Loop(_Regression(white, (rest / size).float().to(device), training, held_out, options), options,
+                        checkpoint)
+            network, history = loop.run(progress), loop.history
+    if network is None:
+        return affine_emulator(*regress(z, c)), history
+    emulator = network.to("cpu").eval().requires_grad_(False)
+    emulator.centre, emulator.unit, emulator.scale = centre, unit, size * noise
+    emulator.matrix, emulator.offset = matrix, offset
     defect = (c - emulator(z))[held_out]
     emulator.residual = defect.T @ defect / len(defect)
     return emulator, history

@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from fem_diffusion.checks import check_count, check_kind
-from fem_diffusion.diffusion._checks import check_tensor
+from fem_diffusion.diffusion.checks import check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["Spectrum", "fit_spectrum", "place_angles"]

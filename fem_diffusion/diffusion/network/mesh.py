@@ -14,14 +14,18 @@ matrix: another mesh of the same domain exchanges the geometry and keeps the wei
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count, check_kind
-from fem_diffusion.diffusion.gaussian import GaussianBase
-from fem_diffusion.diffusion.network import Block, harmonics
+from fem_diffusion.diffusion.network.mlp import Block, harmonics
 from fem_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["FieldGeometry", "FieldNetwork"]
 
@@ -98,7 +102,7 @@ class FieldNetwork(nn.Module):
         for parameter in (*self.lift_condition.parameters(), *self.head.parameters(), self.head_field.weight):
             nn.init.zeros_(parameter)
         # Geometry is no state: it belongs to a mesh, the weights to all.
-        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "spread", "gain"):
+        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
             self.register_buffer(name, None, persistent=False)
 
     @property
@@ -111,15 +115,13 @@ class FieldNetwork(nn.Module):
         """Numbers that the layers on the mesh hold for one row, about."""
         return 12 * self.config["channels"] * self.modes.shape[1]
 
-    def on(self, geometry: FieldGeometry, base: GaussianBase) -> "FieldNetwork":
+    def on(self, geometry: FieldGeometry) -> "FieldNetwork":
         """A copy with the same weights on a mesh.
 
         Parameters
         ----------
         geometry : FieldGeometry
             Of the basis whose latents the network sees.
-        base : GaussianBase
-            Whose coordinates the network sees.
 
         Returns
         -------
@@ -128,68 +130,58 @@ class FieldNetwork(nn.Module):
         Raises
         ------
         InputError
-            If geometry or base have another number of latents, measurements or dimensions.
+            If the geometry has another number of latents or dimensions.
         """
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
-        check_kind(base, "base", GaussianBase, "the base of the denoiser")
-        r, k, dimension = self.config["r"], self.config["k"], self.config["dimension"]
-        if (len(geometry.std), base.r, base.k, len(geometry.gradients)) != (r, r, k, dimension):
-            raise InputError(f"The network was made for {r} latents, {k} measurements and {dimension} dimensions; the "
-                             f"geometry has {len(geometry.std)} modes in {len(geometry.gradients)} dimensions, the "
-                             f"base {base.r} latents and {base.k} measurements.")
-        network, weight = deepcopy(self), self.head.weight
-        std = geometry.std.to(base.factor)
-        shift = std * base.latent_mean
-        for name, modes in (("mean", geometry.modes), ("mean_gradient", geometry.gradients)):
-            setattr(network, name, (getattr(geometry, name).to(std) + shift @ modes.to(std)).to(weight))
-        for name in ("modes", "projector", "gradients"):
-            setattr(network, name, getattr(geometry, name).to(weight))
-        network.spread = (std[:, None] * base.factor).to(weight)
-        # Each sensor in its own unit: the whitener divides by them.
-        unit = base.whitener.norm(dim=0)
-        gain = torch.linalg.solve(base.whitener / unit, base.gain / unit, left=False)
-        network.gain = (std[:, None] * gain).to(weight)
+        found, wanted = (len(geometry.std), len(geometry.gradients)), (self.config["r"], self.config["dimension"])
+        if found != wanted:
+            raise InputError(f"The network was made for {wanted[0]} latents in {wanted[1]} dimensions, the geometry has "
+                             f"{found[0]} modes in {found[1]}: pass the basis of the training, or train anew.")
+        network = deepcopy(self)
+        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
+            setattr(network, name, getattr(geometry, name).to(self.head.weight))
         return network
 
-    def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
-        """Network output.
+    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+        """Whitened measurements (B, k), and amplitudes of the base: means (B, r) and factors (B, r, r)."""
+        seen = base.features(y), self.std * located.mean, self.std[:, None] * located.factor
+        return tuple(x.to(self.dtype) for x in seen)
 
-        Parameters
-        ----------
-        v : Tensor
-            Unit-variance state, shape (B, r).
-        angle : Tensor
-            arctan(sigma), shape (B, 1).
-        features : Tensor
-            Whitened measurements, shape (B, k).
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """The same; see `ScoreNetwork`."""
+        return seen
 
-        Returns
-        -------
-        Tensor
-            Shape (B, r).
-        """
+    def forward(self, v: Tensor, angle: Tensor, features: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
+        """Network output (n, B, r) for states (n, B, r), angles and what `see` gives; see `ScoreNetwork`."""
+        shape, rows = v.shape, v.shape[0] * v.shape[1]
+        features, centre, angle = (x.expand(*shape[:2], -1).reshape(rows, -1) for x in (features, centre, angle))
+        state, v = _apply(factor, v).reshape(rows, -1), v.reshape(rows, -1)
         condition = self.embed_condition(torch.cat([features, harmonics(angle)], dim=-1))
-        values, switches = self._pointwise(v, angle, features, condition)
+        values, switches = self._pointwise(state, centre, angle, condition)
         amplitudes = (values * switches @ self.projector).transpose(0, 1).flatten(1)
         x = self.embed_input(torch.cat([v, features], dim=-1)) + self.read(amplitudes)
         for block in self.blocks:
             x = block(x, condition)
         x = self.norm(x)
-        decoded = self.write(x).view(len(v), -1, self.config["r"]).transpose(0, 1) @ self.modes
-        product = (decoded * _at_points(self.gate, torch.cat([values, switches]))).sum(0)
-        return self.head(x) + self.head_field(product @ self.projector @ self.spread)
+        decoded = self.write(x).view(rows, -1, shape[2]).transpose(0, 1) @ self.modes
+        product = (decoded * _at_points(self.gate, torch.cat([values, switches]))).sum(0) @ self.projector
+        return self.head(x).view(shape) + self.head_field(_apply(factor.mT, product.view(shape)))
 
-    def _pointwise(self, v: Tensor, angle: Tensor, features: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    def _pointwise(self, state: Tensor, centre: Tensor, angle: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Two affine maps of the fields at every point, one of them squashed, each (channels, B, q)."""
-        state, centre = v @ self.spread.T, features @ self.gain.T
         amplitudes = torch.stack([centre + torch.cos(angle) * state, centre, torch.sin(angle) * state])
-        fields = amplitudes @ self.modes
+        values = amplitudes @ self.modes
         slopes = amplitudes[0] @ self.gradients + self.mean_gradient[:, None]
-        fields = torch.cat([fields[:2] + self.mean, fields[2:], slopes])
-        values, switches = (_at_points(self.lift, fields) + self.lift_condition(condition).T[:, :, None]).chunk(2)
+        values = torch.cat([values[:2] + self.mean, values[2:], slopes])
+        values, switches = (_at_points(self.lift, values) + self.lift_condition(condition).T[:, :, None]).chunk(2)
         return values, torch.tanh(switches)
 
 
-def _at_points(layer: nn.Linear, fields: Tensor) -> Tensor:
+def _apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """Products (n, B, r) of matrices (B, r, r), or of one for all, with vectors (n, B, r)."""
+    return x @ matrix[0].mT if len(matrix) == 1 else torch.einsum("bij,nbj->nbi", matrix, x)
+
+
+def _at_points(layer: nn.Linear, channels: Tensor) -> Tensor:
     """A linear layer over the channels of fields (channels, B, q), at every point by itself."""
-    return torch.addmm(layer.bias[:, None], layer.weight, fields.flatten(1)).view(-1, *fields.shape[1:])
+    return torch.addmm(layer.bias[:, None], layer.weight, channels.flatten(1)).view(-1, *channels.shape[1:])

@@ -1,6 +1,7 @@
-"""Sensors as rows over state coordinates, and the laws by which training draws layouts of them.
+"""Sensors as rows over what an emulator gives, and families from which training draws layouts of them.
 
-A layout has any number of sensors. Layouts of a batch are padded to the same number of rows; a padded row sees nothing
+`Layout`, `LayoutKind` and `LayoutFamily` are to latents what `Observation`, `SensorKind` and `SensorFamily` are to fields
+on a mesh. A layout has any number of sensors. Layouts of a batch are padded to the same number of rows; a padded row sees nothing
 and reads zero with unit noise, so it says nothing.
 """
 
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import check_all, check_count
-from fem_diffusion.diffusion._checks import check_tensor
+from fem_diffusion.diffusion.checks import check_tensor
 from fem_diffusion.errors import InputError
 
-__all__ = ["LayoutLaw", "SensorPool", "Sensors"]
+__all__ = ["Layout", "LayoutFamily", "LayoutKind"]
 
 
 @dataclass(frozen=True)
-class Sensors:
-    """Linear sensors of B layouts: reading = offset + rows · c + noise.
+class Layout:
+    """Linear sensors of B measurements: reading = offset + rows · c + noise.
 
     Parameters
     ----------
@@ -37,11 +38,19 @@ class Sensors:
     variance: Tensor
     present: Tensor
 
+    @classmethod
+    def readings(cls, k: int, like: Tensor) -> "Layout":
+        """The one layout of k fixed sensors, B = 1, whose coordinates are their readings; their noise is elsewhere."""
+        zeros = like.new_zeros(1, k)
+        return cls(torch.eye(k, dtype=like.dtype, device=like.device)[None], zeros, zeros, zeros == 0)
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, c: Tensor) -> Tensor:
         """Noise-free readings (B, k) of state coordinates (B, s)."""
+        if len(self) == 1:
+            return self.offset + c @ self.rows[0].mT
         return self.offset + (self.rows @ c.unsqueeze(2)).squeeze(2)
 
     def measure(self, c: Tensor, generator: torch.Generator) -> Tensor:
@@ -49,24 +58,24 @@ class Sensors:
         white = torch.randn(self.offset.shape, generator=generator, dtype=c.dtype, device=c.device)
         return torch.where(self.present, self.read(c) + self.variance.sqrt() * white, 0.0)
 
-    def standardised(self, y: Tensor) -> tuple["Sensors", Tensor]:
+    def standardised(self, y: Tensor) -> tuple["Layout", Tensor]:
         """The same sensors and their readings `y` (B, k), each as the deviation from the mean in prior spreads.
 
         So single precision holds them, whatever their units.
         """
         spread = (self.rows.square().sum(2) + self.variance).sqrt()
-        sensors = Sensors(self.rows / spread[:, :, None], torch.zeros_like(self.offset), self.variance / spread**2,
+        sensors = Layout(self.rows / spread[:, :, None], torch.zeros_like(self.offset), self.variance / spread**2,
                           self.present)
         return sensors, (y - self.offset) / spread
 
-    def to(self, *args, **kwargs) -> "Sensors":
+    def to(self, *args, **kwargs) -> "Layout":
         """Copy with every tensor moved by `torch.Tensor.to`; `present` stays a mask."""
         moved = [getattr(self, f.name).to(*args, **kwargs) for f in fields(self)]
-        return Sensors(*moved[:3], moved[3].bool())
+        return Layout(*moved[:3], moved[3].bool())
 
 
 @dataclass(frozen=True)
-class SensorPool:
+class LayoutKind:
     """Candidates of one kind, of which a layout holds some.
 
     Parameters
@@ -94,9 +103,9 @@ class SensorPool:
     count: tuple[int, int]
 
     def __post_init__(self):
-        K, g, _ = check_tensor(self.rows, "The rows of a pool", ("K", "g", "s"), "coordinates").shape
-        check_tensor(self.offset, "The offset of a pool", (K, g), "rows")
-        if not (0 < check_tensor(self.std, "The std of a pool", (2, K, g), "rows")).all() or (
+        K, g, _ = check_tensor(self.rows, "The rows of a kind", ("K", "g", "s"), "coordinates").shape
+        check_tensor(self.offset, "The offset of a kind", (K, g), "rows")
+        if not (0 < check_tensor(self.std, "The std of a kind", (2, K, g), "rows")).all() or (
                 self.std[0] > self.std[1]).any():
             raise InputError("Every sensor needs noise: std must be positive, the smallest value first.")
         if not isinstance(self.count, (tuple, list)) or len(self.count) != 2:
@@ -106,7 +115,7 @@ class SensorPool:
         if not 0 <= least <= most <= len(self.rows) or most == 0:
             raise InputError(f"A layout of {least} to {most} sensors cannot be drawn from {len(self.rows)} candidates.")
 
-    def draw(self, size: int, generator: torch.Generator) -> Sensors:
+    def draw(self, size: int, generator: torch.Generator) -> Layout:
         """Layouts without repetition, all padded to the most that there can be."""
         least, most = self.count
         move = {"device": self.rows.device, "generator": generator}
@@ -121,42 +130,42 @@ class SensorPool:
         flat = [torch.where(seen[..., None], self.rows[chosen], 0.0).flatten(1, 2),
                 torch.where(seen, self.offset[chosen], 0.0).flatten(1),
                 torch.where(seen, std**2, 1.0).flatten(1), seen.flatten(1)]
-        return Sensors(*flat)
+        return Layout(*flat)
 
-    def to(self, *args, **kwargs) -> "SensorPool":
+    def to(self, *args, **kwargs) -> "LayoutKind":
         """Copy with every tensor moved by `torch.Tensor.to`."""
-        return SensorPool(*(x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std)), self.count)
+        return LayoutKind(*(x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std)), self.count)
 
 
 @dataclass(frozen=True)
-class LayoutLaw:
-    """Random layouts: some sensors of each pool, all in one measurement.
+class LayoutFamily:
+    """Random layouts: some sensors of each kind, all in one measurement.
 
     Parameters
     ----------
-    pools : tuple of SensorPool
+    kinds : tuple of LayoutKind
         With the same state coordinates.
 
     Raises
     ------
     InputError
-        If there is no pool, or their numbers of state coordinates differ.
+        If there is no kind, or their numbers of state coordinates differ.
     """
 
-    pools: tuple[SensorPool, ...]
+    kinds: tuple[LayoutKind, ...]
 
     def __post_init__(self):
-        pools = check_all((self.pools,) if isinstance(self.pools, SensorPool) else self.pools, "pools", SensorPool)
-        if len({pool.rows.shape[2] for pool in pools}) != 1:
-            raise InputError("The pools of a law must see the same number of state coordinates: give at least one "
-                             "pool, all of them made from one basis of states.")
-        object.__setattr__(self, "pools", pools)
+        kinds = check_all((self.kinds,) if isinstance(self.kinds, LayoutKind) else self.kinds, "kinds", LayoutKind)
+        if len({kind.rows.shape[2] for kind in kinds}) != 1:
+            raise InputError("The kinds of a family must see the same number of state coordinates: give at least one "
+                             "kind, all of them made from one basis of states.")
+        object.__setattr__(self, "kinds", kinds)
 
-    def draw(self, size: int, generator: torch.Generator) -> Sensors:
+    def draw(self, size: int, generator: torch.Generator) -> Layout:
         """Independent layouts, `size` of them."""
-        parts = [pool.draw(size, generator) for pool in self.pools]
-        return Sensors(*(torch.cat([getattr(part, f.name) for part in parts], dim=1) for f in fields(Sensors)))
+        parts = [kind.draw(size, generator) for kind in self.kinds]
+        return Layout(*(torch.cat([getattr(part, f.name) for part in parts], dim=1) for f in fields(Layout)))
 
-    def to(self, *args, **kwargs) -> "LayoutLaw":
+    def to(self, *args, **kwargs) -> "LayoutFamily":
         """Copy with every tensor moved by `torch.Tensor.to`."""
-        return LayoutLaw(tuple(pool.to(*args, **kwargs) for pool in self.pools))
+        return LayoutFamily(tuple(kind.to(*args, **kwargs) for kind in self.kinds))

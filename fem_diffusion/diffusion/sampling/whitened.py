@@ -1,29 +1,29 @@
-"""Steps of the reverse process in whitened coordinates: state v, clock theta = arctan(sigma); see `sampling`."""
+"""Steps of the reverse process in whitened coordinates: state v, clock theta = arctan(sigma); see `sample`."""
 
 import math
 
 import torch
 
-from fem_diffusion.diffusion._scheme import SNR, Scheme, adaptive_flow
+from fem_diffusion.diffusion.sampling.scheme import SNR, Scheme, adaptive_flow
 
 __all__ = ["METHODS"]
 
 
-def _euler(network, v, start, end):
+def _euler(flow, v, start, end):
     """One Euler step of dv/dtheta = -N from theta = start down to theta = end."""
-    return v + (start - end) * network(v, start)
+    return v + (start - end) * flow.residual(v, start)
 
 
-def _heun(network, v, start, end):
+def _heun(flow, v, start, end):
     """One Heun step of dv/dtheta = -N from theta = start down to theta = end."""
-    first = network(v, start)
-    second = network(v + (start - end) * first, end)
+    first = flow.residual(v, start)
+    second = flow.residual(v + (start - end) * first, end)
     return v + (start - end) / 2 * (first + second)
 
 
-def _noise_then_flow(flow, correct=False):
+def _noise_then_flow(follow, correct=False):
     """Noise first, as an exact move of the forward process, then the flow down; a Langevin step where asked for."""
-    def run(network, normal, formulation, angles, alpha, report):
+    def run(flow, normal, formulation, angles, alpha, report):
         v = normal()
         for step, (start, end) in enumerate(zip(angles[:-1], angles[1:]), 1):
             exponent = _noise(formulation, alpha, start, end)
@@ -31,10 +31,10 @@ def _noise_then_flow(flow, correct=False):
                 decay = math.exp(-exponent)
                 v = decay * v + math.sqrt(-math.expm1(-2 * exponent)) * normal()
                 start = math.acos(decay * math.cos(start))
-            v = flow(network, v, start, end)
+            v = follow(flow, v, start, end)
             if correct and end > 0:
                 size = 2 * (SNR * math.sin(end))**2
-                v = v + size * (network(v, end) / math.tan(end) - v) + math.sqrt(2 * size) * normal()
+                v = v + size * (flow.residual(v, end) / math.tan(end) - v) + math.sqrt(2 * size) * normal()
             report(step, math.tan(end), v)
         return v
     return run
@@ -49,12 +49,12 @@ def _noise(formulation, alpha, start: float, end: float) -> float:
     return (high - low) * (first + 4 * middle + last) / 6
 
 
-def _multistep(network, normal, formulation, angles, alpha, report):
+def _multistep(flow, normal, formulation, angles, alpha, report):
     """Two-step Adams-Bashforth rule in the angle, for steps of any lengths; Euler's rule starts it."""
     v = normal()
     earlier = None
     for step, (start, end) in enumerate(zip(angles[:-1], angles[1:]), 1):
-        speed, length = network(v, start), start - end
+        speed, length = flow.residual(v, start), start - end
         change = 0.0 if earlier is None else length / 2 * (speed - earlier[0]) / earlier[1]
         v = v + length * (speed + change)
         earlier = speed, length
@@ -62,8 +62,8 @@ def _multistep(network, normal, formulation, angles, alpha, report):
     return v
 
 
-def _adaptive(network, normal, formulation, angles, alpha, report):
-    v = adaptive_flow(lambda angle, v: -network(v, angle), normal(), angles[0], 0.0)
+def _adaptive(flow, normal, formulation, angles, alpha, report):
+    v = adaptive_flow(lambda angle, v: -flow.residual(v, angle), normal(), angles[0], 0.0)
     report(len(angles) - 1, 0.0, v)
     return v
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_device, check_number, check_path, check_seed
-from fem_diffusion.diffusion._checkpoint import load_state, read_state, save_state
+from fem_diffusion.diffusion.training.checkpoint import load_state, read_state, save_state
 from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.progress import bar
 
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
 
@@ -135,7 +135,7 @@ class Task(Protocol):
     name : str
         Of the progress bar.
     size : int
-        Number of training pairs.
+        Number of entries that batches are drawn from.
     base_losses : Tensor
         Loss of each held-out pair without a network, shape (held_out,).
     parts : list of Tensor
@@ -154,7 +154,7 @@ class Task(Protocol):
         """Called after every evaluation and before the first step: what follows depends on the generator alone."""
 
     def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of the training pairs `index` (B,), a scalar to be differentiated."""
+        """Loss of the entries `index` (B,), a scalar to be differentiated."""
 
     def evaluate(self, network: nn.Module) -> Tensor:
         """Loss of each held-out pair, shape (held_out,), from draws that are always the same."""
@@ -212,17 +212,22 @@ class Loop:
         # Two runs that write one checkpoint would go on from each other's weights.
         lock = contextlib.nullcontext() if self.checkpoint is None else files.locked(
             self.checkpoint.with_name(f"{self.checkpoint.name}.lock"), f"The checkpoint {self.checkpoint}")
-        with lock, tqdm(total=options.steps, initial=self.step, desc=self.task.name, disable=not progress) as bar:
+        with lock, bar(self._expected(), self.task.name, progress, self.step) as shown:
             while self.step < options.steps and self.stale < options.patience:
                 losses = []
                 self.task.prepare(self.generator)
                 while len(losses) < options.evaluate_every and self.step < options.steps:
                     losses.append(self._train_step())
                     self.step += 1
-                    bar.update()
+                    shown.update()
                 self._record(float(torch.stack(losses).mean()))
-                bar.set_postfix(loss=f"{self.history.validation[-1]:.4g}", base=f"{self.history.base:.4g}")
+                shown.total = self._expected()
+                shown.set_postfix(loss=f"{self.history.validation[-1]:.4g}", base=f"{self.history.base:.4g}")
         return self._result()
+
+    def _expected(self) -> int:
+        """Steps after which training ends unless the loss on held-out pairs falls again."""
+        return min(self.options.steps, self.step + (self.options.patience - self.stale) * self.options.evaluate_every)
 
     def _train_step(self) -> Tensor:
         """Loss of one batch, shape (), after which the weights have moved."""

@@ -4,6 +4,7 @@ A network that recognises a training pair by its measurement answers with the pa
 narrower at training measurements than at held-out ones, and its samples lie on training parameters.
 """
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import check_kind, check_seed
-from fem_diffusion.diffusion._checks import check_tensor
-from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.sampling import sample_latents
+from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.denoiser import Conditioned
+from fem_diffusion.diffusion.sampling.sample import Sampler, sample_latents
 from fem_diffusion.errors import InputError
 
 __all__ = ["Collapse", "CollapseWarning", "measure_collapse"]
@@ -52,16 +53,16 @@ class Collapse:
                           "observations with a noise model, or train for fewer steps.", CollapseWarning, stacklevel=3)
 
 
-def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor],
+def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Conditioned, Tensor], trained: Tensor,
                      seed: int = 0) -> Collapse:
     """Compare the model at measurements that it was trained on with others.
 
     Parameters
     ----------
-    denoiser : Denoiser
-        Trained denoiser.
-    training, held_out : tuple of Tensor
-        Latents (n, r) and measurements (n, k), noise included, dtype and device of the base; at least two pairs each.
+    training, held_out : tuple of Conditioned and Tensor
+        Denoiser at measurements, and the latents (n, r) behind them; at least two of each.
+    trained : Tensor
+        All latents of the training, shape (m, r).
     seed : int
         Of all draws.
 
@@ -75,34 +76,27 @@ def measure_collapse(denoiser: Denoiser, training: tuple[Tensor, Tensor], held_o
         If shapes disagree, a value is not finite and real, there are fewer than two pairs, held-out latents
         are training latents, or the seed is none.
     """
-    base = check_kind(denoiser, "denoiser", Denoiser, "a trained Denoiser").base
-    for name, pairs in (("training", training), ("held_out", held_out)):
-        if not isinstance(pairs, (tuple, list)) or len(pairs) != 2:
-            raise InputError(f"{name} is of type {type(pairs).__name__}: pass a pair of latents and measurements.")
-        n = len(check_tensor(pairs[0], f"{name}[0]", ("n", base.r), "latents"))
-        check_tensor(pairs[1], f"{name}[1]", (n, base.k), "sensors")
-        if n < 2:
-            raise InputError(f"{name} holds {n} pairs: give at least two.")
+    for name, (conditioned, z) in (("training", training), ("held_out", held_out)):
+        check_kind(conditioned, f"{name}[0]", Conditioned, "what Denoiser.at returns")
+        check_tensor(z, f"{name}[1]", (len(conditioned), conditioned.r), "latents")
+        if len(z) < 2:
+            raise InputError(f"{name} holds {len(z)} pairs: give at least two.")
     seed = check_seed(seed)
-    generator = torch.Generator(training[0].device).manual_seed(seed)
 
-    def samples(y: Tensor, count: int) -> Tensor:
-        rows = y.repeat_interleave(count, dim=0)
-        z = sample_latents(denoiser, rows, generator=generator, steps=_STEPS)
-        return denoiser.base.whiten(z, rows).view(len(y), count, -1)
-
-    def log_spread(y: Tensor) -> float:
-        return float(samples(y[:_PAIRS], _SAMPLES).var(1).sum(1).log().mean()) / 2
-    scale = training[0].std(0)
+    def log_spread(conditioned: Conditioned) -> float:
+        few = conditioned.select(torch.arange(min(len(conditioned), _PAIRS)))
+        w = few.located.whiten(sample_latents(few, _SAMPLES, sampler, seed=seed).transpose(0, 1))
+        return float(w.var(0).sum(1).log().mean()) / 2
+    sampler, scale = Sampler(steps=_STEPS, corrections=0), trained.std(0)
 
     def distance(z: Tensor) -> float:
         # In parts: all distances at once may be gigabytes.
-        nearest = [torch.cdist(z / scale, part / scale).amin(1) for part in training[0].split(_CHUNK)]
+        nearest = [torch.cdist(z / scale, part / scale).amin(1) for part in trained.split(_CHUNK)]
         return float(torch.stack(nearest).amin(0).median())
-    z, y = (x[:4 * _PAIRS] for x in held_out)
+    conditioned, z = held_out[0].select(torch.arange(min(len(held_out[1]), 4 * _PAIRS))), held_out[1][:4 * _PAIRS]
     apart = distance(z)
     if not apart > 0:
         raise InputError("Held-out latents are training latents: pass pairs that training has not seen.")
-    drawn = denoiser.base.colour(samples(y, 1)[:, 0], y)
-    spread = torch.tensor(log_spread(training[1]) - log_spread(held_out[1])).exp()
-    return Collapse(float(spread), distance(drawn) / apart)
+    drawn = sample_latents(conditioned, 1, sampler, seed=seed)[:, 0]
+    spread = math.exp(log_spread(training[0]) - log_spread(held_out[0]))
+    return Collapse(spread, distance(drawn) / apart)

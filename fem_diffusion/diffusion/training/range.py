@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.sensors import LayoutLaw, Sensors
+from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 
-__all__ = ["FamilyWarning", "Seen"]
+__all__ = ["FamilyWarning", "TrainingRange"]
 
 # Share of a sensor's prior signal that the most similar training sensor may leave unexplained.
 _UNLIKE = 0.1
@@ -24,7 +24,7 @@ class FamilyWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Seen:
+class TrainingRange:
     """What training has seen of sensors.
 
     Parameters
@@ -45,23 +45,23 @@ class Seen:
     strongest: float
 
     @classmethod
-    def of(cls, law: LayoutLaw) -> "Seen":
-        """What a law of layouts has to show."""
-        signals = torch.cat([pool.rows.flatten(0, 1) for pool in law.pools])
-        std = torch.cat([pool.std.flatten(1) for pool in law.pools], 1)
+    def of(cls, family: LayoutFamily) -> "TrainingRange":
+        """What a family of layouts has to show."""
+        signals = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds])
+        std = torch.cat([kind.std.flatten(1) for kind in family.kinds], 1)
         ratio = std / signals.norm(dim=1)
         strongest = float((1 / ratio).max())
         # Candidates that see next to nothing, on a Dirichlet boundary, say nothing about noise either.
         ratio = ratio[_seeing(1 / ratio, strongest)]
         return cls(_unit(signals).float(), (float(ratio.min()), float(ratio.max())),
-                   sum(pool.count[1] * pool.rows.shape[1] for pool in law.pools), strongest)
+                   sum(kind.count[1] * kind.rows.shape[1] for kind in family.kinds), strongest)
 
-    def warn(self, sensors: Sensors, names: Sequence[str]) -> None:
+    def warn(self, layout: Layout, names: Sequence[str]) -> None:
         """Warn where one layout, named row by row, is far from the training; the message names the measure."""
         findings = []
-        strength, std = sensors.rows[0].norm(dim=1), sensors.variance[0].sqrt()
+        strength, std = layout.rows[0].norm(dim=1), layout.variance[0].sqrt()
         seeing = torch.where(_seeing(strength / std, self.strongest))[0]
-        rows = sensors.rows[0][seeing]
+        rows = layout.rows[0][seeing]
         if len(rows):
             alike = (_unit(rows).float() @ self.signals.T).abs().amax(1)
             unlike = 1 - alike.clamp(max=1)**2

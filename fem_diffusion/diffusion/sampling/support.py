@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion._checks import check_tensor
+from fem_diffusion.diffusion.checks import check_tensor
 
 __all__ = ["Support", "find_support"]
 
@@ -34,8 +34,8 @@ class Support:
     upper: Tensor
 
     def contains(self, z: Tensor) -> Tensor:
-        """Whether rows of `z` (B, r) lie within the bounds, shape (B,)."""
-        return ((z >= self.lower.to(z)) & (z <= self.upper.to(z))).all(1)
+        """Whether latents `z` (..., r) lie within the bounds, shape (...)."""
+        return ((z >= self.lower.to(z)) & (z <= self.upper.to(z))).all(-1)
 
 
 def find_support(z: Tensor) -> Support | None:

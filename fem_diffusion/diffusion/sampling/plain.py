@@ -1,4 +1,4 @@
-"""Steps of the reverse process in plain coordinates: state xi = a w + s eps, clock the time t; see `sampling`.
+"""Steps of the reverse process in plain coordinates: state xi = a w + s eps, clock the time t; see `sample`.
 
 After its steps every method goes from the last noise level to none by Tweedie's formula, one more evaluation.
 """
@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from fem_diffusion.diffusion._scheme import SNR, Scheme, adaptive_flow
+from fem_diffusion.diffusion.sampling.scheme import SNR, Scheme, adaptive_flow
 
 __all__ = ["METHODS"]
 
@@ -18,17 +18,15 @@ _FEW = 15
 
 
 class _Process:
-    """Drift and noise of one formulation and one alpha; times are floats, states (B, r)."""
+    """Drift and noise of one formulation and one alpha; times are floats, states (n, B, r)."""
 
-    def __init__(self, network, formulation, alpha):
-        self.network, self.formulation = network, formulation
+    def __init__(self, flow, formulation, alpha):
+        self.flow, self.formulation = flow, formulation
         self.a, self.s, self.b, self.g, self.sigma, self.spread, self.alpha = map(_on_floats, (
             formulation.a, formulation.s, formulation.b, formulation.g, formulation.sigma, formulation.spread, alpha))
 
     def denoise(self, xi, t):
-        sigma = self.sigma(t)
-        w, norm = xi / self.a(t), math.sqrt(1 + sigma**2)
-        return w / norm**2 + sigma / norm * self.network(w / norm, math.atan(sigma))
+        return self.flow.denoise(xi / self.a(t), self.sigma(t))
 
     def score(self, xi, t):
         return self.formulation.score(xi, self.denoise(xi, t), xi.new_tensor(t))
@@ -48,8 +46,8 @@ def _on_floats(function):
 
 def _stepped(step, correct=False):
     """A method made of steps from one time to the next, and a Langevin step after each where asked for."""
-    def run(network, normal, formulation, angles, alpha, report):
-        process, times = _Process(network, formulation, alpha), _times(formulation, angles)
+    def run(flow, normal, formulation, angles, alpha, report):
+        process, times = _Process(flow, formulation, alpha), _times(formulation, angles)
         xi = process.spread(times[0]) * normal()
         for number, (start, end) in enumerate(zip(times[:-1], times[1:]), 1):
             xi = step(process, xi, start, end, normal)
@@ -78,14 +76,14 @@ def _heun(process, xi, start, end, normal):
     return xi + length / 2 * (first + second) + noise
 
 
-def _exponential(network, normal, formulation, angles, alpha, report):
+def _dpm_solver(flow, normal, formulation, angles, alpha, report):
     """DPM-Solver++(2M) and its stochastic version (Lu et al. 2022, algorithm 2 and appendix), for any alpha.
 
     With D frozen, x = xi / a obeys x' = D + rho^(1+alpha) (x - D) + sigma' sqrt(1 - rho^(2 alpha)) eps, where rho =
     sigma' / sigma; D is extrapolated to the middle of the step in log sigma, but not over the last of few steps, which
     is long.
     """
-    process, times = _Process(network, formulation, alpha), _times(formulation, angles)
+    process, times = _Process(flow, formulation, alpha), _times(formulation, angles)
     x = process.spread(times[0]) / process.a(times[0]) * normal()
     earlier = None
     for step, (start, end) in enumerate(zip(times[:-1], times[1:]), 1):
@@ -102,8 +100,8 @@ def _exponential(network, normal, formulation, angles, alpha, report):
     return _last(process, process.a(times[-1]) * x, times, report)
 
 
-def _adaptive(network, normal, formulation, angles, alpha, report):
-    process, times = _Process(network, formulation, alpha), _times(formulation, angles)
+def _adaptive(flow, normal, formulation, angles, alpha, report):
+    process, times = _Process(flow, formulation, alpha), _times(formulation, angles)
     xi = adaptive_flow(lambda t, xi: -process.drift(xi, t), process.spread(times[0]) * normal(), times[0], times[-1])
     return _last(process, xi, times, report)
 
@@ -126,7 +124,7 @@ def _last(process, xi, times, report):
 METHODS = {
     "euler": Scheme(_stepped(_euler), lambda steps: steps + 1, 1),
     "heun": Scheme(_stepped(_heun), lambda steps: 2 * steps + 1, 2),
-    "exponential": Scheme(_exponential, lambda steps: steps + 1, 2),
+    "dpm_solver": Scheme(_dpm_solver, lambda steps: steps + 1, 2),
     "predictor_corrector": Scheme(_stepped(_euler, correct=True), lambda steps: 2 * steps + 1, 1),
     "adaptive": Scheme(_adaptive, lambda steps: steps, 2, deterministic=True),
 }

@@ -25,9 +25,10 @@ class Scheme:
     Parameters
     ----------
     run : Callable
-        Maps (network, normal, formulation, angles, alpha, report) to the state at sigma = 0, shape (B, r): `network`
-        takes v (B, r) and an angle, `normal` draws standard normal numbers of that shape, `angles` falls from the start
-        to 0, `alpha` is a function of time, `report` takes the number of a step, the noise level and the state.
+        Maps (flow, normal, formulation, angles, alpha, report) to the state at sigma = 0, shape (n, B, r): `flow` has
+        ``residual(v, angle)`` and ``denoise(w, sigma)``, `normal` draws standard normal numbers of that shape, `angles`
+        falls from the start to 0, `alpha` is a function of time, `report` takes the number of a step, the noise level and
+        the state.
     evaluations : Callable[[int], int]
         Network evaluations of so many steps.
     order : int

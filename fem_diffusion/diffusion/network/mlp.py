@@ -1,9 +1,15 @@
 """Score networks: residual networks with conditioning on noise level and measurement."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count
+
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["Block", "ResidualMLP", "harmonics"]
 
@@ -25,7 +31,7 @@ class Block(nn.Module):
 
 
 def harmonics(angle: Tensor) -> Tensor:
-    """What a network sees of the angle (B, 1): shape (B, 6)."""
+    """What a network sees of the angle (..., 1): shape (..., 6)."""
     return torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
 
 
@@ -66,25 +72,20 @@ class ResidualMLP(nn.Module):
         """Floating point type of the weights."""
         return self.head.weight.dtype
 
+    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+        """Whitened measurements (B, k)."""
+        return base.features(y).to(self.dtype),
+
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """The same; see `ScoreNetwork`."""
+        return seen
+
     def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
-        """Network output.
-
-        Parameters
-        ----------
-        v : Tensor
-            Unit-variance state, shape (B, r).
-        angle : Tensor
-            arctan(sigma), shape (B, 1).
-        features : Tensor
-            Whitened measurements, shape (B, k).
-
-        Returns
-        -------
-        Tensor
-            Shape (B, r).
-        """
-        condition = self.embed_condition(torch.cat([features, harmonics(angle)], dim=-1))
-        x = self.embed_input(torch.cat([v, features], dim=-1))
+        """Network output (n, B, r) for states (n, B, r), angles and features (B, k); see `ScoreNetwork`."""
+        features = features.expand(*torch.broadcast_shapes(features.shape[:-1], angle.shape[:-1]), -1)
+        condition = torch.cat([features, harmonics(angle).expand(*features.shape[:-1], -1)], dim=-1)
+        condition = self.embed_condition(condition)
+        x = self.embed_input(torch.cat([v, features.expand(*v.shape[:-1], -1)], dim=-1))
         for block in self.blocks:
             x = block(x, condition)
         return self.head(self.norm(x))
