@@ -12,6 +12,7 @@ scalars), and the probability-flow equation is :math:`dv/d\theta = -N`.
 """
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 
@@ -103,14 +104,27 @@ class Conditioned:
 
     def select(self, index: Tensor) -> "Conditioned":
         """Some of the measurements, by their numbers."""
-        def chosen(x: Tensor) -> Tensor:
-            return x if len(x) == 1 else x[index]
+        # What all measurements share stays as it is.
+        part = self._mapped(lambda x: x[index] if len(x) == len(self) > 1 else x)
+        mean = self.located.mean[index]
+        return replace(part, located=replace(part.located, mean=mean),
+                       density=part.density and replace(part.density, located=replace(part.density.located, mean=mean)))
 
+    def to(self, device: str | torch.device) -> "Conditioned":
+        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
+        device = check_device(device)
+        moved = self._mapped(lambda x: x.to(device))
+        network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
+        return replace(moved, network=network,
+                       density=moved.density and replace(moved.density, base=moved.density.base.to(device)))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Conditioned":
+        """The same with a function applied to every tensor that belongs to measurements."""
         def part(x):
-            return replace(x, **{f.name: chosen(getattr(x, f.name)) for f in fields(x)})
+            return replace(x, **{f.name: function(getattr(x, f.name)) for f in fields(x)})
         density = self.density and replace(self.density, located=part(self.density.located),
-                                           rows=chosen(self.density.rows), target=chosen(self.density.target))
-        return replace(self, located=part(self.located), context=tuple(map(chosen, self.context)), density=density)
+                                           rows=function(self.density.rows), target=function(self.density.target))
+        return replace(self, located=part(self.located), context=tuple(map(function, self.context)), density=density)
 
 
 @dataclass(frozen=True, eq=False)
