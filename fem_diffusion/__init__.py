@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "fem_diffusion.forward.advection_diffusion": ["AdvectionDiffusion"],
     "fem_diffusion.forward.transient": ["TransientAdvectionDiffusion"],
+    "fem_diffusion.forward.callable": ["CallableForward"],
+    "fem_diffusion.forward.protocol": ["Differentiable", "Forward"],
     "fem_diffusion.prior.transformed": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
     "fem_diffusion.prior.product": ["ProductPrior"],
     "fem_diffusion.observation.linear": ["Observation", "functionals", "point_sensors"],

@@ -136,9 +136,9 @@ def _check_model(forward, observation, *methods):
     if missing or isinstance(forward, type):
         raise InputError(f"forward is of type {type(forward).__name__}, without {', '.join(missing) or 'state'}: give "
                          "an AdvectionDiffusion, or an object with its methods.")
-    if getattr(forward, "state_space", observation.U) != observation.U:
+    if getattr(forward, "U", observation.U) != observation.U:
         raise InputError("The observation is of another space than the states of the forward problem: build it on "
-                         "forward.state_space.")
+                         "forward.U.")
 
 
 def _noise_std(noise, observation):

@@ -233,7 +233,7 @@ def _check_spaces(prior, forward, observation, keep_states) -> None:
         raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or your own sampler in a "
                          "CallablePrior.")
     for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
-                               ("forward problem", getattr(forward, "state_space", None),
+                               ("forward problem", getattr(forward, "U", None),
                                 getattr(observation, "U", None))):
         if ours is not None and theirs is not None and ours != theirs:
             raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "

@@ -167,7 +167,7 @@ def test_state_is_a_time_series_at_every_point():
                                           diffusivity=1e-8, dirichlet={1: 0.0})
     sensors = point_sensors(problem.U, [(0.9, 0.5), (0.2, 0.3)])
     u = problem(Function(V).assign(1.0))
-    assert u.function_space() == problem.U == problem.state_space and problem.U.value_shape == (3,)
+    assert u.function_space() == problem.U and problem.U.value_shape == (3,)
     assert np.allclose(sensors(u), [0, 0.1, 0.4, 0, 0.1, 0.2], atol=0.01)
     prior = GaussianPrior(V, std=1.0, correlation_length=0.3)
     data = simulate(prior, problem, sensors, 3, seed=1, keep_states=True, progress=False)
