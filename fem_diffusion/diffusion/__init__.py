@@ -14,7 +14,7 @@ from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
 from fem_diffusion.diffusion.operator_base import Located, OperatorBase
 from fem_diffusion.diffusion.operators import OperatorDenoiser, fit_operators
-from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
+from fem_diffusion.diffusion.sampling.sample import METHODS, churn, evaluations, sample_latents
 from fem_diffusion.diffusion.seen import FamilyWarning, Seen
 from fem_diffusion.diffusion.sensor_network import SensorNetwork
 from fem_diffusion.diffusion.sensors import LayoutLaw, SensorPool, Sensors

@@ -13,7 +13,7 @@ from torch import Tensor
 from fem_diffusion.checks import check_kind, check_seed
 from fem_diffusion.diffusion._checks import check_tensor
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.sampling import sample_latents
+from fem_diffusion.diffusion.sampling.sample import sample_latents
 from fem_diffusion.errors import InputError
 
 __all__ = ["Collapse", "CollapseWarning", "measure_collapse"]
