@@ -62,13 +62,13 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
     """
     check_choice(network, "network", ("latents", "field"))
     check_training(data, basis, progress)
-    if len(data) == 0 or len(data.fields) != len(data.observations):
-        raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
+    if len(data) == 0 or len(data.coefficients) != len(data.readings):
+        raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data.readings)} readings: "
                         "simulate pairs first.")
     comm = basis.V.comm
-    z = basis.encode(data.fields)
+    z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
-    y = torch.as_tensor(data.observations)
+    y = torch.as_tensor(data.readings)
     geometry = field_geometry(basis) if network == "field" else None
 
     def run():
@@ -255,7 +255,7 @@ class Posterior:
         # A stream of its own, apart from that of the latents and from those of the training pairs.
         tail_seed = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
         values = basis.parameters(z, tail_seed if refill else None)
-        return Samples(basis.parameter_space, values, z)
+        return Samples(basis.parameter_space, values, z.numpy())
 
     def __reduce_ex__(self, protocol):
         raise InputError("A Posterior holds a mesh and cannot be copied or pickled: save the model and the samples.")
@@ -281,5 +281,5 @@ class Posterior:
         def run():
             y = torch.as_tensor(self.y).expand(len(samples), -1)
             # Random probes are drawn only for many latents.
-            return log_density(self.model.denoiser, samples.latents, y, generator=torch.Generator().manual_seed(0))
+            return log_density(self.model.denoiser, torch.as_tensor(samples.latents), y, generator=torch.Generator().manual_seed(0))
         return on_root(self.model.basis.V.comm, run).numpy()

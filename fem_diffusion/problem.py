@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
 
-from fem_diffusion.checks import check_array
+from fem_diffusion.checks import check_array, check_seed
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.fields.doors import check_prior
 from fem_diffusion.forward.callable import CallableForward, as_forward
 from fem_diffusion.forward.protocol import Forward
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
-from fem_diffusion.prior.protocol import Prior
+from fem_diffusion.prior.protocol import Prior, check_prior
 
 __all__ = ["InverseProblem"]
 
@@ -50,7 +50,7 @@ class InverseProblem:
     noise: GaussianNoise | CallableNoise | float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
-        check_prior(self.prior, "prior")
+        check_prior(self.prior)
         if not callable(self.observation) and not self.family:
             raise InputError(f"observation is of type {type(self.observation).__name__}: give an Observation such as "
                              "point_sensors(U, points), a SensorFamily, or a function of the state.")
@@ -126,11 +126,17 @@ class InverseProblem:
         rows = [np.array(self.observation(self.forward(field(self.M, row))), ndmin=1) for row in parameters]
         return check_array(rows, "The readings", (len(rows), "k"))
 
+    def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
+        """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
+        clean = torch.from_numpy(self.readings(parameters))
+        generator = torch.Generator().manual_seed(check_seed(seed))
+        return (clean if self.noise is None else self.noise.sample(clean, generator)).numpy()
+
     def __repr__(self) -> str:
         sensors = "any sensors of a family" if self.family else "a function" if self.k is None else f"{self.k} sensors"
         return (f"InverseProblem: {type(self.prior).__name__} of {self.M.dim()} unknowns in {self.M.ufl_element()}\n"
                 f"    seen through {type(self.forward).__name__} by {sensors}, "
-                f"noise: {'of the sensors' if self.noise is None else self.noise}")
+                f"noise: {'none' if self.noise is None else type(self.noise).__name__}")
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("An InverseProblem holds a mesh and cannot be copied or pickled: build it again.")
