@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "fem_diffusion.forward.advection_diffusion": ["AdvectionDiffusion"],
     "fem_diffusion.forward.transient": ["TransientAdvectionDiffusion"],
+    "fem_diffusion.forward.callable": ["CallableForward"],
+    "fem_diffusion.forward.protocol": ["Differentiable", "Forward"],
     "fem_diffusion.prior.transformed": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
     "fem_diffusion.prior.product": ["ProductPrior"],
     "fem_diffusion.observation.linear": ["Observation", "functionals", "point_sensors"],
@@ -20,6 +22,9 @@ _ROOMS = {
                                 "variance_preserving"],
     "fem_diffusion.fields.basis": ["ModalBasis", "load_basis"],
     "fem_diffusion.fields.expansion": ["karhunen_loeve", "pod"],
+    "fem_diffusion.problem": ["InverseProblem"],
+    "fem_diffusion.reference.exact": ["ExactPosterior", "exact"],
+    "fem_diffusion.reference.hmc": ["ChainPosterior", "hmc"],
     "fem_diffusion.simulation.simulate": ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"],
     "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "fit", "load_model"],
     "fem_diffusion.samples": ["Samples", "load_samples"],

@@ -82,8 +82,8 @@ class AdvectionDiffusion:
 
     Attributes
     ----------
-    V, M, state_space : FunctionSpace
-        Of state and parameter; ``state_space`` is V.
+    V, M, U : FunctionSpace
+        Of state and parameter; U is V.
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
@@ -114,7 +114,7 @@ class AdvectionDiffusion:
                  options_prefix=None):
         require_real()
         unknowns.check_spaces(V, M)
-        self.V, self.M, self.state_space, self._prefix = V, M, V, options_prefix
+        self.V, self.M, self.U, self._prefix = V, M, V, options_prefix
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
         given = check_coefficients(
             V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,

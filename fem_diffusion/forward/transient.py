@@ -90,8 +90,8 @@ class TransientAdvectionDiffusion:
 
     Attributes
     ----------
-    V, M, U, state_space : FunctionSpace
-        Of one state, of the parameter and (U, also called state_space) of the states at all saved times.
+    V, M, U : FunctionSpace
+        Of one state, of the parameter and (U) of the states at all saved times.
     m : Function
         The problem's own parameter, overwritten by single solves.
     t : Constant
@@ -130,7 +130,7 @@ class TransientAdvectionDiffusion:
         self.theta = check_number(theta, "theta", least=0.5, most=1)
         self.t = Constant(0.0) if t is None else t
         self.V, self.M, self.m = V, M, Function(M, name="parameter")
-        self.U = self.state_space = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(self.times))
+        self.U = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(self.times))
         given = check_coefficients(
             V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
             dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg, initial=initial)

@@ -46,7 +46,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
     Parameters
     ----------
     data : DataSet
-        With states: ``simulate(prior, forward, U, n, seed=...)``.
+        With states: ``simulate(problem, n, seed=...)`` of a family keeps them.
     basis : ModalBasis
         Coordinates of the fields.
     family : OperatorFamily
@@ -78,12 +78,12 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
         raise InputError(f"family is of type {type(family).__name__}: give an OperatorFamily of SensorKinds.")
     if data.states is None or not len(data):
         raise DataError("A model of many operators is trained on states, and the data set has none: "
-                        "simulate(prior, forward, U, n, seed=..., path=...) with the space U of the states keeps them.")
+                        "simulate(problem, n, seed=..., keep_states=True) keeps them.")
     U = family.U
     # The last states are not among those that the modes are made of.
     apart = min(_CHECKED, len(data) // 10)
     states = _state_basis(U, data.states[:len(data) - apart][:_STATES], state_modes)
-    z, c = basis.encode(data.fields), states.encode(data.states)
+    z, c = basis.encode(data.coefficients), states.encode(data.states)
     standard_prior = is_standard(data, basis, z)
     pools = []
     for kind in family.kinds:

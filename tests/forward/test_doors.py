@@ -162,8 +162,8 @@ def problems():
 @pytest.mark.parametrize("which", [0, 1])
 def test_bad_arguments_of_solves(problems, which):
     problem = problems[which]
-    m, k = Function(V), problem.state_space.dim()
-    sensors = point_sensors(problem.state_space, [(0.5, 0.5)])
+    m, k = Function(V), problem.U.dim()
+    sensors = point_sensors(problem.U, [(0.5, 0.5)])
     for ms in (None, 3, "no", Constant(1.0), TestFunction(V), {0: m, 1: m}):
         with pytest.raises(InputError, match="every parameter must be a Function in"):
             problem.solve_many(ms)
@@ -183,7 +183,7 @@ def test_bad_arguments_of_solves(problems, which):
         with pytest.raises(InputError, match="state must be a Function in .*pass problem"):
             problem.sensitivity(m, np.zeros((1, k)), state)
     with pytest.raises(InputError, match="state is not finite"):
-        problem.sensitivity(m, np.zeros((1, k)), Function(problem.state_space).assign(np.nan))
+        problem.sensitivity(m, np.zeros((1, k)), Function(problem.U).assign(np.nan))
     with pytest.raises(InputError, match="the parameter is not finite"):
         problem.sensitivity(NAN, np.zeros((1, k)))
 

@@ -12,7 +12,9 @@ from pyadjoint import get_working_tape
 from ufl import diff, variable
 
 from channel import as_function, owned, quadratic
-from fem_diffusion import AdvectionDiffusion, GaussianPrior, TransientAdvectionDiffusion, point_sensors, simulate
+from fem_diffusion import (
+    AdvectionDiffusion, GaussianPrior, InverseProblem, TransientAdvectionDiffusion, point_sensors, simulate,
+)
 from fem_diffusion.errors import InputError, SolveError
 
 NODES = [0.0, 0.3, 0.5]   # of parameters in space and time
@@ -167,14 +169,14 @@ def test_state_is_a_time_series_at_every_point():
                                           diffusivity=1e-8, dirichlet={1: 0.0})
     sensors = point_sensors(problem.U, [(0.9, 0.5), (0.2, 0.3)])
     u = problem(Function(V).assign(1.0))
-    assert u.function_space() == problem.U == problem.state_space and problem.U.value_shape == (3,)
+    assert u.function_space() == problem.U and problem.U.value_shape == (3,)
     assert np.allclose(sensors(u), [0, 0.1, 0.4, 0, 0.1, 0.2], atol=0.01)
     prior = GaussianPrior(V, std=1.0, correlation_length=0.3)
-    data = simulate(prior, problem, sensors, 3, seed=1, keep_states=True, progress=False)
-    assert data.states.shape == (3, 3 * V.dim()) and data.observations.shape == (3, 6)
-    assert np.allclose(sensors(problem(as_function(V, data.fields[2]))), data.observations[2])
+    data = simulate(InverseProblem(prior, problem, sensors), 3, seed=1, keep_states=True, progress=False)
+    assert data.states.shape == (3, 3 * V.dim()) and data.readings.shape == (3, 6)
+    assert np.allclose(sensors(problem(as_function(V, data.coefficients[2]))), data.readings[2])
     with pytest.raises(InputError, match="same spaces"):
-        simulate(prior, problem, point_sensors(V, [(0.5, 0.5)]), 1, seed=1, progress=False)
+        InverseProblem(prior, problem, point_sensors(V, [(0.5, 0.5)]))
 
 
 @each_case
