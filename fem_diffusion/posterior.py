@@ -66,7 +66,7 @@ def fit(data: DataSet, basis: ModalBasis, noise: GaussianNoise | CallableNoise |
         raise DataError(f"The data set holds {len(data.fields)} fields and {len(data.observations)} observations: "
                         "simulate pairs first.")
     comm = basis.V.comm
-    z = basis.encode(data.fields)
+    z = torch.from_numpy(basis.encode(data.fields))
     standard_prior = is_standard(data, basis, z)
     y = torch.as_tensor(data.observations)
     geometry = field_geometry(basis) if network == "field" else None

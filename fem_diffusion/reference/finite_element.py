@@ -18,6 +18,8 @@ from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.prior.product import is_gaussian
+from fem_diffusion.prior.protocol import Prior
 
 __all__ = ["ExactPosterior", "MonteCarloPosterior", "exact_posterior", "hmc_posterior"]
 
@@ -109,7 +111,7 @@ def exact_posterior(prior, forward, observation, noise_std) -> ExactPosterior:
         If an argument is of the wrong kind or shape, a standard deviation is not positive (the message names the
         sensors), the prior is not Gaussian, or `forward` is not affine.
     """
-    if not all(hasattr(prior, name) for name in ("apply_covariance", "mean", "sample")):
+    if not isinstance(prior, Prior) or not is_gaussian(prior):
         raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or take hmc_posterior.")
     _check_model(forward, observation, "__call__")
     noise_std = _noise_std(noise_std, observation)
@@ -244,7 +246,7 @@ def hmc_posterior(basis, forward, observation, y: np.ndarray, noise_std, *,
     comm = basis.V.comm
 
     def parameters(z):
-        return basis.parameters(torch.as_tensor(z))
+        return basis.parameters(z)
 
     def observe(m):
         return observation.apply(forward.solve_many(m.copy()))

@@ -18,6 +18,7 @@ from fem_diffusion.checks import check_choice, check_count, check_flag, check_ki
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.observation.linear import no_sensors
+from fem_diffusion.prior.protocol import check_prior
 
 __all__ = ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"]
 
@@ -131,7 +132,7 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
     _check_spaces(prior, forward, observation, keep_states)
-    V, U = getattr(prior, "base", prior).V, observation.U if keep_states else None
+    V, U = prior.core.V, observation.U if keep_states else None
     stop = 0.0 if on_failure == "raise" else most_failures
     with contextlib.ExitStack() as stack:
         job = stack.enter_context(contextlib.closing(Job(prior, forward, observation, seed, keep_states)))
@@ -229,9 +230,7 @@ def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> F
 
 def _check_spaces(prior, forward, observation, keep_states) -> None:
     """Raise InputError where prior, forward problem and observation do not follow each other."""
-    if not hasattr(prior, "sample_many") or not hasattr(prior, "V"):
-        raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or your own sampler in a "
-                         "CallablePrior.")
+    check_prior(prior)
     for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
                                ("forward problem", getattr(forward, "state_space", None),
                                 getattr(observation, "U", None))):

@@ -106,12 +106,12 @@ class Job:
 
     def draw(self, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Fields before any transform and parameters of the first samples of a block, shape (size, n_owned) each."""
-        gaussian = getattr(self.prior, "base", self.prior)
+        core = self.prior.core
 
         def run():
             # A copy: a prior of the user's own may hand out the same array again.
-            fields = np.array(gaussian.sample_many(size, block_seed(self.seed, index)), dtype=float)
-            return fields, fields if gaussian is self.prior else self.prior.transform_many(fields)
+            fields = np.array(core.sample_many(size, block_seed(self.seed, index)), dtype=float)
+            return fields, fields if core is self.prior else self.prior.transform_many(fields)
         drawn, reason = self._together(run)
         if reason is not None:
             raise DataError(f"The prior failed for block {index} (seed {self.seed}): {reason}. Mend the prior.")
