@@ -12,6 +12,7 @@ from firedrake import (
     CellVolume, Cofunction, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, as_tensor, assemble, dx,
     exp, inner,
 )
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
 from mpi4py import MPI
@@ -20,8 +21,8 @@ from scipy.spatial import cKDTree
 from fem_diffusion.checks import portable
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["coefficients", "field", "generic_integrals", "geometric_key", "independent_entries", "is_real", "multiply",
-           "on_root", "owned_columns", "owned_size", "require_real", "solve", "solve_each"]
+__all__ = ["by_component", "coefficients", "field", "generic_integrals", "geometric_key", "independent_entries",
+           "is_real", "multiply", "on_root", "owned_columns", "owned_size", "require_real", "solve", "solve_each"]
 
 _SAME = 1e-8  # of the distance to the next degree of freedom: two places are one
 
@@ -72,6 +73,11 @@ def field(V, values: np.ndarray, name: str | None = None) -> Function:
     with function.dat.vec_wo as vector:
         vector.array[:] = values
     return function
+
+
+def by_component(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
+    """Owned coefficients (n, n_owned) of a mixed space, component by component."""
+    return np.split(values, np.cumsum([owned_size(W) for W in V])[:-1], axis=1)
 
 
 def is_real(V) -> bool:

@@ -19,7 +19,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, owned_size
 
 __all__ = ["by_marker", "check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
-           "check_prior", "check_rows", "check_scalar", "check_solver", "check_space", "is_callable", "petsc_reason"]
+           "check_rows", "check_scalar", "check_solver", "check_space", "is_callable", "petsc_reason"]
 
 MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
 
@@ -223,15 +223,6 @@ def check_space(V, name="V"):
     if not isinstance(V, WithGeometry):
         raise InputError(f"{name} must be a FunctionSpace, got {type(V).__name__}.")
     return V
-
-
-def check_prior(prior, name):
-    """One of our priors, or an object of the user's own with the same methods."""
-    has_space = isinstance(getattr(prior, "V", None), WithGeometry)
-    if isinstance(prior, type) or not hasattr(prior, "sample_many") or not has_space:
-        raise InputError(f"{name} is {type(prior).__name__}: give a prior, such as GaussianPrior(...), or "
-                         "CallablePrior(V, sample) for a sampler of your own.")
-    return prior
 
 
 def check_rows(values, V, name):

@@ -19,12 +19,12 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion._loop import unpack_history
 from fem_diffusion.diffusion.model_file import REMEDY, pack, unpack, unpack_network, unpack_sampling
 from fem_diffusion.diffusion.operator_base import UPDATES
-from fem_diffusion.fields.modes import leading_modes, sample_covariance, split
+from fem_diffusion.fields.modes import leading_modes, sample_covariance
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, on_root, owned_size
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns
 from fem_diffusion.posterior import ConditionalModel, Posterior, check_training, is_standard
-from fem_diffusion.observation.family import OperatorFamily
+from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.simulation.simulate import DataSet
 
@@ -38,7 +38,7 @@ _MISSED = 0.2
 _FLOOR = 1e-12
 
 
-def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
+def fit_family(data: DataSet, basis: ModalBasis, family: SensorFamily, *,
                options: TrainingOptions = TrainingOptions(), state_modes: int | None = None,
                checkpoint: str | os.PathLike | None = None, progress: bool = True) -> "FamilyModel":
     """Train one model for all observation operators of a family.
@@ -49,7 +49,7 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
         With states: ``simulate(problem, n, seed=...)`` of a family keeps them.
     basis : ModalBasis
         Coordinates of the fields.
-    family : OperatorFamily
+    family : SensorFamily
         Every training sample gets a fresh operator and fresh noise of it, every time.
     options : TrainingOptions
         Settings of the training loop, of the emulator's and of the network's.
@@ -74,8 +74,8 @@ def fit_family(data: DataSet, basis: ModalBasis, family: OperatorFamily, *,
         If the pairs are too few, inconsistent or not finite, or training fails; see also `fit_denoiser`.
     """
     check_training(data, basis, progress)
-    if not isinstance(family, OperatorFamily):
-        raise InputError(f"family is of type {type(family).__name__}: give an OperatorFamily of SensorKinds.")
+    if not isinstance(family, SensorFamily):
+        raise InputError(f"family is of type {type(family).__name__}: give a SensorFamily of SensorKinds.")
     if data.states is None or not len(data):
         raise DataError("A model of many operators is trained on states, and the data set has none: "
                         "simulate(problem, n, seed=..., keep_states=True) keeps them.")
@@ -107,7 +107,7 @@ def _state_basis(U, states: np.ndarray, size: int | None) -> ModalBasis:
     mean = states.mean(axis=0)
     centred = states - mean
     finite = U.comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
-    parts = split(U, centred) if finite and len(states) > 1 else []
+    parts = by_component(U, centred) if finite and len(states) > 1 else []
     totals = np.array([sample_covariance(W, part)[1] for W, part in zip(U, parts)])
     if not (totals > 0).any():
         raise DataError("The states are not finite or all the same: check the forward problem.")

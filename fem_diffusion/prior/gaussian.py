@@ -23,6 +23,7 @@ from fem_diffusion.fields.checks import (
 )
 from fem_diffusion.forward.forms import linear_options
 from fem_diffusion.fields.doors import check_finite, check_rows, check_solver, check_space
+from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.prior.matern import (
     NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance, variance_is_exact,
 )
@@ -30,7 +31,7 @@ from fem_diffusion.prior.matern import (
 __all__ = ["GaussianPrior"]
 
 
-class GaussianPrior:
+class GaussianPrior(GaussianCore):
     """Gaussian random field with Whittle-Matérn covariance and Dirichlet conditions, or Gaussian numbers.
 
     Parameters
@@ -186,26 +187,6 @@ class GaussianPrior:
     def covariance(self):
         """Firedrake's AutoregressiveCovariance, without the normalisation ``D``; None for numbers."""
         return self._operator.covariance
-
-    def sample(self, seed):
-        """Draw one sample.
-
-        Parameters
-        ----------
-        seed : int
-            Non-negative; the same seed gives the same sample up to rounding, on any number of ranks.
-
-        Returns
-        -------
-        firedrake.Function
-            The sample, in ``V``; its coefficients are ``sample_many(1, seed)[0]``.
-
-        Raises
-        ------
-        InputError
-            If seed is no non-negative integer.
-        """
-        return field(self.V, self.sample_many(1, seed)[0])
 
     @no_annotations
     def sample_many(self, n, seed):

@@ -209,5 +209,5 @@ def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: 
         y = noise.sample(y, torch.Generator().manual_seed(seed))
     latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents
                         for i, row in enumerate(y.numpy())])
-    truth = model.basis.encode(data.coefficients).numpy()
+    truth = model.basis.encode(data.coefficients)
     return calibrate(latents[:, :, :leading], truth[:, :leading], levels)

@@ -13,7 +13,7 @@ from fem_diffusion.diffusion import GaussianNoise, variance_exploding
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.density_pde import GaussianMixture, forward_density, noise_times, reverse_density
-from fem_diffusion.observation.family import OperatorFamily, SensorKind
+from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion
 
@@ -252,7 +252,7 @@ def test_bad_kinds_of_sensors(given, words):
 @pytest.mark.parametrize("kinds", [None, 3, "no", SENSORS, [SENSORS], {}, Constant(1.0)])
 def test_bad_families(kinds):
     with pytest.raises(InputError, match="made of SensorKinds: give at least one"):
-        OperatorFamily(kinds)
+        SensorFamily(kinds)
 
 
 def test_a_kind_of_sensor_keeps_its_own_numbers():

@@ -249,7 +249,7 @@ def test_a_basis_of_another_prior_is_noticed_where_a_few_samples_are_missing(job
 def test_latents_of_a_simulation_with_holes_are_not_taken_for_standard_normal(job):
     """Where the solver fails for every second sample, the prior of the data is that of the others."""
     _, _, observation, model, data = job
-    z = model.basis.encode(data.coefficients)[:, 0].numpy()
+    z = model.basis.encode(data.coefficients)[:, 0]
     kept = z > 0
     skipped = tuple((int(i), "") for i in np.flatnonzero(~kept))
     holes = DataSet(data.coefficients[kept], data.readings[kept], None, skipped)

@@ -10,7 +10,7 @@ from fem_diffusion.comparison import convergence, plot_costs, plot_overview, sum
 from fem_diffusion.reference.finite_element import exact_posterior, hmc_posterior
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import FileError, InputError
-from fem_diffusion.fields.expansion import karhunen_loeve
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.transformed import GaussianPrior, TransformedPrior
