@@ -31,6 +31,20 @@ def pytest_sessionstart(session):
 
 
 @pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Let rank 0 alone report, as all run the same tests; `pytest_runtest_logreport` tells what fails on others."""
+    world = _world()
+    if world is not None and world.rank > 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_runtest_logreport(report):
+    world = _world()
+    if report.failed and world is not None and world.rank > 0:
+        print(f"On rank {world.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
     """Leave a parallel run through MPI alone.
 
