@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fem_diffusion.comparison import energy_score
 from fem_diffusion.diffusion import TrainingOptions, fit_base, sample_latents, train
 from fem_diffusion.diffusion._loop import Loop
 from fem_diffusion.diffusion.training import _Pairs, noisy
 from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.trust import energy_score
 
 DEMO = Path(__file__).parents[1] / "demos" / "source_release"
 SCORED, DRAWS = 400, 32  # of the unseen pairs; samples for each

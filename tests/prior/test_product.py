@@ -77,7 +77,7 @@ def test_transforms_and_callables_and_pod_by_component():
     pressure, velocity = two_unknowns()
     positive = TransformedPrior(pressure, lambda p: exp(p / 1e5))
     prior = ProductPrior([positive, velocity])
-    assert prior.V == ProductPrior([pressure, velocity]).V and prior.base.V == prior.V
+    assert prior.V == ProductPrior([pressure, velocity]).V and prior.core.V == prior.V
     data = simulate(InverseProblem(prior, lambda m: m, lambda u: assemble(split(u)[0] * dx)), 12, seed=0, progress=False)
     first = pressure.V.dim()
     np.testing.assert_allclose(prior.transform_many(data.coefficients)[:, :first], np.exp(data.coefficients[:, :first] / 1e5))
