@@ -9,6 +9,7 @@ _ROOMS = {
     "fem_diffusion.forward.advection_diffusion": ["AdvectionDiffusion"],
     "fem_diffusion.forward.transient": ["TransientAdvectionDiffusion"],
     "fem_diffusion.forward.callable": ["CallableForward"],
+    "fem_diffusion.forward.physics": ["Boundary", "Physics", "TimeSteps"],
     "fem_diffusion.forward.protocol": ["Differentiable", "Forward"],
     "fem_diffusion.prior.transformed": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
     "fem_diffusion.prior.product": ["ProductPrior"],
