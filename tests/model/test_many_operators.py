@@ -12,7 +12,7 @@ from firedrake import (
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, InverseProblem,
+    AdvectionDiffusion, Boundary, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, InverseProblem,
     SensorFamily, SensorKind, TrainingOptions, TransformedPrior, TransientAdvectionDiffusion, fit_family, functionals,
     karhunen_loeve, line_averages, load_family, load_model, patch_averages, point_sensors, random_points, simulate,
 )
@@ -35,8 +35,8 @@ def _problem(pairs=300, transform=None):
     _, height = SpatialCoordinate(mesh)
     prior = GaussianPrior(M, std=0.3, correlation_length=1.0, mean=0.2)
     prior = prior if transform is None else TransformedPrior(prior, transform)
-    forward = AdvectionDiffusion(V, M, ("flux", 3), velocity=as_vector([6 * height * (1 - height), 0 * height]),
-                                 diffusivity=0.1, dirichlet={1: 1.0})
+    forward = AdvectionDiffusion(V, M, ("flux", 3), Physics(velocity=as_vector([6 * height * (1 - height), 0 * height]),
+                                                            diffusivity=0.1), Boundary(dirichlet={1: 1.0}))
     data = simulate(InverseProblem(prior, forward, _family(V)), pairs, seed=1, progress=False)
     return prior, forward, V, data
 
@@ -91,7 +91,8 @@ def test_layouts_never_seen_have_the_exact_posterior():
 
 def test_a_posterior_that_is_not_gaussian_is_refused():
     prior, forward, V, _ = _problem(pairs=1)
-    curved = AdvectionDiffusion(V, prior.V, ("flux", 3), diffusivity=0.1, dirichlet={1: 1.0}, flux={3: lambda m: m**2})
+    curved = AdvectionDiffusion(V, prior.V, ("flux", 3), Physics(diffusivity=0.1),
+                                Boundary(dirichlet={1: 1.0}, flux={3: lambda m: m**2}))
     points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15)])
     assert exact(InverseProblem(prior, forward, points, 0.05), [1.0, 1.0]).std().dat.data_ro.min() > 0
     with pytest.raises(InputError, match="not affine"):
@@ -236,8 +237,8 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     mesh = RectangleMesh(16, 8, 2.0, 1.0)
     V, times = FunctionSpace(mesh, "CG", 1), [0.2, 0.4, 0.6]
     prior = GaussianPrior(V, std=1.0, correlation_length=0.8)
-    forward = TransientAdvectionDiffusion(V, V, "initial", times=times, time_step=0.1, velocity=(1.0, 0.0),
-                                          diffusivity=0.05, dirichlet={1: 0.0})
+    forward = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=times, time_step=0.1),
+                                          Physics(velocity=(1.0, 0.0), diffusivity=0.05), Boundary(dirichlet={1: 0.0}))
     basis = karhunen_loeve(prior, 12)
     data = _spanned(basis, forward, 400)
     series = SensorKind(point_sensors(forward.U, random_points(mesh, 80, seed=2)), 0.1, (1, 5), series=len(times))
