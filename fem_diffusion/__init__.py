@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 _ROOMS = {
     "fem_diffusion.forward.advection_diffusion": ["AdvectionDiffusion"],
     "fem_diffusion.forward.transient": ["TransientAdvectionDiffusion"],
-    "fem_diffusion.prior.transformed": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
+    "fem_diffusion.prior.gaussian": ["GaussianPrior"],
+    "fem_diffusion.prior.transformed": ["CallablePrior", "TransformedPrior", "level_set"],
     "fem_diffusion.prior.product": ["ProductPrior"],
     "fem_diffusion.prior.protocol": ["Prior"],
     "fem_diffusion.observation.linear": ["Observation", "functionals", "point_sensors"],
