@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count
-from fem_diffusion.diffusion._checks import check_generator
+from fem_diffusion.diffusion.checks import check_generator
 from fem_diffusion.errors import InputError
 
 __all__ = ["CallableNoise", "GaussianNoise", "as_noise"]

@@ -10,6 +10,7 @@ from firedrake import (Cofunction, Constant, DirichletBC, Function, FunctionSpac
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.observation.instruments import line_averages, patch_averages, random_points
 from fem_diffusion.observation.linear import functionals, no_sensors, point_sensors
 from fem_diffusion.prior.gaussian import GaussianPrior
@@ -151,7 +152,7 @@ def test_bad_coefficients(name, call, width):
     (lambda: matern_correlation(-1, 1, 1), "give distances"),
     (lambda: matern_correlation(1, 0, 1), "correlation_length is 0"),
     (lambda: matern_correlation(1, 1, np.nan), "smoothness is nan"),
-    (lambda: AdvectionDiffusion(V, V, "source", dirichlet={1: 0}, velocity=lambda m: grad(m)),
+    (lambda: AdvectionDiffusion(V, V, "source", Physics(velocity=lambda m: grad(m)), Boundary(dirichlet={1: 0})),
      "velocity is a callable, which only an unknown may be"),
 ])
 def test_other_bad_arguments_of_priors_and_problems(call, words):

@@ -19,6 +19,7 @@ from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
+from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
 
@@ -78,9 +79,9 @@ def test_transforms_and_callables_and_pod_by_component():
     positive = TransformedPrior(pressure, lambda p: exp(p / 1e5))
     prior = ProductPrior([positive, velocity])
     assert prior.V == ProductPrior([pressure, velocity]).V and prior.core.V == prior.V
-    data = simulate(prior, lambda m: m, lambda u: assemble(split(u)[0] * dx), 12, seed=0, progress=False)
+    data = simulate(InverseProblem(prior, lambda m: m, lambda u: assemble(split(u)[0] * dx)), 12, seed=0, progress=False)
     first = pressure.V.dim()
-    np.testing.assert_allclose(prior.transform_many(data.fields)[:, :first], np.exp(data.fields[:, :first] / 1e5))
+    np.testing.assert_allclose(prior.transform_many(data.coefficients)[:, :first], np.exp(data.coefficients[:, :first] / 1e5))
     basis = karhunen_loeve(prior, r=(3, 4))
     assert basis.r == 7 and basis.prior is prior and basis.standard_prior
     given = CallablePrior(pressure.V, pressure.sample)
@@ -120,11 +121,12 @@ def test_source_and_boundary_flux_are_inferred_together(tmp_path):
         return solution
     sensors = point_sensors(U, [[0.1, 0.2], [0.2, 0.8], [0.8, 0.5]])
     folder = mesh.comm.bcast(str(tmp_path)) + "/pairs"
-    data = simulate(prior, forward, sensors, 40, seed=1, path=folder, block=20, progress=False)
-    np.testing.assert_allclose(load_pairs(folder, prior.V).fields, data.fields)
+    problem = InverseProblem(prior, forward, sensors)
+    data = simulate(problem, 40, seed=1, path=folder, block=20, progress=False)
+    np.testing.assert_allclose(load_pairs(folder, problem).coefficients, data.coefficients)
     basis = karhunen_loeve(prior, r=(4, 3))
     model = fit(data, basis, GaussianNoise(std=0.01), options=TrainingOptions(steps=1), progress=False)
-    samples = model.condition(data.observations[0]).sample(50, seed=2)
+    samples = model.condition(data.readings[0]).sample(50, seed=2)
     q = samples.component(1)
     assert q.V == flux.V and len(q) == 50 and q.std().function_space() == flux.V
     np.testing.assert_allclose(coefficients(samples.quantile(0.5).sub(1)), coefficients(q.quantile(0.5)))

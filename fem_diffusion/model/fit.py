@@ -1,0 +1,105 @@
+"""From an inverse problem and its joint samples to a trained model."""
+
+import os
+import time
+
+import numpy as np
+import torch
+
+from fem_diffusion.checks import check_choice, check_count, check_flag, check_kind, check_options
+from fem_diffusion.diffusion import GaussianNoise, LayoutFamily, TrainingOptions, TrainingRange, fit_denoiser
+from fem_diffusion.diffusion.base.visible import visible_modes
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.events import event
+from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.model.families import layout_family
+from fem_diffusion.model.model import Model
+from fem_diffusion.model.tail import linear_tail
+from fem_diffusion.prior.expansion import karhunen_loeve, pod
+from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.progress import tell
+from fem_diffusion.simulation.simulate import DataSet
+
+__all__ = ["fit"]
+
+_RETAINED, _FEW_PAIRS = 0.999, 4
+
+
+def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
+        options: TrainingOptions = TrainingOptions(), state_modes: int | None = None,
+        checkpoint: str | os.PathLike | None = None, progress: bool = True) -> Model:
+    """Train a conditional diffusion model on simulated pairs.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        Of fixed sensors, whose noise is drawn afresh in training, or of a family, of which every training sample gets
+        fresh sensors with fresh noise. Without noise the readings of the data hold it already.
+    data : DataSet
+        Of that problem; of a family with states.
+    basis : ModalBasis, optional
+        Coordinates of the fields. Where left out, as many leading modes of the prior as the readings can tell from
+        their noise; the rest of a Gaussian prior is drawn when sampling.
+    network : {"latents", "field"}
+        For fixed sensors fully connected between latents and measurements, or with layers on the mesh, for one scalar
+        unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md.
+    options : TrainingOptions
+        Settings of the training loop.
+    state_modes : int, optional
+        For a family, number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of
+        the variance, at most 256.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show progress bars and a closing line on rank 0.
+
+    Returns
+    -------
+    Model
+        The same on all ranks; rank 0 trains.
+
+    Raises
+    ------
+    InputError, DataError, FileError, SolveError
+        If the pairs are too few, inconsistent, not finite or without the states of a family, the basis or the network
+        does not fit, or training fails; see also `fit_denoiser`.
+    """
+    start = time.perf_counter()
+    check_flag(progress, "progress")
+    check_kind(problem, "problem", InverseProblem, "InverseProblem(prior, forward, observation, noise)")
+    check_kind(data, "data", DataSet, "what simulate or load_pairs returned")
+    check_options(options, TrainingOptions)
+    check_choice(network, "network", ("latents", "field"))
+    if problem.family and network != "latents":
+        raise InputError("A family has a network over its sensors: leave network out.")
+    if not len(data) or len(data.coefficients) != len(data):
+        raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
+    states = shown = None
+    if problem.family:
+        states, coordinates, family = layout_family(problem.observation, data, state_modes)
+        shown = TrainingRange.of(family)
+    elif state_modes is not None:
+        raise InputError("state_modes is for families: leave it out.")
+    if basis is None:
+        basis = _visible(problem, data, family if problem.family else None, coordinates if problem.family else None)
+    check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior) or pod(...)")
+    with event("encode"):
+        z = basis.encode(data.coefficients)
+    standard_prior = is_standard(data, basis, z)
+    geometry = field_geometry(basis) if network == "field" else None
+    seen = coordinates if problem.family else torch.as_tensor(data.readings)
+
+    def run():
+        return fit_denoiser(torch.from_numpy(z), seen, family if problem.family else problem.noise,
+                            standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
+                            progress=progress)
+    with event("train"):
+        denoiser, history = on_root(problem.comm, run)
+    tail = None if problem.family else linear_tail(problem, basis, denoiser.base)
+    model = Model(problem, basis, denoiser, history, states, shown, tail)
+    tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
+         progress and problem.comm.rank == 0)
+    return model

@@ -1,0 +1,128 @@
+"""The network with layers on the mesh: its integrals, its structure, its file, and bases that it does not fit."""
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from firedrake import COMM_SELF, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, VectorFunctionSpace
+from mpi4py import MPI
+
+from fem_diffusion import DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve, load_model, pod
+from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, linear_base
+from fem_diffusion.fields.modes import mass_action
+from fem_diffusion.errors import InputError, FileError
+from fem_diffusion.fields.geometry import field_geometry
+
+R, K = 10, 3
+
+
+def _basis(comm=MPI.COMM_WORLD, degree=1):
+    V = FunctionSpace(RectangleMesh(14, 14, 1.7, 1.0, comm=comm), "CG", degree)
+    return karhunen_loeve(GaussianPrior(V, 0.7, 0.6, mean=0.3), R)
+
+
+def _arrays(geometry):
+    return FieldGeometry(*(getattr(geometry, f.name).numpy() for f in fields(geometry)))
+
+
+@pytest.fixture(scope="module")
+def basis():
+    return _basis()
+
+
+@pytest.fixture(scope="module")
+def network(basis):
+    generator = torch.Generator().manual_seed(0)
+    operator = torch.randn(K, R, generator=generator, dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        raw = FieldNetwork(R, K, width=16, depth=1, channels=3)
+    return raw.on(field_geometry(basis), linear_base(operator, 0.1 * torch.eye(K, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_projection_is_that_of_the_mass_matrix(degree):
+    basis = _basis(degree=degree)
+    z = np.random.default_rng(1).standard_normal((50, R))
+    geometry = _arrays(field_geometry(basis))
+    assert geometry.modes.shape == (R, 3 * R)
+    np.testing.assert_allclose(geometry.modes @ geometry.projector, np.eye(R), atol=1e-10)
+    # Of squares of fields, which are no combinations of modes, up to the error of the quadrature.
+    values, total = basis.decode(torch.as_tensor(z)), basis.variances.sum()
+    exact = mass_action(basis.V)(values**2) @ basis.modes.T * np.sqrt(1.7) / total
+    at_points = geometry.mean + z * geometry.std @ geometry.modes
+    error = at_points**2 @ geometry.projector - exact
+    assert np.linalg.norm(error) < 0.05 * np.linalg.norm(exact)
+    every = _arrays(field_geometry(basis, points=10**6))
+    assert every.modes.shape[1] == basis.V.dim()
+    error = (every.mean + z * every.std @ every.modes)**2 @ every.projector - exact
+    assert np.linalg.norm(error) < 0.005 * np.linalg.norm(exact)
+
+
+def test_gradients_of_a_linear_field():
+    V = FunctionSpace(RectangleMesh(6, 6, 1.7, 1.0), "CG", 1)
+    x, y = SpatialCoordinate(V.mesh())
+    geometry = field_geometry(pod(V, [Function(V).interpolate(s * (x - 2 * y) + 3 * y) for s in (-1, 1)], 1))
+    slopes = geometry.gradients[:, 0] / geometry.gradients[0, 0, 0]
+    np.testing.assert_allclose(slopes, np.outer([1, -2], np.ones(3)), atol=1e-8)
+    np.testing.assert_allclose(geometry.mean_gradient[0] / geometry.mean_gradient[1].abs().max(), 0, atol=1e-8)
+    # Units: the mode is a multiple of x - 2 y, and the distance between modes the root of the area.
+    values, at = geometry.modes[0], np.sqrt(1.7) / geometry.gradients[0, 0, 0]
+    assert float((values.max() - values.min()) * at) <= 1.7 + 2 + 1e-8
+
+
+def test_what_the_network_sees_of_a_measurement_knows_no_units(basis, network):
+    operator = torch.randn(K, R, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unit = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
+    base = linear_base(operator * unit[:, None], 0.1 * torch.diag(unit**2))
+    torch.testing.assert_close(network.on(field_geometry(basis), base).gain, network.gain)
+
+
+@pytest.mark.parallel([1, 2])
+def test_geometry_does_not_depend_on_the_ranks():
+    ours, alone = field_geometry(_basis()), field_geometry(_basis(COMM_SELF))
+    for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(alone, name), atol=1e-6)
+
+
+def test_zero_before_training_and_every_weight_learns(network):
+    g = torch.Generator().manual_seed(2)
+    v, features, angle = torch.randn(5, R, generator=g), torch.randn(5, K, generator=g), torch.full((5, 1), 0.7)
+    assert not network(v, angle, features).any()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=g)
+    network(v, angle, features).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
+    torch.testing.assert_close(network(v, angle, features)[:2], network(v[:2], angle[:2], features[:2]))
+
+
+def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
+    samples = basis.prior.sample_many(600, seed=1)
+    data = DataSet(samples, np.exp(samples[:, ::70]))
+    options = TrainingOptions(steps=150, evaluate_every=75, width=16, depth=1)
+    settings = {"options": options, "checkpoint": tmp_path / "training.pt", "progress": False}
+    model = fit(data, basis, GaussianNoise(std=0.1), network="field", **settings)
+    with pytest.raises(FileError, match="other data"):
+        fit(data, basis, GaussianNoise(std=0.1), **settings)
+    assert isinstance(model.denoiser.network, FieldNetwork)
+    model.save(tmp_path / "model.safetensors")
+    again = load_model(tmp_path / "model.safetensors", basis)
+    first, second = (m.condition(data.readings[0]).sample(20, seed=1, steps=4).values for m in (model, again))
+    np.testing.assert_allclose(first, second, atol=1e-5)
+    assert "modes" not in model.denoiser.network.state_dict()
+
+
+def test_what_does_not_fit_is_told(basis, network):
+    data = DataSet(np.zeros((5, basis.V.dim())), np.zeros((5, K)))
+    with pytest.raises(InputError, match="'latents', 'field'"):
+        fit(data, basis, None, network="fourier")
+    V = VectorFunctionSpace(basis.V.mesh(), "CG", 1)
+    with pytest.raises(InputError, match="fully connected"):
+        field_geometry(pod(V, np.random.default_rng(0).standard_normal((10, V.dim())), 4))
+    with pytest.raises(InputError, match="more points"):
+        field_geometry(basis, points=5)
+    with pytest.raises(InputError, match="10 latents"):
+        network.on(field_geometry(karhunen_loeve(basis.prior, 4)), linear_base(torch.eye(K, R), torch.eye(K)))
+    with pytest.raises(InputError, match="positive"):
+        FieldNetwork(R, K, channels=0)
