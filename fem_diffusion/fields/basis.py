@@ -28,14 +28,14 @@ from scipy.stats import chi2, norm
 from fem_diffusion import files
 from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
 from fem_diffusion.fields.modes import mass_action
-from fem_diffusion.errors import DataError, FileError, InputError
-from fem_diffusion.fields.coefficients import coefficients, field, generic_integrals, on_root
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields.coefficients import coefficients, field, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 if TYPE_CHECKING:
     from fem_diffusion.prior.protocol import Prior
 
-__all__ = ["ModalBasis", "load_basis"]
+__all__ = ["ModalBasis", "load_basis", "pack_basis", "unpack_basis"]
 
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
@@ -96,27 +96,6 @@ class ModalBasis:
     def retained(self) -> float:
         """Share of the total variance that the modes carry."""
         return float(self.variances.sum() / self.total_variance)
-
-    @property
-    def signature(self) -> np.ndarray:
-        """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
-        return self._against(lambda rows, weights: rows @ weights)
-
-    def _against(self, product) -> np.ndarray:
-        """Sum over ranks of a product of mean and scaled modes (1 + r, n_owned) with the fixed function's integrals."""
-        rows = np.vstack([coefficients(self.mean), self.scaled_modes])
-        return self.V.comm.allreduce(product(rows, generic_integrals(self.V)), MPI.SUM)
-
-    def check_signature(self, signature: np.ndarray, path) -> None:
-        """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
-        ours = self.signature
-        # Each row in units of its own: an integral may vanish by symmetry, the sum of its parts does not.
-        size = self._against(lambda rows, weights: np.abs(rows) @ np.abs(weights))
-        if signature.shape != ours.shape or (np.abs(signature - ours) > 1e-4 * size + 1e-12 * size.max()).any():
-            raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                            "prior and number of modes, or the one that ModalBasis.save wrote beside it. Modes of "
-                            "equal variance, as of the components of a vector, may turn from one number of ranks to "
-                            "another: then only the saved basis will do.")
 
     @property
     def parameter_space(self) -> WithGeometry:
@@ -234,7 +213,7 @@ class ModalBasis:
     def __reduce_ex__(self, protocol):
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
 
         A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
@@ -249,13 +228,19 @@ class ModalBasis:
         FileError
             If it cannot be written.
         """
-        V = self.V
-        arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
-                  "modes": gather_rows(V, self.modes), "variances": self.variances}
-        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights,
-                  "transformed": self.prior is not None and self.prior.core is not self.prior,
-                  "standard_prior": self.standard_prior}
-        on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
+        arrays, values = pack_basis(self, "basis")
+        on_root(self.V.comm, lambda: files.write(path, "basis", arrays, values))
+
+
+def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
+    """Arrays, on rank 0, and values of a file that holds a basis under a name (collective)."""
+    V = basis.V
+    arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(basis.mean)[None]),
+              "modes": gather_rows(V, basis.modes), "variances": basis.variances}
+    values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
+              "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
+              "standard_prior": basis.standard_prior}
+    return tuple({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
 
 
 def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
@@ -285,22 +270,25 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
     check_kind(V, "V", WithGeometry, "the space of the basis")
     if prior is not None and prior.core.V != V:
         raise InputError(f"prior is of type {type(prior).__name__} and its fields are not in V: give the basis's own.")
-    content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
-    columns = own_columns(content, "key", "element", V)
-    variances, size = content.array("variances", None), len(content.arrays["key"])
-    mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
-    weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
+    return unpack_basis(read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save."), "basis", V, prior)
+
+
+def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
+    """The basis under a name in a file; raises as `load_basis` (collective)."""
+    columns = own_columns(content, f"{name}.key", f"{name}.element", V)
+    variances, size = content.array(f"{name}.variances", None), len(content.arrays[f"{name}.key"])
+    mean, modes = content.array(f"{name}.mean", 1, size), content.array(f"{name}.modes", len(variances), size)
+    weights, total = content.value(f"{name}.weights", list, type(None)), content.value(f"{name}.total_variance", float)
     weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and 0 < x < np.inf for x in weights))
     falling = len(variances) > 0 and (variances > 0).all() and (np.diff(variances) <= 1e-6 * variances[0]).all()
     if not falling or not weighted or not (1 - 1e-6) * variances.sum() <= total < np.inf:
         raise content.error("holds no modes of positive variance, largest first")
-    transformed, standard = content.value("transformed", bool), content.value("standard_prior", bool)
+    transformed, standard = (content.value(f"{name}.{key}", bool) for key in ("transformed", "standard_prior"))
     if transformed and (prior is None or prior.core is prior):
-        raise InputError(f"The parameter of the basis in {path} is a transform of its field, which is code and not in "
-                         "the file: pass prior=, the TransformedPrior.")
-    mean = field(V, mean[0, columns], name="mean")
-    basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), prior, standard and prior is not None,
-                       weights and tuple(weights))
+        raise InputError("The parameter of the basis in the file is a transform of its field, which is code and not in "
+                         "the file: pass the TransformedPrior.")
+    basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total), prior,
+                       standard and prior is not None, weights and tuple(weights))
     if basis.standard_prior and not _is_of(basis, modes[:, columns]):
         raise content.error("belongs to another prior")
     identity = np.eye(basis.r)

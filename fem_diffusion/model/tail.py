@@ -1,7 +1,6 @@
 r"""What readings tell of the modes past those of the basis, where the problem is linear.
 
-A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where readings are :math:`y = b + G z + H t + e`,
-the law of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's
+A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where :math:`y = b + G z + H t + e`, the law of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's
 rule),
 
 .. math:: t + K (y - b - G z - H t - e), \qquad K = C_t H^T (H C_t H^T + R)^{-1} .
@@ -12,6 +11,7 @@ With z from the posterior in which :math:`H t` counts as noise, both together ar
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from fem_diffusion.diffusion import GaussianBase, GaussianNoise
@@ -20,7 +20,7 @@ from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 
-__all__ = ["LinearTail", "linear_tail"]
+__all__ = ["LinearTail", "linear_tail", "noise_root"]
 
 # Signal of the rest below this share of the noise's variance is none; how far the pairs may be from what H says of it.
 _UNSEEN, _ALIKE = 1e-6, 0.2
@@ -83,12 +83,19 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) 
         return None
     # All ranks hold the same base, so they go on together.
     rows = np.array(forward.sensitivity(problem.prior.mean.copy(deepcopy=True), problem.observation.rows))
-    cross = problem.prior.apply_covariance(rows) - problem.comm.allreduce(rows @ basis.scaled_modes.T) @ basis.scaled_modes
+    seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
+    cross = problem.prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)
     signal = np.linalg.norm(seen / unit / unit[:, None], 2)
     if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:
         return None
     gain = np.linalg.solve((seen + R) / unit / unit[:, None], cross / unit[:, None]) / unit[:, None]
+    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), noise_root(problem, k))
+
+
+def noise_root(problem: InverseProblem, k: int) -> np.ndarray:
+    """Factor (k, k) of the covariance of a problem's constant Gaussian noise."""
+    R = problem.noise.covariance(torch.zeros(1, k, dtype=torch.float64)).numpy()
+    unit = np.sqrt(R.diagonal())
     values, axes = np.linalg.eigh(R / unit / unit[:, None])
-    root = unit[:, None] * axes * np.sqrt(values.clip(min=0))
-    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), root)
+    return unit[:, None] * axes * np.sqrt(values.clip(min=0))
