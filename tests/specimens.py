@@ -24,7 +24,7 @@ from fem_diffusion.many_operators import fit_family, load_family
 from fem_diffusion.posterior import ConditionalModel, fit, load_model
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import load_pairs, simulate

@@ -37,7 +37,7 @@ from fem_diffusion.forward import blocks
 from fem_diffusion.forward import forms
 from fem_diffusion.forward import unknowns
 from fem_diffusion.forward.adjoint import Adjoint
-from fem_diffusion.fields.doors import check_coefficients, check_finite, check_function, check_solver, petsc_reason
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_solver, petsc_reason
 from fem_diffusion.forward.lift import Lift
 from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.forward.taped import recorded

@@ -40,7 +40,7 @@ from fem_diffusion.forward import blocks
 from fem_diffusion.forward import forms
 from fem_diffusion.forward import unknowns
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.fields.doors import check_coefficients, check_finite, check_function, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_solver
 from fem_diffusion.forward.march import Equation, March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.taped import recorded

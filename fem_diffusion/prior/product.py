@@ -14,7 +14,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion.checks import check_all, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import by_component, coefficients, field
-from fem_diffusion.fields.doors import check_rows
+from fem_diffusion.fields.checks import check_rows
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 
 __all__ = ["ProductPrior", "is_gaussian"]

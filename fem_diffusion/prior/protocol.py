@@ -8,7 +8,7 @@ from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.fields.doors import check_rows
+from fem_diffusion.fields.checks import check_rows
 
 __all__ = ["GaussianCore", "Prior", "check_prior"]
 

@@ -14,7 +14,8 @@ from fem_diffusion.fields.basis import load_basis
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.prior.transformed import GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 
 COMM = MPI.COMM_WORLD

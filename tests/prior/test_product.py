@@ -16,7 +16,8 @@ from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.posterior import fit
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate

@@ -12,7 +12,8 @@ from fem_diffusion.fields.coefficients import owned_size
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.product import ProductPrior, is_gaussian
 from fem_diffusion.prior.protocol import GaussianCore, Prior
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior, level_set
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior, level_set
 
 MESH = UnitSquareMesh(4, 3)
 V, CELLS, NUMBER = (FunctionSpace(MESH, *element) for element in (("CG", 1), ("DG", 0), ("R", 0)))
@@ -76,6 +77,9 @@ def test_slopes_follow_from_one_transform_to_the_next():
     squared = TransformedPrior(LOG, lambda f: f**2)
     values = FIELD.sample_many(3, 1)
     np.testing.assert_allclose(squared.slope_many(values), 2 * np.exp(2 * values), rtol=1e-12)
+    for transform in (lambda f: f + f.dx(0), lambda f: f + dot(grad(f), grad(f))):
+        with pytest.raises(InputError, match="not pointwise"):
+            TransformedPrior(FIELD, transform).slope_many(values)
     joint = ProductPrior([squared, SCALE])
     np.testing.assert_allclose(joint.slope_many(joint.core.sample_many(3, 1))[:, -1], 1.0)
 

@@ -14,7 +14,8 @@ from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 from test_doors import MESH, SENSORS, SIZE, V, steady, transient
 

@@ -11,7 +11,8 @@ from fem_diffusion.fields import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
