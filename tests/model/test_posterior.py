@@ -13,8 +13,8 @@ from firedrake import (
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, Boundary, CallablePrior, DataSet, GaussianNoise, GaussianPrior, InverseProblem, Physics, Sampler,
-    Samples, TrainingOptions, fit, karhunen_loeve, load_model, load_samples, point_sensors, pod, simulate,
+    AdvectionDiffusion, Boundary, CallablePrior, DataSet, GaussianNoise, GaussianPrior, InverseProblem, Physics,
+    Sampler, Samples, TrainingOptions, fit, karhunen_loeve, load_model, load_samples, point_sensors, pod, simulate,
 )
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.comparison import moment_p_values
