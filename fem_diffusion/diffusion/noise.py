@@ -91,6 +91,11 @@ class GaussianNoise:
         matrix = torch.diag(diagonal)
         return matrix if self._matrix is None else matrix + self._matrix.to(y)
 
+    @property
+    def constant(self) -> bool:
+        """Whether the noise does not depend on the readings."""
+        return not bool(self.relative.any())
+
     def check(self, k: int) -> None:
         """Raise InputError where the noise is for another number of sensors than k."""
         if set(self._sizes) - {k}:

@@ -1,47 +1,39 @@
-"""Trained models as files: tensors and settings, and checks at the door that they make up a model.
+"""Trained models in files: tensors and settings, and checks at the door that they make up a model."""
 
-`pack` and `unpack` are for parts of any model, `write_model` and `read_model` for a model of one fixed set of sensors.
-"""
-
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion import files
-from fem_diffusion.diffusion.training.loop import History, unpack_history
+from fem_diffusion.diffusion.base.emulator import Emulator
+from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.field_network import FieldNetwork
-from fem_diffusion.diffusion.gaussian import GaussianBase
-from fem_diffusion.diffusion.network import ResidualMLP
-from fem_diffusion.diffusion.nodes import Spectrum
-from fem_diffusion.diffusion.support import Support
+from fem_diffusion.diffusion.network import NETWORKS
+from fem_diffusion.diffusion.sampling.placement import Spectrum
+from fem_diffusion.diffusion.sampling.support import Support
+from fem_diffusion.diffusion.training.loop import History, unpack_history
 from fem_diffusion.files import Content
 
-__all__ = ["REMEDY", "pack", "read_model", "unpack", "unpack_network", "unpack_sampling", "write_model"]
+__all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
 
 REMEDY = "Copy it again, or train anew."
 
 
-def pack(parts: dict, history: History) -> tuple[dict, dict]:
+def pack(parts: dict) -> tuple[dict, dict]:
     """Arrays and values of a file that holds these parts.
 
     Parameters
     ----------
     parts : dict
         Name to a dataclass of tensors and numbers, to a network with its sizes in `config`, or to None.
-    history : History
-        Training curve.
 
     Returns
     -------
     dict of numpy.ndarray, dict
         For `files.write`.
     """
-    arrays, values = {}, {"history": asdict(history)}
+    arrays, values = {}, {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             values[name] = {"class": type(part).__name__, "sizes": part.config}
@@ -93,7 +85,7 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
     return kind(**found, **tensors)
 
 
-def unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
+def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
     """A network of a file, in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there.
@@ -145,7 +137,7 @@ def unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: di
     return network.eval().requires_grad_(False)
 
 
-def unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support | None]:
+def _unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support | None]:
     """What samplers know of a model: spectrum, and bounds of its r latents; FileError where they are none."""
     spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
     support = unpack(content, "support", Support, {"lower": (r,), "upper": (r,)}, finite=False)
@@ -157,60 +149,33 @@ def unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support 
     return spectrum, support
 
 
-def write_model(path: str | os.PathLike, signature: np.ndarray, denoiser: Denoiser, history: History) -> None:
-    """Write a model.
+def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
+    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh."""
+    base = denoiser.base
+    arrays, values = pack({"emulator": base.emulator, "network": denoiser.network, "spectrum": denoiser.spectrum,
+                           "support": denoiser.support})
+    return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
+            values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    signature : numpy.ndarray
-        Of the basis, by which reading tells whether it fits.
-    denoiser : Denoiser
-        Base and network; of a network on fields the weights, not the mesh.
-    history : History
-        Training curve.
+
+def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
+    """What `pack_denoiser` put into a file; a network on fields has yet to be put on its mesh.
 
     Raises
     ------
     FileError
-        If it cannot be written.
+        If the parts do not make up a denoiser.
     """
-    arrays, values = pack({"base": denoiser.base, "network": denoiser.network, "spectrum": denoiser.spectrum,
-                           "support": denoiser.support}, history)
-    files.write(path, "model", arrays | {"basis.signature": signature}, values)
-
-
-def read_model(path: str | os.PathLike) -> tuple[np.ndarray, Denoiser, History]:
-    """Read what `write_model` wrote.
-
-    Parameters
-    ----------
-    path : path
-        The file.
-
-    Returns
-    -------
-    signature, denoiser, history
-        A network on fields has yet to be put on its mesh.
-
-    Raises
-    ------
-    FileError
-        If the file is damaged, foreign, or its parts do not make up a model.
-    """
-    content = files.read(path, "model", REMEDY)
-    r, k = content.array("base.gain", None, None).shape
-    base = unpack(content, "base", GaussianBase, {
-        "latent_mean": (r,), "measurement_mean": (k,), "gain": (r, k), "factor": (r, r), "factor_inverse": (r, r),
-        "whitener": (k, k)})
-    if base is None or not r:
+    k, r = content.array("emulator.matrix", None, None).shape
+    mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (
+        ("mean", (r,)), ("factor", (r, r))))
+    updates = content.value("updates", int)
+    if not r or (factor.diagonal() == 0).any() or bool(factor.tril(-1).any()) or not 1 <= updates <= UPDATES:
         raise content.error("holds no base")
-    # Each latent in its own units.
-    unit = base.factor.square().sum(1).sqrt()
-    inverse = (base.factor @ base.factor_inverse) * unit / unit[:, None]
-    if not torch.allclose(inverse, torch.eye(r, dtype=inverse.dtype), rtol=0, atol=1e-4):
-        raise content.error("holds a base whose factors are no inverses of each other")
-    network = unpack_network(content, "network", (ResidualMLP, FieldNetwork), {"r": r, "k": k})
-    signature = content.array("basis.signature", r + 1)
-    return signature, Denoiser(base, network, *unpack_sampling(content, r)), unpack_history(content)
+    emulator = _unpack_network(content, "emulator", [Emulator], {"r": r, "s": k})
+    network = _unpack_network(content, "network", list(NETWORKS.values()), {"r": r, "k": k})
+    if emulator is None:
+        raise content.error("holds no emulator")
+    denoiser = Denoiser(GaussianBase(mean, factor, emulator, updates), network, *_unpack_sampling(content, r),
+                        content.value("known", bool))
+    return denoiser, unpack_history(content)

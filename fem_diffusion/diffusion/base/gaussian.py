@@ -10,12 +10,12 @@ readings themselves, B = I and b = 0. The Gaussian is found by iterated posterio
 
 and the Kalman update of N(z̄, C) with that affine map and the noise R + B (Σ + Ω) Bᵀ is the next guess; R is the noise
 of the sensors, Σ what the emulator leaves, with noise that the readings hold already. The first guess is N(z̄, C): one
-update gives the joint Gaussian of latents and measurement, which is the exact posterior where f is affine and the latents
-are Gaussian. Expectations are means over fixed points with the first three moments of a standard normal. Everything is
-batched over measurements; under an affine map all measurements by one layout share one factor.
+update gives the joint Gaussian of latents and measurement, which is the exact posterior where f is affine and the
+latents are Gaussian. Expectations are means over fixed points with the first three moments of a standard normal.
+Everything is batched over measurements; under an affine map all measurements by one layout share one factor.
 
-The diffusion runs in base coordinates :math:`w = P^{-1/2}(z - \mu)`, where the prior noise is aligned with the posterior.
-Where the base is the truth, w is standard normal for every measurement and the network has nothing to learn.
+The diffusion runs in base coordinates :math:`w = P^{-1/2}(z - \mu)`, where the prior noise is aligned with the
+posterior. Where the base is the truth, w is standard normal for every measurement and the network has nothing to learn.
 """
 
 from copy import deepcopy
@@ -32,8 +32,8 @@ from fem_diffusion.diffusion.base.regression import check_pairs, regress
 from fem_diffusion.diffusion.checks import check_tensor
 from fem_diffusion.errors import InputError, SolveError
 
-__all__ = ["UPDATES", "GaussianBase", "Located", "apply", "check_base", "cholesky", "fit_base", "law", "linear_base", "plain_base",
-           "solve_lower"]
+__all__ = ["UPDATES", "GaussianBase", "Located", "apply", "check_base", "cholesky", "fit_base", "law", "linear_base",
+           "plain_base", "solve_lower"]
 
 UPDATES = 6
 # Below so many latents points lie on two shells; there are at least so many points.
@@ -266,7 +266,7 @@ def _points(r: int, like: Tensor) -> Tensor:
 
 
 def law(z: Tensor, standard_prior: bool) -> tuple[Tensor, Tensor]:
-    """Mean (r,) and upper triangular factor (r, r) of the covariance of latents `z` (n, r); N(0, I) where that is known."""
+    """Mean (r,) and upper triangular factor (r, r) of the covariance of latents (n, r); N(0, I) where that is known."""
     r = z.shape[1]
     if standard_prior:
         return z.new_zeros(r), torch.eye(r, dtype=z.dtype, device=z.device)

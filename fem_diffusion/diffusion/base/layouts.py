@@ -1,7 +1,7 @@
 """Sensors as rows over what an emulator gives, and families from which training draws layouts of them.
 
-`Layout`, `LayoutKind` and `LayoutFamily` are to latents what `Observation`, `SensorKind` and `SensorFamily` are to fields
-on a mesh. A layout has any number of sensors. Layouts of a batch are padded to the same number of rows; a padded row sees nothing
+`Layout`, `LayoutKind` and `LayoutFamily` are to latents what `Observation`, `SensorKind` and `SensorFamily` are to
+fields on a mesh. A layout has any number of sensors. Layouts of a batch are padded to the same number of rows; a padded row sees nothing
 and reads zero with unit noise, so it says nothing.
 """
 
@@ -160,6 +160,13 @@ class LayoutFamily:
             raise InputError("The kinds of a family must see the same number of state coordinates: give at least one "
                              "kind, all of them made from one basis of states.")
         object.__setattr__(self, "kinds", kinds)
+
+    @property
+    def weights(self) -> Tensor:
+        """What an error of each coordinate counts: root mean square over candidates, in units of noise, shape (s,)."""
+        rows = torch.cat([(kind.rows / kind.std.log().mean(0).exp()[..., None]).flatten(0, 1) for kind in self.kinds])
+        weights = rows.square().mean(0).sqrt()
+        return weights.clamp(min=1e-6 * float(weights.max()) or 1.0)
 
     def draw(self, size: int, generator: torch.Generator) -> Layout:
         """Independent layouts, `size` of them."""

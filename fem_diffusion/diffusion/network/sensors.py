@@ -69,7 +69,7 @@ class SensorNetwork(nn.Module):
         return self.flow.dtype
 
     def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
-        """Tokens (B, k, .), which of them are there (B, k), mean and log std (B, 2 r) and factor (B, r, r) of the base."""
+        """Tokens (B, k, .), which are there (B, k), and of the base mean and log std (B, 2 r) and factor (B, r, r)."""
         (layout, y), located = layout.standardised(y), base.standardised(located)
         numbers = torch.stack([y, located.misfit, torch.log(layout.variance.sqrt())], 2)
         # asinh bounds what a very precise sensor brings in.

@@ -111,8 +111,8 @@ class Sampler:
         if self.formulation is not None:
             _check_reach(check_formulation(self.formulation), self.coordinates)
         if self.scheme.deterministic and not still:
-            raise InputError(f"The method {self.method!r} in {self.coordinates} coordinates follows the ODE, alpha = 0: "
-                             "take 'heun' for alpha > 0.")
+            raise InputError(f"The method {self.method!r} in {self.coordinates} coordinates follows the ODE, "
+                             "alpha = 0: take 'heun' for alpha > 0.")
 
     @property
     def scheme(self) -> Scheme:
@@ -276,8 +276,8 @@ def _redraw(z: Tensor, conditioned: Conditioned, sampler: Sampler, generator: to
         z[outside] = _draw(conditioned.select(torch.where(outside)[1]), 1, sampler, generator, rows, lambda *_: None)[0]
     left = ~support.contains(z)
     if left.any():
-        warnings.warn(f"{int(left.sum())} of {left.numel()} samples lie outside the bounds of the training latents after "
-                      f"{_REDRAWS} draws: the measurement is unlike the training measurements, or the prior has no "
+        warnings.warn(f"{int(left.sum())} of {left.numel()} samples lie outside the bounds of the training latents "
+                      f"after {_REDRAWS} draws: the measurement is unlike the training measurements, or the prior has no "
                       "hard bounds and the support of the denoiser should be None.", stacklevel=3)
 
 

@@ -27,8 +27,8 @@ class Scheme:
     run : Callable
         Maps (flow, normal, formulation, angles, alpha, report) to the state at sigma = 0, shape (n, B, r): `flow` has
         ``residual(v, angle)`` and ``denoise(w, sigma)``, `normal` draws standard normal numbers of that shape, `angles`
-        falls from the start to 0, `alpha` is a function of time, `report` takes the number of a step, the noise level and
-        the state.
+        falls from the start to 0, `alpha` is a function of time, `report` takes the number of a step, the noise level
+        and the state.
     evaluations : Callable[[int], int]
         Network evaluations of so many steps.
     order : int

@@ -12,7 +12,7 @@ best weights there are kept, and `collapse` measures what is left and warns.
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -171,14 +171,12 @@ def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions
     if rows.shape[1] != s:
         raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from one "
                          "basis of states.")
-    std = torch.cat([kind.std.flatten(1) for kind in family.kinds], 1).double()
-    signal = (rows / std.log().mean(0).exp()[:, None]).square().mean(0).sqrt()
+    std = torch.cat([kind.std[0].flatten() for kind in family.kinds]).double()
 
     def share(residual: Tensor) -> float:
-        return float((((rows @ residual) * rows).sum(1) / std[0]**2).max())
-    weights = signal.clamp(min=1e-6 * float(signal.max()) or 1.0)
+        return float((((rows @ residual) * rows).sum(1) / std**2).max())
     family = family.to("cpu", torch.float64)
-    return _Parts("sensors", _drawn(family), c.new_zeros(s, s), weights, share, True, family)
+    return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
 
 
 def _fixed(z: Tensor, y: Tensor, noise, options: TrainingOptions) -> _Parts:
@@ -198,7 +196,7 @@ def _fixed(z: Tensor, y: Tensor, noise, options: TrainingOptions) -> _Parts:
         axes = axes / values.clamp(min=_NEGLIGIBLE**2).sqrt()
         return float(torch.linalg.eigvalsh(axes.T @ (residual / unit / unit[:, None]) @ axes)[-1])
     return _Parts("latents", measure, covariance, 1 / unit if known else None, share,
-                  known and not bool(noise.relative.any()), noise)
+                  known and noise.constant, noise)
 
 
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
