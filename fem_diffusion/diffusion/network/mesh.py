@@ -32,7 +32,7 @@ __all__ = ["FieldGeometry", "FieldNetwork"]
 _FIELDS = 3  # denoised estimate, state, mean of the base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FieldGeometry:
     """What a network on fields has to know of the mesh; `fem_diffusion.fields.geometry` makes it from a basis.
 
@@ -135,8 +135,8 @@ class FieldNetwork(nn.Module):
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
         found, wanted = (len(geometry.std), len(geometry.gradients)), (self.config["r"], self.config["dimension"])
         if found != wanted:
-            raise InputError(f"The network was made for {wanted[0]} latents in {wanted[1]} dimensions, the geometry has "
-                             f"{found[0]} modes in {found[1]}: pass the basis of the training, or train anew.")
+            raise InputError(f"The network was made for {wanted[0]} latents in {wanted[1]} dimensions, the geometry "
+                             f"has {found[0]} modes in {found[1]}: pass the basis of the training, or train anew.")
         network = deepcopy(self)
         for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
             setattr(network, name, getattr(geometry, name).to(self.head.weight))

@@ -67,8 +67,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         Noise-free readings, shape (n, k), or measurements where `noise` is None; any units. For a family coordinates of
         the state, of unit variance, shape (n, s).
     noise : GaussianNoise, CallableNoise, float, LayoutFamily or None
-        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of layouts
-        with noise of their own, of which every training sample gets a fresh one.
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
+        layouts with noise of their own, of which every training sample gets a fresh one.
     base : {"gaussian", "plain"}
         Gaussian of latents and measurements, or mere standardisation.
     standard_prior : bool
@@ -107,8 +107,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     check_pairs(z, y, 1 if base == "gaussian" else None)  # before the noise model sees them
     if geometry is not None:
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
+        if isinstance(noise, LayoutFamily):
+            raise InputError("A network with layers on the mesh is for fixed sensors: leave geometry out for a family.")
     z, y = z.double().cpu(), y.double().cpu()
-    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(z, y, noise, options)
+    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(y, noise)
     with threads(options.threads):
         bases = _bases(z, y, parts, base, standard_prior, options, checkpoint, progress)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
@@ -165,12 +167,12 @@ def _drawn(family: LayoutFamily) -> Measure:
     return measure
 
 
-def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions) -> _Parts:
+def _family(c: Tensor, family: LayoutFamily) -> _Parts:
     s = c.shape[1]
     rows = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds]).double()
     if rows.shape[1] != s:
-        raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from one "
-                         "basis of states.")
+        raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from "
+                         "one basis of states.")
     std = torch.cat([kind.std[0].flatten() for kind in family.kinds]).double()
 
     def share(residual: Tensor) -> float:
@@ -179,7 +181,7 @@ def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions
     return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
 
 
-def _fixed(z: Tensor, y: Tensor, noise, options: TrainingOptions) -> _Parts:
+def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _Parts:
     k = y.shape[1]
     noise = as_noise(noise, k)
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
