@@ -3,8 +3,8 @@
 Two-sample distances take the reference (n, r) first and the samples (m, r) second. Their scale (bandwidth,
 regularisation, standardisation) comes from the reference, so that a sampler does not choose the ruler it is measured
 with. The one exception is numerical: `sinkhorn` raises its regularisation for samples so far away that its iteration
-would underflow. All raise InputError if sets do not fit together or are not finite and real, or a number is out of range,
-and InstallError if the library behind them is missing.
+would underflow. All raise InputError if sets do not fit together or are not finite and real, or a number is out of
+range, and InstallError if the library behind them is missing.
 """
 
 import warnings

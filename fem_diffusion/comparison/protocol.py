@@ -6,9 +6,9 @@ and the same call goes on where it stopped. `compare` runs the protocol on joint
 benchmarks with exact conditionals call `run_protocol` with scores of their own.
 
 All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
-converge to the same samples, so their errors can be compared to far below the noise of a set of samples. Formulations and
-samplers are compared, nothing else: samples are not corrected by the emulator, and a hard support of the latents is left
-out, as it would draw some samples again, at a cost beyond the budget.
+converge to the same samples, so their errors can be compared to far below the noise of a set of samples. Nothing but
+formulations and samplers is compared: the emulator corrects no samples, and a hard support of the latents is left out,
+as it would draw some samples again, at a cost beyond the budget.
 """
 
 import hashlib

@@ -35,8 +35,8 @@ def summarise(rows: Sequence[dict]) -> list[dict]:
     """Means over seeds, a line for each problem, base, formulation, sampler and budget, in order of appearance.
 
     A line holds the number of seeds, mean evaluations and seconds, the mean of every score, and as NAME_spread its
-    standard deviation over the seeds. Columns sbc_p* hold p-values, which have no mean: the smallest times the number of
-    seeds (Bonferroni), at most 1, and no spread.
+    standard deviation over the seeds. Columns sbc_p* hold p-values, which have no mean: the smallest times the number
+    of seeds (Bonferroni), at most 1, and no spread.
     """
     rows, result = _checked(rows), []
     for key, group in _grouped(rows).items():
