@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, identity, kron, vstack
 
-from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
+from fem_diffusion.checks import check_array, check_count, check_kind, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import bounding_box, coefficients, multiply, on_root
 from fem_diffusion.observation.linear import (
-    Observation, check_tolerance, checked_names, checked_points, compare_row, component_space, labels,
+    Observation, checked_names, checked_points, compare_row, component_space, labels,
 )
 from fem_diffusion.observation.points import locate, sensor_rows
 
@@ -46,10 +46,8 @@ def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names:
         Shape (k, gdim); those of rank 0 count.
     radii : float | array_like
         The ρ of all footprints, or of each, shape (k,), in the units of the mesh.
-    names : sequence of str | None
-        One name for each row; default the centres.
-    component : int | None
-        Index of the component of a mixed U.
+    names, component
+        As for `point_sensors`.
 
     Returns
     -------
@@ -60,8 +58,8 @@ def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names:
     Raises
     ------
     InputError
-        If U is mixed and no component is named, the state is not scalar, a radius is not positive, the centres have
-        the wrong shape or are not finite, or a footprint is too small for the mesh (or outside of it).
+        As for `point_sensors`, and if the state is not scalar, a radius is not positive, or a footprint is too small
+        for the mesh or outside of it.
     """
     W, embed = component_space(U, component)
     _check_scalar(W)
@@ -109,12 +107,8 @@ def line_averages(U: WithGeometry, starts: ArrayLike, ends: ArrayLike, points: i
         Ends of the segments, shape (k, gdim) each; those of rank 0 count.
     points : int
         Gauss points of a segment; more than the cells it crosses times the degree of the state are of little use.
-    names : sequence of str | None
-        One name for each row; default the ends.
-    component : int | None
-        Index of the component of a mixed U.
-    tolerance : float
-        How far outside the mesh a segment may be, as a fraction of the size of a cell.
+    names, component, tolerance
+        As for `point_sensors`.
 
     Returns
     -------
@@ -124,13 +118,12 @@ def line_averages(U: WithGeometry, starts: ArrayLike, ends: ArrayLike, points: i
     Raises
     ------
     InputError
-        If U is mixed and no component is named, the state is not scalar, the ends have the wrong shape or are not
-        finite, points is no positive integer, or an end or a Gauss point of a segment is outside the mesh.
+        As for `point_sensors`, and if the state is not scalar or a segment leaves the mesh.
     """
     W, embed = component_space(U, component)
     _check_scalar(W)
     mesh, count = W.mesh(), check_count(points, "points")
-    tolerance = check_tolerance(tolerance)
+    tolerance = check_number(tolerance, "tolerance", above=0)
     starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
     if starts.shape != ends.shape:
         raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment.")
@@ -163,7 +156,7 @@ def random_points(mesh: MeshGeometry, n: int, seed: int, *, tolerance: float = 1
     seed : int
         Non-negative; the same points on any number of ranks, and the first ones do not depend on n.
     tolerance : float
-        How far outside the mesh a point may be, as a fraction of the size of a cell.
+        As for `point_sensors`.
 
     Returns
     -------
@@ -173,9 +166,10 @@ def random_points(mesh: MeshGeometry, n: int, seed: int, *, tolerance: float = 1
     Raises
     ------
     InputError
-        If n is no positive or seed no non-negative integer, or the mesh is a surface or a curve in space.
+        If a number is out of range, or the mesh is a surface or a curve in space.
     """
-    n, rng, tolerance = check_count(n), np.random.default_rng(check_seed(seed)), check_tolerance(tolerance)
+    n, rng = check_count(n), np.random.default_rng(check_seed(seed))
+    tolerance = check_number(tolerance, "tolerance", above=0)
     check_kind(mesh, "mesh", MeshGeometry, "a mesh")
     gdim = mesh.geometric_dimension
     if mesh.topological_dimension != gdim:

@@ -165,11 +165,6 @@ def checked_points(mesh: MeshGeometry, points: ArrayLike, what: str = "points") 
     return points
 
 
-def check_tolerance(tolerance: float) -> float:
-    """How far outside the mesh a point may be, as a fraction of the size of a cell: a positive float."""
-    return check_number(tolerance, "tolerance", above=0)
-
-
 def labels(points: np.ndarray) -> list[str]:
     """A readable name for each of the points (k, gdim)."""
     return ["(" + ", ".join(f"{x:g}" for x in point) + ")" for point in points]
@@ -191,8 +186,7 @@ def point_sensors(U: WithGeometry, points: ArrayLike, names: Sequence[str] | Non
     names : sequence of str | None
         One name for each row; default the coordinates.
     component : int | None
-        Index of the component of a mixed U that the sensors read, e.g. 0 for the velocity in Stokes; the rows
-        act on the whole mixed state.
+        Index of the component of a mixed U that the sensors read, e.g. 0 for the velocity in Stokes.
     tolerance : float
         How far outside the mesh a sensor may be, as a fraction of the size of a cell.
 
@@ -204,11 +198,11 @@ def point_sensors(U: WithGeometry, points: ArrayLike, names: Sequence[str] | Non
     Raises
     ------
     InputError
-        If U is mixed and no component is named, there is no such component, a name is missing, or the points have
-        the wrong shape, are not finite or outside the mesh, or Firedrake reads the state wrongly there; on every rank.
+        If a component of a mixed U or a name is missing, the points have the wrong shape, are not finite or outside the
+        mesh, or Firedrake reads the state wrongly there.
     """
     W, embed = component_space(U, component)
-    mesh, tolerance = W.mesh(), check_tolerance(tolerance)
+    mesh, tolerance = W.mesh(), check_number(tolerance, "tolerance", above=0)
     points = checked_points(mesh, points)
     vom, index, found = locate(mesh, points, tolerance)
     if not found.all():

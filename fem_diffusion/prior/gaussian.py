@@ -23,7 +23,6 @@ import numpy as np
 from firedrake import (
     Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, dx, grad, inner, solve,
 )
-from firedrake.adjoint import AutoregressiveCovariance
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from pyadjoint import no_annotations
@@ -205,11 +204,6 @@ class GaussianPrior(GaussianCore):
             op = matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
         return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
 
-    @property
-    def covariance(self) -> AutoregressiveCovariance | None:
-        """Firedrake's AutoregressiveCovariance, without the normalisation ``D``; None for numbers."""
-        return self._operator.covariance
-
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`, a block of right-hand sides at a time.
@@ -252,29 +246,16 @@ class GaussianPrior(GaussianCore):
     @cached_property
     @no_annotations
     def _exact_std(self) -> np.ndarray:
-        """As `_pointwise_std`, without an estimate for large spaces."""
+        """As `_pointwise_std`, without an estimate."""
         if is_real(self.V) or variance_is_exact(self._operator):
             return self._pointwise_std
         return self._scale * np.sqrt(exact_variance(self._operator))
 
     def pointwise_std(self, exact: bool = False) -> Function:
-        """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
+        """Standard deviation of the samples at the nodes, in ``V``: ``std``, falling to zero at Dirichlet conditions.
 
-        Parameters
-        ----------
-        exact : bool
-            Whether to solve once for each unknown, however many there are.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
-            to be `exact`.
-
-        Raises
-        ------
-        InputError
-            If `exact` is neither True nor False.
+        It is exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked to be
+        `exact`: that takes one solve for each unknown.
         """
         return field(self.V, self._exact_std if check_flag(exact, "exact") else self._pointwise_std)
 

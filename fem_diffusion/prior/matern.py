@@ -140,8 +140,6 @@ class MaternOperator:
 class NumberOperator:
     """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
 
-    covariance = None
-
     def __init__(self, V: WithGeometry) -> None:
         start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
         self._total, self._owned = V.dim(), slice(start, start + owned_size(V))
