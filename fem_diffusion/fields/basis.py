@@ -106,17 +106,12 @@ class ModalBasis:
         Parameters
         ----------
         values : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
-            Fields in V or their coefficients.
+            Fields in V or their coefficients; InputError if they are in another space.
 
         Returns
         -------
         numpy.ndarray
             Shape (B, r); (r,) for one Function.
-
-        Raises
-        ------
-        InputError
-            If a field is in another space or the array has another length.
         """
         if not isinstance(values, np.ndarray):
             for f in [values] if isinstance(values, Function) else values:
@@ -236,10 +231,6 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
     prior : Prior, optional
         The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
         samples hold the modes of the basis alone.
-
-    Returns
-    -------
-    ModalBasis
 
     Raises
     ------

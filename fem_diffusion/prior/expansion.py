@@ -37,10 +37,6 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     retained : float
         Share of the total variance to keep where `r` is left out.
 
-    Returns
-    -------
-    ModalBasis
-
     Raises
     ------
     InputError
@@ -85,18 +81,13 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     V : firedrake.functionspaceimpl.WithGeometry
         Space of the fields.
     samples : sequence of Functions, or numpy.ndarray of shape (n, n_owned)
-        Samples of the prior, before any transform.
+        Samples of the prior, before any transform; `total_variance` of the basis is theirs.
     r : int or sequence of int
         Number of modes; with one for each component of a mixed V, each is expanded by itself, in its own units.
     bcs : sequence of DirichletBC
         Conditions that every sample satisfies; the modes then vanish there exactly.
     prior : Prior, optional
         The prior, for its transform; needed where it has one.
-
-    Returns
-    -------
-    ModalBasis
-        Its `total_variance` is that of the samples.
 
     Raises
     ------
