@@ -36,10 +36,10 @@ help:
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
 	@echo "make demo-pde        diffusion models solved as PDEs for the density, forward and back"
-	@echo "make test            flake8 and all tests but the slow ones, on one and on several MPI ranks"
+	@echo "make test            lint and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-slow       the slow tests"
 	@echo "make install         only the environment: .venv with PETSc, Firedrake and torch"
-	@echo "make lint            flake8"
+	@echo "make lint            flake8, and pyright on the package"
 	@echo "make benchmark-forward       blocks of samples against loops over solvers, steady and transient"
 	@echo "make benchmark-formulations  formulations, samplers and evaluations on known posteriors (QUICK=1: fewer)"
 	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
@@ -83,6 +83,7 @@ test-slow: install
 
 lint: install
 	$(RUN) -m flake8
+	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 
 benchmark-formulations: install
 	$(RUN) benchmarks/formulations.py --size $(if $(QUICK),quick,full)

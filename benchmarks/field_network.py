@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fem_diffusion.comparison import energy_score
 from fem_diffusion.diffusion import TrainingOptions, fit_base, sample_latents, train
 from fem_diffusion.diffusion._loop import Loop
 from fem_diffusion.diffusion.training import _Pairs, noisy
 from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.trust import energy_score
 
 DEMO = Path(__file__).parents[1] / "demos" / "source_release"
 SCORED, DRAWS = 400, 32  # of the unseen pairs; samples for each
@@ -63,7 +63,7 @@ def run(folder, pairs=40000, seconds=100.0, seeds=(0, 1), modes=64, unseen=1000)
     from source_release import training_pairs
     _, basis, data, noise, _, _ = training_pairs(folder, pairs, modes)
     torch.set_num_threads(1)
-    z, y = basis.encode(data.coefficients), torch.as_tensor(data.readings)
+    z, y = torch.from_numpy(basis.encode(data.coefficients)), torch.as_tensor(data.readings)
     del data  # nodal values fill most of the memory
     scale = torch.as_tensor(np.sqrt(basis.variances / basis.variances.sum()))
     geometry = field_geometry(basis)

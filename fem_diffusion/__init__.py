@@ -1,47 +1,25 @@
 """Generative inversion for Firedrake: conditional diffusion models on finite element fields."""
 
+import ast
 import importlib
+from pathlib import Path
 
 __version__ = "0.1.0"
 
-# Rooms are imported when a name is first used, so that the torch-only room works where Firedrake is missing.
-_ROOMS = {
-    "fem_diffusion.forward.advection_diffusion": ["AdvectionDiffusion"],
-    "fem_diffusion.forward.transient": ["TransientAdvectionDiffusion"],
-    "fem_diffusion.forward.callable": ["CallableForward"],
-    "fem_diffusion.forward.protocol": ["Differentiable", "Forward"],
-    "fem_diffusion.prior.transformed": ["CallablePrior", "GaussianPrior", "TransformedPrior", "level_set"],
-    "fem_diffusion.prior.product": ["ProductPrior"],
-    "fem_diffusion.observation.linear": ["Observation", "functionals", "point_sensors"],
-    "fem_diffusion.observation.instruments": ["line_averages", "patch_averages", "random_points"],
-    "fem_diffusion.observation.family": ["OperatorFamily", "SensorKind"],
-    "fem_diffusion.density_pde": ["GaussianMixture", "forward_density", "noise_times", "reverse_density"],
-    "fem_diffusion.diffusion": ["CallableNoise", "CollapseWarning", "FamilyWarning", "Formulation", "GaussianNoise",
-                                "TrainingOptions", "churn", "constant_moment", "fit_denoiser", "log_density",
-                                "sample_latents", "straight_line", "sub_variance_preserving", "variance_exploding",
-                                "variance_preserving"],
-    "fem_diffusion.fields.basis": ["ModalBasis", "load_basis"],
-    "fem_diffusion.fields.expansion": ["karhunen_loeve", "pod"],
-    "fem_diffusion.problem": ["InverseProblem"],
-    "fem_diffusion.reference.exact": ["ExactPosterior", "exact"],
-    "fem_diffusion.reference.hmc": ["ChainPosterior", "hmc"],
-    "fem_diffusion.simulation.simulate": ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"],
-    "fem_diffusion.posterior": ["ConditionalModel", "Posterior", "fit", "load_model"],
-    "fem_diffusion.samples": ["Samples", "load_samples"],
-    "fem_diffusion.many_operators": ["FamilyModel", "fit_family", "load_family"],
-    "fem_diffusion.errors": ["DataError", "FemDiffusionError", "FileError", "InputError", "InstallError",
-                             "SolveError"],
-}
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+# Rooms are imported when a name is first used, so that the torch-only rooms work where Firedrake is missing. The names
+# are those of the stub, which type checkers read.
+_HOME = {name.name: line.module for line in ast.parse(Path(__file__).with_suffix(".pyi").read_text()).body
+         if isinstance(line, ast.ImportFrom) and line.module for name in line.names}
+_TORCH_ONLY = ("fem_diffusion.comparison", "fem_diffusion.diffusion", "fem_diffusion.errors")
 _FIREDRAKE = (2026, 10)
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'fem_diffusion' has no attribute {name!r}")
-    if not _HOME[name].startswith(("fem_diffusion.diffusion", "fem_diffusion.errors")):
+    if not _HOME[name].startswith(_TORCH_ONLY):
         _check_firedrake()
     return getattr(importlib.import_module(_HOME[name]), name)
 

@@ -12,10 +12,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from fem_diffusion.errors import FileError, InputError
+
+if TYPE_CHECKING:
+    import torch
+    from mpi4py.MPI import Comm
 
 __all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choice", "check_count", "check_device",
            "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
@@ -23,6 +28,8 @@ __all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choic
 
 # Beyond it sums of squares leave the range of double precision.
 LARGEST = 1e100
+
+T = TypeVar("T")
 
 
 def shape_fits(shape: Collection[int], wanted: tuple) -> bool:
@@ -37,7 +44,7 @@ def shape_words(wanted: tuple) -> str:
     return f"({', '.join(map(str, wanted))}{',' * (len(wanted) == 1)})"
 
 
-def check_all(x, name: str, kind: type, words: str | None = None) -> tuple:
+def check_all(x: Any, name: str, kind: type[T], words: str | None = None) -> tuple[T, ...]:
     """Several objects of one class, as a tuple; `words` say what they are where the class does not."""
     words = words or kind.__name__
     # Sets have no order.
@@ -53,7 +60,7 @@ def check_all(x, name: str, kind: type, words: str | None = None) -> tuple:
     return items
 
 
-def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None) -> np.ndarray:
+def check_array(x: Any, name: str, *shapes: tuple, names: Sequence[str] | None = None) -> np.ndarray:
     """A copy in double precision of finite real numbers whose squares do not overflow, of one of several shapes.
 
     Shapes hold numbers, and words that each stand for one number: ("n", "r"). Messages use the names of the entries
@@ -75,31 +82,32 @@ def check_array(x, name: str, *shapes: tuple, names: Sequence[str] | None = None
     array = array.astype(float)
     wild = ~(np.abs(array) <= LARGEST)
     if wild.any():
-        where = np.unique(np.nonzero(wild)[-1]) if names is not None and array.ndim else ()
-        of = f" of {', '.join(names[i] for i in where)}" if len(where) else ""
-        if names is None and array.ndim == 2:
+        of = ""
+        if names is not None and array.ndim:
+            of = f" of {', '.join(names[i] for i in np.unique(np.nonzero(wild)[-1]).tolist())}"
+        elif names is None and array.ndim == 2:
             of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}"
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
                          "where they come from, or take other units.")
     return array
 
 
-def check_seed(seed, name: str = "seed") -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """A non-negative integer, Python's or NumPy's."""
     if not isinstance(seed, Integral) or isinstance(seed, (bool, np.bool_)) or seed < 0:
         raise InputError(f"{name} is {seed!r}: give a non-negative integer, so that the draw can be repeated.")
     return int(seed)
 
 
-def check_count(n, name: str = "n", least: int = 1) -> int:
+def check_count(n: Any, name: str = "n", least: int = 1) -> int:
     """An integer of at least `least`, Python's or NumPy's."""
-    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or not least <= n <= sys.maxsize:
+    if not isinstance(n, Integral) or isinstance(n, (bool, np.bool_)) or not least <= int(n) <= sys.maxsize:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise InputError(f"{name} is {n!r}: give {kind}.")
     return int(n)
 
 
-def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, below: float = np.inf,
+def check_number(x: Any, name: str, above: float = -np.inf, least: float = -np.inf, below: float = np.inf,
                  most: float = np.inf) -> float:
     """A finite real number with above < x < below and least <= x <= most."""
     try:
@@ -117,21 +125,21 @@ def check_number(x, name: str, above: float = -np.inf, least: float = -np.inf, b
     return value
 
 
-def check_flag(x, name: str) -> bool:
+def check_flag(x: Any, name: str) -> bool:
     """True or False; a word like "no" would count as true."""
     if not isinstance(x, (bool, np.bool_)):
         raise InputError(f"{name} is {x!r}: give True or False.")
     return bool(x)
 
 
-def check_choice(x, name: str, choices: Collection[str]) -> str:
+def check_choice(x: Any, name: str, choices: Collection[str]) -> str:
     """One of several words."""
     if not isinstance(x, str) or x not in choices:
         raise InputError(f"{name} is {x!r}: choose one of {', '.join(map(repr, choices))}.")
     return x
 
 
-def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bool = False) -> np.ndarray:
+def check_readings(y: Any, count: int, names: Sequence[str] | None = None, failed: bool = False) -> np.ndarray:
     """Readings of sensors as floats, shape (k,): real and of a size with which one can calculate.
 
     Parameters
@@ -171,7 +179,7 @@ def check_readings(y, count: int, names: Sequence[str] | None = None, failed: bo
     return y
 
 
-def check_path(path, name: str = "path") -> Path:
+def check_path(path: Any, name: str = "path") -> Path:
     """A path as such; a number, say, would open whatever has that number."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
@@ -179,7 +187,7 @@ def check_path(path, name: str = "path") -> Path:
     return Path(path).absolute()
 
 
-def check_options(x, kind: type, name: str = "options"):
+def check_options(x: Any, kind: type[T], name: str = "options") -> T:
     """An object of a class of settings; a dict of them is a frequent mistake."""
     if not isinstance(x, kind) or not is_dataclass(x):
         remedy = f"{kind.__name__}(**{name})" if isinstance(x, dict) else f"{kind.__name__}(...)"
@@ -187,7 +195,7 @@ def check_options(x, kind: type, name: str = "options"):
     return x
 
 
-def check_device(device):
+def check_device(device: "str | torch.device") -> "torch.device":
     """A torch device that is there."""
     import torch
 
@@ -201,19 +209,19 @@ def check_device(device):
     return device
 
 
-def check_kind(x, name: str, kind: type | tuple, remedy: str):
+def check_kind(x: Any, name: str, kind: type[T] | tuple[type[T], ...], remedy: str) -> T:
     """An object of a class, or of one of several."""
     if not isinstance(x, kind):
         raise InputError(f"{name} is of type {type(x).__name__}: give {remedy}.")
     return x
 
 
-def check_text(x, name: str) -> str:
+def check_text(x: Any, name: str) -> str:
     """A string, such as a label."""
     return check_kind(x, name, str, "a string")
 
 
-def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> Callable:
+def check_callable(x: Any, name: str, remedy: str, arguments: int | None = None) -> Callable:
     """A function (no class, no UFL expression or form) that takes so many arguments, as far as its signature tells."""
     if not callable(x) or isinstance(x, type) or hasattr(x, "ufl_shape") or hasattr(x, "ufl_domains"):
         raise InputError(f"{name} is {x!r}: give {remedy}.")
@@ -229,7 +237,7 @@ def check_callable(x, name: str, remedy: str, arguments: int | None = None) -> C
     return x
 
 
-def check_file(path, name: str = "path") -> Path:
+def check_file(path: Any, name: str = "path") -> Path:
     """Path of a file that can be written: its folder is there; FileError otherwise."""
     path = check_path(path, name)
     folder = path.parent
@@ -251,9 +259,10 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def together(comm, run: Callable):
+def together(comm: "Comm", run: Callable[[], T]) -> T:
     """Result of `run()`; what it raises on one rank of an MPI communicator is raised on all of them."""
-    result = error = None
+    result: Any = None
+    error = None
     try:
         result = run()
     except Exception as caught:

@@ -19,12 +19,14 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from numpy.typing import DTypeLike
 from safetensors import SafetensorError
 
 from fem_diffusion.checks import LARGEST, check_path
@@ -62,15 +64,15 @@ class Content:
 
     path: Path
     remedy: str
-    arrays: dict
-    values: dict
+    arrays: dict[str, np.ndarray]
+    values: dict[str, Any]
     checksum: str = ""
 
     def error(self, reason: str) -> FileError:
         """The error that the content is of no use, to be raised."""
         return FileError(f"{self.path} {reason}. {self.remedy}")
 
-    def array(self, name: str, *shape: int | None, dtype: type = np.float64, finite: bool = True) -> np.ndarray:
+    def array(self, name: str, *shape: int | None, dtype: DTypeLike = np.float64, finite: bool = True) -> np.ndarray:
         """An array of this shape (None: any size along that axis) and type; FileError if there is none."""
         found = self.arrays.get(name)
         if found is None:
@@ -83,9 +85,9 @@ class Content:
             raise self.error(f"holds values in {name!r} that are not finite, or beyond {LARGEST:g}")
         return found
 
-    def value(self, name: str, *kinds: type):
+    def value(self, name: str, *kinds: type) -> Any:
         """A setting of one of these types (a whole number will do for a float); FileError if there is none."""
-        found = self.values.get(name)
+        found: Any = self.values.get(name)
         whole = isinstance(found, int) and not isinstance(found, bool)
         if name not in self.values or not (isinstance(found, kinds) or (float in kinds and whole)) or (
                 isinstance(found, bool) and bool not in kinds):
@@ -119,8 +121,8 @@ def write(path: str | os.PathLike, kind: str, arrays: dict, values: dict) -> Non
     header = {"checksum": _ZEROS.decode(), "version": VERSION, "kind": kind, "values": values}
     data = memoryview(safetensors.numpy.save(arrays, {"fem_diffusion": json.dumps(header, separators=(",", ":"))}))
     place = _checksum_place(data)
-    digest = _digest(data, place)
-    write_bytes(path, data[:place], digest, data[place + _DIGITS:])
+    assert place is not None
+    write_bytes(path, data[:place], _digest(data, place), data[place + _DIGITS:])
 
 
 def read(path: str | os.PathLike, kind: str, remedy: str) -> Content:
@@ -169,7 +171,7 @@ def read(path: str | os.PathLike, kind: str, remedy: str) -> Content:
     return Content(path, remedy, arrays, values, data[place:place + _DIGITS].decode())
 
 
-def write_bytes(path: str | os.PathLike, *parts) -> None:
+def write_bytes(path: str | os.PathLike, *parts: bytes | memoryview) -> None:
     """Write bytes to a file, whole or not at all; raises FileError as `write` does.
 
     The file is locked while it is written: of two runs that write one path at the same time, the second gets an error.
@@ -192,7 +194,7 @@ def write_bytes(path: str | os.PathLike, *parts) -> None:
         raise _failed("cannot be written", path, error) from error
 
 
-def _fill(descriptor: int, partial: Path, parts) -> None:
+def _fill(descriptor: int, partial: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Put bytes in place of what is in an open file, wait until they are on the disk, and read them back."""
     os.ftruncate(descriptor, 0)     # a killed run may have left one
     with open(descriptor, "wb", closefd=False) as file:
@@ -315,11 +317,11 @@ def _failed(what: str, path: Path, error: OSError) -> FileError:
                 errno.ENOENT: made, errno.EACCES: "Ask for permission there",
                 errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
                 errno.ENOTDIR: "A part of that path is a file", errno.EEXIST: "That is a file or a broken link"}
-    remedy = remedies.get(error.errno, "Look at the disk")
+    remedy = remedies.get(error.errno or 0, "Look at the disk")
     return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place.")
 
 
-def _checksum_place(data) -> int | None:
+def _checksum_place(data: bytes | memoryview) -> int | None:
     """Where the checksum's digits are; None where the bytes are no file of this format."""
     size = int.from_bytes(bytes(data[:8]), "little")
     if len(data) < 8 or size > len(data) - 8:
@@ -340,7 +342,7 @@ def _digest(data: memoryview, place: int) -> bytes:
     return _hash([data[:place], _ZEROS, data[place + _DIGITS:]])
 
 
-def _hash(parts) -> bytes:
+def _hash(parts: Iterable[bytes | memoryview]) -> bytes:
     digest = hashlib.blake2b(digest_size=_DIGITS // 2)
     for part in parts:
         digest.update(part)

@@ -1,10 +1,19 @@
-"""What every test needs: MPI processes can be started from the test process."""
+"""What every test needs: MPI processes can be started from the test process; rooms of torch alone do without MPI."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
+
+def _world():
+    """Communicator of all processes; None where mpi4py is missing."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        return None
+    return MPI.COMM_WORLD
 
 
 def pytest_sessionstart(session):
@@ -14,12 +23,25 @@ def pytest_sessionstart(session):
     see it. An mpiexec started from here, as mpi-pytest does, would read it
     and stop without a word.
     """
-    from mpi4py import MPI
-
-    if MPI.COMM_WORLD.size == 1:
+    world = _world()
+    if world is not None and world.size == 1:
         inherited = subprocess.run(["env", "-0"], capture_output=True, check=True).stdout.decode().split("\0")
         for name in {entry.partition("=")[0] for entry in inherited if entry} - set(os.environ):
             os.unsetenv(name)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Let rank 0 alone report, as all run the same tests; `pytest_runtest_logreport` tells what fails on others."""
+    world = _world()
+    if world is not None and world.rank > 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+def pytest_runtest_logreport(report):
+    world = _world()
+    if report.failed and world is not None and world.rank > 0:
+        print(f"On rank {world.rank}, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
 
 
 @pytest.hookimpl(trylast=True)
@@ -28,12 +50,13 @@ def pytest_unconfigure(config):
 
     PetscFinalize waits for ever where pytest has kept an object alive on one rank and not on another.
     """
-    from mpi4py import MPI
+    world = _world()
+    if world is not None and world.size > 1:
+        from mpi4py import MPI
 
-    if MPI.COMM_WORLD.size > 1:
         sys.stdout.flush()
         sys.stderr.flush()
-        status = MPI.COMM_WORLD.allreduce(STATUS.get("exit", 1), MPI.MAX)
+        status = world.allreduce(STATUS.get("exit", 1), MPI.MAX)
         MPI.Finalize()
         os._exit(status)
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from fem_diffusion import files
 from fem_diffusion.fields.basis import load_basis
-from fem_diffusion.fields.expansion import karhunen_loeve
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
     Spectrum, Support, TrainingOptions, linear_base, train,
@@ -22,9 +22,9 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.errors import InstallError
 from fem_diffusion.many_operators import fit_family, load_family
 from fem_diffusion.posterior import ConditionalModel, fit, load_model
-from fem_diffusion.observation.family import OperatorFamily, SensorKind
+from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import load_pairs, simulate
@@ -70,7 +70,7 @@ def specimens(folder: Path) -> dict[str, Specimen]:
     for name, network in (("model", ResidualMLP(3, 3, 8, 1)), ("field model", FieldNetwork(3, 3, 8, 1, 2, 1))):
         changed = Denoiser(denoiser.base, weights_everywhere(network), spectrum, support)
         ConditionalModel(basis, changed, model.history).save(folder / name)
-    family = OperatorFamily(SensorKind(sensors, 0.1, (1, 3)))
+    family = SensorFamily(SensorKind(sensors, 0.1, (1, 3)))
     many = fit_family(data, basis, family, options=OPTIONS, progress=False)
     s = many.states.r
     emulator = weights_everywhere(Emulator(3, s, 8, 1))

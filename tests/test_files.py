@@ -25,7 +25,7 @@ from fem_diffusion import files
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions, linear_base, train
 from fem_diffusion.errors import FileError
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import simulate

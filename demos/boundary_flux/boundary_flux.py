@@ -29,8 +29,8 @@ from firedrake.pyplot import tripcolor, triplot
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    AdvectionDiffusion, GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior, exact, fit, hmc, karhunen_loeve,
-    point_sensors, simulate, variance_exploding, variance_preserving,
+    AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, InverseProblem, Physics, TransformedPrior, exact, fit,
+    hmc, karhunen_loeve, point_sensors, simulate, variance_exploding, variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.fields.coefficients import coefficients, field
@@ -49,8 +49,8 @@ wall = Submesh(mesh, 1, WALL, name="wall")
 V = FunctionSpace(mesh, "CG", 1)
 M = FunctionSpace(wall, "CG", 1)
 x, y = SpatialCoordinate(mesh)
-physics = {"velocity": as_vector([6 * y * (1 - y), 0 * y]), "diffusivity": 0.05, "dirichlet": {INFLOW: 1.0},
-           "outflow": (OUTFLOW,)}
+physics = {"velocity": as_vector([6 * y * (1 - y), 0 * y]), "diffusivity": 0.05}
+bcs = Boundary(dirichlet={INFLOW: 1.0}, outflow=(OUTFLOW,))
 sensors = [(position, height) for position in np.linspace(0.5, 3.75, 8) for height in (0.1, 0.3)]
 observation = point_sensors(V, sensors)
 
@@ -64,13 +64,13 @@ noise_level = 0.02  # of the root mean square concentration at the sensors
 def gaussian_case():
     """Prior and forward model of a Gaussian flux without reaction."""
     prior = GaussianPrior(M, std=0.15, correlation_length=0.5, mean=0.25)
-    return prior, AdvectionDiffusion(V, M, ("flux", WALL), **physics)
+    return prior, AdvectionDiffusion(V, M, ("flux", WALL), Physics(**physics), bcs)
 
 
 def positive_case():
     """Prior and forward model of a positive flux with a weak quadratic reaction."""
     prior = TransformedPrior(GaussianPrior(M, std=0.8, correlation_length=0.5), lambda g: BASE_FLUX * exp(g))
-    forward = AdvectionDiffusion(V, M, ("flux", WALL), reaction=lambda u: REACTION * u**2, **physics)
+    forward = AdvectionDiffusion(V, M, ("flux", WALL), Physics(reaction=lambda u: REACTION * u**2, **physics), bcs)
     forward.linearise_at(Function(M).assign(1.4 * BASE_FLUX))
     return prior, forward
 

@@ -26,7 +26,7 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    DataSet, GaussianNoise, InverseProblem, OperatorFamily, SensorKind, TrainingOptions, exact, fit, fit_family, hmc,
+    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, TrainingOptions, exact, fit, fit_family, hmc,
     karhunen_loeve, line_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.checks import read_arguments
@@ -50,13 +50,13 @@ def beams(positions, tilts):
 
 def probes_family(most):
     """Probes at random places, up to so many."""
-    return OperatorFamily(SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (1, most)))
+    return SensorFamily(SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (1, most)))
 
 
 def mixed_family():
     """Probes at random places and beams, together."""
     rng = np.random.default_rng(11)
-    return OperatorFamily((
+    return SensorFamily((
         SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (4, 24)),
         SensorKind(beams(rng.uniform(0.2, 3.8, 500), rng.uniform(-0.5, 0.5, 500)), BEAM, (0, 4)),
     ))

@@ -95,7 +95,7 @@ def training_pairs(folder, n, modes=64, progress=False):
     observation = point_sensors(problem.U, SENSORS)
     early = InverseProblem(prior, lambda m: m, seen_from_start(problem, observation))
     data = simulate(early, n, seed=1, path=Path(folder) / "pairs", progress=progress)
-    basis = pod(V, data.coefficients[:5000], modes, transform=prior.transform_many, parameter_space=prior.V)
+    basis = pod(V, data.coefficients[:5000], modes, prior=prior)
     noise = CallableNoise(lambda s, generator: scaled(METER.sample(unscaled(s), generator)))
     data = DataSet(data.coefficients, scaled(torch.as_tensor(data.readings)).numpy())
     return prior, basis, data, noise, observation, problem

@@ -1,9 +1,7 @@
 """The paper's protocol: distances, combinations of formulation and sampler, tables, pictures; no Firedrake."""
 
 from fem_diffusion.comparison.combinations import FEW_SAMPLERS, SAMPLERS, Combination, Sampler, combine
-from fem_diffusion.comparison.distances import (
-    c2st, energy_score, mmd, moment_p_values, sinkhorn, sliced_wasserstein,
-)
+from fem_diffusion.comparison.distances import c2st, mmd, moment_p_values, sinkhorn, sliced_wasserstein
 from fem_diffusion.comparison.protocol import Training, compare, run_protocol
 from fem_diffusion.comparison.report import (
     Convergence, convergence, plot_costs, plot_overview, summarise, write_csv, write_markdown,
@@ -11,6 +9,6 @@ from fem_diffusion.comparison.report import (
 
 __all__ = [
     "Combination", "Convergence", "FEW_SAMPLERS", "SAMPLERS", "Sampler", "Training", "c2st", "combine", "compare",
-    "convergence", "energy_score", "mmd", "moment_p_values", "plot_costs", "plot_overview", "run_protocol",
-    "sinkhorn", "sliced_wasserstein", "summarise", "write_csv", "write_markdown",
+    "convergence", "mmd", "moment_p_values", "plot_costs", "plot_overview", "run_protocol", "sinkhorn",
+    "sliced_wasserstein", "summarise", "write_csv", "write_markdown",
 ]

@@ -1,4 +1,4 @@
-"""Distances between sets of samples and scores of samples against a truth, with the error that chance alone gives.
+"""Distances between sets of samples, with the error that chance alone gives.
 
 Two-sample distances take the reference first and the samples second. Their scale (bandwidth, regularisation,
 standardisation) comes from the reference, so that a sampler does not choose the ruler it is measured with. The one
@@ -15,7 +15,7 @@ from scipy.stats import chi2
 from fem_diffusion.checks import check_array, check_count, check_number, check_seed
 from fem_diffusion.errors import InputError, InstallError
 
-__all__ = ["c2st", "energy_score", "mmd", "moment_p_values", "positive_root", "sinkhorn", "sliced_wasserstein"]
+__all__ = ["c2st", "mmd", "moment_p_values", "positive_root", "sinkhorn", "sliced_wasserstein"]
 
 # Beyond this exponent the scaling factors of Sinkhorn's iteration leave the range of double precision.
 _LARGEST_EXPONENT = 300.0
@@ -215,38 +215,6 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: in
         scores = cross_val_score(classifier, data, label, cv=KFold(folds, shuffle=True, random_state=seed),
                                  scoring="accuracy")
     return float(scores.mean())
-
-
-def energy_score(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Energy score of an ensemble for each truth, E|x - z| - E|x - x'| / 2 (Gneiting and Raftery 2007, eq. 21).
-
-    It is proper: its mean over many pairs is least for the true conditional law. The estimate is unbiased in the
-    number of draws.
-
-    Parameters
-    ----------
-    draws : numpy.ndarray
-        n independent draws for each of m truths, shape (m, n, r), n >= 2.
-    truth : numpy.ndarray
-        Shape (m, r).
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (m,), in units of the latents.
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree or a value is not finite and real.
-    """
-    draws = check_array(draws, "draws", ("m", "n", "r"))
-    truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
-    if draws.shape[1] < 2 or not draws.size:
-        raise InputError(f"Draws (m, n, r) with n >= 2 and truths (m, r) are needed, not {draws.shape} and "
-                         f"{truth.shape}.")
-    distance = np.linalg.norm(draws - truth[:, None], axis=2).mean(axis=1)
-    return distance - np.array([pdist(ensemble).mean() for ensemble in draws]) / 2
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

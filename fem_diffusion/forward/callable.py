@@ -9,7 +9,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion.checks import check_callable
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.fields.doors import check_space
+from fem_diffusion.fields.checks import check_space
 from fem_diffusion.forward.protocol import Forward
 
 __all__ = ["CallableForward", "as_forward"]

@@ -5,8 +5,9 @@ import builtins
 import numpy as np
 import pytest
 
-from fem_diffusion.comparison import c2st, energy_score, mmd, moment_p_values, sinkhorn, sliced_wasserstein
+from fem_diffusion.comparison import c2st, mmd, moment_p_values, sinkhorn, sliced_wasserstein
 from fem_diffusion.errors import InputError, InstallError
+from fem_diffusion.trust import energy_score
 
 TWO_SAMPLE = [sliced_wasserstein, sinkhorn, mmd, c2st]
 

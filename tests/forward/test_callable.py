@@ -6,6 +6,7 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh
 
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.forward.callable import CallableForward, as_forward
 from fem_diffusion.forward.protocol import Differentiable, Forward
 
@@ -14,7 +15,7 @@ ROWS = np.arange(15.0).reshape(3, 5)
 
 
 def test_a_plain_function_solves_one_by_one_and_our_problems_are_kept():
-    problem = AdvectionDiffusion(V, V, "source", dirichlet={1: 0})
+    problem = AdvectionDiffusion(V, V, "source", bcs=Boundary(dirichlet={1: 0}))
     wrapped = as_forward(lambda m: problem(m), V)
     assert isinstance(wrapped, Forward) and not isinstance(wrapped, Differentiable)
     np.testing.assert_allclose(wrapped.solve_many(ROWS), problem.solve_many(ROWS), atol=1e-12)

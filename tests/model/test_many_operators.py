@@ -12,8 +12,8 @@ from firedrake import (
 from mpi4py import MPI
 
 from fem_diffusion import (
-    AdvectionDiffusion, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, InverseProblem,
-    OperatorFamily, SensorKind, TrainingOptions, TransformedPrior, TransientAdvectionDiffusion, fit_family, functionals,
+    AdvectionDiffusion, Boundary, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, InverseProblem,
+    SensorFamily, SensorKind, TrainingOptions, TransformedPrior, TransientAdvectionDiffusion, fit_family, functionals,
     karhunen_loeve, line_averages, load_family, load_model, patch_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.comparison import moment_p_values
@@ -35,8 +35,8 @@ def _problem(pairs=300, transform=None):
     _, height = SpatialCoordinate(mesh)
     prior = GaussianPrior(M, std=0.3, correlation_length=1.0, mean=0.2)
     prior = prior if transform is None else TransformedPrior(prior, transform)
-    forward = AdvectionDiffusion(V, M, ("flux", 3), velocity=as_vector([6 * height * (1 - height), 0 * height]),
-                                 diffusivity=0.1, dirichlet={1: 1.0})
+    forward = AdvectionDiffusion(V, M, ("flux", 3), Physics(velocity=as_vector([6 * height * (1 - height), 0 * height]),
+                                                            diffusivity=0.1), Boundary(dirichlet={1: 1.0}))
     data = simulate(InverseProblem(prior, forward, _family(V)), pairs, seed=1, progress=False)
     return prior, forward, V, data
 
@@ -46,9 +46,9 @@ def _family(V):
     mesh = V.mesh()
     start = np.random.default_rng(0).uniform(0.1, 3.9, 40)
     lines = line_averages(V, np.stack([start, 0 * start], 1), np.stack([start, 0 * start + 1], 1))
-    return OperatorFamily([SensorKind(point_sensors(V, random_points(mesh, 200, seed=1)), (0.02, 0.1), (0, 8)),
-                           SensorKind(lines, NOISE, (0, 3)),
-                           SensorKind(functionals(V, [lambda u: u * ds(2)]), NOISE, (0, 1))])
+    return SensorFamily([SensorKind(point_sensors(V, random_points(mesh, 200, seed=1)), (0.02, 0.1), (0, 8)),
+                         SensorKind(lines, NOISE, (0, 3)),
+                         SensorKind(functionals(V, [lambda u: u * ds(2)]), NOISE, (0, 1))])
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_layouts_never_seen_have_the_exact_posterior():
 
 def test_a_posterior_that_is_not_gaussian_is_refused():
     prior, forward, V, _ = _problem(pairs=1)
-    curved = AdvectionDiffusion(V, prior.V, ("flux", 3), diffusivity=0.1, dirichlet={1: 1.0}, flux={3: lambda m: m**2})
+    curved = AdvectionDiffusion(V, prior.V, ("flux", 3), Physics(diffusivity=0.1),
+                                Boundary(dirichlet={1: 1.0}, flux={3: lambda m: m**2}))
     points = point_sensors(V, [(0.7, 0.2), (1.9, 0.15)])
     assert exact(InverseProblem(prior, forward, points, 0.05), [1.0, 1.0]).std().dat.data_ro.min() > 0
     with pytest.raises(InputError, match="not affine"):
@@ -208,7 +209,7 @@ def test_a_saved_model_answers_as_before(job, tmp_path):
 def test_a_network_and_an_emulator_survive_the_file(tmp_path):
     prior, forward, V, data = _problem(600, exp)
     basis = karhunen_loeve(prior, 4)
-    family = OperatorFamily(SensorKind(patch_averages(V, random_points(V.mesh(), 60, seed=2), 0.3), NOISE, (1, 6)))
+    family = SensorFamily(SensorKind(patch_averages(V, random_points(V.mesh(), 60, seed=2), 0.3), NOISE, (1, 6)))
     model = fit_family(data, basis, family, options=TrainingOptions(steps=60, evaluate_every=30, width=32, depth=2),
                        progress=False)
     assert model.denoiser.base.emulator.head is not None
@@ -236,12 +237,12 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     mesh = RectangleMesh(16, 8, 2.0, 1.0)
     V, times = FunctionSpace(mesh, "CG", 1), [0.2, 0.4, 0.6]
     prior = GaussianPrior(V, std=1.0, correlation_length=0.8)
-    forward = TransientAdvectionDiffusion(V, V, "initial", times=times, time_step=0.1, velocity=(1.0, 0.0),
-                                          diffusivity=0.05, dirichlet={1: 0.0})
+    forward = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=times, time_step=0.1),
+                                          Physics(velocity=(1.0, 0.0), diffusivity=0.05), Boundary(dirichlet={1: 0.0}))
     basis = karhunen_loeve(prior, 12)
     data = _spanned(basis, forward, 400)
     series = SensorKind(point_sensors(forward.U, random_points(mesh, 80, seed=2)), 0.1, (1, 5), series=len(times))
-    model = fit_family(data, basis, OperatorFamily(series), options=OPTIONS, progress=False)
+    model = fit_family(data, basis, SensorFamily(series), options=OPTIONS, progress=False)
     sensors = point_sensors(forward.U, [(0.7, 0.4), (1.5, 0.6)])
     truth = basis.functions(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)))[0]
     y = sensors(forward(truth)) + 0.05
@@ -269,7 +270,7 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), 0.1, (1, 1), series=2), "split into sensors"),
     (lambda V, m: SensorKind(lambda u: 1.0, 0.1, (1, 1)), "linear sensors"),
     (lambda V, m: SensorKind(point_sensors(V, [(1.0, 0.5)]), [0.1, 0.2, 0.3], (1, 1)), "std has the shape"),
-    (lambda V, m: OperatorFamily([]), "at least one"),
+    (lambda V, m: SensorFamily([]), "at least one"),
     (lambda V, m: m.condition(point_sensors(V, [(1.0, 0.5)]), [1.0], GaussianNoise(std=0.1)).sample(
         9, seed=0, corrections=3), "Corrections need"),
 ])
@@ -304,7 +305,7 @@ def test_state_modes_of_components_in_unlike_units():
     fields = basis.decode(z)
     states = np.array([coefficients(forward(field(V, values))) for values in fields])
     sensors = point_sensors(U, [(0.2, 0.3), (0.7, 0.6), (0.5, 0.9)], component=1)
-    family = OperatorFamily(SensorKind(sensors, 1e-6, (1, 3)))
+    family = SensorFamily(SensorKind(sensors, 1e-6, (1, 3)))
     model = fit_family(DataSet(fields, sensors.apply(states), states), basis, family, options=OPTIONS, progress=False)
     truth = basis.functions(z[:1])[0]
     operator = sensors.apply(np.array([coefficients(forward(field(V, mode))) for mode in basis.scaled_modes])).T

@@ -11,7 +11,8 @@ from fem_diffusion.fields import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
@@ -69,9 +70,10 @@ def test_interrupted_run_continues_where_it_stopped(tmp_path):
 
 def test_blocks_and_single_solves_agree():
     from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+    from fem_diffusion.forward.physics import Boundary
     V = FunctionSpace(UnitSquareMesh(4, 4, comm=MPI.COMM_SELF), "CG", 1)
     prior = TransformedPrior(GaussianPrior(V, 0.5, 0.5), lambda g: g**2)
-    forward = AdvectionDiffusion(V, V, "source", dirichlet={"on_boundary": 0})
+    forward = AdvectionDiffusion(V, V, "source", bcs=Boundary(dirichlet={"on_boundary": 0}))
     problem = InverseProblem(prior, forward, point_sensors(V, [[0.5, 0.5]]))
     fast = simulate(problem, 6, seed=1, progress=False)
     slow = simulate(replace(problem, forward=lambda m: forward(m)), 6, seed=1, progress=False)

@@ -12,8 +12,8 @@ def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force
                      length: float, leaps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Move points by a leapfrog trajectory that is accepted or refused (Neal 2011, section 5.3).
 
-    The trajectory is reversible and keeps volume for any force that depends on the position alone, so the force may come
-    from a cheap approximation: the law stays exp(-energy) and only the acceptance suffers.
+    The trajectory is reversible and keeps volume for any force that depends on the position alone, so the force may
+    come from a cheap approximation: the law stays exp(-energy) and only the acceptance suffers.
 
     Parameters
     ----------
