@@ -21,7 +21,7 @@ from fem_diffusion.fields.coefficients import coefficients, field, independent_e
 from fem_diffusion.fields.checks import (
     check_reproduced, exterior_measures, interpolated, matern_space, root_space,
 )
-from fem_diffusion.forward.forms import linear_options
+from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.fields.doors import check_finite, check_rows, check_solver, check_space
 from fem_diffusion.prior.matern import (
     NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance, variance_is_exact,
