@@ -14,7 +14,7 @@ __all__ = ["Backward"]
 class Backward:
     """The derivative of all saved states of a march: rows go back through the steps together."""
 
-    def __init__(self, march: March):
+    def __init__(self, march: March) -> None:
         self.march = march
         self._pulls = [None if x.strength else Pull(form, march.V, x.value.function_space())
                        for x, form in zip(march.e.loads, march.load.derivatives)]
@@ -36,7 +36,7 @@ class Backward:
         if march.varying and not known:
             path = []
             march.run(ms, path=path)
-        load, boundary = march.load.start(ms), march.boundary.start(ms)
+        load, boundary = Rows(march.load, ms), Rows(march.boundary, ms)
         result, a = np.zeros((len(rows), owned_size(march.M))), np.zeros(rows.shape[:2])
         total = np.zeros(rows.shape[:2])   # of the multipliers, for what has the same derivative at all steps
         same = march.load.affine and not march.load.columns_move

@@ -21,11 +21,11 @@ A discontinuous V has upwind advection and interior penalty diffusion instead: s
 
 import numpy as np
 from firedrake import Function
-from firedrake.adjoint import annotate_tape, stop_annotating
+from firedrake.adjoint import stop_annotating
 from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.fields.coefficients import coefficients
-from fem_diffusion.forward.blocks import BlockForward, check_parameter, recorded
+from fem_diffusion.forward.blocks import BlockForward, check_parameter
 from fem_diffusion.forward.equation import Equation
 from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.forward.steady import Steady
@@ -86,36 +86,14 @@ class AdvectionDiffusion(BlockForward):
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics = Physics(),
                  bcs: Boundary = Boundary(), *, supg: bool | str = "auto", solver_parameters: str | dict = "direct",
-                 options_prefix: str | None = None):
+                 options_prefix: str | None = None) -> None:
         super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), supg=supg)
         self.U, self.u, self.F, self.bcs = V, self._march.u, self._march.R, self._march.bcs
 
     def _engine(self, e: Equation, options: dict, prefix: str | None) -> Steady:
         return Steady(e, self.M, options, prefix, self.m)
 
-    def __call__(self, m: Function) -> Function:
-        """Solve for one parameter; recorded if a tape of firedrake.adjoint is running.
-
-        Parameters
-        ----------
-        m : Function
-            Parameter in `M`.
-
-        Returns
-        -------
-        Function
-            The state, a new Function in `V`.
-
-        Raises
-        ------
-        InputError
-            If m is not a Function in M.
-        SolveError
-            If the solver fails.
-        """
-        check_parameter(m, self.M)
-        if len(self.M) > 1 and annotate_tape():
-            return recorded(self, m)
+    def _alone(self, m: Function) -> Function:
         self._march.assign(m)
         return self._march.solve().copy(deepcopy=True)
 

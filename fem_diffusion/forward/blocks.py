@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 from firedrake import Cofunction, Function
+from firedrake.adjoint import annotate_tape
 from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint import Block, get_working_tape, no_annotations, stop_annotating
 from scipy.sparse import spmatrix
@@ -25,7 +26,7 @@ from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, wri
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
 
-__all__ = ["BlockForward", "check_parameter", "recorded"]
+__all__ = ["BlockForward", "check_parameter"]
 
 LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
 MEMORY = 500_000_000   # bytes of these responses, on this rank
@@ -36,7 +37,7 @@ class BlockForward:
 
     @no_annotations
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
-                 solver: tuple[str | Mapping, str | None], steps: TimeSteps | None = None, **given: object):
+                 solver: tuple[str | Mapping, str | None], steps: TimeSteps | None = None, **given: object) -> None:
         require_real()
         check_spaces(V, M)
         given = check_coefficients(V.mesh(), **vars(check_options(physics, Physics, "physics")),
@@ -56,6 +57,29 @@ class BlockForward:
         names = [x.name for x in self._unknowns]
         return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
                 f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
+
+    def __call__(self, m: Function) -> Function:
+        """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
+
+        A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
+        derivatives.
+
+        Raises
+        ------
+        InputError
+            If m is not a Function in M.
+        SolveError
+            If the solver fails.
+        """
+        check_parameter(m, self.M)
+        if not annotate_tape() or (self._march.e.steps is None and len(self.M) == 1):
+            return self._alone(m)
+        with stop_annotating():
+            state = self._alone(m)
+        block = _ForwardBlock(self, m)
+        get_working_tape().add_block(block)
+        block.add_output(state.create_block_variable())
+        return state
 
     def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64) -> np.ndarray:
         """Solve for many parameters, in blocks that share one factorisation wherever the problem allows.
@@ -159,31 +183,22 @@ class BlockForward:
 class _ForwardBlock(Block):
     """The map from parameter to state on the tape; its adjoint is `sensitivity` with one row."""
 
-    def __init__(self, problem: BlockForward, m: Function):
+    def __init__(self, problem: BlockForward, m: Function) -> None:
         super().__init__()
         self.problem = problem
         self.add_dependency(m)
 
-    def recompute_component(self, inputs, block_variable, idx, prepared) -> Function:
+    def recompute_component(self, inputs: list, block_variable: object, idx: int, prepared: object) -> Function:
         """The state for a new parameter."""
         with stop_annotating():
             return self.problem(inputs[0])
 
-    def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None) -> Cofunction:
+    def evaluate_adj_component(self, inputs: list, adj_inputs: list, block_variable: object, idx: int,
+                               prepared: object = None) -> Cofunction:
         """The derivative with respect to the parameter."""
         gradient = Cofunction(self.problem.M.dual())
         write(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
         return gradient
-
-
-def recorded(problem: BlockForward, m: Function) -> Function:
-    """Solve and record it as one block; second derivatives are not recorded."""
-    with stop_annotating():
-        state = problem(m)
-    block = _ForwardBlock(problem, m)
-    get_working_tape().add_block(block)
-    block.add_output(state.create_block_variable())
-    return state
 
 
 def check_parameter(m: Function, M: WithGeometry) -> None:

@@ -69,7 +69,7 @@ class Lift:
     unknown ones enter the residual through this lift and the solver sees homogeneous ones.
     """
 
-    def __init__(self, e: Equation):
+    def __init__(self, e: Equation) -> None:
         self._V = V = e.u.function_space()
         self.g, self.known, self._masked = Function(V, name="boundary values"), Function(V), as_ufl(0)
         markers = [x.marker for x in e.lifted]   # the last ones in their table

@@ -37,7 +37,7 @@ class March:
     `options` and `prefix` are those of PETSc.
     """
 
-    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None):
+    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None) -> None:
         self.e, self.M, self.options, self.prefix = equation, M, options, prefix
         e, steps = equation, equation.steps
         self.V = V = e.u.function_space()
@@ -168,7 +168,7 @@ class March:
             The saved states, shape (n, n_owned of V, number of saved times).
         """
         u = self.initial(ms)
-        load, boundary = self.load.start(ms), self.boundary.start(ms)
+        load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
         if self.e.values:
             u[:, self.e.fixed] = boundary(0)[:, self.e.fixed]
         self.typical(u)
@@ -239,7 +239,7 @@ class March:
 class Rows:
     """What a block of members (n, n_owned of M) contributes at each step: k -> rows, shape (n or 1, columns)."""
 
-    def __init__(self, part: "Part", ms: np.ndarray):
+    def __init__(self, part: "Part", ms: np.ndarray) -> None:
         self.part, self.ms, self._kept = part, ms, None
         self._at = {x: x.at(ms, part.march.weights[x]) for x in part.unknowns}
 
@@ -276,7 +276,7 @@ class Part:
     """
 
     def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr], moves: bool,
-                 forbidden: list[Function]):
+                 forbidden: list[Function]) -> None:
         self.march, self.unknowns, self.derivatives, self.moves = march, unknowns, derivatives, moves
         self.affine = not any(x.real for x in unknowns) and not any(contains(form, forbidden) for form in derivatives)
         self.columns_move = any(contains(form, [march.t]) for form in derivatives)
@@ -287,10 +287,6 @@ class Part:
         if self._columns is None or self.columns_move:
             self._columns = [column(form) for form in self.derivatives]
         return self._columns
-
-    def start(self, ms: np.ndarray) -> Rows:
-        """For a block of parameters, shape (n, n_owned of M)."""
-        return Rows(self, ms)
 
     def value(self, k: int) -> np.ndarray:
         """At the present values and step k."""
@@ -306,7 +302,7 @@ def column(form: Form | Expr) -> PETSc.Mat | np.ndarray:
 class Load(Part):
     """The residual of zero states."""
 
-    def __init__(self, march: March):
+    def __init__(self, march: March) -> None:
         loads = march.e.loads
         values = [x.value for x in loads]
         form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
@@ -334,7 +330,7 @@ class Load(Part):
 class Boundary(Part):
     """The strong boundary values; zero at free nodes."""
 
-    def __init__(self, march: March):
+    def __init__(self, march: March) -> None:
         e = march.e
         self.lift = Lift(e) if e.values else None
         moving = [march.t, *(x.value for x in e.lifted if x.moves)]

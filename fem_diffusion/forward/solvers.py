@@ -66,7 +66,7 @@ class Factorised:
     Its coefficients are read at construction and at every `update`; options of SNES are left out.
     """
 
-    def __init__(self, form: Form, bcs: list[DirichletBC], options: dict, prefix: str | None):
+    def __init__(self, form: Form, bcs: list[DirichletBC], options: dict, prefix: str | None) -> None:
         options = {key: value for key, value in options.items() if not key.startswith("snes_")}
         self._assembler = get_assembler(form, bcs=bcs, mat_type=options.get("mat_type", "aij"))
         self._matrix = self._assembler.assemble()
@@ -95,7 +95,7 @@ class Factorised:
 class Pull:
     """Products ``pᵀ∂F`` of rows p over V with a two-form, columns over W, at the present values of its coefficients."""
 
-    def __init__(self, form: Form, V: WithGeometry, W: WithGeometry):
+    def __init__(self, form: Form, V: WithGeometry, W: WithGeometry) -> None:
         self._p, self._out = Function(V), Cofunction(W.dual())
         self._assembler = get_assembler(action(adjoint(form), self._p)) if form.integrals() else None
 

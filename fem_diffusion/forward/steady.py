@@ -19,7 +19,7 @@ __all__ = ["Steady"]
 class Steady(March):
     """One step without a past, from a reference state; `m` holds the parameter of single solves."""
 
-    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None, m: Function):
+    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None, m: Function) -> None:
         super().__init__(equation, M, options, prefix)
         self.m, self.u, self._lift = m, self.new, self.boundary.lift if equation.lifted else None
         self.bcs = [DirichletBC(self.V, self._lift.g if self._lift else g, key) for key, g in equation.values.items()]

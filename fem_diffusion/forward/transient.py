@@ -1,8 +1,7 @@
 r"""Transient advection-diffusion-reaction with unknown coefficients, and fast ways to solve it many times.
 
 Find u with  ``∂u/∂t + v·∇u - ∇·(κ∇u) + r(u) = f``  for ``0 < t <= T``, ``u = u_0`` at t = 0, and the boundary
-conditions of `AdvectionDiffusion`: ``u = g`` (Dirichlet), ``n·κ∇u = q`` (flux), ``n·κ∇u = h (u_ext - u)`` (Robin)
-or ``n·κ∇u = 0`` (outflow, and wherever nothing is named).
+conditions of `Boundary`.
 
 The θ-scheme takes constant steps Δt.  With ``u_θ = θ uⁿ⁺¹ + (1-θ) uⁿ`` and F the steady residual (with its upwind or
 SUPG terms), one step solves
@@ -25,13 +24,12 @@ method.  Where the operator contains the unknown, each sample has one factorisat
 """
 
 from firedrake import Function, VectorFunctionSpace
-from firedrake.adjoint import annotate_tape
 from firedrake.functionspaceimpl import WithGeometry
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_options
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.forward.blocks import BlockForward, check_parameter, recorded
+from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.unknowns import Name
 
@@ -59,8 +57,8 @@ class TransientAdvectionDiffusion(BlockForward):
         out, or give it as a callable ``m -> UFL expression``, m being the parameter at one time.  Several unknowns: a
         list, with ``M = MixedFunctionSpace([...])`` in the same order.
     steps : TimeSteps
-    physics : Physics
-    bcs : Boundary
+    physics, bcs
+        As for `AdvectionDiffusion`; they may contain ``steps.t``.
     initial : UFL scalar or float
         u_0.
     supg, solver_parameters, options_prefix
@@ -69,57 +67,25 @@ class TransientAdvectionDiffusion(BlockForward):
     Attributes
     ----------
     V, M, U : FunctionSpace
-        Of one state, of the parameter and (U) of the states at all saved times.
-    m : Function
-        The problem's own parameter, overwritten by single solves.
+        Of one state, of the parameter and of the states at all saved times.
+    m, linear, operator_depends_on_parameter
+        As for `AdvectionDiffusion`.
     steps : TimeSteps
-    linear : bool
-        Whether the equation is affine in u.
-    operator_depends_on_parameter : bool
-        Whether the operator contains an unknown.
 
     Raises
     ------
-    InputError
-        Wrong spaces, shapes, unknown, times, markers or options.
-    InstallError
-        On a complex PETSc build.
-
-    Notes
-    -----
-    Coefficients other than t are taken as fixed after construction, because factorisations are kept.
+    InputError, InstallError
+        As for `AdvectionDiffusion`, and where times do not fit.
     """
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], steps: TimeSteps,
                  physics: Physics = Physics(), bcs: Boundary = Boundary(), *, initial: Expr | float = 0,
                  supg: bool | str = "auto", solver_parameters: str | dict = "direct",
-                 options_prefix: str | None = None):
+                 options_prefix: str | None = None) -> None:
         self.steps = check_options(steps, TimeSteps, "steps")
         super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), steps, initial=initial,
                          supg=supg)
         self.U = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(steps.times))
 
-    def __call__(self, m: Function) -> Function:
-        """Solve for one parameter; recorded as one block if a tape of firedrake.adjoint is running.
-
-        Parameters
-        ----------
-        m : Function
-            Parameter in `M`.
-
-        Returns
-        -------
-        Function
-            The states at all saved times, a new Function in `U`.
-
-        Raises
-        ------
-        InputError
-            If m is not a Function in M.
-        SolveError
-            If the solver fails.
-        """
-        check_parameter(m, self.M)
-        if annotate_tape():
-            return recorded(self, m)
+    def _alone(self, m: Function) -> Function:
         return field(self.U, self.solve_many([m])[0], name="states")
