@@ -15,11 +15,11 @@ from firedrake import (
     SpatialCoordinate, TestFunction, UnitSquareMesh, dx, grad, inner,
 )
 
-from fem_diffusion import GaussianPrior, point_sensors, simulate
+from fem_diffusion import GaussianPrior, InverseProblem, point_sensors, simulate
 
 
 def problem(cells, comm):
-    """Prior, solver and sensors of a nonlinear reaction-diffusion problem."""
+    """A nonlinear reaction-diffusion problem."""
     V = FunctionSpace(UnitSquareMesh(cells, cells, comm=comm), "CG", 1)
     m, u, v = Function(V), Function(V), TestFunction(V)
     equation = (inner(grad(u), grad(v)) + (u + u**3 - m * (1 + SpatialCoordinate(V.mesh())[0])) * v) * dx
@@ -31,15 +31,16 @@ def problem(cells, comm):
         u.assign(0.0)
         solver.solve()
         return u
-    return GaussianPrior(V, std=1.0, correlation_length=0.3), solve, point_sensors(V, [[0.3, 0.3], [0.7, 0.6]])
+    return InverseProblem(GaussianPrior(V, std=1.0, correlation_length=0.3), solve,
+                          point_sensors(V, [[0.3, 0.3], [0.7, 0.6]]))
 
 
 def rate(cells, pairs, comm, ensemble, folder):
     """Pairs a second; compilation and factorisation of the prior are left out."""
-    prior, solve, sensors = problem(cells, comm)
-    simulate(prior, solve, sensors, 2, seed=0, progress=False)
+    given = problem(cells, comm)
+    simulate(given, 2, seed=0, progress=False)
     start = time.perf_counter()
-    simulate(prior, solve, sensors, pairs, seed=1, path=folder, block=20, ensemble=ensemble, progress=False)
+    simulate(given, pairs, seed=1, path=folder, block=20, ensemble=ensemble, progress=False)
     return pairs / (time.perf_counter() - start)
 
 

@@ -63,7 +63,7 @@ def run(folder, pairs=40000, seconds=100.0, seeds=(0, 1), modes=64, unseen=1000)
     from source_release import training_pairs
     _, basis, data, noise, _, _ = training_pairs(folder, pairs, modes)
     torch.set_num_threads(1)
-    z, y = basis.encode(data.fields), torch.as_tensor(data.observations)
+    z, y = torch.from_numpy(basis.encode(data.coefficients)), torch.as_tensor(data.readings)
     del data  # nodal values fill most of the memory
     scale = torch.as_tensor(np.sqrt(basis.variances / basis.variances.sum()))
     geometry = field_geometry(basis)

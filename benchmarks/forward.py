@@ -20,6 +20,7 @@ from firedrake import (Function, FunctionSpace, LinearVariationalProblem, Linear
                        TrialFunction, UnitSquareMesh, as_vector, derivative, replace, solve)
 
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics
 
 
 def quadratic(u):
@@ -32,8 +33,9 @@ def channel(cells, degree, reaction, unknown="flux"):
     V, y = FunctionSpace(mesh, "CG", degree), SpatialCoordinate(mesh)[1]
     M = FunctionSpace(Submesh(mesh, 1, 3), "CG", degree) if unknown == "flux" else V
     velocity = as_vector([6 * y * (1 - y), 0.0])
-    return AdvectionDiffusion(V, M, ("flux", 3) if unknown == "flux" else unknown, reaction=reaction,
-                              velocity=velocity, diffusivity=0.05, dirichlet={1: 0.5})
+    return AdvectionDiffusion(V, M, ("flux", 3) if unknown == "flux" else unknown,
+                              Physics(reaction=reaction, velocity=velocity, diffusivity=0.05),
+                              Boundary(dirichlet={1: 0.5}))
 
 
 def samples(M, n):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fem_diffusion.reference import linear_gaussian_posterior
+from fem_diffusion.reference.dense import linear_gaussian_posterior
 
 __all__ = ["PROBLEMS", "Problem"]
 

@@ -15,7 +15,7 @@ from firedrake import (Constant, DirichletBC, Function, FunctionSpace, IntervalM
                        LinearVariationalSolver, SpatialCoordinate, TestFunction, TrialFunction, UnitSquareMesh,
                        as_vector, dot, dx, exp, grad, lhs, rhs, solve)
 
-from fem_diffusion import TransientAdvectionDiffusion
+from fem_diffusion import Boundary, Physics, TimeSteps, TransientAdvectionDiffusion
 from forward import timed
 
 END, SAVED = 1.0, 10
@@ -27,15 +27,16 @@ def channel(cells, unknown, steps):
     V, (x, y) = FunctionSpace(mesh, "CG", 1), SpatialCoordinate(mesh)
     velocity, shape = as_vector([6 * y * (1 - y), 0.0]), exp(-20 * (x - 0.3)**2 - 20 * (y - 0.5)**2)
     M = V if unknown == "initial" else FunctionSpace(IntervalMesh(20, END), "CG", 1)
-    problem = TransientAdvectionDiffusion(
-        V, M, unknown if unknown == "initial" else ("source", shape), time_step=END / steps, supg=False,
-        times=np.arange(1, SAVED + 1) * END / SAVED, velocity=velocity, diffusivity=0.05, dirichlet={1: 0.0})
+    problem = TransientAdvectionDiffusion(V, M, unknown if unknown == "initial" else ("source", shape),
+                                          TimeSteps(time_step=END / steps, times=np.arange(1, SAVED + 1) * END / SAVED),
+                                          Physics(velocity=velocity, diffusivity=0.05), Boundary(dirichlet={1: 0.0}),
+                                          supg=False)
     return problem, velocity, shape
 
 
 def loop(problem, velocity, shape, way):
     """The usual Firedrake way, its own form: one sample and one step after another; way: a name from `main`."""
-    V, dt = problem.V, problem.time_step
+    V, dt = problem.V, problem.steps.time_step
     old, new, strength = Function(V), Function(V), Constant(0.0)
     u, w = TrialFunction(V), TestFunction(V)
     middle = (u + old) / 2

@@ -43,7 +43,7 @@ from fem_diffusion.checks import check_array, check_callable, check_count, check
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import require_real
 from fem_diffusion.forward.forms import linear_options
-from fem_diffusion.fields.doors import check_finite, check_solver, is_callable, petsc_reason
+from fem_diffusion.fields.checks import check_finite, check_solver, is_callable, petsc_reason
 
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 

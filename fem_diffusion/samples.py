@@ -1,21 +1,23 @@
 """Samples of a parameter: a sequence of Functions with summaries, files and pictures."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from firedrake import Function
+from firedrake import Function, FunctionSpace, conditional
 from firedrake.functionspaceimpl import WithGeometry
+from ufl.conditional import Condition
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_count, check_kind, check_number, check_path
-from fem_diffusion.errors import InputError
+from fem_diffusion.checks import check_callable, check_count, check_kind, check_number, check_path
+from fem_diffusion.errors import InputError, InstallError
+from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
-from fem_diffusion.fields.coefficients import field, on_root, owned_size
+from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
@@ -25,7 +27,7 @@ _FILE = "samples.safetensors"
 _VIEWED = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Samples:
     """Samples of the parameter: a sequence of Functions with summaries.
 
@@ -35,18 +37,22 @@ class Samples:
         Space of the parameter.
     values : numpy.ndarray
         Owned coefficients, shape (n, n_owned).
-    latents : torch.Tensor
-        Latents, shape (n, r), global.
+    latents : numpy.ndarray
+        Shape (n, r), global; r is 0 where there is no basis.
     """
 
-    V: object
+    V: WithGeometry
     values: np.ndarray
-    latents: torch.Tensor
+    latents: np.ndarray
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __getitem__(self, index) -> "Function | Samples":
+    def __repr__(self) -> str:
+        return (f"Samples: {len(self)} with {self.V.dim()} unknowns in {self.V.ufl_element()} and "
+                f"{self.latents.shape[1]} latents")
+
+    def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> "Function | Samples":
         """One sample as a Function; some of them as Samples, by a slice, a boolean mask, or a sequence of integers."""
         if isinstance(index, (slice, list, tuple, np.ndarray)):
             try:
@@ -107,7 +113,112 @@ class Samples:
         q = check_number(q, "q", least=0, most=1)
         return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
 
-    def __reduce_ex__(self, protocol):
+    def map(self, f: Callable[[Function], Any]) -> np.ndarray:
+        """A quantity of interest of every sample (collective).
+
+        Parameters
+        ----------
+        f : Callable
+            Maps a Function to a number or an array, for example ``lambda m: assemble(m * dx)``. It gets copies.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shape (n, ...).
+
+        Raises
+        ------
+        InputError
+            If there are no samples, or f gives something else, or arrays of different shapes.
+        """
+        self._check_some()
+        check_callable(f, "f", "a function of a Function", 1)
+        rows = [np.array(f(m)) for m in self]
+        if len({row.shape for row in rows}) > 1:
+            raise InputError("f gives arrays of different shapes: let it give equally many numbers for each sample.")
+        found = np.stack(rows)
+        if found.dtype.kind not in "biufc":
+            raise InputError(f"f gives {found.dtype} values: let it return a number or an array, such as "
+                             "assemble(m * dx).")
+        return found
+
+    def probability(self, condition: Callable[[Function], Any]) -> "float | Function":
+        """Share of the samples for which something holds (collective).
+
+        Parameters
+        ----------
+        condition : Callable
+            Maps a Function to True or False, or to a scalar UFL condition, such as ``lambda m: m > 1.6``.
+
+        Returns
+        -------
+        float or Function
+            The share; of a UFL condition a Function, the share at each node.
+
+        Raises
+        ------
+        InputError
+            If there are no samples, the condition gives something else, or the parameter has no nodes at which a UFL
+            condition could be read.
+        """
+        self._check_some()
+        check_callable(condition, "condition", "a function of a Function, such as lambda m: m > 1.6", 1)
+        m = field(self.V, self.values[0])
+        found = condition(m)
+        if not isinstance(found, Condition):
+            found = self.map(condition)
+            if found.dtype != bool or found.ndim != 1:
+                raise InputError("condition gives neither True or False nor a UFL condition: return one, such as m > "
+                                 "1.6 (pointwise) or bool(assemble(m * dx) > 1.6).")
+            return float(found.mean())
+        W = self.V
+        if W.value_shape and len(W) == 1 and W.ufl_element().sub_elements:
+            W = FunctionSpace(W.mesh(), W.ufl_element().sub_elements[0])
+        if len(W) > 1 or W.value_shape or not (W.ufl_element().family() == "Real"
+                                               or W.finat_element.has_pointwise_dual_basis):
+            raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), or "
+                             "return True or False.")
+        share, total = Function(W), 0
+        run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
+        for row in self.values:
+            with m.dat.vec_wo as vector:
+                vector.array[:] = row
+            run()
+            total = total + coefficients(share)
+        return field(W, total / len(self), name="probability")
+
+    def to_arviz(self, chains: int = 1) -> Any:
+        """The samples for ArviZ, with the variables ``parameter`` and ``latents`` (collective).
+
+        Parameters
+        ----------
+        chains : int
+            Of so many chains of equal length, one after the other, the samples consist.
+
+        Returns
+        -------
+        arviz.InferenceData or xarray.DataTree
+            By the version of ArviZ; of all coefficients, on every rank.
+
+        Raises
+        ------
+        InputError
+            If the samples are no so many chains.
+        InstallError
+            If ArviZ is not installed.
+        """
+        try:
+            import arviz
+        except ImportError as error:
+            raise InstallError("ArviZ is not installed: pip install 'fem_diffusion[arviz]'.") from error
+        self._check_some()
+        if len(self) % check_count(chains, "chains"):
+            raise InputError(f"{len(self)} samples are not {chains} chains of equal length: give their number.")
+        variables = {"parameter": np.concatenate(self.V.comm.allgather(self.values), axis=1), "latents": self.latents}
+        convert = getattr(arviz, "convert_to_datatree", None) or arviz.convert_to_inference_data
+        return convert({name: x.reshape(chains, -1, x.shape[1]) for name, x in variables.items() if x.shape[1]})
+
+    def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("Samples hold a mesh and cannot be copied or pickled: use their save, and load_samples.")
 
     def save(self, folder: str | os.PathLike, count: int | None = None) -> None:
@@ -140,7 +251,7 @@ class Samples:
         folder, comm = check_path(folder, "folder"), self.V.comm
         chosen = self if count is None else self[:check_count(count, "count")]
         arrays = {"key": gather_keys(self.V), "values": gather_rows(self.V, chosen.values),
-                  "latents": chosen.latents.detach().cpu().numpy()}
+                  "latents": np.asarray(chosen.latents, dtype=float)}
 
         def write():
             files.make_folder(folder)
@@ -161,7 +272,7 @@ class Samples:
         if not len(self):
             raise InputError("There are no samples: choose at least one.")
 
-    def plot(self, axes=None, truth: Function | None = None, **kwargs):
+    def plot(self, axes: Any = None, truth: Function | None = None, **kwargs: Any) -> Any:
         """Draw the samples; see `fem_diffusion.plot.plot_samples`."""
         from fem_diffusion.plot import plot_samples
 
@@ -169,7 +280,7 @@ class Samples:
         return plot_samples(self, axes=axes, truth=truth, **kwargs)
 
 
-def load_samples(folder: str | os.PathLike, V) -> Samples:
+def load_samples(folder: str | os.PathLike, V: WithGeometry) -> Samples:
     """Read what `Samples.save` wrote; no code in the file is run.
 
     Parameters
@@ -195,8 +306,4 @@ def load_samples(folder: str | os.PathLike, V) -> Samples:
     content = read_everywhere(V.comm, folder / _FILE, "samples", "Copy it again, or sample anew.")
     columns = own_columns(content, "key", "element", V)
     values = content.array("values", None, len(content.arrays["key"]))
-    latents = content.arrays.get("latents", np.empty(0))
-    if latents.dtype not in (np.float32, np.float64):
-        raise content.error(f"holds latents of type {latents.dtype}")
-    return Samples(V, values[:, columns], torch.from_numpy(content.array("latents", len(values), None,
-                                                                         dtype=latents.dtype)))
+    return Samples(V, values[:, columns], content.array("latents", len(values), None))

@@ -5,6 +5,15 @@ from firedrake import (Constant, FacetNormal, Function, FunctionSpace, SpatialCo
                        VectorFunctionSpace, as_vector, cos, div, dot, errornorm, exp, grad, sin)
 
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
+
+
+def grouped(**given):
+    """Arguments of a problem class by their own names, sorted into physics, boundary and steps."""
+    groups = {"physics": Physics, "bcs": Boundary, "steps": TimeSteps}
+    taken = {name: {key: given.pop(key) for key in kind.__dataclass_fields__ if key in given}
+             for name, kind in groups.items()}
+    return given | {name: kind(**taken[name]) for name, kind in groups.items() if taken[name]}
 
 
 def quadratic(u):
@@ -24,7 +33,7 @@ def channel(n=8, unknown=("flux", 3), M=None, degree=1, family="CG", **change):
     elif kind == "dirichlet":
         given["dirichlet"] = {2: 0.3}
         del given["outflow"]
-    return AdvectionDiffusion(V, M or V, unknown, **(given | change))
+    return AdvectionDiffusion(V, M or V, unknown, **grouped(**given | change))
 
 
 # A positive diffusivity, a velocity that never vanishes, and plain values elsewhere.
@@ -76,7 +85,8 @@ def manufactured_error(mesh, degree, kappa, reaction=None, supg="auto", markers=
     q = dot(FacetNormal(mesh), carried)
     f = dot(v, grad(exact)) - div(carried) + (reaction(exact) if reaction else 0)
     left, right, bottom, top = markers
-    problem = AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=kappa,
-                                 reaction=reaction, dirichlet={left: exact, bottom: exact}, flux={top: q},
-                                 robin={right: (0.7, exact + q / 0.7)}, supg=supg)
+    problem = AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=kappa,
+                                                         reaction=reaction),
+                                 Boundary(dirichlet={left: exact, bottom: exact}, flux={top: q},
+                                          robin={right: (0.7, exact + q / 0.7)}), supg=supg)
     return errornorm(exact, problem(Function(V)), degree_rise=3)

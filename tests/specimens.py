@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from fem_diffusion import files
 from fem_diffusion.fields.basis import load_basis
-from fem_diffusion.fields.expansion import karhunen_loeve
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
     Spectrum, Support, TrainingOptions, linear_base, train,
@@ -22,9 +22,10 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.errors import InstallError
 from fem_diffusion.many_operators import fit_family, load_family
 from fem_diffusion.posterior import ConditionalModel, fit, load_model
-from fem_diffusion.observation.family import OperatorFamily, SensorKind
+from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
@@ -59,8 +60,9 @@ def specimens(folder: Path) -> dict[str, Specimen]:
 
     def forward(m):
         return Function(V).interpolate(m + m**2 / 4)
-    simulate(prior, forward, sensors, 60, path=folder / "pairs", keep_states=True, **arguments)
-    data = load_pairs(folder / "pairs", V, U=V)
+    problem = InverseProblem(prior, forward, sensors)
+    simulate(problem, 60, path=folder / "pairs", keep_states=True, **arguments)
+    data = load_pairs(folder / "pairs", problem)
     model = fit(data, basis, NOISE, options=OPTIONS, progress=False)
     spectrum = Spectrum(torch.tensor([0.5, 0.1]).double(), torch.tensor([0.3, 0.2]).double())
     support = Support(torch.tensor([-torch.inf, -9, -9]).double(), torch.tensor([9, 9, torch.inf]).double())
@@ -68,7 +70,7 @@ def specimens(folder: Path) -> dict[str, Specimen]:
     for name, network in (("model", ResidualMLP(3, 3, 8, 1)), ("field model", FieldNetwork(3, 3, 8, 1, 2, 1))):
         changed = Denoiser(denoiser.base, weights_everywhere(network), spectrum, support)
         ConditionalModel(basis, changed, model.history).save(folder / name)
-    family = OperatorFamily(SensorKind(sensors, 0.1, (1, 3)))
+    family = SensorFamily(SensorKind(sensors, 0.1, (1, 3)))
     many = fit_family(data, basis, family, options=OPTIONS, progress=False)
     s = many.states.r
     emulator = weights_everywhere(Emulator(3, s, 8, 1))
@@ -80,14 +82,14 @@ def specimens(folder: Path) -> dict[str, Specimen]:
     many.save(folder / "family model")
     basis.save(folder / "basis")
     with contextlib.suppress(InstallError):     # without VTK
-        Samples(V, data.fields[:5], torch.randn(5, 3)).save(folder / "samples")
+        Samples(V, data.coefficients[:5], torch.randn(5, 3).numpy()).save(folder / "samples")
     z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = linear_base(torch.eye(2).double(), 0.01 * torch.eye(2).double())
     train(z, z**2, NOISE, exact, OPTIONS, checkpoint=folder / "checkpoint")
-    y = data.observations[0]
+    y = data.readings[0]
     uses = {
-        "data set": ("pairs/data_set.safetensors", lambda: load_pairs(folder / "pairs", V, U=V).fields),
-        "block": ("pairs/block-00001.safetensors", lambda: load_pairs(folder / "pairs", V, U=V).fields),
+        "data set": ("pairs/data_set.safetensors", lambda: load_pairs(folder / "pairs", problem).coefficients),
+        "block": ("pairs/block-00001.safetensors", lambda: load_pairs(folder / "pairs", problem).coefficients),
         "model": ("model", lambda: load_model(folder / "model", basis).condition(y).sample(2, seed=0).values),
         "field model": ("field model",
                         lambda: load_model(folder / "field model", basis).condition(y).sample(2, seed=0).values),

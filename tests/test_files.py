@@ -25,7 +25,8 @@ from fem_diffusion import files
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions, linear_base, train
 from fem_diffusion.errors import FileError
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import simulate
 
@@ -276,7 +277,8 @@ def test_a_file_that_finds_no_room_leaves_the_former_one(tmp_path):
 
 def _problem():
     V = FunctionSpace(UnitIntervalMesh(300, comm=MPI.COMM_SELF), "CG", 1)
-    return GaussianPrior(V, 1.0, 0.3), lambda m: Function(V).interpolate(m**2), point_sensors(V, [[0.25], [0.5]])
+    return InverseProblem(GaussianPrior(V, 1.0, 0.3), lambda m: Function(V).interpolate(m**2),
+                          point_sensors(V, [[0.25], [0.5]]))
 
 
 def test_a_full_disk_stops_a_simulation_and_a_rerun_recovers(tmp_path):
@@ -290,11 +292,11 @@ def test_a_full_disk_stops_a_simulation_and_a_rerun_recovers(tmp_path):
         for fill in range(0, 250_000, 35_000):
             (disk / "other").write_bytes(bytes(fill))
             with pytest.raises(FileError, match="No space left on device.*Make room on the disk"):
-                simulate(*problem, 160, path=disk / "pairs", **arguments)
+                simulate(problem, 160, path=disk / "pairs", **arguments)
             blocks = list((disk / "pairs").glob("block*"))
             assert fill > 200_000 or len(blocks) > 0
             (disk / "other").unlink()
-            assert len(simulate(*problem, 32, path=disk / "pairs", **arguments)) == 32
+            assert len(simulate(problem, 32, path=disk / "pairs", **arguments)) == 32
             assert not list((disk / "pairs").glob("*.partial"))
             shutil.rmtree(disk / "pairs")
     finally:
@@ -309,7 +311,7 @@ def test_killed_between_any_two_steps_of_a_write(tmp_path):
     """The folder of a data set is that of a run without interruption, byte for byte."""
     arguments = {"seed": 1, "block": 2, "progress": False}
     problem = _problem()
-    simulate(*problem, 4, path=tmp_path / "whole", **arguments)
+    simulate(problem, 4, path=tmp_path / "whole", **arguments)
     whole, at, killed = _tree(tmp_path / "whole"), 0, True
     while killed:
         at += 1
@@ -317,11 +319,11 @@ def test_killed_between_any_two_steps_of_a_write(tmp_path):
 
         def run():
             with acting(at, kill):
-                simulate(*problem, 4, path=folder, **arguments)
+                simulate(problem, 4, path=folder, **arguments)
         killed = forked(run)
         # What is there is whole.
         assert all(whole[name] == content for name, content in (_tree(folder) if folder.exists() else {}).items())
-        simulate(*problem, 4, path=folder, **arguments)
+        simulate(problem, 4, path=folder, **arguments)
         assert _tree(folder) == whole and len(list(folder.iterdir())) == len(whole)
     assert at > 40
 
@@ -331,17 +333,17 @@ def test_killed_at_random_moments(tmp_path, kills):
     arguments = {"seed": 1, "block": 4, "progress": False}
     problem, rng, count = _problem(), np.random.default_rng(0), 0
     start = time.monotonic()
-    data = simulate(*problem, 120, path=tmp_path / "whole", **arguments)
+    data = simulate(problem, 120, path=tmp_path / "whole", **arguments)
     length, whole = time.monotonic() - start, _tree(tmp_path / "whole")
     while count < kills:
         folder = tmp_path / f"killed{count}"
-        while forked(lambda: simulate(*problem, 120, path=folder, **arguments), length * rng.uniform(0, 0.8)):
+        while forked(lambda: simulate(problem, 120, path=folder, **arguments), length * rng.uniform(0, 0.8)):
             count += 1
             if count >= kills:
                 break
-        again = simulate(*problem, 120, path=folder, **arguments)
+        again = simulate(problem, 120, path=folder, **arguments)
         assert _tree(folder) == whole and len(list(folder.iterdir())) == len(whole)
-        np.testing.assert_array_equal(again.observations, data.observations)
+        np.testing.assert_array_equal(again.readings, data.readings)
         shutil.rmtree(folder)
 
 

@@ -21,7 +21,6 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import torch
 from firedrake import (
     COMM_WORLD, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, TestFunction, as_vector, assemble,
     dx, exp,
@@ -30,13 +29,12 @@ from firedrake.pyplot import tripcolor, triplot
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    AdvectionDiffusion, GaussianNoise, GaussianPrior, TransformedPrior, fit, karhunen_loeve, point_sensors, simulate,
-    variance_exploding, variance_preserving,
+    AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, InverseProblem, Physics, TransformedPrior, exact, fit,
+    hmc, karhunen_loeve, point_sensors, simulate, variance_exploding, variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.comparison import sliced_wasserstein
-from fem_diffusion.reference.finite_element import exact_posterior, hmc_posterior
 from fem_diffusion.plot import plot_history, plot_predictive
 
 INFLOW, OUTFLOW, WALL = 1, 2, 3
@@ -51,8 +49,8 @@ wall = Submesh(mesh, 1, WALL, name="wall")
 V = FunctionSpace(mesh, "CG", 1)
 M = FunctionSpace(wall, "CG", 1)
 x, y = SpatialCoordinate(mesh)
-physics = {"velocity": as_vector([6 * y * (1 - y), 0 * y]), "diffusivity": 0.05, "dirichlet": {INFLOW: 1.0},
-           "outflow": (OUTFLOW,)}
+physics = {"velocity": as_vector([6 * y * (1 - y), 0 * y]), "diffusivity": 0.05}
+bcs = Boundary(dirichlet={INFLOW: 1.0}, outflow=(OUTFLOW,))
 sensors = [(position, height) for position in np.linspace(0.5, 3.75, 8) for height in (0.1, 0.3)]
 observation = point_sensors(V, sensors)
 
@@ -66,13 +64,13 @@ noise_level = 0.02  # of the root mean square concentration at the sensors
 def gaussian_case():
     """Prior and forward model of a Gaussian flux without reaction."""
     prior = GaussianPrior(M, std=0.15, correlation_length=0.5, mean=0.25)
-    return prior, AdvectionDiffusion(V, M, ("flux", WALL), **physics)
+    return prior, AdvectionDiffusion(V, M, ("flux", WALL), Physics(**physics), bcs)
 
 
 def positive_case():
     """Prior and forward model of a positive flux with a weak quadratic reaction."""
     prior = TransformedPrior(GaussianPrior(M, std=0.8, correlation_length=0.5), lambda g: BASE_FLUX * exp(g))
-    forward = AdvectionDiffusion(V, M, ("flux", WALL), reaction=lambda u: REACTION * u**2, **physics)
+    forward = AdvectionDiffusion(V, M, ("flux", WALL), Physics(reaction=lambda u: REACTION * u**2, **physics), bcs)
     forward.linearise_at(Function(M).assign(1.4 * BASE_FLUX))
     return prior, forward
 
@@ -80,26 +78,21 @@ def positive_case():
 # ## The references
 
 
-def exact_reference(prior, forward, noise_std):
-    """Exact posterior of the linear-Gaussian case for a measurement, with sets of samples and their distances."""
-    posterior = exact_posterior(prior, forward, observation, noise_std)
-
-    def solve(y, seed):
-        sets = np.sqrt(weights) * posterior.sample(4 * SAMPLES, y, 1000 + seed).reshape(4, SAMPLES, -1)
-        floor = np.mean([distance(a, b) for a, b in combinations(sets, 2)])
-        return {"mean": posterior.mean(y), "std": posterior.std, "sets": sets, "floor": floor}
-    return solve
+def exact_reference(problem, y, seed):
+    """Exact posterior of the linear-Gaussian case, with sets of samples and their distances."""
+    posterior = exact(problem, y)
+    sets = np.sqrt(weights) * posterior.sample(4 * SAMPLES, seed=1000 + seed).values.reshape(4, SAMPLES, -1)
+    floor = np.mean([distance(a, b) for a, b in combinations(sets, 2)])
+    return {"mean": coefficients(posterior.mean()), "std": coefficients(posterior.std()), "sets": sets, "floor": floor}
 
 
-def hmc_reference(basis, forward, noise_std, progress):
-    """Posterior by Hamiltonian Monte Carlo for a measurement; the flux is an exponential, its own derivative."""
-    def solve(y, seed):
-        found = hmc_posterior(basis, forward, observation, y, noise_std, slope=lambda q: q, seed=seed,
-                              progress=progress)
-        return {"mean": found.mean, "std": found.std, "band": (found.mean, found.lower, found.upper),
-                "acceptance": found.acceptance, "error": (error(found.mean + found.mean_error, found.mean),
-                                                          error(found.std + found.std_error, found.std))}
-    return solve
+def hmc_reference(problem, y, basis, seed, progress):
+    """Posterior by Hamiltonian Monte Carlo, its Monte Carlo error below 1 %."""
+    found = hmc(problem, y, basis=basis, seed=seed, draws=150, progress=progress)
+    mean, mean_error, std, std_error, lower, upper = map(coefficients, (
+        found.mean(), found.mean_error(), found.std(), found.std_error(), found.quantile(0.025), found.quantile(0.975)))
+    return {"mean": mean, "std": std, "band": (mean, lower, upper), "acceptance": found.acceptance,
+            "error": (error(mean + mean_error, mean), error(std + std_error, std))}
 
 
 # ## The job: simulate, fit, condition, sample; then compare and draw
@@ -111,39 +104,38 @@ def run(name, folder, progress):
     start = time.perf_counter()
     prior, forward = make()
     basis = karhunen_loeve(prior)
-    data = simulate(prior, forward, observation, pairs, seed=1, path=folder / f"pairs_{name}", progress=progress)
-    noise_std = noise_level * float(np.sqrt((data.observations**2).mean()))
+    data = simulate(InverseProblem(prior, forward, observation), pairs, seed=1, path=folder / f"pairs_{name}",
+                    progress=progress)
+    noise_std = noise_level * float(np.sqrt((data.readings**2).mean()))
     noise = GaussianNoise(std=noise_std)
+    problem = InverseProblem(prior, forward, observation, noise)
     say(f"\n{name} flux: {pairs} pairs, {basis.r} modes keep {basis.retained:.2%} of the prior variance, noise "
         f"{noise_std:.3f} mol/m³, simulated after {time.perf_counter() - start:.0f} s")
     model = fit(data, basis, noise, checkpoint=folder / f"training_{name}.safetensors", progress=progress)
     model.save(folder / f"model_{name}.safetensors")
     say(f"trained after {time.perf_counter() - start:.0f} s; weights of step {model.history.best_step} are kept")
 
-    reference = (exact_reference(prior, forward, noise_std) if name == "gaussian"
-                 else hmc_reference(basis, forward, noise_std, progress))
     truths = prior.sample_many(TRUTHS, seed=100)
-    clean = torch.as_tensor(observation.apply(forward.solve_many(truths)))
-    measurements = noise.sample(clean, torch.Generator().manual_seed(100)).numpy()
+    measurements = problem.measurements(truths, seed=100)
     rows, drawn = [], []
     for number, (truth, y) in enumerate(zip(truths, measurements)):
-        exact = reference(y, seed=number)
+        right = (exact_reference(problem, y, number) if name == "gaussian" else
+                 hmc_reference(problem, y, basis, number, progress))
         posterior = model.condition(y)
         for formulation in (variance_exploding(), variance_preserving()):
             for alpha in (0.0, 1.0):
                 samples = posterior.sample(SAMPLES, seed=number, alpha=alpha, formulation=formulation, steps=40)
                 rows.append([number + 1, formulation.name, "ODE" if alpha == 0 else "SDE",
-                             error(coefficients(samples.mean()), exact["mean"]),
-                             error(coefficients(samples.std()), exact["std"]), distance_ratio(samples, exact)])
-        if "error" in exact:
+                             error(coefficients(samples.mean()), right["mean"]),
+                             error(coefficients(samples.std()), right["std"]), distance_ratio(samples, right)])
+        if "error" in right:
             say("truth {}: HMC accepts {:.0%}, Monte Carlo error of mean {:.1%}, of standard deviation {:.1%}".format(
-                number + 1, exact["acceptance"], *exact["error"]))
-        drawn.append((samples, field(M, truth), exact, y))
+                number + 1, right["acceptance"], *right["error"]))
+        drawn.append((samples, field(M, truth), right, y))
     print_table(rows)
     samples = drawn[0][0]
     samples.save(folder / f"samples_{name}")
-    states = forward.solve_many(samples.values[:500])
-    predictions = noise.sample(torch.as_tensor(observation.apply(states)), torch.Generator().manual_seed(0)).numpy()
+    predictions = problem.measurements(samples.values[:500], seed=0)
     draw_fluxes(drawn, folder / f"flux_{name}.png")
     if M.comm.rank == 0:
         for draw, file in ((lambda: plot_predictive(drawn[0][3], predictions, ylabel="concentration [mol/m³]"),
@@ -151,7 +143,7 @@ def run(name, folder, progress):
             draw().figure.savefig(folder / file, dpi=150)
             plt.close("all")
     say(f"{name} case finished after {time.perf_counter() - start:.0f} s; figures in {folder}")
-    return rows, [exact.get("error", (0.0, 0.0)) for _, _, exact, _ in drawn]
+    return rows, [right.get("error", (0.0, 0.0)) for _, _, right, _ in drawn]
 
 
 def error(value, reference):
@@ -165,12 +157,12 @@ def distance(a, b):
     return np.nan if M.comm.size > 1 else sliced_wasserstein(a, b, projections=100)
 
 
-def distance_ratio(samples, exact):
+def distance_ratio(samples, right):
     """Mean distance to exact sample sets over the mean distance between those; NaN where there are none."""
-    if "sets" not in exact:
+    if "sets" not in right:
         return np.nan
     scaled = np.sqrt(weights) * samples.values
-    return np.mean([distance(scaled, s) for s in exact["sets"]]) / exact["floor"]
+    return np.mean([distance(scaled, s) for s in right["sets"]]) / right["floor"]
 
 
 def print_table(rows):
@@ -207,8 +199,8 @@ def draw_setup(folder):
 def draw_fluxes(drawn, file):
     """Truth, posterior and reference of each wall flux, side by side."""
     figure, axes = plt.subplots(1, len(drawn), figsize=(5.2 * len(drawn), 4), layout="constrained", sharey=True)
-    for number, (ax, (samples, truth, exact, _)) in enumerate(zip(axes, drawn)):
-        samples.plot(axes=ax, truth=truth, reference=exact.get("band", (exact["mean"], exact["std"])),
+    for number, (ax, (samples, truth, right, _)) in enumerate(zip(axes, drawn)):
+        samples.plot(axes=ax, truth=truth, reference=right.get("band", (right["mean"], right["std"])),
                      xlabel="x [m]", ylabel="wall flux q [mol/(m² s)]")
         ax.set_title(f"truth {number + 1}")
         ax.label_outer()

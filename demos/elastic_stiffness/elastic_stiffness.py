@@ -25,8 +25,8 @@ from firedrake import (
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
-from fem_diffusion import GaussianNoise, GaussianPrior, TransformedPrior, fit  # added
-from fem_diffusion import karhunen_loeve, point_sensors, simulate  # added
+from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
+from fem_diffusion import fit, karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
@@ -64,39 +64,40 @@ def block(n):
 
 
 def infer(M, U, solver, pairs, folder, options, progress):
-    """Prior, marks, noise and trained model."""
+    """Problem and trained model."""
     log_field = GaussianPrior(M, std=0.4, correlation_length=15.0)  # added
     prior = TransformedPrior(log_field, lambda g: STIFFNESS * exp(g))  # added
     sensors = point_sensors(U, MARKS)  # added
-    data = simulate(prior, solver, sensors, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    noise = GaussianNoise(std=NOISE)  # added
+    problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
+    data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
     # The modes left out hold 1 % of the prior variance and move the marks by 4 % of their noise.
-    model = fit(data, karhunen_loeve(prior, retained=0.99), noise, options=options, progress=progress)  # added
-    return prior, sensors, noise, model
+    model = fit(data, karhunen_loeve(prior, retained=0.99), problem.noise, options=options, progress=progress)  # added
+    return problem, model
 
 
 # ## Is it right?
 
 
-def check(prior, solver, sensors, noise, model, held_out, progress):
+def check(problem, model, held_out, progress):
     """Ranks and coverage of the 16 largest modes of held-out truths."""
-    fresh = simulate(prior, solver, sensors, held_out, seed=2, progress=progress)
-    return calibrate_model(model, fresh, noise, seed=3, leading=16)
+    fresh = simulate(problem, held_out, seed=2, progress=progress)
+    return calibrate_model(model, fresh, problem.noise, seed=3, leading=16)
 
 
 def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
     """The whole job; returns the calibration."""
     start = time.perf_counter()
     M, U, solver = block(n)
-    prior, sensors, noise, model = infer(M, U, solver, pairs, folder, options, progress)
+    problem, model = infer(M, U, solver, pairs, folder, options, progress)
+    sensors = problem.observation
     print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} readings; simulated and trained after "
           f"{time.perf_counter() - start:.0f} s, network "
           f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
-    truth = prior.sample(seed=5)
+    truth = problem.prior.sample(seed=5)
     displacement = solver(truth)
     y = sensors(displacement) + NOISE * np.random.default_rng(5).standard_normal(len(sensors))
     posterior = model.condition(y).sample(samples, seed=4)  # added
-    calibration = check(prior, solver, sensors, noise, model, held_out, progress)
+    calibration = check(problem, model, held_out, progress)
     print(calibration.table())
     draw(folder, truth, displacement, posterior, solver, sensors, y, calibration)
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)

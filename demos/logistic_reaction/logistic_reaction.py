@@ -24,8 +24,8 @@ from firedrake import (
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
-from fem_diffusion import GaussianNoise, GaussianPrior, TransformedPrior, fit  # added
-from fem_diffusion import karhunen_loeve, point_sensors, simulate  # added
+from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
+from fem_diffusion import fit, karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
@@ -60,38 +60,39 @@ def habitat(n):
 
 
 def infer(V, solver, pairs, folder, options, progress):
-    """Prior, counters, noise and trained model."""
+    """Problem and trained model."""
     prior = TransformedPrior(GaussianPrior(V, std=0.8, correlation_length=3.0), lambda g: 0.1 * exp(g))  # added
     sensors = point_sensors(V, COUNTERS)  # added
-    data = simulate(prior, solver, sensors, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    noise = GaussianNoise(std=NOISE)  # added
+    problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
+    data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
     # The modes left out hold 2 % of the prior variance and move the counters by a sixth of their noise.
-    model = fit(data, karhunen_loeve(prior, retained=0.98), noise, options=options, progress=progress)  # added
-    return prior, sensors, noise, model
+    model = fit(data, karhunen_loeve(prior, retained=0.98), problem.noise, options=options, progress=progress)  # added
+    return problem, model
 
 
 # ## Is it right?
 
 
-def check(prior, solver, sensors, noise, model, held_out, progress):
+def check(problem, model, held_out, progress):
     """Ranks and coverage of the 16 largest modes of held-out truths."""
-    fresh = simulate(prior, solver, sensors, held_out, seed=2, progress=progress)
-    return calibrate_model(model, fresh, noise, seed=3, leading=16)
+    fresh = simulate(problem, held_out, seed=2, progress=progress)
+    return calibrate_model(model, fresh, problem.noise, seed=3, leading=16)
 
 
 def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
     """The whole job; returns the calibration."""
     start = time.perf_counter()
     V, solver = habitat(n)
-    prior, sensors, noise, model = infer(V, solver, pairs, folder, options, progress)
+    problem, model = infer(V, solver, pairs, folder, options, progress)
+    sensors = problem.observation
     print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} counters; simulated and trained after "
           f"{time.perf_counter() - start:.0f} s, network "
           f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
-    truth = prior.sample(seed=11)
+    truth = problem.prior.sample(seed=11)
     density = solver(truth)
     y = sensors(density) + NOISE * np.random.default_rng(11).standard_normal(len(sensors))
     posterior = model.condition(y).sample(samples, seed=4)  # added
-    calibration = check(prior, solver, sensors, noise, model, held_out, progress)
+    calibration = check(problem, model, held_out, progress)
     print(calibration.table())
     draw(folder, truth, density, posterior, solver, sensors, y, calibration)
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)

@@ -16,8 +16,9 @@ What has been computed is kept in the output folder: an interrupted run continue
 import argparse
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from firedrake import Function, SpatialCoordinate
@@ -25,11 +26,10 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    DataSet, GaussianNoise, OperatorFamily, SensorKind, TrainingOptions, fit, fit_family, karhunen_loeve,
-    line_averages, point_sensors, random_points, simulate,
+    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, TrainingOptions, exact, fit, fit_family, hmc,
+    karhunen_loeve, line_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.reference.finite_element import MonteCarloPosterior, exact_posterior, hmc_posterior
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_history
 
@@ -50,13 +50,13 @@ def beams(positions, tilts):
 
 def probes_family(most):
     """Probes at random places, up to so many."""
-    return OperatorFamily(SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (1, most)))
+    return SensorFamily(SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (1, most)))
 
 
 def mixed_family():
     """Probes at random places and beams, together."""
     rng = np.random.default_rng(11)
-    return OperatorFamily((
+    return SensorFamily((
         SensorKind(point_sensors(V, random_points(mesh, 3000, seed=10)), PROBE, (4, 24)),
         SensorKind(beams(rng.uniform(0.2, 3.8, 500), rng.uniform(-0.5, 0.5, 500)), BEAM, (0, 4)),
     ))
@@ -87,23 +87,25 @@ def measure(observation, std, state, seed):
 
 def trained_alone(data, basis, observation, std, options, checkpoint):
     """A model of this one layout, from the same states."""
-    pairs = DataSet(data.fields, observation.apply(data.states))
+    pairs = DataSet(data.coefficients, observation.apply(data.states))
     return fit(pairs, basis, GaussianNoise(std=std), options=options, checkpoint=checkpoint, progress=False)
 
 
-def reference_posterior(file, basis, forward, observation, y, std, seed, draws, progress):
-    """The reference by Hamiltonian Monte Carlo, which a second run finds in the file."""
+def reference_posterior(file, problem, basis, y, seed, draws, progress):
+    """Moments, their errors and the band by Hamiltonian Monte Carlo, which a second run finds in the file."""
     if M.comm.size == 1 and file.exists():
         kept = np.load(file)
         if kept["y"].shape == y.shape and np.allclose(kept["y"], y):
-            return MonteCarloPosterior(*(kept[f.name] for f in fields(MonteCarloPosterior)))
-    found = hmc_posterior(basis, forward, observation, y, std, slope=lambda q: q, seed=seed, draws=draws,
-                          step=0.15, leaps=6, progress=progress)
+            return SimpleNamespace(**kept)
+    found = hmc(problem, y, basis=basis, seed=seed, draws=draws, step=0.15, leaps=6, progress=progress)
+    parts = {name: coefficients(getattr(found, name)()) for name in ("mean", "std", "mean_error", "std_error")}
+    parts |= {"lower": coefficients(found.quantile(0.025)), "upper": coefficients(found.quantile(0.975))}
+    parts |= {"acceptance": found.acceptance}
     if M.comm.size == 1:
         partial = file.with_suffix(".partial.npz")
-        np.savez(partial, y=y, **asdict(found))
+        np.savez(partial, y=y, **parts)
         partial.replace(file)
-    return found
+    return SimpleNamespace(**parts)
 
 
 def errors(samples, mean, std):
@@ -116,9 +118,10 @@ def gaussian(folder, progress, pairs=2000, count=20):
     start = time.perf_counter()
     prior, forward = gaussian_case()
     basis = karhunen_loeve(prior)
-    data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_gaussian", progress=progress)
+    family = InverseProblem(prior, forward, probes_family(64))
+    data = simulate(family, pairs, seed=1, path=folder / "states_gaussian", progress=progress)
     options = TrainingOptions(steps=1000)
-    model = fit_family(data, basis, probes_family(64), options=options, progress=progress,
+    model = fit_family(data, basis, family.observation, options=options, progress=progress,
                        checkpoint=folder / "training_gaussian.safetensors")
     say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {basis.r} modes of the flux, "
         f"{model.states.r} of the state; network kept: {bool(model.history.best_step)}")
@@ -126,13 +129,13 @@ def gaussian(folder, progress, pairs=2000, count=20):
     for number, k in enumerate(np.geomspace(1, 64, count).round().astype(int).tolist()):
         observation = point_sensors(V, random_points(mesh, k, seed=1000 + number))
         y = measure(observation, PROBE, forward(prior.sample(seed=2000 + number)), number)
-        exact = exact_posterior(prior, forward, observation, PROBE)
+        right = exact(InverseProblem(prior, forward, observation, PROBE), y)
+        mean, std = coefficients(right.mean()), coefficients(right.std())
         alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.safetensors")
         both = [posterior.sample(2 * SAMPLES, seed=number) for posterior in
                 (model.condition(observation, y, GaussianNoise(std=PROBE)), alone.condition(y))]
-        values = exact.sample(2 * SAMPLES, y, seed=3000 + number)
-        floor = error(values.mean(axis=0), exact.mean(y)), error(values.std(axis=0), exact.std)
-        rows.append([k, *(x for samples in both for x in errors(samples, exact.mean(y), exact.std)), *floor])
+        both.append(right.sample(2 * SAMPLES, seed=3000 + number))
+        rows.append([k, *(x for samples in both for x in errors(samples, mean, std))])
     say("\n| probes | mean error | std error | alone: mean | alone: std | exact samples: mean | std |\n"
         "|---|---|---|---|---|---|---|")
     for k, *values in rows:
@@ -149,9 +152,10 @@ def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000),
     start = time.perf_counter()
     prior, forward = positive_case()
     basis = karhunen_loeve(prior)
-    data = simulate(prior, forward, V, pairs, seed=1, path=folder / "states_positive", progress=progress)
+    family = InverseProblem(prior, forward, mixed_family())
+    data = simulate(family, pairs, seed=1, path=folder / "states_positive", progress=progress)
     simulated = time.perf_counter()
-    model = fit_family(data, basis, mixed_family(), options=options, progress=progress,
+    model = fit_family(data, basis, family.observation, options=options, progress=progress,
                        checkpoint=folder / "training_positive.safetensors")
     say(f"\npositive flux: {pairs} states in {simulated - start:.0f} s, one model trained in "
         f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state, weights of step "
@@ -170,8 +174,8 @@ def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000),
         longer = replace(options, steps=3 * options.steps)
         alone = trained_alone(data, basis, working, std, longer, folder / f"alone_positive_{number}.safetensors")
         trained = time.perf_counter()
-        reference = reference_posterior(folder / f"reference_{number}.npz", basis, forward, working, y, std, number,
-                                        draws, progress)
+        problem = InverseProblem(prior, forward, working, std)
+        reference = reference_posterior(folder / f"reference_{number}.npz", problem, basis, y, number, draws, progress)
         other = alone.condition(y).sample(SAMPLES, seed=number)
         own = (error(reference.mean + reference.mean_error, reference.mean),
                error(reference.std + reference.std_error, reference.std))

@@ -31,8 +31,8 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from fem_diffusion import (
-    CallableNoise, CallablePrior, DataSet, Observation, TrainingOptions, TransformedPrior, fit, pod, point_sensors,
-    simulate,
+    CallableNoise, CallablePrior, DataSet, InverseProblem, Observation, TrainingOptions, TransformedPrior, fit, pod,
+    point_sensors, simulate,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import Calibration, calibrate, sbc_ranks
@@ -88,16 +88,16 @@ def training_pairs(folder, n, modes=64, progress=False):
     Returns
     -------
     prior, basis, data, noise, observation, problem
-        Latents are ``basis.encode(data.fields)``, noise-free measurements, as `scaled`, ``data.observations``.
+        Latents are ``basis.encode(data.coefficients)``, noise-free measurements, as `scaled`, ``data.readings``.
     """
     prior = TransformedPrior(CallablePrior(V, clouds), lambda f: f**2)
     problem = transport()
     observation = point_sensors(problem.U, SENSORS)
-    data = simulate(prior, lambda m: m, seen_from_start(problem, observation), n, seed=1, path=Path(folder) / "pairs",
-                    progress=progress)
-    basis = pod(V, data.fields[:5000], modes, transform=prior.transform_many, parameter_space=prior.V)
+    early = InverseProblem(prior, lambda m: m, seen_from_start(problem, observation))
+    data = simulate(early, n, seed=1, path=Path(folder) / "pairs", progress=progress)
+    basis = pod(V, data.coefficients[:5000], modes, prior=prior)
     noise = CallableNoise(lambda s, generator: scaled(METER.sample(unscaled(s), generator)))
-    data = DataSet(data.fields, scaled(torch.as_tensor(data.observations)).numpy())
+    data = DataSet(data.coefficients, scaled(torch.as_tensor(data.readings)).numpy())
     return prior, basis, data, noise, observation, problem
 
 
@@ -132,11 +132,11 @@ SAMPLING = {"alpha": 1.0, "steps": 40}
 def held_out(prior, problem, observation, cases, seed=7):
     """Of cases unseen in training: releases, noisy measurements as `scaled`, and noisy readings at the hospital."""
     observation += point_sensors(problem.U, [HOSPITAL])
-    unseen = simulate(prior, problem, observation, cases, seed=seed, progress=False)
-    readings = METER.sample(torch.as_tensor(unseen.observations), torch.Generator().manual_seed(seed))
+    unseen = simulate(InverseProblem(prior, problem, observation), cases, seed=seed, progress=False)
+    readings = METER.sample(torch.as_tensor(unseen.readings), torch.Generator().manual_seed(seed))
     at_sensors = len(observation) - len(TIMES)
     measurements, at_hospital = scaled(readings[:, :at_sensors]).numpy(), readings[:, at_sensors:].numpy()
-    return prior.transform_many(unseen.fields), measurements, at_hospital
+    return prior.transform_many(unseen.coefficients), measurements, at_hospital
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from firedrake import (
     TrialFunctions, assemble, div, dot, dx, solve,
 )
 
-from fem_diffusion import GaussianNoise, TransientAdvectionDiffusion
+from fem_diffusion import Boundary, GaussianNoise, Physics, TimeSteps, TransientAdvectionDiffusion
 from fem_diffusion.fields.coefficients import coefficients, field
 
 HERE = Path(__file__).parent
@@ -54,8 +54,9 @@ def wind():
 
 def transport(times=TIMES):
     """The map from the released cloud to the concentration at `times`."""
-    return TransientAdvectionDiffusion(V, V, "initial", times=times, time_step=TIME_STEP, velocity=wind(),
-                                       diffusivity=TURBULENCE, dirichlet={INFLOW: 0.0}, outflow=(OUTFLOW,))
+    return TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=times, time_step=TIME_STEP),
+                                       Physics(velocity=wind(), diffusivity=TURBULENCE),
+                                       Boundary(dirichlet={INFLOW: 0.0}, outflow=(OUTFLOW,)))
 
 
 def clouds(seed):

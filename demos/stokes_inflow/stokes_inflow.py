@@ -26,10 +26,11 @@ from firedrake import (
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
-from fem_diffusion import GaussianNoise, GaussianPrior, fit, karhunen_loeve, point_sensors, simulate  # added
+from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, fit  # added
+from fem_diffusion import karhunen_loeve, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.reference import linear_gaussian_posterior
+from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_predictive
 
@@ -74,9 +75,9 @@ def infer(M, W, solver, pairs, folder, options, progress):
     no_slip = DirichletBC(M, 0, "on_boundary")  # added
     prior = GaussianPrior(M, std=0.4, correlation_length=0.3, mean=4 * y * (1 - y), bcs=no_slip)  # added
     sensors = point_sensors(W, PROBES, component=0)  # added
-    data = simulate(prior, solver, sensors, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    noise = GaussianNoise(std=NOISE)  # added
-    model = fit(data, karhunen_loeve(prior), noise, options=options, progress=progress)  # added
+    problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
+    data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
+    model = fit(data, karhunen_loeve(prior), problem.noise, options=options, progress=progress)  # added
     return prior, sensors, model
 
 

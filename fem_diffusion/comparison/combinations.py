@@ -7,7 +7,7 @@ from numbers import Real
 
 from fem_diffusion.checks import check_all, check_choice, check_count, check_number
 from fem_diffusion.diffusion import Formulation, evaluations
-from fem_diffusion.diffusion.sampling import check_method
+from fem_diffusion.diffusion.sampling.sample import check_method
 from fem_diffusion.errors import InputError
 
 __all__ = ["FEW_SAMPLERS", "SAMPLERS", "Combination", "Sampler", "combine"]

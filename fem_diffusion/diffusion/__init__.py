@@ -1,32 +1,34 @@
 """Conditional diffusion in latent coordinates, torch only: no file here imports Firedrake."""
 
-from fem_diffusion.diffusion.collapse import Collapse, CollapseWarning, measure_collapse
-from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.emulator import Emulator, fit_emulator
-from fem_diffusion.diffusion.field_network import FieldGeometry, FieldNetwork
+from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_density
+from fem_diffusion.diffusion.base.emulator import Emulator, fit_emulator
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, fit_base, linear_base, plain_base
+from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily, LayoutKind
+from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
-from fem_diffusion.diffusion.gaussian import GaussianBase, fit_base, linear_base, plain_base
-from fem_diffusion.diffusion.likelihood import log_density
-from fem_diffusion.diffusion.network import ResidualMLP
+from fem_diffusion.diffusion.network import NETWORKS, ScoreNetwork
+from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
+from fem_diffusion.diffusion.network.mlp import ResidualMLP
+from fem_diffusion.diffusion.network.sensors import SensorNetwork
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
-from fem_diffusion.diffusion.nodes import Spectrum, fit_spectrum, place_angles
-from fem_diffusion.diffusion.operator_base import Located, OperatorBase
-from fem_diffusion.diffusion.operators import OperatorDenoiser, fit_operators
-from fem_diffusion.diffusion.sampling import METHODS, churn, evaluations, sample_latents
-from fem_diffusion.diffusion.seen import FamilyWarning, Seen
-from fem_diffusion.diffusion.sensor_network import SensorNetwork
-from fem_diffusion.diffusion.sensors import LayoutLaw, SensorPool, Sensors
-from fem_diffusion.diffusion.support import Support, find_support
-from fem_diffusion.diffusion.training import History, TrainingOptions, fit_denoiser, train
+from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+from fem_diffusion.diffusion.sampling.likelihood import log_density
+from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum, place_angles
+from fem_diffusion.diffusion.sampling.sample import METHODS, Sampler, churn, sample_latents
+from fem_diffusion.diffusion.sampling.support import Support, find_support
+from fem_diffusion.diffusion.training.collapse import Collapse, CollapseWarning, measure_collapse
+from fem_diffusion.diffusion.training.fit import fit_denoiser
+from fem_diffusion.diffusion.training.loop import History, TrainingOptions
+from fem_diffusion.diffusion.training.range import FamilyWarning, TrainingRange
 
 __all__ = [
-    "CallableNoise", "Collapse", "CollapseWarning", "Denoiser", "Emulator", "FamilyWarning", "FieldGeometry",
-    "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise", "History", "LayoutLaw", "Located", "METHODS",
-    "OperatorBase", "OperatorDenoiser", "ResidualMLP", "Seen", "SensorNetwork", "SensorPool", "Sensors", "Spectrum",
-    "Support", "TrainingOptions", "as_noise", "churn", "constant_moment", "evaluations", "find_support", "fit_base",
-    "fit_denoiser", "fit_emulator", "fit_operators", "fit_spectrum", "linear_base", "log_density",
-    "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line", "sub_variance_preserving",
-    "train", "variance_exploding", "variance_preserving",
+    "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Emulator", "EmulatorDensity",
+    "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise", "History",
+    "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "NETWORKS", "ResidualMLP", "Sampler", "ScoreNetwork",
+    "SensorNetwork", "Spectrum", "Support", "TrainingOptions", "TrainingRange", "as_noise", "churn", "constant_moment",
+    "emulator_density", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move",
+    "linear_base", "log_density", "measure_collapse", "place_angles", "plain_base", "sample_latents", "straight_line",
+    "sub_variance_preserving", "variance_exploding", "variance_preserving",
 ]

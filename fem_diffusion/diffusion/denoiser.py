@@ -11,113 +11,219 @@ every noise level (the preconditioning of Karras et al., arXiv 2206.00364, table
 scalars), and the probability-flow equation is :math:`dv/d\theta = -N`.
 """
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_callable, check_device, check_kind
-from fem_diffusion.diffusion.gaussian import GaussianBase
-from fem_diffusion.diffusion.nodes import Spectrum
-from fem_diffusion.diffusion.support import Support
-from fem_diffusion.diffusion.surrogate import Surrogate
+from fem_diffusion.checks import check_device, check_flag, check_kind
+from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_density
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.checks import check_near, check_tensor
+from fem_diffusion.diffusion.network import ScoreNetwork
+from fem_diffusion.diffusion.sampling.placement import Spectrum
+from fem_diffusion.diffusion.sampling.support import Support
+from fem_diffusion.errors import InputError
 
-__all__ = ["Denoiser"]
+__all__ = ["Conditioned", "Denoiser"]
 
 
+@dataclass(frozen=True, eq=False)
+class Conditioned:
+    """A denoiser with B measurements built in: all that samplers, densities and corrections see.
+
+    Parameters
+    ----------
+    located : Located
+        Gaussian base of each measurement.
+    network : ScoreNetwork or None
+        None where the base is the answer.
+    context : tuple of Tensor
+        What the network has made of each measurement, shape (B, ...) each.
+    spectrum : Spectrum or None
+        Of the posterior covariance in base coordinates, from which samplers place their steps.
+    support : Support or None
+        Hard bounds of the latents, which samplers keep.
+    density : EmulatorDensity or None
+        Of the posterior by the emulator, with which samplers correct what base and network have missed.
+    """
+
+    located: Located
+    network: ScoreNetwork | None = None
+    context: tuple[Tensor, ...] = ()
+    spectrum: Spectrum | None = None
+    support: Support | None = None
+    density: EmulatorDensity | None = None
+
+    def __len__(self) -> int:
+        return len(self.located.mean)
+
+    @property
+    def r(self) -> int:
+        """Number of latents."""
+        return self.located.mean.shape[1]
+
+    def residual(self, v: Tensor, angle: float, rows: int | None = None) -> Tensor:
+        """What the network adds to the base.
+
+        Parameters
+        ----------
+        v : Tensor
+            Unit-variance states in base coordinates, n of each measurement, shape (n, B, r).
+        angle : float
+            arctan(sigma).
+        rows : int, optional
+            States that are evaluated at once; all where left out.
+
+        Returns
+        -------
+        Tensor
+            N(v, angle, y), shape (n, B, r), dtype of `v`.
+        """
+        if self.network is None:
+            return torch.zeros_like(v)
+        n, size = v.shape[:2]
+        if rows is not None and n * size > rows:
+            if size > 1:
+                parts = torch.arange(size, device=v.device).split(max(1, rows // n))
+                if len(parts) > 1:
+                    return torch.cat([self.select(part).residual(v[:, part], angle, rows) for part in parts], 1)
+            return torch.cat([self.residual(part, angle) for part in v.split(max(1, rows // size))])
+        # A network of the user's own may write into what it gets.
+        x = v.to(self.network.dtype, copy=True)
+        return self.network(x, x.new_full((*x.shape[:2], 1), angle), *self.context).to(v.dtype)
+
+    def denoise(self, w: Tensor, sigma: float, rows: int | None = None) -> Tensor:
+        """E[w_0 | w_t] in base coordinates (n, B, r), for the variance exploding process at a noise level sigma > 0."""
+        norm = math.sqrt(1 + sigma**2)
+        return w / norm**2 + sigma / norm * self.residual(w / norm, math.atan(sigma), rows)
+
+    def select(self, index: Tensor) -> "Conditioned":
+        """Some of the measurements, by their numbers."""
+        # What all measurements share stays as it is.
+        part = self._mapped(lambda x: x[index] if len(x) == len(self) > 1 else x)
+        mean = self.located.mean[index]
+        return replace(part, located=replace(part.located, mean=mean),
+                       density=part.density and replace(part.density, located=replace(part.density.located, mean=mean)))
+
+    def to(self, device: str | torch.device) -> "Conditioned":
+        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
+        device = check_device(device)
+        moved = self._mapped(lambda x: x.to(device))
+        network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
+        return replace(moved, network=network,
+                       density=moved.density and replace(moved.density, base=moved.density.base.to(device)))
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Conditioned":
+        """The same with a function applied to every tensor that belongs to measurements."""
+        def part(x):
+            return replace(x, **{f.name: function(getattr(x, f.name)) for f in fields(x)})
+        density = self.density and replace(self.density, located=part(self.density.located),
+                                           rows=function(self.density.rows), target=function(self.density.target))
+        return replace(self, located=part(self.located), context=tuple(map(function, self.context)), density=density)
+
+
+@dataclass(frozen=True, eq=False)
 class Denoiser:
     """Gaussian base and network together.
 
     Parameters
     ----------
     base : GaussianBase
-        Gaussian approximation of the posterior.
-    network : nn.Module, Callable or None
-        Maps v (B, r), angle (B, 1) and features (B, k), copies of all three, to N (B, r); None where the base is the
-        answer.
+        Gaussian approximation of the posterior of any measurement.
+    network : ScoreNetwork or None
+        None where the base is the answer.
     spectrum : Spectrum, optional
-        Of the posterior covariance in base coordinates, from which samplers place their steps.
+        Of the posterior covariance in base coordinates, over training measurements.
     support : Support, optional
-        Hard bounds of the latents, which samplers keep.
-    surrogate : Surrogate, optional
-        Density of the posterior by an emulator, with which samplers correct what the network has missed.
+        Hard bounds of the latents.
+    known : bool
+        Whether latents are N(0, I) and noise is Gaussian and known, so that the emulator gives the density of any
+        posterior.
 
     Raises
     ------
     InputError
-        If the network cannot be called, or another part is of the wrong kind.
+        If a part is of the wrong kind.
     """
 
-    def __init__(self, base: GaussianBase, network: nn.Module | Callable | None, spectrum: Spectrum | None = None,
-                 support: Support | None = None, surrogate: Surrogate | None = None):
-        self.base = check_kind(base, "base", GaussianBase, "what fit_base or plain_base returns")
-        self.network = network if network is None else check_callable(network, "The network", "a module or None")
-        for name, part, kind in (("spectrum", spectrum, Spectrum), ("support", support, Support),
-                                 ("surrogate", surrogate, Surrogate)):
+    base: GaussianBase
+    network: ScoreNetwork | None = None
+    spectrum: Spectrum | None = None
+    support: Support | None = None
+    known: bool = False
+
+    def __post_init__(self):
+        check_kind(self.base, "base", GaussianBase, "what fit_base or plain_base returns")
+        check_flag(self.known, "known")
+        for name, kind in (("network", ScoreNetwork), ("spectrum", Spectrum), ("support", Support)):
+            part = getattr(self, name)
             if part is not None:
                 check_kind(part, name, kind, f"a {kind.__name__} or None")
-        self.spectrum = spectrum
-        self.support = support
-        self.surrogate = surrogate
 
-    def features(self, y: Tensor) -> Tensor:
-        """What the network sees of measurements `y` (B, k): shape (B, k), in the precision of the network."""
-        # Measurements are centred in their own precision before the network's, which may be lower.
-        return self.base.features(y).to(getattr(self.network, "dtype", y.dtype))
-
-    def residual(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
-        """What the network adds to the base, N(v, angle, y).
+    def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
+        """The denoiser for measurements; its cost does not depend on the layouts of the training.
 
         Parameters
         ----------
-        v : Tensor
-            Unit-variance state, shape (B, r).
-        angle : Tensor
-            arctan(sigma), shape (B, 1).
-        features : Tensor
-            Of the measurements, from `features`, shape (B, k).
-
-        Returns
-        -------
-        Tensor
-            Shape (B, r), dtype of `v`.
-        """
-        if self.network is None:
-            return torch.zeros_like(v)
-        # A network of the user's own may write into what it gets.
-        inputs = (x.to(features.dtype, copy=True) for x in (v, angle, features))
-        return self.network(*inputs).to(v.dtype)
-
-    def denoise(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        """E[z_0 | z_t, y] for the variance exploding process with noise covariance sigma² P.
-
-        Parameters
-        ----------
-        z_t : Tensor
-            Noisy latents, shape (B, r); for a scaled formulation pass z_t / a and s / a.
-        sigma : Tensor
-            Noise level in base coordinates, shape (B, 1), positive.
         y : Tensor
             Measurements, shape (B, k).
+        layout : Layout, optional
+            Of each measurement or of all; where left out, the fixed sensors whose readings the emulator gives.
 
         Returns
         -------
-        Tensor
-            Shape (B, r).
-        """
-        w_t = self.base.whiten(z_t, y)
-        norm = torch.sqrt(1 + sigma**2)
-        w_0 = w_t / norm**2 + sigma / norm * self.residual(w_t / norm, torch.arctan(sigma), self.features(y))
-        return self.base.colour(w_0, y)
+        Conditioned
+            No sensors at all leave the prior.
 
-    def score(self, z_t: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        """P ∇ log p_t(z_t | y) = (D - z_t) / sigma², shape (B, r), in the metric of the base; see `denoise`."""
-        return (self.denoise(z_t, sigma, y) - z_t) / sigma**2
+        Raises
+        ------
+        InputError
+            If shapes disagree, a number is not finite and real, a variance is not positive, or a reading is out of all
+            reach.
+        """
+        base = self.base
+        if layout is None:
+            y = check_tensor(y, "The measurement", ("B", base.k), "sensors").to(base.mean)
+            check_near(base.features(y))
+            layout = Layout.readings(base.k, base.mean)
+        else:
+            y = check_tensor(y, "The measurement", ("B", "k"), "sensors").to(base.mean)
+            _check_layout(layout, base.k, *y.shape)
+            check_near(layout.standardised(y)[1])
+        located = base.locate(layout, y)
+        located = replace(located, mean=located.mean.expand(len(y), -1))
+        if y.shape[1] == 0 and self.known:
+            return Conditioned(located)
+        affine = base.emulator.head is None
+        density = emulator_density(base, layout, y, located) if self.known and not affine else None
+        if self.network is None:
+            return Conditioned(located, None, (), None, self.support, density)
+        with torch.no_grad():
+            context = self.network.context(*self.network.see(base, layout, y, located))
+        return Conditioned(located, self.network, tuple(context), self.spectrum, self.support, density)
 
     def to(self, device: str | torch.device) -> "Denoiser":
         """A copy on another device; this one stays where it is. InputError where torch has no such device."""
         device = check_device(device)
         network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
-        surrogate = self.surrogate and self.surrogate.to(device)
-        return Denoiser(self.base.to(device), network, self.spectrum, self.support, surrogate)
+        return replace(self, base=self.base.to(device), network=network)
+
+
+def _check_layout(layout: Layout, s: int, size: int, k: int) -> None:
+    """Raise InputError unless a layout of s coordinates fits measurements (size, k)."""
+    check_kind(layout, "layout", Layout, "a Layout of the measurement")
+    number = len(check_tensor(layout.rows, "The rows of the layout", ("B", k, s), "coordinates"))
+    for name, x in (("offset", layout.offset), ("variance", layout.variance)):
+        check_tensor(x, f"The {name} of the layout", (number, k), "sensors")
+    if number not in (1, size):
+        raise InputError(f"There are {number} layouts and {size} measurements: give one layout, or one for each.")
+    if not (layout.variance > 0).all():
+        raise InputError("Every sensor needs noise: its variance must be positive.")
+    present = layout.present
+    if not isinstance(present, Tensor) or present.dtype != torch.bool or present.shape != (number, k):
+        raise InputError(f"present must say true or false of each sensor: give a bool tensor of shape ({number}, {k}).")

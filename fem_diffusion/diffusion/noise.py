@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count
-from fem_diffusion.diffusion._checks import check_generator
+from fem_diffusion.diffusion.checks import check_generator
 from fem_diffusion.errors import InputError
 
 __all__ = ["CallableNoise", "GaussianNoise", "as_noise"]
@@ -90,6 +90,11 @@ class GaussianNoise:
         diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).reshape(-1, y.shape[-1]).mean(0)
         matrix = torch.diag(diagonal)
         return matrix if self._matrix is None else matrix + self._matrix.to(y)
+
+    @property
+    def constant(self) -> bool:
+        """Whether the noise does not depend on the readings."""
+        return not bool(self.relative.any())
 
     def check(self, k: int) -> None:
         """Raise InputError where the noise is for another number of sensors than k."""

@@ -1,4 +1,4 @@
-r"""Fields to latents and back: the one file that knows Firedrake and torch.
+r"""Fields to latents and back.
 
 A field is written in modes that are orthonormal in the mass inner product,
 
@@ -13,24 +13,29 @@ All coefficient arrays are owned coefficients: float64, this rank's part of ``wi
 Latents are global: the same on all ranks.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 from scipy.stats import chi2, norm
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_kind, check_seed
+from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
 from fem_diffusion.fields.modes import mass_action
-from fem_diffusion.errors import DataError, FileError, InputError
-from fem_diffusion.fields.coefficients import coefficients, field, generic_integrals, on_root
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields.coefficients import coefficients, field, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
-__all__ = ["ModalBasis", "load_basis"]
+if TYPE_CHECKING:
+    from fem_diffusion.prior.protocol import Prior
+
+__all__ = ["ModalBasis", "load_basis", "pack_basis", "unpack_basis"]
 
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
@@ -54,12 +59,10 @@ class ModalBasis:
         Variance of the field along each mode, shape (r,), decreasing, global.
     total_variance : float
         Integral over the mesh of the field's pointwise variance.
-    prior : object or None
-        The Gaussian prior behind a Karhunen-Loeve basis; None for POD.
-    transform : Callable or None
-        Owned coefficients of fields (B, n_owned) to those of the parameter, e.g. the exponential.
-    parameter_space : firedrake.functionspaceimpl.WithGeometry or None
-        Space of the parameter where there is a transform; V otherwise.
+    prior : Prior or None
+        The prior of the parameter, of whose core the modes are; it brings the transform, where there is one.
+    standard_prior : bool
+        Whether the latents are standard normal under the prior: for a Karhunen-Loeve basis, not for POD.
     weights : tuple of float or None
         Of the components of a mixed V in its inner product: where each was expanded by itself, one over its total
         variance, so that `variances` and `retained` compare shares of variance, not units.
@@ -70,22 +73,19 @@ class ModalBasis:
         Modes times the square root of their variance, shape (r, n_owned): a field is mean + z @ scaled_modes.
     """
 
-    V: object
+    V: WithGeometry
     mean: Function
     modes: np.ndarray
     variances: np.ndarray
     total_variance: float
-    prior: object = None
-    transform: Callable[[np.ndarray], np.ndarray] | None = None
-    parameter_space: object = None
+    prior: "Prior | None" = None
+    standard_prior: bool = False
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self):
         weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
         object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
-        if self.parameter_space is None:
-            object.__setattr__(self, "parameter_space", self.V)
 
     @property
     def r(self) -> int:
@@ -98,44 +98,27 @@ class ModalBasis:
         return float(self.variances.sum() / self.total_variance)
 
     @property
-    def signature(self) -> np.ndarray:
-        """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
-        return self._against(lambda rows, weights: rows @ weights)
+    def parameter_space(self) -> WithGeometry:
+        """Space of the parameter: V unless the prior has a transform."""
+        return self.V if self.prior is None else self.prior.V
 
-    def _against(self, product) -> np.ndarray:
-        """Sum over ranks of a product of mean and scaled modes (1 + r, n_owned) with the fixed function's integrals."""
-        rows = np.vstack([coefficients(self.mean), self.scaled_modes])
-        return self.V.comm.allreduce(product(rows, generic_integrals(self.V)), MPI.SUM)
+    def leading(self, r: int) -> "ModalBasis":
+        """The basis of the first r modes, of the same total variance; InputError if it has fewer."""
+        if check_count(r, "r") > self.r:
+            raise InputError(f"r is {r}: the basis has {self.r} modes, ask for at most as many.")
+        return replace(self, modes=self.modes[:r], variances=self.variances[:r])
 
-    def check_signature(self, signature: np.ndarray, path) -> None:
-        """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
-        ours = self.signature
-        # Each row in units of its own: an integral may vanish by symmetry, the sum of its parts does not.
-        size = self._against(lambda rows, weights: np.abs(rows) @ np.abs(weights))
-        if signature.shape != ours.shape or (np.abs(signature - ours) > 1e-4 * size + 1e-12 * size.max()).any():
-            raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                            "prior and number of modes, or the one that ModalBasis.save wrote beside it. Modes of "
-                            "equal variance, as of the components of a vector, may turn from one number of ranks to "
-                            "another: then only the saved basis will do.")
-
-    @property
-    def standard_prior(self) -> bool:
-        """True where the latents are standard normal under the prior."""
-        return self.prior is not None
-
-    def encode(self, fields, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu") -> torch.Tensor:
+    def encode(self, fields: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
         """Latents of fields (before any transform).
 
         Parameters
         ----------
         fields : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
             Fields in V or their owned coefficients.
-        dtype, device
-            Of the result.
 
         Returns
         -------
-        torch.Tensor
+        numpy.ndarray
             Shape (B, r); (r,) for one Function; global.
 
         Raises
@@ -151,20 +134,19 @@ class ModalBasis:
             fields = coefficients(fields)
         mean = coefficients(self.mean)
         if fields.dtype.kind not in "biuf":
-            raise InputError(f"Fields are arrays of real numbers, not of type {fields.dtype}.")
+            raise InputError(f"Fields are of type {fields.dtype}: give real numbers.")
         if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
-            raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis, which has "
+            raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis: give "
                              f"{len(mean)} on this rank.")
-        latents = self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
-        return torch.as_tensor(latents, dtype=dtype, device=device)
+        return self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
 
-    def decode(self, z: torch.Tensor, refill_seed: int | None = None) -> np.ndarray:
+    def decode(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
         """Owned coefficients of the fields (before any transform) with these latents.
 
         Parameters
         ----------
-        z : torch.Tensor
-            Latents, shape (B, r), any floating dtype and device; the same on all ranks.
+        z : array_like of shape (B, r)
+            Latents; the same on all ranks.
         refill_seed : int, optional
             Add the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
 
@@ -178,34 +160,33 @@ class ModalBasis:
         InputError
             If the latents are of another length, or a refill is asked for without a Gaussian prior.
         """
-        z = torch.as_tensor(z)
-        if z.ndim != 2 or z.shape[1] != self.r or z.is_complex() or not torch.isfinite(z).all():
-            raise InputError(f"Latents must be finite real numbers of shape (B, {self.r}), not {tuple(z.shape)}.")
-        fields = coefficients(self.mean) + z.detach().cpu().double().numpy() @ self.scaled_modes
+        z = check_array(z, "latents", ("B", self.r))
+        values = coefficients(self.mean) + z @ self.scaled_modes
         if refill_seed is not None:
-            if self.prior is None:
-                raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only.")
-            draws = self.prior.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
-            fields += draws - self.decode(self.encode(draws))
-        return fields
+            if not self.standard_prior:
+                raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only: "
+                                 "leave out the refill.")
+            draws = self.prior.core.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
+            values += draws - self.decode(self.encode(draws))
+        return values
 
-    def parameters(self, z: torch.Tensor, refill_seed: int | None = None) -> np.ndarray:
+    def parameters(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
         """Owned coefficients of the parameter, the transform of `decode`; shape (B, n_owned of parameter_space)."""
-        fields = self.decode(z, refill_seed)
-        return fields if self.transform is None else self.transform(fields)
+        values = self.decode(z, refill_seed)
+        return values if self.prior is None else self.prior.transform_many(values)
 
-    def functions(self, z: torch.Tensor) -> list[Function]:
+    def functions(self, z: ArrayLike) -> list[Function]:
         """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
         return [field(self.parameter_space, values) for values in self.parameters(z)]
 
-    def check_draws(self, z: torch.Tensor, missing: float = 0.0) -> None:
+    def check_draws(self, z: ArrayLike, missing: float = 0.0) -> None:
         """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I).
 
         A share of them may be missing; by what moments can differ then, the inequality of Cauchy and Schwarz tells.
         """
         if not self.standard_prior:
             return
-        z, n = z.double().numpy(), len(z)
+        z, n = np.asarray(z, dtype=float), len(z)
         squares = (z**2).sum(axis=0)
         if missing:
             worst = int(np.abs(squares / n - 1).argmax())
@@ -232,7 +213,7 @@ class ModalBasis:
     def __reduce_ex__(self, protocol):
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
 
         A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
@@ -247,15 +228,22 @@ class ModalBasis:
         FileError
             If it cannot be written.
         """
-        V = self.V
-        arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
-                  "modes": gather_rows(V, self.modes), "variances": self.variances}
-        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights,
-                  "transformed": self.transform is not None, "standard_prior": self.standard_prior}
-        on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
+        arrays, values = pack_basis(self, "basis")
+        on_root(self.V.comm, lambda: files.write(path, "basis", arrays, values))
 
 
-def load_basis(path, V, prior=None) -> ModalBasis:
+def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
+    """Arrays, on rank 0, and values of a file that holds a basis under a name (collective)."""
+    V = basis.V
+    arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(basis.mean)[None]),
+              "modes": gather_rows(V, basis.modes), "variances": basis.variances}
+    values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
+              "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
+              "standard_prior": basis.standard_prior}
+    return tuple({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
+
+
+def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
     """Read what `ModalBasis.save` wrote; no code in the file is run.
 
     Parameters
@@ -264,7 +252,7 @@ def load_basis(path, V, prior=None) -> ModalBasis:
         The file.
     V : firedrake.functionspaceimpl.WithGeometry
         The space of the basis, on the mesh of the user's own; on any number of ranks.
-    prior : GaussianPrior, TransformedPrior or ProductPrior, optional
+    prior : Prior, optional
         The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
         samples hold the modes of the basis alone.
 
@@ -280,30 +268,31 @@ def load_basis(path, V, prior=None) -> ModalBasis:
         If the file is damaged, foreign, holds no basis, or belongs to another mesh, space or prior.
     """
     check_kind(V, "V", WithGeometry, "the space of the basis")
-    gaussian = getattr(prior, "base", prior)
-    if prior is not None and getattr(gaussian, "V", None) != V:
+    if prior is not None and prior.core.V != V:
         raise InputError(f"prior is of type {type(prior).__name__} and its fields are not in V: give the basis's own.")
-    content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
-    columns = own_columns(content, "key", "element", V)
-    variances, size = content.array("variances", None), len(content.arrays["key"])
-    mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
-    weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
+    return unpack_basis(read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save."), "basis", V, prior)
+
+
+def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
+    """The basis under a name in a file; raises as `load_basis` (collective)."""
+    columns = own_columns(content, f"{name}.key", f"{name}.element", V)
+    variances, size = content.array(f"{name}.variances", None), len(content.arrays[f"{name}.key"])
+    mean, modes = content.array(f"{name}.mean", 1, size), content.array(f"{name}.modes", len(variances), size)
+    weights, total = content.value(f"{name}.weights", list, type(None)), content.value(f"{name}.total_variance", float)
     weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and 0 < x < np.inf for x in weights))
     falling = len(variances) > 0 and (variances > 0).all() and (np.diff(variances) <= 1e-6 * variances[0]).all()
     if not falling or not weighted or not (1 - 1e-6) * variances.sum() <= total < np.inf:
         raise content.error("holds no modes of positive variance, largest first")
-    transformed, standard = content.value("transformed", bool), content.value("standard_prior", bool)
-    if transformed and not hasattr(prior, "transform_many"):
-        raise InputError(f"The parameter of the basis in {path} is a transform of its field, which is code and not in "
-                         "the file: pass prior=, the TransformedPrior.")
-    transform = (prior.transform_many, prior.V) if transformed else (None, None)
-    mean = field(V, mean[0, columns], name="mean")
-    basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), gaussian if standard else None, *transform,
-                       weights=weights and tuple(weights))
-    if basis.prior is not None and not _is_of(basis, modes[:, columns]):
+    transformed, standard = (content.value(f"{name}.{key}", bool) for key in ("transformed", "standard_prior"))
+    if transformed and (prior is None or prior.core is prior):
+        raise InputError("The parameter of the basis in the file is a transform of its field, which is code and not in "
+                         "the file: pass the TransformedPrior.")
+    basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total), prior,
+                       standard and prior is not None, weights and tuple(weights))
+    if basis.standard_prior and not _is_of(basis, modes[:, columns]):
         raise content.error("belongs to another prior")
-    identity = torch.eye(basis.r, dtype=torch.float64)
-    if not torch.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
+    identity = np.eye(basis.r)
+    if not np.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     return basis
 
@@ -313,10 +302,10 @@ def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
     def largest(x):
         return max(basis.V.comm.allgather(float(np.abs(x).max(initial=0.0))))
     mean = coefficients(basis.mean)
-    off = largest(mean - coefficients(basis.prior.mean))
+    off = largest(mean - coefficients(basis.prior.core.mean))
     dual = mass_action(basis.V, basis.weights)(modes)
     # As the modes see it, the covariance is diagonal.
-    seen = basis.V.comm.allreduce(dual @ basis.prior.apply_covariance(dual).T)
+    seen = basis.V.comm.allreduce(dual @ basis.prior.core.apply_covariance(dual).T)
     unit = np.sqrt(basis.variances)
     same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME
     return bool(same) and off <= 1e-6 * largest(basis.scaled_modes) + 1e-9 * largest(mean)

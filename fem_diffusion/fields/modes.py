@@ -12,18 +12,13 @@ from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import (
-    coefficients, field, generic_integrals, independent_entries, is_real, multiply, owned_size,
+    by_component, coefficients, field, generic_integrals, independent_entries, is_real, multiply, owned_size,
 )
 
-__all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "split", "without_conditions"]
+__all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "without_conditions"]
 
 _MAX_SWEEPS = 60
 _TOLERANCE = 1e-9
-
-
-def split(V, x: np.ndarray) -> list[np.ndarray]:
-    """Owned coefficients (B, n_owned) component by component."""
-    return np.split(x, np.cumsum([owned_size(W) for W in V])[:-1], axis=1)
 
 
 def mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
@@ -33,7 +28,7 @@ def mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
     """
     if len(V) > 1:
         parts = [(mass_action(W), weight) for W, weight in zip(V, weights or [1.0] * len(V))]
-        return lambda x: np.hstack([weight * mass(y) for (mass, weight), y in zip(parts, split(V, x))])
+        return lambda x: np.hstack([weight * mass(y) for (mass, weight), y in zip(parts, by_component(V, x))])
     if is_real(V):
         # Firedrake assembles no form with an argument that is a vector of numbers.
         volumes = assemble(Constant(1.0) * dx(V.mesh())) * independent_entries(V)[1][:owned_size(V)]

@@ -30,15 +30,16 @@ from firedrake.petsc import PETSc
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives
 
-from fem_diffusion.checks import check_count
+from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import coefficients, multiply, owned_size, require_real, solve
 from fem_diffusion.forward import blocks
 from fem_diffusion.forward import forms
 from fem_diffusion.forward import unknowns
 from fem_diffusion.forward.adjoint import Adjoint
-from fem_diffusion.fields.doors import check_coefficients, check_finite, check_function, check_solver, petsc_reason
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_solver, petsc_reason
 from fem_diffusion.forward.lift import Lift
+from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.forward.taped import recorded
 
 __all__ = ["AdvectionDiffusion"]
@@ -60,19 +61,8 @@ class AdvectionDiffusion:
         ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a callable ``m -> UFL expression``, e.g.
         ``diffusivity=ufl.exp``; with a callable, M may have any value shape.  Several unknowns: a list of these, with
         ``M = MixedFunctionSpace([...])`` in the same order.
-    velocity : UFL vector or sequence of float, optional
-        v, of shape ``(gdim,)``.
-    diffusivity : UFL scalar or tensor, float or array
-        κ, positive, or symmetric positive definite of shape ``(gdim, gdim)``.
-    reaction : callable, optional
-        ``u -> UFL expression`` r(u).
-    source : UFL scalar or float
-        f.
-    dirichlet, flux, robin : dict, optional
-        ``{marker: g}``, ``{marker: q}`` and ``{marker: (h, u_ext)}``.  A marker is an integer, a tuple of integers,
-        ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
-    outflow : tuple or marker, optional
-        Markers with ``n·κ∇u = 0``, which markers not named anywhere get as well.
+    physics : Physics
+    bcs : Boundary
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
     solver_parameters : "direct", "iterative" or dict
@@ -82,8 +72,8 @@ class AdvectionDiffusion:
 
     Attributes
     ----------
-    V, M, state_space : FunctionSpace
-        Of state and parameter; ``state_space`` is V.
+    V, M, U : FunctionSpace
+        Of state and parameter; U is V.
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
@@ -109,16 +99,15 @@ class AdvectionDiffusion:
     """
 
     @no_annotations
-    def __init__(self, V, M, unknown, *, velocity=None, diffusivity=1.0, reaction=None, source=0,
-                 dirichlet=None, flux=None, robin=None, outflow=(), supg="auto", solver_parameters="direct",
+    def __init__(self, V, M, unknown, physics=Physics(), bcs=Boundary(), *, supg="auto", solver_parameters="direct",
                  options_prefix=None):
         require_real()
         unknowns.check_spaces(V, M)
-        self.V, self.M, self.state_space, self._prefix = V, M, V, options_prefix
+        self.V, self.M, self.U, self._prefix = V, M, V, options_prefix
         self.m, self.u = Function(M, name="parameter"), Function(V, name="state")
         given = check_coefficients(
-            V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
-            dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg)
+            V.mesh(), **vars(check_options(physics, Physics, "physics")), **vars(check_options(bcs, Boundary, "bcs")),
+            supg=supg)
         solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
         self._unknowns = unknowns.read(unknown, V, M, self.m, given)
         A, N, values = forms.equation(self.u, self._unknowns, **given)
@@ -139,7 +128,7 @@ class AdvectionDiffusion:
         self._N = None if self.linear else get_assembler(N)
         self._with_m = get_assembler(forms.integrals_with(self._loads, F)) if self._loads else None
         self.operator_depends_on_parameter = any(x.value in self._J.coefficients() for x in self._unknowns)
-        advective = velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
+        advective = physics.velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
         self._parameters = forms.linear_options(solver_parameters, V, advective)
         self._out = Cofunction(V.dual())
         self._w, bcs, equation = self.u, self.bcs, F

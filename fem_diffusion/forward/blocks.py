@@ -13,7 +13,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import check_array, together
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, owned_size, solve
-from fem_diffusion.fields.doors import petsc_reason
+from fem_diffusion.fields.checks import petsc_reason
 from fem_diffusion.observation.linear import Observation
 
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state

@@ -24,30 +24,28 @@ With a nonlinear reaction the block iterates with the Jacobian at a typical stat
 method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
-from firedrake import Constant, Function, VectorFunctionSpace
+from firedrake import Function, VectorFunctionSpace
 from firedrake.adjoint import annotate_tape
 from pyadjoint import no_annotations
 from ufl.algorithms import extract_coefficients
 from ufl.core.expr import Expr
 
-from fem_diffusion.checks import check_array, check_count, check_number
+from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size, require_real
 from fem_diffusion.forward import blocks
 from fem_diffusion.forward import forms
 from fem_diffusion.forward import unknowns
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.fields.doors import check_coefficients, check_finite, check_function, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_solver
 from fem_diffusion.forward.march import Equation, March
+from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.taped import recorded
 
 __all__ = ["TransientAdvectionDiffusion"]
-
-MOST_STEPS = 10_000_000   # beyond, the units are wrong
 
 
 class TransientAdvectionDiffusion:
@@ -64,40 +62,27 @@ class TransientAdvectionDiffusion:
         Parameter space.  Of an unknown in space: on V's mesh, for ``("flux", marker)`` also on
         ``Submesh(mesh, dim - 1, marker)``.  Of an unknown in time alone: CG1 on ``IntervalMesh(n, T)``, T the last
         time or more.  Of an unknown in space and time: a VectorFunctionSpace in space whose components are the
-        values at ``parameter_times``.
+        values at the ``parameter_times`` of `steps`.
     unknown : str, tuple or list
         ``"initial"``, ``"source"``, ``("source", shape)`` (a strength in time times the UFL scalar ``shape``),
         ``"diffusivity"``, ``"velocity"``, ``("flux", marker)`` or ``("dirichlet", marker)``.  Leave that coefficient
         out, or give it as a callable ``m -> UFL expression``, m being the parameter at one time.  Several unknowns: a
         list, with ``M = MixedFunctionSpace([...])`` in the same order.
-    times : sequence of float
-        Saved times, increasing, from 0 on, each a multiple of ``time_step``.
-    time_step : float
-        Δt, positive.
+    steps : TimeSteps
+    physics : Physics
+    bcs : Boundary
     initial : UFL scalar or float
         u_0.
-    theta : float
-        θ, from 1/2 to 1.
-    t : Constant, optional
-        The time, as it appears in the coefficients: make ``t = Constant(0.0)``, write coefficients with it, pass it
-        here.  It is overwritten by every solve.
-    parameter_times : sequence of float, optional
-        Times of the components of an unknown in space and time, increasing, from 0 to the last time; piecewise linear
-        in between.  An unknown source, flux, Dirichlet value or diffusivity whose space has that many components is
-        taken so.
-    velocity, diffusivity, reaction, source, dirichlet, flux, robin, outflow, supg, solver_parameters, options_prefix
+    supg, solver_parameters, options_prefix
         As for `AdvectionDiffusion`.
 
     Attributes
     ----------
-    V, M, U, state_space : FunctionSpace
-        Of one state, of the parameter and (U, also called state_space) of the states at all saved times.
+    V, M, U : FunctionSpace
+        Of one state, of the parameter and (U) of the states at all saved times.
     m : Function
         The problem's own parameter, overwritten by single solves.
-    t : Constant
-    times : ndarray
-        Shape (number of saved times,).
-    time_step, theta : float
+    steps : TimeSteps
     linear : bool
         Whether the equation is affine in u.
     operator_depends_on_parameter : bool
@@ -116,42 +101,34 @@ class TransientAdvectionDiffusion:
     """
 
     @no_annotations
-    def __init__(self, V, M, unknown, *, times, time_step, initial=0, theta=0.5, t=None, parameter_times=None,
-                 velocity=None, diffusivity=1.0, reaction=None, source=0, dirichlet=None, flux=None, robin=None,
-                 outflow=(), supg="auto", solver_parameters="direct", options_prefix=None):
+    def __init__(self, V, M, unknown, steps, physics=Physics(), bcs=Boundary(), *, initial=0, supg="auto",
+                 solver_parameters="direct", options_prefix=None):
         require_real()
         unknowns.check_spaces(V, M)
-        self.times, self.time_step, saved = _check_times(times, time_step)
-        steps = self.time_step * np.arange(saved[-1] + 1)
-        nodes = None if parameter_times is None else _check_nodes(parameter_times, steps[-1])
-        if not (t is None or (isinstance(t, Constant) and t.ufl_shape == ())):
-            raise InputError(f"t must be the scalar Constant that the coefficients contain, got {t!r}.")
-        # 1/2 is Crank-Nicolson, 1 implicit Euler.
-        self.theta = check_number(theta, "theta", least=0.5, most=1)
-        self.t = Constant(0.0) if t is None else t
+        self.steps, nodes = check_options(steps, TimeSteps, "steps"), steps.parameter_times
         self.V, self.M, self.m = V, M, Function(M, name="parameter")
-        self.U = self.state_space = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(self.times))
+        self.U = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(steps.times))
         given = check_coefficients(
-            V.mesh(), velocity=velocity, diffusivity=diffusivity, reaction=reaction, source=source,
-            dirichlet=dirichlet, flux=flux, robin=robin, outflow=outflow, supg=supg, initial=initial)
+            V.mesh(), **vars(check_options(physics, Physics, "physics")), **vars(check_options(bcs, Boundary, "bcs")),
+            supg=supg, initial=initial)
         solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
-        found = unknowns.read(unknown, V, M, self.m, given, steps, nodes)
+        found = unknowns.read(unknown, V, M, self.m, given, steps.all, nodes)
         if nodes is not None and all(x.nodes is None for x in found):
             raise InputError(f"parameter_times has {len(nodes)} times, but no unknown has as many components: take "
                              f"VectorFunctionSpace(mesh, 'CG', 1, dim={len(nodes)}) for one that depends on space and "
                              "time, or leave parameter_times out.")
         u, change = Function(V), Function(V)
         initial = given.pop("initial")
-        A, N, values = forms.equation(u, found, change=change, time_step=self.time_step, **given)
+        A, N, values = forms.equation(u, found, change=change, time_step=steps.time_step, **given)
         for x in found:
             if x.kind == "initial":
                 initial = unknowns.apply_unknown("initial", initial, 0, x.value)
                 if not isinstance(initial, Expr) or x.value not in extract_coefficients(initial):
                     raise InputError("the callable given for 'initial' makes no use of the parameter.")
-        advective = velocity is not None or any(x.kind == "velocity" for x in found)
+        advective = physics.velocity is not None or any(x.kind == "velocity" for x in found)
         self._march = March(
-            Equation(u, change, A, N, values, forms.coefficient(initial, "initial"), found, self.t, steps, saved,
-                     self.theta),
+            Equation(u, change, A, N, values, forms.coefficient(initial, "initial"), found, steps.t, steps.all,
+                     steps.saved, steps.theta),
             V, M, forms.linear_options(solver_parameters, V, advective), options_prefix)
         self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
 
@@ -258,43 +235,10 @@ class TransientAdvectionDiffusion:
         rows = blocks.observation_rows(rows, self.U)
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
-        rows = rows.reshape(len(rows), owned_size(self.V), len(self.times))
+        rows = rows.reshape(len(rows), owned_size(self.V), len(self.steps.times))
         return self._backward.rows(coefficients(m)[None], rows)
 
     @cached_property
     def _backward(self):
         """The adjoint march."""
         return Backward(self._march)
-
-
-def _check_times(times, time_step):
-    """Saved times, the step as a float, and the numbers of the steps that reach them."""
-    time_step = check_number(time_step, "time_step", above=0)
-    times = _numbers(times, "times")
-    if not len(times) or times[0] < 0 or (np.diff(times) <= 0).any():
-        raise InputError(f"times must be increasing, from 0 on, with at least one of them, got {times}.")
-    if times[-1] > MOST_STEPS * time_step:
-        raise InputError(f"it takes more than {MOST_STEPS:,} steps of time_step = {time_step:g} to reach times[-1] = "
-                         f"{times[-1]:g}: check their units, or take a larger step.")
-    numbers = np.rint(times / time_step).astype(int)
-    bad = np.flatnonzero(np.abs(numbers * time_step - times) > 1e-9 * max(times[-1], time_step))
-    if len(bad):
-        raise InputError(f"times[{bad[0]}] = {times[bad[0]]:g} is no multiple of time_step = {time_step:g}; choose a "
-                         "step that divides all saved times.")
-    if numbers[-1] == 0:
-        raise InputError("times holds 0 only; add a time after it, because nothing happens before.")
-    return times, time_step, numbers
-
-
-def _check_nodes(nodes, end):
-    """Times of the components of unknowns in space and time."""
-    nodes = _numbers(nodes, "parameter_times")
-    if len(nodes) < 2 or not (np.diff(nodes) > 0).all() or nodes[0] != 0 or nodes[-1] < end * (1 - 1e-9):
-        raise InputError(f"parameter_times must be two or more increasing times from 0 to at least the last saved time "
-                         f"{end:g}, got {nodes}.")
-    return nodes
-
-
-def _numbers(values, name):
-    """A sequence or an iterator of numbers as an array (n,)."""
-    return check_array(list(values) if isinstance(values, Iterator) else values, name, ("n",))

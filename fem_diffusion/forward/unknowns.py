@@ -10,7 +10,7 @@ from ufl import H1
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import owned_size
-from fem_diffusion.fields.doors import check_marker, check_scalar, check_space, is_callable
+from fem_diffusion.fields.checks import check_marker, check_scalar, check_space, is_callable
 from fem_diffusion.observation.linear import point_sensors
 
 STEADY = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"

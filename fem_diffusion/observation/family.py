@@ -9,7 +9,7 @@ from fem_diffusion.checks import check_array, check_count
 from fem_diffusion.errors import InputError
 from fem_diffusion.observation.linear import Observation
 
-__all__ = ["OperatorFamily", "SensorKind"]
+__all__ = ["SensorFamily", "SensorKind"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class SensorKind:
 
 
 @dataclass(frozen=True, eq=False)
-class OperatorFamily:
+class SensorFamily:
     """Random observation operators: some sensors of every kind, together in one measurement.
 
     Parameters
@@ -95,7 +95,7 @@ class OperatorFamily:
         kinds = (self.kinds,) if isinstance(self.kinds, SensorKind) else self.kinds
         kinds = tuple(kinds) if isinstance(kinds, (Sequence, Iterator)) else ()
         if not kinds or not all(isinstance(kind, SensorKind) for kind in kinds):
-            raise InputError(f"An OperatorFamily is made of SensorKinds: give at least one, not {self.kinds!r}.")
+            raise InputError(f"A SensorFamily is made of SensorKinds: give at least one, not {self.kinds!r}.")
         if any(kind.observation.U != kinds[0].observation.U for kind in kinds):
             raise InputError("All kinds of a family must observe the same state space.")
         object.__setattr__(self, "kinds", kinds)

@@ -23,7 +23,7 @@ from ufl.algorithms.formtransformations import compute_form_arities
 from fem_diffusion.checks import check_all, check_array, check_callable, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, on_root, owned_size
-from fem_diffusion.fields.doors import check_rows, check_space
+from fem_diffusion.fields.checks import check_rows, check_space
 from fem_diffusion.observation.points import locate, sensor_rows
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]

@@ -4,21 +4,23 @@ Every coefficient array holds *owned* coefficients, those of the first component
 this rank's part of ``with f.dat.vec_ro as v: v.array`` for a mixed ``f``.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from firedrake import DirichletBC, MixedFunctionSpace
+from firedrake import DirichletBC, Function, MixedFunctionSpace
+from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.checks import check_all, check_seed
-from fem_diffusion.fields.modes import split
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.fields.doors import check_prior, check_rows
+from fem_diffusion.fields.coefficients import by_component, coefficients, field
+from fem_diffusion.fields.checks import check_rows
+from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 
-__all__ = ["ProductPrior"]
+__all__ = ["ProductPrior", "is_gaussian"]
 
 
-class ProductPrior:
+class ProductPrior(Prior):
     """Independent priors of several unknowns.
 
     Its samples are mixed Functions; a solver takes them apart with ``m.subfunctions`` or ``split(m)``. Spaces may be
@@ -29,17 +31,15 @@ class ProductPrior:
 
     Parameters
     ----------
-    priors : sequence of GaussianPrior, TransformedPrior or CallablePrior
-        At least two.
+    priors : sequence of Prior
+        At least two, on spaces that are not mixed.
 
     Attributes
     ----------
     V : firedrake.functionspaceimpl.WithGeometry
         Mixed space of the priors' spaces, in their order.
-    priors : tuple
+    priors : tuple of Prior
         The components.
-    base : ProductPrior
-        The product of the fields before the transforms; there only where a component is transformed.
 
     Raises
     ------
@@ -47,155 +47,89 @@ class ProductPrior:
         If there are less than two priors, one of them is a product or none at all, or they are on other communicators.
     """
 
-    def __init__(self, priors):
+    def __init__(self, priors: Sequence[Prior]) -> None:
         self.priors = check_all(priors, "priors", object, "priors")
         if len(self.priors) < 2:
-            raise InputError(f"a product of {len(self.priors)} priors was asked for: give at least two")
+            raise InputError(f"a product of {len(self.priors)} priors was asked for: give at least two.")
         for i, prior in enumerate(self.priors):
             if len(check_prior(prior, f"prior {i}").V) != 1:
                 raise InputError(f"prior {i} is {type(prior).__name__}: give a flat list of priors on spaces that are "
-                                 "not mixed")
+                                 "not mixed.")
         if any(prior.V.comm.size != self.priors[0].V.comm.size for prior in self.priors):
-            raise InputError("the priors live on different communicators: build them on one mesh and its submeshes")
+            raise InputError("the priors live on different communicators: build them on one mesh and its submeshes.")
         self.V = MixedFunctionSpace([prior.V for prior in self.priors])
-        if any(hasattr(prior, "base") for prior in self.priors):
-            self.base = ProductPrior([getattr(prior, "base", prior) for prior in self.priors])
+        transformed = any(prior.core is not prior for prior in self.priors)
+        self._core = ProductPrior([prior.core for prior in self.priors]) if transformed else self
 
-    def sample(self, seed):
-        """Draw one sample.
+    @property
+    def core(self) -> "ProductPrior":
+        """The product of the fields before the transforms; itself where no component is transformed."""
+        return self._core
 
-        Parameters
-        ----------
-        seed : int
-            Non-negative; the components draw from independent streams made from it.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``; its coefficients are ``sample_many(1, seed)[0]``.
-
-        Raises
-        ------
-        InputError
-            If seed is no non-negative integer.
-        """
-        return field(self.V, self.sample_many(1, seed)[0])
-
-    def sample_many(self, n, seed):
-        """Draw n samples (collective).
-
-        Parameters
-        ----------
-        n : int
-            Number of samples.
-        seed : int
-            Non-negative; the first samples do not depend on n.
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
-        """
+    def sample_many(self, n: int, seed: int) -> np.ndarray:
+        """As `Prior.sample_many`; the components draw from independent streams made from the seed."""
         # One seed for all components would give them the same white noise.
         seeds = np.random.SeedSequence(check_seed(seed)).generate_state(len(self.priors), np.uint64)
         return np.hstack([prior.sample_many(n, int(s)) for prior, s in zip(self.priors, seeds)])
 
-    def transform_many(self, values):
-        """Transform the components that are transformed (collective).
+    def transform_many(self, values: np.ndarray) -> np.ndarray:
+        """As `Prior.transform_many`."""
+        parts = _parts(self.core.V, values)
+        return np.hstack([prior.transform_many(part) for prior, part in zip(self.priors, parts)])
 
-        Parameters
-        ----------
-        values : numpy.ndarray
-            Owned coefficients in ``base.V``, shape (n, n_owned of base.V).
+    def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """As `Prior.pull_back`."""
+        parts = zip(self.priors, _parts(self.V, rows), _parts(self.core.V, np.asarray(at)[None]))
+        return np.hstack([prior.pull_back(part, place[0]) for prior, part, place in parts])
 
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients in ``V``, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If no component is transformed, or the coefficients have another shape.
-        """
-        if not hasattr(self, "base"):
-            raise InputError("no component of this product is transformed: use the coefficients as they are")
-        parts = _parts(self.base.V, values)
-        return np.hstack([prior.transform_many(part) if hasattr(prior, "base") else part
-                          for prior, part in zip(self.priors, parts)])
+    def slope_many(self, values: np.ndarray) -> np.ndarray:
+        """As `Prior.slope_many`."""
+        return np.hstack([prior.slope_many(part) for prior, part in zip(self.priors, _parts(self.core.V, values))])
 
     @cached_property
-    def mean(self):
-        """Mean of all components, a Function in ``V``; InputError unless all are Gaussian."""
+    def mean(self) -> Function:
+        """Mean of all components, in ``V``; InputError unless all are Gaussian."""
         return field(self.V, np.concatenate([coefficients(prior.mean) for prior in self._gaussian("mean")]))
 
-    def apply_covariance(self, x):
-        """Apply the covariance to dual coefficients (collective).
-
-        Parameters
-        ----------
-        x : numpy.ndarray
-            Owned dual coefficients, shape (k, n_owned).
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned primal coefficients, shape (k, n_owned).
-
-        Raises
-        ------
-        InputError
-            If a component is not Gaussian, or x has another shape.
-        """
+    def apply_covariance(self, x: np.ndarray) -> np.ndarray:
+        """As `GaussianPrior.apply_covariance`; InputError, too, if a component is not Gaussian."""
         priors = self._gaussian("covariance")
         return np.hstack([prior.apply_covariance(part) for prior, part in zip(priors, _parts(self.V, x))])
 
-    def pointwise_std(self, exact=False):
-        """Standard deviation at the nodes.
-
-        Parameters
-        ----------
-        exact : bool
-            As for `GaussianPrior.pointwise_std`.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``.
-
-        Raises
-        ------
-        InputError
-            Unless all components are Gaussian and `exact` is True or False.
-        """
+    def pointwise_std(self, exact: bool = False) -> Function:
+        """As `GaussianPrior.pointwise_std`; InputError, too, if a component is not Gaussian."""
         parts = [coefficients(prior.pointwise_std(exact)) for prior in self._gaussian("standard deviation")]
         return field(self.V, np.concatenate(parts))
 
     @cached_property
-    def bcs(self):
-        """The components' Dirichlet conditions, on the components of ``V``: a tuple of DirichletBC."""
+    def bcs(self) -> tuple[DirichletBC, ...]:
+        """The Gaussian components' Dirichlet conditions, on the components of ``V``."""
         conditions = []
         for i, prior in enumerate(self.priors):
-            for bc in getattr(prior, "bcs", ()):
+            for bc in prior.bcs if isinstance(prior, GaussianCore) else ():
                 space = bc.function_space()
                 target = self.V.sub(i) if space.component is None else self.V.sub(i).sub(space.component)
                 conditions.append(DirichletBC(target, bc.function_arg, bc.sub_domain))
         return tuple(conditions)
 
-    def _gaussian(self, what):
+    def _gaussian(self, what: str) -> tuple[GaussianCore, ...]:
         """The components, all of which have a covariance, or InputError."""
         for i, prior in enumerate(self.priors):
-            if not hasattr(prior, "apply_covariance"):
-                remedy = "use that of `base`" if hasattr(prior, "base") else "estimate it from sample_many"
-                raise InputError(f"component {i} is a {type(prior).__name__}, whose {what} is not known: {remedy}")
+            if not isinstance(prior, GaussianCore):
+                remedy = "use that of `core`" if prior.core is not prior else "estimate it from sample_many"
+                raise InputError(f"component {i} is a {type(prior).__name__}, whose {what} is not known: {remedy}.")
         return self.priors
 
+    def __repr__(self) -> str:
+        return f"ProductPrior([{', '.join(map(repr, self.priors))}])"
 
-def _parts(V, values):
-    """Owned coefficients (n, n_owned) of a mixed space, component by component."""
-    return split(V, check_rows(values, V, "coefficients"))
+
+def is_gaussian(prior: Prior) -> bool:
+    """Whether a prior, or every component of a product, is Gaussian and known by mean and covariance."""
+    parts = prior.priors if isinstance(prior, ProductPrior) else (prior,)
+    return all(isinstance(part, GaussianCore) for part in parts)
+
+
+def _parts(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
+    """Owned coefficients (n, n_owned) of a mixed space, checked, component by component."""
+    return by_component(V, check_rows(values, V, "coefficients"))

@@ -1,40 +1,31 @@
-r"""Prior distributions of an unknown field, as random Functions on the user's own mesh.
+"""Priors of transformed fields, and priors of users' own samplers."""
 
-A Gaussian prior is a Whittle-Matérn field: the solution of ``(1 - L² Δ)^(m/2) w = white noise`` has, on an
-unbounded domain of dimension d, the Matérn correlation of smoothness ``ν = m - d/2`` and length
-``ℓ = L sqrt(2ν)`` (Lindgren, Rue and Lindström 2011, eq. 1 to 3).  In matrices, with mass ``M``,
-``K = M + L² A + Robin`` and ``b ~ N(0, M)`` (Croci et al. 2018; Weaver and Mirouze 2013; as in
-``firedrake.adjoint.AutoregressiveCovariance``):
-
-    draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹
-    covariance  C = D R M Rᵀ D,   D = diag(std / sqrt(diag(R₀ M R₀ᵀ)))
-
-``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet
-condition, so near Dirichlet parts the variance of ``C`` goes to zero as it should.  The Robin term
-``(L/1.42) u v ds`` (Daon and Stadler 2018) keeps the correlation near a boundary close to the one inside.
-The operator and its factorisation are Firedrake's; added here are many right-hand sides at once, white noise
-that does not depend on the numbering of a distributed mesh, and the pointwise variance.
-
-Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
-from firedrake import Constant, Function, conditional, lt
+import ufl
+from firedrake import Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
+from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint import no_annotations
+from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms.analysis import extract_type
+from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
+from ufl.differentiation import Derivative
 
 from fem_diffusion.checks import check_array, check_callable, check_count, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.fields.checks import check_reproduced, prepared_interpolation
-from fem_diffusion.prior.gaussian import GaussianPrior
-from fem_diffusion.fields.doors import check_expression, check_prior, check_rows, check_space
-from fem_diffusion.prior.matern import matern_correlation
+from fem_diffusion.fields.checks import (
+    check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
+)
+from fem_diffusion.fields.coefficients import coefficients, field, is_real, multiply, owned_size
+from fem_diffusion.prior.protocol import Prior, check_prior
 
-__all__ = ["GaussianPrior", "TransformedPrior", "CallablePrior", "level_set", "matern_correlation"]
+__all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 
 
-def level_set(values, thresholds):
+def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[[Expr], Expr]:
     """Transform that takes one of several values, by the level of the field.
 
     Parameters
@@ -52,17 +43,17 @@ def level_set(values, thresholds):
     Raises
     ------
     InputError
-        If they are not finite numbers, the thresholds do not increase, or there is not one value more than thresholds.
+        If they are not finite, the thresholds do not increase, or there is not one value more than thresholds.
     """
     values, thresholds = check_array(values, "values", ("n",)), check_array(thresholds, "thresholds", ("n",))
     if len(values) != len(thresholds) + 1 or not len(thresholds):
-        raise InputError(f"got {len(values)} values and {len(thresholds)} thresholds: give one value more")
+        raise InputError(f"got {len(values)} values and {len(thresholds)} thresholds: give one value more.")
     if not np.all(np.diff(thresholds) > 0):
-        raise InputError(f"thresholds are {thresholds}: give them strictly increasing")
+        raise InputError(f"thresholds are {thresholds}: give them strictly increasing.")
 
-    def transform(f):
+    def transform(f: Expr) -> Expr:
         if not isinstance(f, Expr) or f.ufl_shape:
-            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component")
+            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component.")
         expression = Constant(values[-1])
         for value, threshold in reversed(list(zip(values, thresholds))):
             expression = conditional(lt(f, threshold), Constant(value), expression)
@@ -71,17 +62,18 @@ def level_set(values, thresholds):
     return transform
 
 
-class TransformedPrior:
+class TransformedPrior(Prior):
     """Prior of a transformed field, ``m = transform(field)``.
 
     Parameters
     ----------
-    base : GaussianPrior | CallablePrior | TransformedPrior | ProductPrior
-        Prior of the field.
+    prior : Prior
+        Prior of the field, which may be transformed itself.
     transform : callable
-        Maps the field (a Function) to a UFL expression, e.g. ``firedrake.exp`` or ``level_set(...)``.
+        Maps the field (a Function) to a UFL expression, e.g. ``firedrake.exp`` or ``level_set(...)``; the parts of a
+        mixed field are ``split(field)``.
     V : firedrake.functionspaceimpl.WithGeometry | None
-        Space of the parameter, into which the expression is interpolated; default ``base.V``.
+        Space of the parameter, into which the expression is interpolated; default ``prior.V``.
 
     Raises
     ------
@@ -90,65 +82,119 @@ class TransformedPrior:
         constant, or Firedrake cannot interpolate into V.
     """
 
-    def __init__(self, base, transform, V=None):
-        self.base = check_prior(base, "base")
+    def __init__(self, prior: Prior, transform: Callable[[Function], Expr], V: WithGeometry | None = None) -> None:
+        self._inner = check_prior(prior)
         self.transform = check_callable(transform, "transform", "a function that maps the field to a UFL expression", 1)
-        self.V = base.V if V is None else check_space(V)
-        self._field, self._result = Function(base.V), Function(self.V)
+        self.V = self._inner.V if V is None else check_space(V)
+        self._field, self._result = Function(self._inner.V), Function(self.V)
         expression = transform(self._field)
         if not isinstance(expression, Expr):
-            raise InputError(f"transform gave {type(expression).__name__}: let it return a UFL expression")
+            raise InputError(f"transform gave {type(expression).__name__}: let it return a UFL expression.")
         if expression.ufl_shape != self.V.value_shape:
             raise InputError(f"transform gave value shape {expression.ufl_shape}, the space has "
-                             f"{self.V.value_shape}: change the transform or pass another V")
-        check_expression(expression, "what transform gave", (*(W.mesh() for W in base.V), self.V.mesh()))
+                             f"{self.V.value_shape}: change the transform or pass another V.")
+        meshes = (*(W.mesh() for W in self._inner.V), self.V.mesh())
+        self._expression = check_expression(expression, "what transform gave", meshes)
         try:
             self._interpolate = prepared_interpolation(expression, self._result)
         except NotImplementedError as error:
             raise InputError(f"Firedrake cannot interpolate into {self.V.ufl_element()} ({error}): pass a V whose "
-                             "coefficients are point values, such as CG or DG") from error
+                             "coefficients are point values, such as CG or DG.") from error
         if "Real" in repr(self.V.ufl_element()):
-            self.transform_many(coefficients(base.sample(0))[None])
+            self.transform_many(coefficients(self.core.sample(0))[None])
             check_reproduced(expression, self._result, "the transform")
 
-    def sample(self, seed):
-        """Draw one sample, a Function in ``V``: the transform of ``base.sample(seed)``."""
-        return field(self.V, self.transform_many(coefficients(self.base.sample(seed))[None])[0])
+    @property
+    def core(self) -> Prior:
+        """Prior of the field before all transforms."""
+        return self._inner.core
 
-    def sample_many(self, n, seed):
-        """Draw n samples: owned coefficients in ``V``, shape (n, n_owned)."""
-        return self.transform_many(self.base.sample_many(n, seed))
+    def sample(self, seed: int) -> Function:
+        """Draw one sample, a Function in ``V``: the transform of ``core.sample(seed)``."""
+        return field(self.V, self.transform_many(coefficients(self.core.sample(seed))[None])[0])
+
+    def sample_many(self, n: int, seed: int) -> np.ndarray:
+        """As `Prior.sample_many`."""
+        return self.transform_many(self.core.sample_many(n, seed))
+
+    def __repr__(self) -> str:
+        name = getattr(self.transform, "__name__", "transform")
+        return f"TransformedPrior({name} of {self._inner}, {self.V.dim()} unknowns)"
+
+    def transform_many(self, values: np.ndarray) -> np.ndarray:
+        """As `Prior.transform_many`: one interpolation for each field."""
+        return self._each(self._inner.transform_many(values), self._interpolate, self._result)
 
     @no_annotations
-    def transform_many(self, values):
-        """Transform fields given by their coefficients (collective).
+    def _each(self, values: np.ndarray, run: Callable[[], object], result: Function) -> np.ndarray:
+        """Coefficients of a result that is interpolated anew for each of the fields that the transform sees."""
+        outcome = np.empty((len(values), owned_size(result.function_space())))
+        for row, source in zip(outcome, values):
+            self._set(source)
+            run()
+            row[:] = coefficients(result)
+        return outcome
 
-        Parameters
-        ----------
-        values : numpy.ndarray
-            Owned coefficients in ``base.V``, shape (n, n_owned of base.V).
+    def _set(self, values: np.ndarray) -> None:
+        """Give the field that the transform sees its coefficients (n_owned,)."""
+        with self._field.dat.vec_wo as vec:
+            vec.array[:] = values
 
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients in ``V``, shape (n, n_owned).
+    def _derivative(self, direction: Expr) -> Expr:
+        """UFL derivative of the transform in a direction, which may be an argument."""
+        if len(self._inner.V) > 1 and set(self._field.subfunctions) & set(extract_coefficients(self._expression)):
+            raise InputError("The transform has no derivative: write the parts of a mixed field as split(field).")
+        return expand_derivatives(ufl.derivative(self._expression, self._field, direction))
 
-        Raises
-        ------
-        InputError
-            If the coefficients have another shape, or are not real and finite.
-        """
-        values = check_rows(values, self.base.V, "values")
-        result = np.empty((len(values), owned_size(self.V)))
-        for row, source in zip(result, values):
-            with self._field.dat.vec_wo as vec:
-                vec.array[:] = source
-            self._interpolate()
-            row[:] = coefficients(self._result)
-        return result
+    @no_annotations
+    def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """As `Prior.pull_back`, by the UFL derivative."""
+        rows = check_rows(rows, self.V, "rows")
+        self._set(self._inner.transform_many(np.asarray(at)[None])[0])
+        return self._inner.pull_back(self._transposed(rows), at)
+
+    def _transposed(self, rows: np.ndarray) -> np.ndarray:
+        """Transposed derivative of this transform alone, at the field that is set, times rows (k, n_owned of V)."""
+        V, numbers = self._inner.V, any(is_real(W) for W in (*self._inner.V, *self.V))
+        direction = Function(V) if numbers else TrialFunction(V)
+        slope = self._derivative(direction)
+        if isinstance(slope, Zero):
+            return np.zeros((len(rows), owned_size(V)))
+        if not numbers:
+            matrix = assemble(interpolate(slope, self.V), mat_type="aij").petscmat
+            result = multiply(matrix, rows, transpose=True)
+            matrix.destroy()
+            return result
+        # Firedrake has no matrix to or from numbers: one direction after the other.
+        change, columns = Function(self.V), np.zeros((V.dim(), len(rows)))
+        run, n = prepared_interpolation(slope, change), owned_size(V)
+        mine = sum(V.comm.allgather(n)[:V.comm.rank]) + np.arange(n)
+        for i in range(len(columns)):
+            with direction.dat.vec_wo as vec:
+                vec.array[:] = mine == i
+            run()
+            columns[i] = rows @ coefficients(change)
+        return V.comm.allreduce(columns)[mine].T
+
+    def slope_many(self, values: np.ndarray) -> np.ndarray:
+        """As `Prior.slope_many`, by interpolation of the UFL derivative."""
+        inner, run = self._inner.transform_many(values), self._slope[0]
+        outer = np.zeros_like(inner) if run is None else self._each(inner, run, self._slope[1])
+        return outer * self._inner.slope_many(values)
+
+    @cached_property
+    def _slope(self) -> tuple[Callable[[], object] | None, Function]:
+        """Interpolation of the derivative in the direction of one, and its result; None where it is zero."""
+        V = self._inner.V
+        pointwise = V == self.V and len(V) == 1 and not V.value_shape and (
+            is_real(V) or V.finat_element.has_pointwise_dual_basis)
+        if not pointwise or extract_type(self._expression, Derivative):
+            raise InputError("The transform is not pointwise between scalar fields of one space: use pull_back.")
+        slope, result = self._derivative(Constant(1.0)), Function(V)
+        return None if isinstance(slope, Zero) else prepared_interpolation(slope, result), result
 
 
-class CallablePrior:
+class CallablePrior(Prior):
     """Prior given by the user's own sampler.
 
     Parameters
@@ -164,20 +210,23 @@ class CallablePrior:
         If V is no space, or sample no function of one argument.
     """
 
-    def __init__(self, V, sample):
+    def __init__(self, V: WithGeometry, sample: Callable[[int], Function]) -> None:
         self.V = check_space(V)
         self._sample = check_callable(sample, "sample", "a function from seed to Function", 1)
 
-    def sample(self, seed):
+    def sample(self, seed: int) -> Function:
         """Draw one sample, a new Function in ``V``; InputError if the sampler returns anything else."""
         f = self._sample(check_seed(seed))
         got = f.function_space() if isinstance(f, Function) else type(f).__name__
         if got != self.V:
             raise InputError(f"the sampler returned {got}, expected a Function in {self.V}: interpolate it "
-                             "into the prior's space")
+                             "into the prior's space.")
         return field(self.V, coefficients(f))
 
-    def sample_many(self, n, seed):
-        """Draw n samples with seeds derived from seed: owned coefficients, shape (n, n_owned)."""
+    def sample_many(self, n: int, seed: int) -> np.ndarray:
+        """As `Prior.sample_many`, with seeds derived from seed."""
         seeds = np.random.SeedSequence(check_seed(seed)).generate_state(check_count(n))
         return np.array([coefficients(self.sample(int(s))) for s in seeds])
+
+    def __repr__(self) -> str:
+        return f"CallablePrior({self.V.dim()} unknowns, {self.V.ufl_element()})"

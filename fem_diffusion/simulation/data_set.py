@@ -1,4 +1,4 @@
-"""The folder of a data set: a header that says what is simulated, and a file for each block of samples."""
+"""Training pairs, and the folder of a data set: a header that says what is simulated, and a file for each block."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_path
@@ -14,19 +15,49 @@ from fem_diffusion.errors import DataError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
-__all__ = ["Block", "Folder"]
+__all__ = ["Block", "DataSet", "Folder"]
 
 _HEADER = "data_set.safetensors"
-_FORMER_HEADER = "header.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
+class DataSet:
+    """Training pairs.
+
+    Parameters
+    ----------
+    coefficients : numpy.ndarray
+        Of the prior's fields, before any transform; owned, shape (n, n_owned).
+    readings : numpy.ndarray
+        Without noise, shape (n, k), global.
+    states : numpy.ndarray or None
+        Owned coefficients, shape (n, n_owned of U), where they were kept.
+    skipped : tuple of (int, str)
+        Number and reason of each sample that is missing because its solve failed; `simulated_parameter` gives its
+        parameter.
+    """
+
+    coefficients: np.ndarray
+    readings: np.ndarray
+    states: np.ndarray | None = None
+    skipped: tuple[tuple[int, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.readings)
+
+    def __repr__(self) -> str:
+        states = "no states" if self.states is None else "states"
+        return f"DataSet: {len(self)} pairs with {self.readings.shape[1]} readings and {states}" + (
+            f", {len(self.skipped)} skipped" * bool(self.skipped))
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """Results of the samples of one block.
 
     Parameters
     ----------
-    fields, observations : numpy.ndarray
+    coefficients, readings : numpy.ndarray
         Of those that were solved, shape (m, n_owned) and (m, k).
     states : numpy.ndarray or None
         Shape (m, n_owned of U).
@@ -36,11 +67,11 @@ class Block:
         Position of those that failed, to the reason.
     """
 
-    fields: np.ndarray
-    observations: np.ndarray
+    coefficients: np.ndarray
+    readings: np.ndarray
     states: np.ndarray | None
     count: int
-    failed: dict
+    failed: dict[int, str]
 
     @property
     def rows(self) -> list[int]:
@@ -49,7 +80,7 @@ class Block:
 
 
 class Folder:
-    """Blocks of one data set, on any number of ranks.
+    """Blocks of one data set, on any number of ranks; every method but `file`, `clean` and `lock` is collective.
 
     Parameters
     ----------
@@ -58,70 +89,45 @@ class Folder:
     V : firedrake.functionspaceimpl.WithGeometry
         Space of the fields.
     U : firedrake.functionspaceimpl.WithGeometry or None
-        Space of the states where they are wanted.
+        Space of the states, where it is known.
     """
 
-    def __init__(self, path: str | os.PathLike, V, U=None):
+    def __init__(self, path: str | os.PathLike, V: WithGeometry, U: WithGeometry | None):
         self.path, self.V, self.U, self.comm = check_path(path), V, U, V.comm
-        self._columns = {}
 
     def exists(self) -> bool:
-        """Whether there is a data set in the folder (collective)."""
-        def look():
-            if (self.path / _FORMER_HEADER).exists():
-                raise DataError(f"{self.path} holds a data set of version 0.1.0, which this version does not read: "
-                                "name another folder, or delete this one.")
-            return (self.path / _HEADER).exists()
-        return on_root(self.comm, look)
+        """Whether there is a data set in the folder."""
+        return on_root(self.comm, (self.path / _HEADER).exists)
 
-    def create(self, seed: int, block: int, fields: np.ndarray, observations: np.ndarray) -> None:
-        """Write the header of a new data set, with a few samples by which its problem is recognised (collective)."""
-        arrays = {"fields.key": gather_keys(self.V), "probe.fields": gather_rows(self.V, fields)}
-        if self.U is not None:
-            arrays["states.key"] = gather_keys(self.U)
-        values = {"seed": seed, "block": block, "fields.element": element_of(self.V),
-                  "states.element": None if self.U is None else element_of(self.U)}
+    def create(self, seed: int, block: int, states: bool, coefficients: np.ndarray, readings: np.ndarray) -> None:
+        """Write the header of a new data set, with a few samples by which its problem is recognised."""
+        arrays = {"coefficients.key": gather_keys(self.V), "probe.coefficients": gather_rows(self.V, coefficients),
+                  "probe.readings": readings} | ({"states.key": gather_keys(self.U)} if states else {})
+        values = {"seed": seed, "block": block, "coefficients.element": element_of(self.V),
+                  "states.element": element_of(self.U) if states else None}
+        on_root(self.comm, lambda: files.write(self.path / _HEADER, "data set", arrays, values))
 
-        def write():
-            files.write(self.path / _HEADER, "data set", arrays | {"probe.observations": observations}, values)
-        on_root(self.comm, write)
-
-    def open(self) -> files.Content:
-        """Read the header; DataError or FileError if it is none, or of other spaces (collective)."""
+    def open(self) -> None:
+        """Read the header; DataError or FileError if it is none, or of other spaces."""
         if not self.exists():
             raise DataError(f"{self.path} is no data set of fem_diffusion: name a folder that simulate wrote.")
         self.header = header = read_everywhere(
             self.comm, self.path / _HEADER, "data set",
             f"Delete that file and run simulate again, which keeps the blocks in {self.path} that are whole.")
-        header.value("seed", int)
         if header.value("block", int) < 1:
             raise header.error("holds a block size that is not positive")
-        self._columns["fields"] = own_columns(header, "fields.key", "fields.element", self.V)
-        if self.U is not None:
-            if header.value("states.element", str, type(None)) is None:
-                raise DataError(f"{self.path} holds no states: simulate with keep_states=True in another folder.")
-            self._columns["states"] = own_columns(header, "states.key", "states.element", self.U)
-        return header
-
-    @property
-    def size(self) -> int:
-        """Samples in a whole block."""
-        return self.header.values["block"]
-
-    @property
-    def sensors(self) -> int:
-        """Number of readings of a sample."""
-        return self.header.array("probe.observations", None, None, finite=False).shape[1]
-
-    def probe(self) -> tuple[np.ndarray, np.ndarray]:
-        """Fields (p, n_owned) and readings (p, k) by which the problem is recognised; NaN where a solve failed."""
-        observations = self.header.array("probe.observations", None, None, finite=False)
-        fields = self.header.array("probe.fields", len(observations), len(self.header.arrays["fields.key"]))
-        return fields[:, self._columns["fields"]], observations
+        self.seed, self.size = header.value("seed", int), header.value("block", int)
+        self.states = header.value("states.element", str, type(None)) is not None
+        parts = {"coefficients": self.V} | ({"states": self.U} if self.states and self.U is not None else {})
+        self._columns = {name: own_columns(header, f"{name}.key", f"{name}.element", V) for name, V in parts.items()}
+        # Of the samples by which the problem is recognised; NaN where a solve failed.
+        self.readings = header.array("probe.readings", None, None, finite=False)
+        self.coefficients = header.array("probe.coefficients", len(self.readings), len(
+            header.arrays["coefficients.key"]))[:, self._columns["coefficients"]]
 
     def blocks(self) -> list[int]:
-        """Numbers of the blocks that are there, in order (collective)."""
-        def look():
+        """Numbers of the blocks that are there, in order."""
+        def look() -> list[int]:
             found = (re.fullmatch("block-([0-9]{5,})", file.stem) for file in self.path.glob("block-*.safetensors"))
             return sorted(int(match[1]) for match in found if match)
         return on_root(self.comm, look)
@@ -136,25 +142,24 @@ class Folder:
             with contextlib.suppress(OSError):
                 file.unlink()
 
-    def lock(self):
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Context that keeps other runs out; on one rank, which makes the folder."""
         files.make_folder(self.path)
         return files.locked(self.path / "in_use.lock", f"The folder {self.path}")
 
     def write(self, index: int, block: Block) -> None:
-        """Write a block, whole or not at all (collective)."""
-        arrays = {"fields": gather_rows(self.V, block.fields), "observations": block.observations}
+        """Write a block, whole or not at all."""
+        arrays = {"coefficients": gather_rows(self.V, block.coefficients), "readings": block.readings}
         if block.states is not None:
             arrays["states"] = gather_rows(self.U, block.states)
-        values = {"data set": self.header.checksum, "seed": self.header.values["seed"], "index": index,
-                  "count": block.count, "failed": {str(i): reason for i, reason in block.failed.items()}}
+        values = {"data set": self.header.checksum, "seed": self.seed, "index": index, "count": block.count,
+                  "failed": {str(i): reason for i, reason in block.failed.items()}}
         on_root(self.comm, lambda: files.write(self.file(index), "block", arrays, values))
 
     def read(self, index: int) -> Block:
-        """This rank's part of a block; FileError if it is damaged or not that block of this data set (collective)."""
+        """This rank's part of a block; FileError if it is damaged or not that block of this data set."""
         content = read_everywhere(self.comm, self.file(index), "block", "Delete that file and run simulate again.")
-        identity = {"data set": self.header.checksum, "seed": self.header.values["seed"], "index": index}
-        for name, wanted in identity.items():
+        for name, wanted in {"data set": self.header.checksum, "seed": self.seed, "index": index}.items():
             if content.value(name, type(wanted)) != wanted:
                 raise content.error(f"is not block {index} of this data set: its {name} is {content.values[name]}")
         count, failed = content.value("count", int), content.value("failed", dict)
@@ -165,5 +170,5 @@ class Folder:
         rows = count - len(failed)
         parts = {name: content.array(name, rows, len(self.header.arrays[f"{name}.key"]))[:, columns]
                  for name, columns in self._columns.items()}
-        return Block(parts["fields"], content.array("observations", rows, self.sensors), parts.get("states"), count,
-                     {int(i): reason for i, reason in failed.items()})
+        return Block(parts["coefficients"], content.array("readings", rows, self.readings.shape[1]),
+                     parts.get("states"), count, {int(i): reason for i, reason in failed.items()})

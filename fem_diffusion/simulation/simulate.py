@@ -1,23 +1,22 @@
-"""Joint samples of parameter and observation, written block by block to a resumable data set."""
+"""Joint samples of parameter and readings, block by block; in a folder they are kept, whatever stops a run."""
 
 import contextlib
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import numpy as np
 from firedrake import Ensemble, Function
-from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
-from tqdm import tqdm
 
-from fem_diffusion.simulation.data_set import Block, Folder
-from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths, check_share
-from fem_diffusion.checks import check_choice, check_count, check_flag, check_kind, check_number, check_seed, together
+from fem_diffusion.checks import check_count, check_flag, check_kind, check_number, check_seed, together
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
-from fem_diffusion.observation.linear import no_sensors
+from fem_diffusion.fields.events import event
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.progress import bar
+from fem_diffusion.simulation.data_set import Block, DataSet, Folder
+from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths
 
 __all__ = ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"]
 
@@ -26,35 +25,8 @@ class SkippedWarning(UserWarning):
     """Samples whose solve failed are missing in a data set, which conditions the prior on success."""
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """Training pairs.
-
-    Parameters
-    ----------
-    fields : numpy.ndarray
-        Owned coefficients of the prior's fields, before any transform, shape (n, n_owned).
-    observations : numpy.ndarray
-        Noise-free observations, shape (n, k), global.
-    states : numpy.ndarray or None
-        Owned coefficients of the states, shape (n, n_owned of U), where they were kept.
-    skipped : tuple of (int, str)
-        Number and reason of each sample that is missing because its solve failed; `simulated_parameter` gives its
-        parameter.
-    """
-
-    fields: np.ndarray
-    observations: np.ndarray
-    states: np.ndarray | None = None
-    skipped: tuple = ()
-
-    def __len__(self) -> int:
-        return len(self.observations)
-
-
-def simulate(prior, forward: Callable[[Function], Function], observation: Callable, n: int, *, seed: int,
-             path: str | os.PathLike | None = None, keep_states: bool = False, block: int = 256,
-             ensemble: Ensemble | None = None, on_failure: str = "raise", most_failures: float = 0.1,
+def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathLike | None = None,
+             keep_states: bool | None = None, block: int = 256, ensemble: Ensemble | None = None, skip: float = 0.0,
              progress: bool = True) -> DataSet:
     """Draw parameters from the prior, solve the forward problem, observe the state.
 
@@ -65,14 +37,8 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
 
     Parameters
     ----------
-    prior : GaussianPrior, TransformedPrior, CallablePrior or ProductPrior
-        Prior of the parameter.
-    forward : Callable
-        Maps a parameter Function to a state Function, mixed where there are several of either; where it has a method
-        ``solve_many``, blocks of owned coefficients (B, n_owned) are given to that.
-    observation : Observation, Callable or firedrake.functionspaceimpl.WithGeometry
-        Maps a state Function to k numbers; the space of the states itself to keep the states and observe nothing, for
-        a model of many observation operators.
+    problem : InverseProblem
+        Of a family nothing is observed: the states are the data.
     n : int
         Number of pairs.
     seed : int
@@ -80,18 +46,16 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     path : path, optional
         Folder of the data set; each block is a file, written atomically. What a former run of the same call left
         there is kept and completed. One run at a time works in a folder. In memory only where left out.
-    keep_states : bool
-        Keep the states as well.
+    keep_states : bool, optional
+        Keep the states as well; where left out, for a family only.
     block : int
         Samples a block.
     ensemble : firedrake.Ensemble, optional
         Its members share the blocks; the mesh lives on ``ensemble.comm``. Needs `path`.
-    on_failure : {"raise", "skip"}
-        What to do where the forward problem raises an exception for a sample, or parameter, state or readings are not
-        finite: stop, with all finished solves kept; or leave the sample out and record it in `DataSet.skipped`. In a
-        folder, "raise" gives samples that were left out another turn.
-    most_failures : float
-        Share of failed samples above which skipping stops, too.
+    skip : float
+        Share of samples that may be left out because the forward problem raises an exception, or parameter, state or
+        readings are not finite; they are recorded in `DataSet.skipped`. With more of them the run stops, without any
+        leave at the first one, with all finished solves kept; in a folder, those left out have another turn then.
     progress : bool
         Show a progress bar on rank 0.
 
@@ -105,14 +69,14 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
     InstallError
         On a complex PETSc build.
     InputError
-        If an argument is out of range, spaces do not fit, an ensemble comes without `path`, or the observation does not
-        give equally many real numbers each time, the same on all ranks.
+        If an argument is out of range, an ensemble comes without `path`, or the observation does not give equally many
+        real numbers each time, the same on all ranks.
     DataError
         If the folder holds another data set, or a sample of the prior is not finite.
     FileError
         If a file is damaged or cannot be written, or another run works in the folder.
     SolveError
-        If the forward problem fails for a sample, or, where failures are skipped, for too many.
+        If the forward problem fails for more samples than may be left out.
 
     Warns
     -----
@@ -120,61 +84,56 @@ def simulate(prior, forward: Callable[[Function], Function], observation: Callab
         If samples are missing.
     """
     require_real()
+    _check_problem(problem)
     n, block, seed = check_count(n), check_count(block, "block"), check_seed(seed)
-    check_choice(on_failure, "on_failure", ("raise", "skip"))
-    most_failures = check_number(most_failures, "most_failures", least=0, most=1)
-    keep_states, progress = check_flag(keep_states, "keep_states"), check_flag(progress, "progress")
-    if isinstance(observation, WithGeometry):
-        observation, keep_states = no_sensors(observation), True
+    skip, progress = check_number(skip, "skip", least=0, most=1), check_flag(progress, "progress")
+    keep_states = problem.family if keep_states is None else check_flag(keep_states, "keep_states")
+    if (keep_states or problem.family) and problem.U is None:
+        raise InputError("The space of the states is not known: give the solver as CallableForward(solver, M, U).")
     if not isinstance(ensemble, (Ensemble, type(None))):
         raise InputError(f"ensemble is of type {type(ensemble).__name__}: give a firedrake.Ensemble.")
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
-    _check_spaces(prior, forward, observation, keep_states)
-    V, U = getattr(prior, "base", prior).V, observation.U if keep_states else None
-    stop = 0.0 if on_failure == "raise" else most_failures
-    with contextlib.ExitStack() as stack:
-        job = stack.enter_context(contextlib.closing(Job(prior, forward, observation, seed, keep_states)))
-        quiet = not progress or bool(prior.V.comm.rank) or (ensemble is not None and bool(ensemble.ensemble_rank))
-        bar = stack.enter_context(tqdm(total=n, desc="simulate", disable=quiet))
+    member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
+    everyone = problem.comm if ensemble is None else ensemble.global_comm
+    with event("simulate"), contextlib.ExitStack() as stack:
+        job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states)))
+        shown = stack.enter_context(bar(n, "simulate", progress and not problem.comm.rank and not member))
+        tally = Tally(seed, block, n, skip)
         if path is None:
-            blocks = _all_blocks(job, n, block, bar, stop)
-            return _told(_joined(blocks, block, n, stop))
-        folder = Folder(path, V, U)
-        member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
-        everyone = V.comm if ensemble is None else ensemble.global_comm
+            return _told(_joined(_advance(job, n, shown.update, tally), tally))
+        folder = Folder(path, problem.V, problem.U)
         on_root(everyone, lambda: stack.enter_context(folder.lock()) or folder.clean())
-        together(everyone, lambda: member or folder.exists() or folder.create(job.seed, block, *job.probe))
+        together(everyone, lambda: member or folder.exists() or folder.create(seed, block, keep_states, *job.probe))
         together(everyone, lambda: _check_former(folder, job, block))
-        together(everyone, lambda: _complete(folder, job, n, bar, stop, member, members))
+        together(everyone, lambda: _advance(job, n, shown.update, tally, folder, member, members))
         # Whoever is done waits, because the folder is unlocked by one of all.
-        return _told(together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), block, n, stop)))
+        return _told(together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), tally)))
 
 
-def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> DataSet:
+def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None = None) -> DataSet:
     """Read a data set that `simulate` wrote, on any number of ranks.
 
     Parameters
     ----------
     path : path
         Its folder.
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the prior's fields, on the same mesh as when the data were written.
+    problem : InverseProblem
+        That was simulated, on the same mesh.
     n : int, optional
         Number of samples to read, with those that failed; all where left out.
-    U : firedrake.functionspaceimpl.WithGeometry, optional
-        Space of the states; they are left out without it.
 
     Returns
     -------
     DataSet
+        With the states where they were kept.
 
     Raises
     ------
     InputError
         If n is no positive integer.
     DataError
-        If the folder is no data set, is empty or incomplete, or holds no states.
+        If the folder is no data set, is empty or incomplete, or holds readings of other sensors.
     FileError
         If a file is damaged, or belongs to another mesh, space or data set.
 
@@ -183,10 +142,14 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
     SkippedWarning
         If samples are missing because their solves failed.
     """
+    _check_problem(problem)
     n = None if n is None else check_count(n)
-    check_kind(V, "V", WithGeometry, "the space of the prior's fields")
-    folder = Folder(path, V, U)
+    folder = Folder(path, problem.V, problem.U)
     folder.open()
+    k = 0 if problem.family else problem.k
+    if k not in (None, folder.readings.shape[1]):
+        raise DataError(f"{folder.path} holds {folder.readings.shape[1]} readings of each sample, and the problem has "
+                        f"{k}: pass the problem that was simulated.")
     there = folder.blocks()
     if not there:
         raise DataError(f"{folder.path} holds no samples: run simulate(..., path={str(path)!r}) first.")
@@ -197,16 +160,16 @@ def load_pairs(path: str | os.PathLike, V, n: int | None = None, U=None) -> Data
     if any(i not in blocks or blocks[i].count < count for i, count in enumerate(wanted)):
         raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
                         "simulate again to complete it.")
-    return _told(_joined(blocks.values(), folder.size, n, most=1.0))
+    return _told(_joined(blocks.values(), Tally(folder.seed, folder.size, n, 1.0)))
 
 
-def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> Function:
+def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, block: int = 256) -> Function:
     """The parameter of one sample of `simulate`, for example of one whose solve failed.
 
     Parameters
     ----------
-    prior
-        The prior of the simulation.
+    problem : InverseProblem
+        That was simulated.
     number : int
         Of the sample, from 0 on, as in `DataSet.skipped` and in error messages.
     seed, block : int
@@ -222,50 +185,28 @@ def simulated_parameter(prior, number: int, *, seed: int, block: int = 256) -> F
     InputError
         If a number is out of range.
     """
+    _check_problem(problem)
     number, block = check_count(number, "number", least=0), check_count(block, "block")
     index, position = divmod(number, block)
-    return field(prior.V, prior.sample_many(position + 1, block_seed(check_seed(seed), index))[position])
+    fields = problem.prior.core.sample_many(position + 1, block_seed(check_seed(seed), index))
+    return field(problem.M, problem.prior.transform_many(fields[position:])[0])
 
 
-def _check_spaces(prior, forward, observation, keep_states) -> None:
-    """Raise InputError where prior, forward problem and observation do not follow each other."""
-    if not hasattr(prior, "sample_many") or not hasattr(prior, "V"):
-        raise InputError(f"prior is of type {type(prior).__name__}: give a GaussianPrior, or your own sampler in a "
-                         "CallablePrior.")
-    for name, ours, theirs in (("prior", prior.V, getattr(forward, "M", prior.V)),
-                               ("forward problem", getattr(forward, "state_space", None),
-                                getattr(observation, "U", None))):
-        if ours is not None and theirs is not None and ours != theirs:
-            raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
-                             "forward problem and observation on the same spaces.")
-    if keep_states and not hasattr(observation, "U"):
-        raise InputError("States are kept in the space of an Observation: use point_sensors or functionals.")
-    for name, part in (("forward problem", forward), ("observation", observation)):
-        if not callable(part):
-            raise InputError(f"The {name} is of type {type(part).__name__}: give a callable.")
-
-
-def _all_blocks(job: Job, n: int, size: int, bar, most: float) -> list[Block]:
-    """Blocks in memory."""
-    blocks, tally = [], Tally(job.seed, size, n, most)
-    for index in range(-(-n // size)):
-        blocks.append(_solved_block(job, index, min(size, n - index * size), tally))
-        tally.add(index, blocks[-1])
-        bar.update(blocks[-1].count)
-    return blocks
+def _check_problem(problem: InverseProblem) -> None:
+    check_kind(problem, "problem", InverseProblem, "an InverseProblem(prior, forward, observation, noise)")
 
 
 def _check_former(folder: Folder, job: Job, block: int) -> None:
     """Raise DataError unless the folder holds this very data set."""
-    header = folder.open()
-    former = {"seed": header.value("seed", int), "block": folder.size,
-              "keep_states": header.value("states.element", str, type(None)) is not None}
+    folder.open()
+    former = {"seed": folder.seed, "block": folder.size, "keep_states": folder.states}
     wanted = {"seed": job.seed, "block": block, "keep_states": job.keep_states}
     changed = [name for name in wanted if former[name] != wanted[name]]
     if changed:
         raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
                         "delete this one.")
-    same = all(new.shape == old.shape and _near(new, old) for new, old in zip(job.probe, folder.probe()))
+    same = all(new.shape == old.shape and _near(new, old)
+               for new, old in zip(job.probe, (folder.coefficients, folder.readings)))
     if not folder.comm.allreduce(same, MPI.LAND):
         raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
                         "them does not repeat itself: name another folder, or delete this one.")
@@ -280,106 +221,93 @@ def _near(new: np.ndarray, old: np.ndarray) -> bool:
     return bool((np.abs(new - old)[known] <= tolerance[known]).all())
 
 
-def _complete(folder: Folder, job: Job, n: int, bar, most: float, member: int, members: int) -> None:
-    """Solve what is missing, this ensemble member's share of it."""
-    size, there, tally = folder.size, set(folder.blocks()), Tally(job.seed, folder.size, n, most)
-    for index in range(-(-n // size)):
-        wanted = min(size, n - index * size)
+def _advance(job: Job, n: int, show: Callable, tally: Tally, folder: Folder | None = None, member: int = 0,
+             members: int = 1) -> list[Block]:
+    """Solve what is missing, this ensemble member's share of it; blocks are returned where there is no folder."""
+    blocks, there = [], () if folder is None else set(folder.blocks())
+    for index in range(-(-n // tally.size)):
+        wanted = min(tally.size, n - index * tally.size)
         if index % members == member:
             block = folder.read(index) if index in there else None
-            if block is not None and block.failed and tally.stops:
-                block = _retried(job, index, block, tally, folder)
-            if block is None or block.count < wanted:
-                block = _solved_block(job, index, wanted, tally, block, folder)
+            if block is None or block.count < wanted or (block.failed and tally.stops):
+                block = _turn(job, index, wanted, block, tally, folder)
             tally.add(index, block)
-        bar.update(wanted)
+            if folder is None:
+                blocks.append(block)
+        show(wanted)
+    return blocks
 
 
-def _solved_block(job: Job, index: int, size: int, tally: Tally, former: Block | None = None,
-                  folder: Folder | None = None) -> Block:
-    """Solve the samples of a block that a former run has not; in a folder, what is solved is kept."""
-    fields, parameters = job.draw(index, size)
-    start = 0 if former is None else former.count
-    if former is not None and not job.prior.V.comm.allreduce(_near(fields[former.rows], former.fields), MPI.LAND):
+def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally, folder: Folder | None) -> Block:
+    """A block with the samples that have had no turn, and those that have failed where none may.
+
+    In a folder, what is solved is kept, whatever stops the rest.
+    """
+    done = 0 if former is None else former.count
+    fields, parameters = job.draw(index, max(done, wanted))
+    if former is not None and not job.problem.comm.allreduce(_near(fields[former.rows], former.coefficients), MPI.LAND):
         raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
-    found = Solved()
+    again = sorted(former.failed) if former is not None and tally.stops else []
+    turn, found = [*again, *range(done, wanted)], Solved()
+
+    def keep() -> Block:
+        block = _merged(job, fields, found, former, folder)
+        if folder is not None and block.count:
+            folder.write(index, block)
+        return block
     try:
-        job.solve(parameters[start:], found, start, tally.exceeded)
+        job.solve(parameters[turn], turn, found, tally.exceeded)
     except KeyboardInterrupt:
         # On several ranks they are interrupted at different places, and writing needs them all.
-        if folder is not None and found.rows and job.prior.V.comm.size == 1:
-            folder.write(index, _block(job, fields, found, former, folder))
+        if job.problem.comm.size == 1:
+            keep()
         raise
     if tally.stops and found.failed:
-        # It has another turn in the next run.
+        # A sample that has failed before keeps its reason; a new one has another turn in the next run.
         (position, reason), = found.failed.items()
         found.failed = {}
-        if folder is not None and found.rows:
-            folder.write(index, _block(job, fields, found, former, folder))
+        if found.results:
+            keep()
         raise tally.error(index, position, reason, folder is not None)
-    block = _block(job, fields, found, former, folder)
-    if folder is not None:
-        folder.write(index, block)
-    return block
+    return keep()
 
 
-def _retried(job: Job, index: int, former: Block, tally: Tally, folder: Folder) -> Block:
-    """A block with another turn for the samples that a former run has left out; raises where one fails again."""
-    fields, parameters = job.draw(index, former.count)
-    missing, found = sorted(former.failed), Solved()
-    job.solve(parameters[missing], found, 0, tally.exceeded)
-    solved = [missing[i] for i in found.rows]
-    new = _block(job, fields[missing], found, None, folder)
-    order = np.argsort(former.rows + solved)
-    parts = [None if a is None else np.concatenate([a, b])[order] for a, b in (
-        (former.fields, new.fields), (former.observations, new.observations), (former.states, new.states))]
-    block = Block(*parts, former.count, {i: reason for i, reason in former.failed.items() if i not in solved})
-    if solved:
-        folder.write(index, block)
-    if found.failed:
-        (place, reason), = found.failed.items()
-        raise tally.error(index, missing[place], reason, True)
-    return block
+def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
+    """New results as a block, with those of a former run."""
+    rows = sorted(found.results)
+    known = [] if folder is None else [folder.readings[0]]
+    check_lengths([found.results[i][1] for i in rows] + known)
+    k = len(([found.results[i][1] for i in rows] + known or [()])[0])
+    sizes = {1: k} | ({0: owned_size(job.problem.U)} if job.keep_states else {})
+    states, readings = (np.array([found.results[i][part] for i in rows]).reshape(len(rows), sizes[part])
+                        if part in sizes else None for part in (0, 1))
+    failed, count = dict(found.failed), max([*rows, *found.failed, -1]) + 1
+    new = [fields[rows], readings, states]
+    if former is not None:
+        order = np.argsort(former.rows + rows)
+        new = [None if old is None else np.concatenate([old, part])[order]
+               for old, part in zip((former.coefficients, former.readings, former.states), new)]
+        failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
+        count = max(count, former.count)
+    return Block(*new, count, failed)
 
 
-def _block(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
-    """New results as a block, behind those of a former run."""
-    known = [] if folder is None else [np.empty(folder.sensors)]
-    check_lengths(found.observations + known)
-    k = len((found.observations + known or [()])[0])
-    # An interruption may have left a result that has no row yet.
-    rows = len(found.rows)
-    observations = np.array(found.observations[:rows]).reshape(rows, k)
-    states = None
-    if job.keep_states:
-        states = np.array(found.states[:rows]).reshape(rows, owned_size(job.observation.U))
-    new = Block(fields[found.rows], observations, states, found.count, found.failed)
-    if former is None:
-        return new
-    if states is not None:
-        states = np.concatenate([former.states, states])
-    fields, observations = (np.concatenate(parts) for parts in ((former.fields, new.fields),
-                                                                (former.observations, observations)))
-    return Block(fields, observations, states, former.count + new.count, former.failed | new.failed)
-
-
-def _joined(blocks, size: int, n: int, most: float) -> DataSet:
-    """The first n samples of consecutive blocks."""
-    fields, observations, states, skipped = [], [], [], []
+def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
+    """The first samples of consecutive blocks, as many as the tally wants."""
+    kept, skipped, n = [], [], tally.n
     for index, block in enumerate(blocks):
-        inside = [i for i, position in enumerate(block.rows) if index * size + position < n]
-        skipped += [(index * size + i, reason) for i, reason in block.failed.items() if index * size + i < n]
+        start = index * tally.size
+        inside = [i for i, position in enumerate(block.rows) if start + position < n]
+        skipped += [(start + i, reason) for i, reason in sorted(block.failed.items()) if start + i < n]
         if inside:
-            fields.append(block.fields[inside])
-            observations.append(block.observations[inside])
-            states.append(None if block.states is None else block.states[inside])
-    check_share([reason for _, reason in skipped], n, most)
-    if not fields:
+            kept.append([None if part is None else part[inside]
+                         for part in (block.coefficients, block.readings, block.states)])
+    tally.check([reason for _, reason in skipped], n)
+    if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
-    check_lengths([x[0] for x in observations])
-    return DataSet(np.concatenate(fields), np.concatenate(observations),
-                   None if states[0] is None else np.concatenate(states), tuple(skipped))
+    check_lengths([readings[0] for _, readings, _ in kept])
+    return DataSet(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*kept)), tuple(skipped))
 
 
 def _told(data: DataSet) -> DataSet:
@@ -389,6 +317,6 @@ def _told(data: DataSet) -> DataSet:
         number, reason = data.skipped[0]
         warnings.warn(f"{missing} of {n} samples ({missing / n:.1%}) are missing, because their solves failed (the "
                       f"first: sample {number}, {reason}). What is learned from the others belongs to the prior on "
-                      "condition that the solver succeeds. simulate(..., on_failure='raise') in the same folder gives "
-                      "them another turn.", SkippedWarning, stacklevel=3)
+                      "condition that the solver succeeds. simulate(..., skip=0) in the same folder gives them another "
+                      "turn.", SkippedWarning, stacklevel=3)
     return data

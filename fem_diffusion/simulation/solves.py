@@ -6,9 +6,10 @@ mistake, such as a state in another space (`InputError`), which every sample wou
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field as dataclass_field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake import Function
@@ -17,8 +18,12 @@ from mpi4py import MPI
 from fem_diffusion.checks import LARGEST, portable
 from fem_diffusion.errors import DataError, FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.observation.linear import Observation, no_sensors
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.simulation.data_set import Block
 
-__all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths", "check_share"]
+__all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths"]
 
 # A rank that is done waits so long for the others, in seconds, and in units of its own time: then they hang.
 _PATIENCE, _TIMES = 300.0, 20.0
@@ -36,52 +41,30 @@ def block_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Solved:
-    """Results of consecutive samples, of which some are left out.
+    """Results of some samples of a block.
 
     Parameters
     ----------
-    rows : list of int
-        Positions of those that are solved.
-    observations, states : list of numpy.ndarray
-        One for each, shape (k,) and (n_owned of U,); no states where they are not kept.
+    results : dict of int to tuple
+        Position to state (n_owned of U,), or None, and readings (k,) of those that are solved.
     failed : dict of int to str
         Position to reason of those that failed.
     """
 
-    rows: list = dataclass_field(default_factory=list)
-    observations: list = dataclass_field(default_factory=list)
-    states: list = dataclass_field(default_factory=list)
-    failed: dict = dataclass_field(default_factory=dict)
-
-    @property
-    def count(self) -> int:
-        """Number of samples that have had their turn."""
-        return len(self.rows) + len(self.failed)
+    results: dict[int, tuple[np.ndarray | None, np.ndarray]] = dataclass_field(default_factory=dict)
+    failed: dict[int, str] = dataclass_field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class Job:
-    """What is solved: prior, forward problem and observation of `simulate`.
+    """What is solved: the problem of `simulate`, its seed, and whether states are results."""
 
-    Parameters
-    ----------
-    prior, forward, observation
-        As for `simulate`.
-    seed : int
-        Of all draws.
-    keep_states : bool
-        Whether states are results.
-    """
-
-    prior: object
-    forward: Callable[[Function], Function]
-    observation: Callable
-    seed: int
-    keep_states: bool
-
-    def __post_init__(self):
+    def __init__(self, problem: InverseProblem, seed: int, keep_states: bool):
+        self.problem, self.seed, self.keep_states = problem, seed, keep_states
+        self._observation = no_sensors(problem.U) if problem.family else problem.observation
+        # A plain function gains nothing from blocks, and is asked sample by sample, so that nothing solved is lost.
+        self._blocks = isinstance(self._observation, Observation) and not isinstance(problem.forward, CallableForward)
         # Collectives of our own must not meet those that another rank is stuck in.
-        object.__setattr__(self, "_watch", self.prior.V.comm.Dup())
+        self._watch = problem.comm.Dup()
 
     def close(self) -> None:
         """Free what MPI holds (collective)."""
@@ -106,72 +89,57 @@ class Job:
 
     def draw(self, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Fields before any transform and parameters of the first samples of a block, shape (size, n_owned) each."""
-        gaussian = getattr(self.prior, "base", self.prior)
+        prior = self.problem.prior
 
-        def run():
-            # A copy: a prior of the user's own may hand out the same array again.
-            fields = np.array(gaussian.sample_many(size, block_seed(self.seed, index)), dtype=float)
-            return fields, fields if gaussian is self.prior else self.prior.transform_many(fields)
-        drawn, reason = self._together(run)
+        # Copies: a prior of the user's own may hand out the same array again, and a solver may write into it.
+        fields, reason = self._together(lambda: np.array(
+            prior.core.sample_many(size, block_seed(self.seed, index)), dtype=float))
+        if reason is None:
+            broken = self._watch.allreduce((~np.isfinite(fields).all(axis=1)).astype(int))
+            if broken.any():
+                raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
+                                "not finite as they come from the prior: mend the prior.")
+            parameters, reason = self._together(lambda: np.array(prior.transform_many(fields.copy()), dtype=float))
         if reason is not None:
             raise DataError(f"The prior failed for block {index} (seed {self.seed}): {reason}. Mend the prior.")
-        broken = self._watch.allreduce((~np.isfinite(drawn[0]).all(axis=1)).astype(int))
-        if broken.any():
-            raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
-                            "not finite as they come from the prior: mend the prior.")
-        return drawn
+        return fields, parameters
 
-    def solve(self, parameters: np.ndarray, found: Solved, first: int, enough: Callable[[Solved], bool]) -> None:
-        """States and readings of parameters (n, n_owned), added to `found` as they come.
-
-        Parameters
-        ----------
-        parameters : numpy.ndarray
-            Owned coefficients.
-        found : Solved
-            Gets the results; holds those before an exception.
-        first : int
-            Position of the first one.
-        enough : Callable
-            Whether there are too many failures to go on.
-        """
-        blocks = len(parameters) > 0 and hasattr(self.forward, "solve_many") and hasattr(self.observation, "apply")
+    def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
+              enough: Callable[[Solved], bool]) -> None:
+        """States and readings of parameters (n, n_owned), added to `found` as they come, which holds them whatever is
+        raised, until `enough` finds too many failures."""
         # A whole block at once is fast, but does not tell who fails.
-        together = self._solve_many(parameters)[0] if blocks else None
-        for i, values in enumerate(parameters, first):
+        together = self._solve_many(parameters)[0] if self._blocks and len(parameters) else None
+        for row, i in enumerate(positions):
             if together is not None:
-                result, reason = [part[i - first] for part in together], None
-            elif blocks:
-                result, reason = self._solve_many(values[None])
-                result = result and [part[0] for part in result]
+                result, reason = (together[0][row], together[1][row]), None
+            elif self._blocks:
+                result, reason = self._solve_many(parameters[row:row + 1])
+                result = result and (result[0][0], result[1][0])
             else:
-                result, reason = self._solve_one(values)
-            if reason is not None:
+                result, reason = self._solve_one(parameters[row])
+            if result is None:
                 found.failed[i] = reason
                 if enough(found):
                     return
-                continue
-            found.observations.append(result[1])
-            if self.keep_states:
-                found.states.append(result[0])
-            # Last, so that an interruption before it leaves no half of a sample.
-            found.rows.append(i)
+            else:
+                found.results[i] = result if self.keep_states else (None, result[1])
 
-    def _solve_many(self, parameters: np.ndarray):
+    def _solve_many(self, parameters: np.ndarray) -> tuple[tuple | None, str | None]:
         """States and readings of parameters (n, n_owned) as one block, or None and the reason."""
-        # A copy: the parameters of an untransformed prior are the fields that are kept.
-        states, reason = self._solved(
-            parameters, lambda: np.array(self.forward.solve_many(parameters.copy()), dtype=float), lambda x: x)
-        return (None, reason) if reason is not None else self._read(states, self.observation.apply, states)
+        # A copy: these parameters are asked one by one where the block fails.
+        states, reason = self._solved(parameters, lambda: np.array(
+            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x)
+        return (None, reason) if reason is not None else self._read(states, self._observation.apply, states)
 
-    def _solve_one(self, values: np.ndarray):
+    def _solve_one(self, values: np.ndarray) -> tuple[tuple | None, str | None]:
         """State and readings of one parameter (n_owned,) by a call, or None and the reason."""
         states = []
 
-        def run():
-            states.append(self.forward(field(self.prior.V, values)))
+        def run() -> None:
+            states.append(self.problem.forward(field(self.problem.M, values)))
 
-        def coefficients_of(_):
+        def coefficients_of(_: None) -> np.ndarray | None:
             # Before it is observed, because an observation of the user's own may change the state.
             return coefficients(states[0]) if isinstance(states[0], Function) else None
         kept, reason = self._solved(values, run, coefficients_of)
@@ -180,7 +148,7 @@ class Job:
     # Each step ends with word from all ranks before the next one starts: steps hold sums over ranks, where the others
     # would wait for a rank that has stopped.
 
-    def _solved(self, parameters, run, coefficients_of):
+    def _solved(self, parameters: np.ndarray, run: Callable, coefficients_of: Callable) -> tuple[Any, str | None]:
         """Coefficients of what `run` solves for finite parameters, or None and the reason."""
         _, reason = self._together(lambda: _finite(parameters, "parameter"))
         if reason is None:
@@ -191,7 +159,7 @@ class Job:
             state, reason = self._together(lambda: state if state is None else _finite(state, "state"))
         return (None, reason) if reason is not None else (state, None)
 
-    def _read(self, kept, observe, state):
+    def _read(self, kept: np.ndarray | None, observe: Callable, state: Any) -> tuple[tuple | None, str | None]:
         """What is kept of a state, and its readings, or None and the reason."""
         readings, reason = self._together(lambda: observe(state))
         if reason is None:
@@ -204,15 +172,15 @@ class Job:
             readings, reason = self._together(lambda: _finite(readings, "reading"))
         return (None, reason) if reason is not None else ((kept, readings), None)
 
-    def _observed(self, state):
+    def _observed(self, state: Function) -> np.ndarray:
         """Readings (k,) of a state."""
-        readings = np.array(self.observation(state))
+        readings = np.array(self._observation(state))
         if readings.ndim > 1 or readings.dtype.kind not in "biuf":
             raise InputError(f"The observation gave an array of shape {readings.shape} and type {readings.dtype}: let "
                              "it return k real numbers.")
         return np.atleast_1d(readings).astype(float)
 
-    def _together(self, run):
+    def _together(self, run: Callable) -> tuple[Any, str | None]:
         """Result of `run` on this rank and None, or None and why one rank has none; mistakes are raised on all."""
         start = time.monotonic()
         result = outcome = None
@@ -233,7 +201,7 @@ class Job:
                 raise found
         return (None, min(everywhere)) if everywhere else (result, None)
 
-    def _gathered(self, mine, spent: float) -> list:
+    def _gathered(self, mine: Exception | str | None, spent: float) -> list:
         """What all ranks have to say, in order; the run ends where one of them never comes."""
         comm = self._watch
         if comm.size == 1:
@@ -293,37 +261,37 @@ class Tally:
 
     def exceeded(self, found: Solved) -> bool:
         """Whether there are too many failures, with those of a block that is being solved."""
-        failed, drawn = len(self.failed) + len(found.failed), self.drawn + found.count
+        failed = len(self.failed) + len(found.failed)
+        drawn = self.drawn + len(found.results) + len(found.failed)
         return failed > 0 if self.stops else drawn >= min(_ENOUGH, self.n) and failed > self.most * drawn
 
-    def add(self, index: int, block) -> None:
+    def add(self, index: int, block: Block) -> None:
         """Count a block; raises SolveError where the share of failures is too large."""
         self.failed += [(index, position, reason) for position, reason in block.failed.items()]
         self.drawn += block.count
         if self.stops and self.failed:
             raise self.error(*self.failed[0], True)
         if self.drawn >= min(_ENOUGH, self.n):
-            check_share([reason for *_, reason in self.failed], self.drawn, self.most)
+            self.check([reason for *_, reason in self.failed], self.drawn)
+
+    def check(self, reasons: list[str], drawn: int) -> None:
+        """Raise SolveError where more than the tolerated share of the samples drawn have failed."""
+        if len(reasons) > self.most * drawn:
+            raise SolveError(f"The forward problem failed for {len(reasons)} of {drawn} samples, more than skip = "
+                             f"{self.most:.0%}; the first: {reasons[0]}. Mend the solver or the prior, or raise skip; "
+                             "what is solved is kept where there is a `path`.")
 
     def error(self, index: int, position: int, reason: str, kept: bool) -> SolveError:
         """What is to be raised for a failed sample."""
         number = index * self.size + position
-        keeping = ("what is solved is kept, and on_failure='skip' goes on without this sample" if kept else
-                   "on_failure='skip' goes on without it, and `path` keeps what is solved")
+        keeping = ("what is solved is kept, and skip=0.1 goes on without this sample" if kept else
+                   "skip=0.1 goes on without it, and `path` keeps what is solved")
         return SolveError(f"The forward problem failed for sample {number} (position {position} of block {index}, seed "
-                          f"{self.seed}): {reason}. simulated_parameter(prior, {number}, seed={self.seed}, "
+                          f"{self.seed}): {reason}. simulated_parameter(problem, {number}, seed={self.seed}, "
                           f"block={self.size}) is its parameter; {keeping}.")
 
 
-def check_share(reasons: list[str], drawn: int, most: float) -> None:
-    """Raise SolveError where more than this share of the samples drawn have failed."""
-    if len(reasons) > most * drawn:
-        raise SolveError(f"The forward problem failed for {len(reasons)} of {drawn} samples, more than most_failures "
-                         f"= {most:.0%}; the first: {reasons[0]}. Mend the solver or the prior, or raise "
-                         "most_failures; what is solved is kept where there is a `path`.")
-
-
-def check_lengths(readings) -> None:
+def check_lengths(readings: Collection[np.ndarray]) -> None:
     """Raise InputError unless all readings (k,) are equally many."""
     lengths = sorted({len(x) for x in readings})
     if len(lengths) > 1:

@@ -235,11 +235,11 @@ def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: 
     """
     seed, draws, levels = check_seed(seed), check_count(draws, "draws", least=2), _levels(levels)
     leading = None if leading is None else check_count(leading, "leading")
-    y = torch.from_numpy(check_array(data.observations, "The observations", ("n", "k")))
+    y = torch.from_numpy(check_array(data.readings, "The readings", ("n", "k")))
     noise = as_noise(noise, y.shape[1])
     if noise is not None:
         y = noise.sample(y, torch.Generator().manual_seed(seed))
-    latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents.numpy()
+    latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents
                         for i, row in enumerate(y.numpy())])
-    truth = model.basis.encode(data.fields).numpy()
+    truth = model.basis.encode(data.coefficients)
     return calibrate(latents[:, :, :leading], truth[:, :leading], levels)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fem_diffusion.reference import linear_gaussian_posterior
+from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.diffusion import (
     CallableNoise, GaussianNoise, TrainingOptions, as_noise, fit_base, fit_denoiser, linear_base, plain_base,
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fem_diffusion.comparison import moment_p_values
-from fem_diffusion.reference import linear_gaussian_posterior
+from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.diffusion import _loop
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, FamilyWarning, LayoutLaw, OperatorBase, OperatorDenoiser, Seen, SensorNetwork, SensorPool,

@@ -6,10 +6,11 @@ from firedrake import (Constant, ExtrudedMesh, FacetNormal, Function, FunctionSp
                        SpatialCoordinate, Submesh, UnitCubeMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace,
                        as_vector, div, dot, errornorm, exp, grad, norm)
 
-from channel import channel, manufactured_error, owned, quadratic
+from channel import channel, grouped, manufactured_error, owned, quadratic
 from fem_diffusion.errors import InputError, InstallError, SolveError
 from fem_diffusion.fields import coefficients as fields
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics
 
 
 # --- accuracy
@@ -72,8 +73,8 @@ def test_supg_suppresses_oscillations():
     V = FunctionSpace(mesh, "CG", 1)
     overshoot = {}
     for supg in (True, False):
-        problem = AdvectionDiffusion(V, V, "source", velocity=(1.0, 0.0), diffusivity=1e-3, supg=supg,
-                                     dirichlet={1: 0, 2: 1, 3: 0, 4: 0})
+        problem = AdvectionDiffusion(V, V, "source", Physics(velocity=(1.0, 0.0), diffusivity=1e-3),
+                                     Boundary(dirichlet={1: 0, 2: 1, 3: 0, 4: 0}), supg=supg)
         overshoot[supg] = -problem(Function(V)).dat.data_ro.min()
     assert overshoot[True] < 0.15 * overshoot[False]
 
@@ -83,7 +84,8 @@ def test_one_dimension_exact():
     mesh = UnitIntervalMesh(64)
     V = FunctionSpace(mesh, "CG", 1)
     x, = SpatialCoordinate(mesh)
-    problem = AdvectionDiffusion(V, V, "source", velocity=(1.0,), diffusivity=0.2, dirichlet={1: 0, 2: 1})
+    problem = AdvectionDiffusion(V, V, "source", Physics(velocity=(1.0,), diffusivity=0.2),
+                                 Boundary(dirichlet={1: 0, 2: 1}))
     assert errornorm((exp(5 * x) - 1) / (exp(5.0) - 1), problem(Function(V))) < 1e-3
 
 
@@ -96,8 +98,8 @@ def test_three_dimensions():
     f = dot(v, grad(exact)) - div(0.1 * grad(exact))
     flux = {6: dot(FacetNormal(mesh), 0.1 * grad(exact))}
     for parameters in ("direct", "iterative"):
-        problem = AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
-                                     dirichlet={(1, 2, 3, 4, 5): exact}, flux=flux,
+        problem = AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=0.1),
+                                     Boundary(dirichlet={(1, 2, 3, 4, 5): exact}, flux=flux),
                                      solver_parameters=parameters)
         assert errornorm(exact, problem(Function(V))) < 1e-8
 
@@ -105,7 +107,7 @@ def test_three_dimensions():
 def test_periodic_mesh():
     mesh = PeriodicUnitSquareMesh(8, 8)
     V = FunctionSpace(mesh, "CG", 1)
-    problem = AdvectionDiffusion(V, V, "source", velocity=(1.0, 0.5), reaction=lambda u: 2 * u)
+    problem = AdvectionDiffusion(V, V, "source", Physics(velocity=(1.0, 0.5), reaction=lambda u: 2 * u))
     assert abs(owned(problem(Function(V).assign(3.0))) - 1.5).max() < 1e-12
 
 
@@ -161,13 +163,13 @@ def test_wrong_spaces():
                         ((V, on_boundary, ("dirichlet", 2)), "M must live on V's mesh"),
                         ((V, on_boundary, ("flux", 3)), "is not the boundary with marker 3")]:
         with pytest.raises(InputError, match=words):
-            AdvectionDiffusion(*args, dirichlet={1: 0})
+            AdvectionDiffusion(*args, bcs=Boundary(dirichlet={1: 0}))
 
 
 def test_extruded_markers_are_listed():
     V = FunctionSpace(ExtrudedMesh(UnitIntervalMesh(3), 3), "CG", 1)
     with pytest.raises(InputError, match="1, 2, 'bottom', 'top'"):
-        AdvectionDiffusion(V, V, "source", dirichlet={3: 0})
+        AdvectionDiffusion(V, V, "source", bcs=Boundary(dirichlet={3: 0}))
 
 
 def test_the_whole_boundary_of_an_extruded_mesh_has_a_top_and_a_bottom():
@@ -180,7 +182,8 @@ def test_the_whole_boundary_of_an_extruded_mesh_has_a_top_and_a_bottom():
         for make in (lambda keys: {"dirichlet": dict.fromkeys(keys, x**2 - y**2)},
                      lambda keys: {"robin": dict.fromkeys(keys, (2.0, x))},
                      lambda keys: {"flux": dict.fromkeys(keys, y), "reaction": lambda u: u}):
-            whole, named = (AdvectionDiffusion(V, V, "source", **make(keys))(m) for keys in (["on_boundary"], markers))
+            whole, named = (AdvectionDiffusion(V, V, "source", **grouped(**make(keys)))(m)
+                            for keys in (["on_boundary"], markers))
             assert errornorm(whole, named) < 1e-12 * norm(named)
     with pytest.raises(InputError, match="name one of 1, 2, 'bottom', 'top'"):
         AdvectionDiffusion(FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "CG", 1), ("dirichlet", "on_boundary"))
@@ -231,7 +234,7 @@ def test_no_solution_names_the_sample():
     # -u'' + u² = -m has no real solution for large m.
     mesh = UnitIntervalMesh(16)
     V = FunctionSpace(mesh, "CG", 1)
-    problem = AdvectionDiffusion(V, V, "source", reaction=lambda u: u**2, dirichlet={1: 0, 2: 0})
+    problem = AdvectionDiffusion(V, V, "source", Physics(reaction=lambda u: u**2), Boundary(dirichlet={1: 0, 2: 0}))
     ms = [Function(V).assign(value) for value in (1.0, -1.0, -1e3)]
     with pytest.raises(SolveError, match="sample 2: .*linearise_at"):
         problem.solve_many(ms)

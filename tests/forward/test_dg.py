@@ -6,7 +6,7 @@ from firedrake import (COMM_SELF, COMM_WORLD, Constant, Function, FunctionSpace,
                        UnitSquareMesh, as_vector, assemble, dx, errornorm, norm, sin)
 
 from channel import CASES, as_function, case, channel, draws, manufactured_error, owned, quadratic
-from fem_diffusion import AdvectionDiffusion
+from fem_diffusion import AdvectionDiffusion, Boundary, Physics
 from fem_diffusion.errors import InputError
 
 slow = pytest.mark.slow
@@ -51,8 +51,8 @@ def test_upwind_keeps_bounds():
     """Degree 0 without noteworthy diffusion: states stay between the values that flow in, for a swirling flow."""
     mesh = UnitSquareMesh(10, 10, quadrilateral=True)
     V, (x, y) = FunctionSpace(mesh, "DQ", 0), SpatialCoordinate(mesh)
-    problem = AdvectionDiffusion(V, FunctionSpace(mesh, "CG", 1), ("dirichlet", "on_boundary"), diffusivity=1e-12,
-                                 velocity=as_vector([1 + y, x - 0.5]))
+    problem = AdvectionDiffusion(V, FunctionSpace(mesh, "CG", 1), ("dirichlet", "on_boundary"),
+                                 Physics(diffusivity=1e-12, velocity=as_vector([1 + y, x - 0.5])))
     state = owned(problem(Function(problem.M).interpolate(1 + sin(9 * y))))
     assert 0 < state.min() < 0.3 and 1.7 < state.max() < 2.0
 
@@ -137,4 +137,4 @@ def test_wrong_spaces(family, degree):
     mesh = UnitSquareMesh(3, 3)
     V = FunctionSpace(mesh, family, degree)
     with pytest.raises(InputError, match="continuous or discontinuous"):
-        AdvectionDiffusion(V, V, "source", dirichlet={1: 0})
+        AdvectionDiffusion(V, V, "source", bcs=Boundary(dirichlet={1: 0}))

@@ -9,11 +9,12 @@ from firedrake import (Cofunction, Constant, Function, FunctionSpace, IntervalMe
                        UnitSquareMesh, exp, grad)
 from scipy.sparse import csr_matrix
 
+from channel import grouped
 from fem_diffusion.diffusion import GaussianNoise, variance_exploding
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.density_pde import GaussianMixture, forward_density, noise_times, reverse_density
-from fem_diffusion.observation.family import OperatorFamily, SensorKind
+from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion
 
@@ -27,12 +28,12 @@ SENSORS = point_sensors(V, [(0.2, 0.2), (0.5, 0.5), (0.7, 0.3), (0.4, 0.8)])
 
 
 def steady(unknown="source", M=V, V=V, **given):
-    return AdvectionDiffusion(V, M, unknown, **{"dirichlet": {1: 0}} | given)
+    return AdvectionDiffusion(V, M, unknown, **grouped(**{"dirichlet": {1: 0}} | given))
 
 
 def transient(unknown="source", M=V, **given):
-    return TransientAdvectionDiffusion(V, M, unknown, **{"dirichlet": {1: 0}, "times": [0.5, 1.0], "time_step": 0.5}
-                                       | given)
+    default = {"dirichlet": {1: 0}, "times": [0.5, 1.0], "time_step": 0.5}
+    return TransientAdvectionDiffusion(V, M, unknown, **grouped(**default | given))
 
 
 def known_source(source):
@@ -162,8 +163,8 @@ def problems():
 @pytest.mark.parametrize("which", [0, 1])
 def test_bad_arguments_of_solves(problems, which):
     problem = problems[which]
-    m, k = Function(V), problem.state_space.dim()
-    sensors = point_sensors(problem.state_space, [(0.5, 0.5)])
+    m, k = Function(V), problem.U.dim()
+    sensors = point_sensors(problem.U, [(0.5, 0.5)])
     for ms in (None, 3, "no", Constant(1.0), TestFunction(V), {0: m, 1: m}):
         with pytest.raises(InputError, match="every parameter must be a Function in"):
             problem.solve_many(ms)
@@ -183,7 +184,7 @@ def test_bad_arguments_of_solves(problems, which):
         with pytest.raises(InputError, match="state must be a Function in .*pass problem"):
             problem.sensitivity(m, np.zeros((1, k)), state)
     with pytest.raises(InputError, match="state is not finite"):
-        problem.sensitivity(m, np.zeros((1, k)), Function(problem.state_space).assign(np.nan))
+        problem.sensitivity(m, np.zeros((1, k)), Function(problem.U).assign(np.nan))
     with pytest.raises(InputError, match="the parameter is not finite"):
         problem.sensitivity(NAN, np.zeros((1, k)))
 
@@ -252,7 +253,7 @@ def test_bad_kinds_of_sensors(given, words):
 @pytest.mark.parametrize("kinds", [None, 3, "no", SENSORS, [SENSORS], {}, Constant(1.0)])
 def test_bad_families(kinds):
     with pytest.raises(InputError, match="made of SensorKinds: give at least one"):
-        OperatorFamily(kinds)
+        SensorFamily(kinds)
 
 
 def test_a_kind_of_sensor_keeps_its_own_numbers():

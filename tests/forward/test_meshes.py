@@ -6,8 +6,8 @@ from firedrake import (ExtrudedMesh, FacetNormal, Function, FunctionSpace, Icosa
                        PeriodicUnitSquareMesh, SpatialCoordinate, UnitDiskMesh, UnitIntervalMesh, UnitSquareMesh,
                        VectorFunctionSpace, as_vector, assemble, cos, div, dot, ds, dx, errornorm, grad, pi, sin)
 
-from channel import manufactured_error
-from fem_diffusion import AdvectionDiffusion, TransientAdvectionDiffusion
+from channel import grouped, manufactured_error
+from fem_diffusion import AdvectionDiffusion, Boundary, Physics, TimeSteps, TransientAdvectionDiffusion
 from fem_diffusion.errors import InputError
 
 slow = pytest.mark.slow
@@ -65,12 +65,10 @@ def test_extruded_prisms(family):
         x, y, z = SpatialCoordinate(mesh)
         V = FunctionSpace(mesh, {"CG": "CG", "DG": "DQ"}[family], 1)
         exact, v = sin(2 * x + y) * cos(z) + z * z, as_vector([1, 0.5 - x, 0.3])
-        f = dot(v, grad(exact)) - 0.1 * div(grad(exact))
-        problem = AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
-                                     dirichlet={1: exact, 2: exact, "bottom": exact},
-                                     flux={"top": 0.1 * dot(FacetNormal(mesh), grad(exact)),
-                                           3: 0.1 * dot(FacetNormal(mesh), grad(exact)),
-                                           4: 0.1 * dot(FacetNormal(mesh), grad(exact))})
+        f, q = dot(v, grad(exact)) - 0.1 * div(grad(exact)), 0.1 * dot(FacetNormal(mesh), grad(exact))
+        problem = AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=0.1),
+                                     Boundary(dirichlet={1: exact, 2: exact, "bottom": exact},
+                                              flux=dict.fromkeys(("top", 3, 4), q)))
         return errornorm(exact, problem(Function(V)), degree_rise=2)
     assert order(error, 4, 8) >= 1.75
 
@@ -83,8 +81,8 @@ def test_periodic(family):
         V, (x, y) = FunctionSpace(mesh, family, 1), SpatialCoordinate(mesh)
         exact, v = sin(2 * pi * x) * cos(2 * pi * y), as_vector([1.0, 0.5])
         f = dot(v, grad(exact)) - 0.02 * div(grad(exact)) + 2 * exact
-        return exact, AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.02,
-                                         **reaction)
+        return exact, AdvectionDiffusion(V, V, "source", **grouped(source=lambda m: m + f, velocity=v, diffusivity=0.02,
+                                                                   **reaction))
 
     def error(n):
         exact, there = problem(n, reaction=lambda u: 2 * u)
@@ -106,8 +104,8 @@ def test_the_seam_of_a_periodic_extrusion_is_no_boundary(family, kind):
         f = dot(v, grad(exact)) - 0.1 * div(grad(exact))
         sides = (1 - 2 * x) * cos(2 * pi * z + 0.3)
         values = {"dirichlet": sides, "robin": (0.7, sides)}
-        return exact, AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
-                                         **{kind: {marker: values[kind] for marker in conditions}})
+        return exact, AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=0.1),
+                                         Boundary(**{kind: dict.fromkeys(conditions, values[kind])}))
 
     def error(n):
         exact, there = problem(n, ["on_boundary"])
@@ -137,8 +135,8 @@ def test_disc(family, curved):
         V, (x, y) = FunctionSpace(mesh, family, 2), SpatialCoordinate(mesh)
         exact, v = cos(pi / 2 * (x * x + y * y)), as_vector([-y, x + 0.5])
         f = dot(v, grad(exact)) - 0.1 * div(grad(exact))
-        problem = AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
-                                     dirichlet={"on_boundary": 0.0})
+        problem = AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=0.1),
+                                     Boundary(dirichlet={"on_boundary": 0.0}))
         return errornorm(exact, problem(Function(V)), degree_rise=2)
     assert (order(error, 2, 3) >= 2.7) == curved
 
@@ -157,8 +155,8 @@ def test_sphere(family):
         V, (x, y, z) = FunctionSpace(mesh, family, 1), SpatialCoordinate(mesh)
         exact, v = x * y + z, as_vector([-y, x, 0])
         f = x * x - y * y + 0.1 * (6 * x * y + 2 * z) + exact
-        problem = AdvectionDiffusion(V, V, "source", source=lambda m: m + f, velocity=v, diffusivity=0.1,
-                                     reaction=lambda u: u)
+        problem = AdvectionDiffusion(V, V, "source", Physics(source=lambda m: m + f, velocity=v, diffusivity=0.1,
+                                                             reaction=lambda u: u))
         return errornorm(exact, problem(Function(V)), degree_rise=2)
     assert order(error, 2, 3) >= 1.8
 
@@ -169,8 +167,8 @@ def test_decay_on_the_sphere(family):
     """∂u/∂t + v·∇u = κΔu for a rotating harmonic: x cos t + y sin t, decaying with exp(-2κt)."""
     mesh = sphere(3)
     V, (x, y, _) = FunctionSpace(mesh, family, 1), SpatialCoordinate(mesh)
-    problem = TransientAdvectionDiffusion(V, V, "initial", times=[1.0], time_step=0.05, velocity=as_vector([-y, x, 0]),
-                                          diffusivity=0.1)
+    problem = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=[1.0], time_step=0.05),
+                                          Physics(velocity=as_vector([-y, x, 0]), diffusivity=0.1))
     last = Function(V)
     last.dat.data[:] = problem(Function(V).interpolate(x)).dat.data_ro.ravel()
     exact = np.exp(-0.2) * (np.cos(1.0) * x + np.sin(1.0) * y)
@@ -184,7 +182,7 @@ def test_what_flows_in_flows_out(family):
     mesh = UnitSquareMesh(16, 16)
     V, y = FunctionSpace(mesh, family, 1), SpatialCoordinate(mesh)[1]
     v, n = as_vector([6 * y * (1 - y), 0]), FacetNormal(mesh)
-    problem = AdvectionDiffusion(V, V, ("dirichlet", 1), velocity=v, diffusivity=0.05)
+    problem = AdvectionDiffusion(V, V, ("dirichlet", 1), Physics(velocity=v, diffusivity=0.05))
     u = problem(Function(V).interpolate(1 + y))
     inflow = assemble(dot(v, n) * u * ds(1)) - 0.05 * assemble(dot(n, grad(u)) * ds(1))
     outflow = assemble(dot(v, n) * u * ds(2))

@@ -11,8 +11,11 @@ from firedrake.adjoint import Control, ReducedFunctional, continue_annotation, p
 from pyadjoint import get_working_tape
 from ufl import diff, variable
 
-from channel import as_function, owned, quadratic
-from fem_diffusion import AdvectionDiffusion, GaussianPrior, TransientAdvectionDiffusion, point_sensors, simulate
+from channel import as_function, grouped, owned, quadratic
+from fem_diffusion import (
+    AdvectionDiffusion, Boundary, GaussianPrior, InverseProblem, Physics, TimeSteps, TransientAdvectionDiffusion,
+    point_sensors, simulate,
+)
 from fem_diffusion.errors import InputError, SolveError
 
 NODES = [0.0, 0.3, 0.5]   # of parameters in space and time
@@ -31,7 +34,7 @@ def channel(n=6, unknown="initial", M=None, family="CG", mesh=None, **change):
     if kind == "dirichlet":
         given["dirichlet"] = {2: 0.3 + t * y}
         del given["outflow"]
-    return TransientAdvectionDiffusion(V, M or V, unknown, **(given | change))
+    return TransientAdvectionDiffusion(V, M or V, unknown, **grouped(**given | change))
 
 
 def in_time(mesh):
@@ -98,9 +101,10 @@ def error_at_end(mesh, family, degree, steps, theta, exact, kappa=0.05, end=1.0,
     s = variable(t)
     rate = diff(exact(x, y, s), s)
     f = rate + dot(v, grad(u)) - div(kappa * grad(u))
-    problem = TransientAdvectionDiffusion(V, V, "initial", times=[end], time_step=end / steps, theta=theta, t=t,
-                                          velocity=v, diffusivity=kappa, source=f, dirichlet={1: u, 3: u},
-                                          flux={4: q}, robin={2: (0.7, u + q / 0.7)}, **change)
+    problem = TransientAdvectionDiffusion(V, V, "initial", **grouped(times=[end], time_step=end / steps, theta=theta,
+                                                                     t=t, velocity=v, diffusivity=kappa, source=f,
+                                                                     dirichlet={1: u, 3: u}, flux={4: q},
+                                                                     robin={2: (0.7, u + q / 0.7)}, **change))
     state = problem(Function(V).interpolate(exact(x, y, 0.0)))
     last = as_function(V, owned(state))
     t.assign(end)
@@ -138,8 +142,9 @@ def test_supg_suppresses_oscillations():
     V = FunctionSpace(mesh, "CG", 1)
     overshoot = {}
     for supg in (True, False):
-        problem = TransientAdvectionDiffusion(V, V, "initial", times=[0.4], time_step=0.02, velocity=(1.0,),
-                                              diffusivity=1e-5, dirichlet={1: 1.0}, supg=supg)
+        problem = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=[0.4], time_step=0.02),
+                                              Physics(velocity=(1.0,), diffusivity=1e-5), Boundary(dirichlet={1: 1.0}),
+                                              supg=supg)
         state = owned(problem(Function(V)))
         overshoot[supg] = max(state.max() - 1, -state.min())
     assert overshoot[True] < 0.6 * overshoot[False]
@@ -152,8 +157,8 @@ def test_long_time_gives_the_steady_state():
     given = dict(velocity=(1.0, 0.3), diffusivity=[[0.3, 0.1], [0.1, 0.2]], dirichlet={1: 0.5}, reaction=quadratic,
                  supg=False)
     m = Function(V).assign(1.0)
-    steady = AdvectionDiffusion(V, V, "source", **given)(m)
-    late = TransientAdvectionDiffusion(V, V, "source", times=[40.0], time_step=0.5, theta=1.0, **given)(m)
+    steady = AdvectionDiffusion(V, V, "source", **grouped(**given))(m)
+    late = TransientAdvectionDiffusion(V, V, "source", **grouped(times=[40.0], time_step=0.5, theta=1.0, **given))(m)
     assert np.linalg.norm(owned(late) - owned(steady)) < 1e-8 * np.linalg.norm(owned(steady))
 
 
@@ -163,18 +168,18 @@ def test_state_is_a_time_series_at_every_point():
     """∂u/∂t + ∂u/∂x = 1 from 0 with 0 at the inflow: u = min(t, x), read by sensors of the vector-valued state."""
     mesh = UnitSquareMesh(10, 10)
     V = FunctionSpace(mesh, "CG", 1)
-    problem = TransientAdvectionDiffusion(V, V, "source", times=[0, 0.1, 0.4], time_step=0.01, velocity=(1.0, 0.0),
-                                          diffusivity=1e-8, dirichlet={1: 0.0})
+    problem = TransientAdvectionDiffusion(V, V, "source", TimeSteps(times=[0, 0.1, 0.4], time_step=0.01),
+                                          Physics(velocity=(1.0, 0.0), diffusivity=1e-8), Boundary(dirichlet={1: 0.0}))
     sensors = point_sensors(problem.U, [(0.9, 0.5), (0.2, 0.3)])
     u = problem(Function(V).assign(1.0))
-    assert u.function_space() == problem.U == problem.state_space and problem.U.value_shape == (3,)
+    assert u.function_space() == problem.U and problem.U.value_shape == (3,)
     assert np.allclose(sensors(u), [0, 0.1, 0.4, 0, 0.1, 0.2], atol=0.01)
     prior = GaussianPrior(V, std=1.0, correlation_length=0.3)
-    data = simulate(prior, problem, sensors, 3, seed=1, keep_states=True, progress=False)
-    assert data.states.shape == (3, 3 * V.dim()) and data.observations.shape == (3, 6)
-    assert np.allclose(sensors(problem(as_function(V, data.fields[2]))), data.observations[2])
+    data = simulate(InverseProblem(prior, problem, sensors), 3, seed=1, keep_states=True, progress=False)
+    assert data.states.shape == (3, 3 * V.dim()) and data.readings.shape == (3, 6)
+    assert np.allclose(sensors(problem(as_function(V, data.coefficients[2]))), data.readings[2])
     with pytest.raises(InputError, match="same spaces"):
-        simulate(prior, problem, point_sensors(V, [(0.5, 0.5)]), 1, seed=1, progress=False)
+        InverseProblem(prior, problem, point_sensors(V, [(0.5, 0.5)]))
 
 
 @each_case
@@ -257,8 +262,8 @@ def test_members_that_the_chord_loses_go_to_newton():
 def test_no_solution_names_sample_and_time():
     mesh = UnitIntervalMesh(8)   # u' = u² from 1 has no solution after t = 1
     V = FunctionSpace(mesh, "CG", 1)
-    problem = TransientAdvectionDiffusion(V, V, "initial", times=[2.0], time_step=0.5, theta=1.0,
-                                          reaction=lambda u: -u**2)
+    problem = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=[2.0], time_step=0.5, theta=1.0),
+                                          Physics(reaction=lambda u: -u**2))
     with pytest.raises(SolveError, match="sample 1, step to t = .*time_step"):
         problem.solve_many([Function(V).assign(0.01), Function(V).assign(1.0)])
     assert np.isfinite(problem.solve_many([Function(V).assign(0.01)])).all()

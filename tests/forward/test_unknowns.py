@@ -10,9 +10,10 @@ from firedrake.adjoint import (Control, ReducedFunctional, continue_annotation, 
                                set_working_tape, taylor_test)
 from scipy import sparse
 
-from channel import CASES, as_function, case, channel, draws, owned, quadratic
+from channel import CASES, as_function, case, channel, draws, grouped, owned, quadratic
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics
 
 # Every unknown with a linear equation, one of each kind with a nonlinear one.
 PAIRS = [(name, None) for name in CASES] + [(name, quadratic) for name in (
@@ -182,8 +183,8 @@ def test_less_common_meshes(name, parameters):
     V = FunctionSpace(mesh, "CG", 1)
     velocity = (1.0, 0.2, 0.1)[:mesh.geometric_dimension]
     problem = AdvectionDiffusion(V, V if where is None else FunctionSpace(where, "CG", 1), unknown,
-                                 **(dict(velocity=velocity, diffusivity=0.1, solver_parameters=parameters,
-                                         reaction=lambda u: u + quadratic(u)) | options))
+                                 **grouped(**dict(velocity=velocity, diffusivity=0.1, solver_parameters=parameters,
+                                                  reaction=lambda u: u + quadratic(u)) | options))
     m, direction = draws(problem, 2)
     above, below, state = problem.solve_many(np.array([m + 1e-4 * direction, m - 1e-4 * direction, m]))
     assert np.linalg.norm(state - owned(problem(as_function(problem.M, m)))) <= 1e-8 * np.linalg.norm(state)
@@ -234,8 +235,8 @@ def test_blocks_do_not_change_what_single_solves_find():
     # Three solutions are possible; the far block lies on another branch.
     mesh = SquareMesh(8, 8, 5.0)
     V = FunctionSpace(mesh, "CG", 1)
-    problem = AdvectionDiffusion(V, V, "source", diffusivity=0.5, dirichlet={"on_boundary": 0},
-                                 reaction=lambda u: u**3 - 0.6 * u)
+    problem = AdvectionDiffusion(V, V, "source", Physics(diffusivity=0.5, reaction=lambda u: u**3 - 0.6 * u),
+                                 Boundary(dirichlet={"on_boundary": 0}))
     m = Function(V).assign(0.01)
     before = owned(problem(m))
     problem.solve_many([Function(V).assign(value) for value in (3.0, 3.1)])

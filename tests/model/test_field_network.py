@@ -108,7 +108,7 @@ def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
     assert isinstance(model.denoiser.network, FieldNetwork)
     model.save(tmp_path / "model.safetensors")
     again = load_model(tmp_path / "model.safetensors", basis)
-    first, second = (m.condition(data.observations[0]).sample(20, seed=1, steps=4).values for m in (model, again))
+    first, second = (m.condition(data.readings[0]).sample(20, seed=1, steps=4).values for m in (model, again))
     np.testing.assert_allclose(first, second, atol=1e-5)
     assert "modes" not in model.denoiser.network.state_dict()
 

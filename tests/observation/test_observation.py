@@ -11,9 +11,10 @@ from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.observation.instruments import line_averages, random_points
 from fem_diffusion.observation.linear import functionals, point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 
 POINTS = np.random.default_rng(1).random((9, 3))
 
@@ -226,7 +227,8 @@ def test_what_firedrake_cannot_read_is_refused():
         (lambda: line_averages(W, [[0.1, 0.1]], [[0.2, 0.2]]), "variable layers.*Submesh"),
         (lambda: random_points(steps, 2, seed=1), "variable layers.*Submesh"),
         (lambda: GaussianPrior(W, 1.0, 0.3).sample(1), "variable layers.*Submesh"),
-        (lambda: AdvectionDiffusion(W, W, "source", dirichlet={"on_boundary": 0}), "variable layers.*Submesh"),
+        (lambda: AdvectionDiffusion(W, W, "source", bcs=Boundary(dirichlet={"on_boundary": 0})),
+         "variable layers.*Submesh"),
         (lambda: point_sensors(numbers, [[0.5, 0.5]]), "use functionals"),
         (lambda: functionals(many, [lambda u: u[0] * dx]), "for each number"),
         (lambda: functionals(W, [lambda u: sqrt(x[0] - 2) * u * dx]), "functional 0 has weights"),

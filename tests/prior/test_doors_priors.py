@@ -10,11 +10,12 @@ from firedrake import (Cofunction, Constant, DirichletBC, Function, FunctionSpac
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.observation.instruments import line_averages, patch_averages, random_points
 from fem_diffusion.observation.linear import functionals, no_sensors, point_sensors
-from fem_diffusion.prior.transformed import (
-    CallablePrior, GaussianPrior, TransformedPrior, level_set, matern_correlation,
-)
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.matern import matern_correlation
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior, level_set
 from fem_diffusion.prior.product import ProductPrior
 
 MESH, OTHER = UnitSquareMesh(3, 3), UnitSquareMesh(3, 3)
@@ -105,7 +106,7 @@ def rows(width, bad):
 
 @pytest.mark.parametrize("name, call, width", [
     ("x", PRIOR.apply_covariance, SIZE), ("values", LEVELS.transform_many, SIZE),
-    ("coefficients", PRODUCT.base.apply_covariance, SIZE + 1), ("coefficients", PRODUCT.transform_many, SIZE + 1),
+    ("coefficients", PRODUCT.core.apply_covariance, SIZE + 1), ("coefficients", PRODUCT.transform_many, SIZE + 1),
     ("values", SENSORS.apply, SIZE)])
 def test_bad_coefficients(name, call, width):
     for bad, words in [(np.nan, r"holds values in rows \[1\] that are not finite"), (1j, "holds complex128 values"),
@@ -121,16 +122,18 @@ def test_bad_coefficients(name, call, width):
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: PRIOR.pointwise_std("no"), "exact is 'no'"), (lambda: PRODUCT.base.pointwise_std(1), "exact is 1"),
+    (lambda: PRIOR.pointwise_std("no"), "exact is 'no'"), (lambda: PRODUCT.core.pointwise_std(1), "exact is 1"),
     (lambda: PRIOR.sample_many(10**400, 0), "n is 1000"),
     (lambda: level_set([0, 1], [np.nan]), "thresholds holds values that are not finite"),
     (lambda: level_set([0, np.inf], [0]), "values holds values that are not finite"),
     (lambda: level_set(None, [0]), "values holds object values"),
     (lambda: level_set(["0", "1"], [0]), "values holds <U1"),
     (lambda: level_set([0, 1], [True]), "thresholds holds bool"), (lambda: level_set([0, 1], 0.0), r"give \(n,\)"),
-    (lambda: level_set([0, 1], [0])(None), "a scalar field"), (lambda: TransformedPrior(None, exp), "base is NoneType"),
+    (lambda: level_set([0, 1], [0])(None), "a scalar field"),
+    (lambda: TransformedPrior(None, exp), "prior is NoneType"),
     (lambda: level_set([0, 1], [0])(Function(VECTOR)), "a scalar field"),
-    (lambda: TransformedPrior(GaussianPrior, exp), "base is type"), (lambda: TransformedPrior(V, exp), "base is WithG"),
+    (lambda: TransformedPrior(GaussianPrior, exp), "prior is a class"),
+    (lambda: TransformedPrior(V, exp), "prior is WithG"),
     (lambda: TransformedPrior(PRIOR, None), "transform is None"),
     (lambda: TransformedPrior(PRIOR, int), "transform is"),
     (lambda: TransformedPrior(PRIOR, Function(V)), "transform is"),
@@ -143,13 +146,13 @@ def test_bad_coefficients(name, call, width):
     (lambda: ProductPrior(None), "priors is None: give a sequence"),
     (lambda: ProductPrior(PRIOR), "priors is"), (lambda: ProductPrior([PRIOR, None]), "prior 1 is NoneType"),
     (lambda: ProductPrior({PRIOR, LEVELS}), "priors is .*give a sequence"),
-    (lambda: ProductPrior([GaussianPrior, PRIOR]), "prior 0 is type"),
+    (lambda: ProductPrior([GaussianPrior, PRIOR]), "prior 0 is a class"),
     (lambda: ProductPrior(Constant(1.0)), "priors is"),
     (lambda: matern_correlation(None, 1, 1), "r holds object"),
     (lambda: matern_correlation(-1, 1, 1), "give distances"),
     (lambda: matern_correlation(1, 0, 1), "correlation_length is 0"),
     (lambda: matern_correlation(1, 1, np.nan), "smoothness is nan"),
-    (lambda: AdvectionDiffusion(V, V, "source", dirichlet={1: 0}, velocity=lambda m: grad(m)),
+    (lambda: AdvectionDiffusion(V, V, "source", Physics(velocity=lambda m: grad(m)), Boundary(dirichlet={1: 0})),
      "velocity is a callable, which only an unknown may be"),
 ])
 def test_other_bad_arguments_of_priors_and_problems(call, words):

@@ -10,10 +10,12 @@ from fem_diffusion.comparison import convergence, plot_costs, plot_overview, sum
 from fem_diffusion.reference.finite_element import exact_posterior, hmc_posterior
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import FileError, InputError
-from fem_diffusion.fields.expansion import karhunen_loeve
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
+from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 from test_doors import MESH, SENSORS, SIZE, V, steady, transient
 
@@ -82,8 +84,8 @@ def test_other_bad_arguments_of_references(exact, chains, basis, problems):
             (lambda: exact(prior=TransformedPrior(PRIOR, exp)), "give a GaussianPrior"),
             (lambda: exact(forward=lambda m: m), "without sensitivity"),
             (lambda: exact(observation=SENSORS.rows), "observation is of type csr_matrix"),
-            (lambda: exact(observation=sensors2), "build it on forward.state_space"),
-            (lambda: chains(observation=sensors2), "build it on forward.state_space"),
+            (lambda: exact(observation=sensors2), "build it on forward.U"),
+            (lambda: chains(observation=sensors2), "build it on forward.U"),
             (lambda: chains(basis=PRIOR), "give karhunen_loeve"), (lambda: chains(forward=None), "NoneType"),
             (lambda: chains(slope=None), "slope is None"), (lambda: chains(slope=lambda m: m[:, :3]), "slope returned"),
             (lambda: chains(seed=None), "seed is None"), (lambda: chains(seed=True), "seed is True"),
@@ -142,7 +144,7 @@ def test_a_careless_solver_spoils_no_reference(exact, chains, problems):
 def test_a_product_of_priors_has_an_exact_posterior_too(problems):
     """Its own source and a flux: the mean is that of the Kalman formula with dense matrices."""
     prior = ProductPrior([PRIOR, GaussianPrior(V, 0.5, 0.3)])
-    forward = AdvectionDiffusion(V, prior.V, ["source", ("flux", 2)], dirichlet={1: 0})
+    forward = AdvectionDiffusion(V, prior.V, ["source", ("flux", 2)], bcs=Boundary(dirichlet={1: 0}))
     posterior = exact_posterior(prior, forward, SENSORS, 0.1)
     A, C = forward.sensitivity(prior.mean, SENSORS.rows), prior.apply_covariance(np.eye(2 * SIZE))
     gain = C @ A.T @ np.linalg.inv(A @ C @ A.T + 0.01 * np.eye(4))

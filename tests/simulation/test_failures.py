@@ -16,7 +16,9 @@ from mpi4py import MPI
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
+from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import SkippedWarning, load_pairs, simulate, simulated_parameter
 
 SEED, BLOCK = 3, 8
@@ -41,13 +43,18 @@ class Problem:
             return Function(self.V).assign(np.nan)
         return Function(self.V).interpolate(m**2)
 
+    def problem(self, **change):
+        return InverseProblem(**{"prior": self.prior, "forward": self, "observation": self.sensors} | change)
+
     def simulate(self, n=30, **options):
-        observation = options.pop("observation", self.sensors)
-        return simulate(self.prior, self, observation, n, **{"seed": SEED, "block": BLOCK, "progress": False} | options)
+        change = {"observation": options.pop("observation")} if "observation" in options else {}
+        return simulate(self.problem(**change), n, **{"seed": SEED, "block": BLOCK, "progress": False} | options)
 
 
 class Blocks(Problem):
     """The same with blocks of samples."""
+
+    M = U = property(lambda self: self.V)
 
     def solve_many(self, ms):
         if self.how == "raises" and self.fails(ms).any():
@@ -59,7 +66,7 @@ def _truth(n=30):
     """All samples, and which of them fail."""
     problem = Problem(None)
     data = problem.simulate(n, keep_states=True)
-    return data, np.flatnonzero((data.fields > problem.limit).any(axis=1)).tolist()
+    return data, np.flatnonzero((data.coefficients > problem.limit).any(axis=1)).tolist()
 
 
 @pytest.mark.parametrize("kind", [Problem, Blocks])
@@ -69,18 +76,18 @@ def test_a_failed_solve_stops_and_keeps_what_is_solved(kind, how, tmp_path):
     assert 2 < len(bad) < 20 and bad[0] > 0
     problem = kind(how)
     words = (f"failed for sample {bad[0]} .*block {bad[0] // BLOCK}, seed {SEED}.*"
-             f"simulated_parameter\\(prior, {bad[0]}, seed={SEED}, block={BLOCK}\\)")
+             f"simulated_parameter\\(problem, {bad[0]}, seed={SEED}, block={BLOCK}\\)")
     for _ in range(2):
         with pytest.raises(SolveError, match=words):
             problem.simulate(path=tmp_path / "d")
-    parameter = simulated_parameter(problem.prior, bad[0], seed=SEED, block=BLOCK)
-    np.testing.assert_array_equal(coefficients(parameter), whole.fields[bad[0]])
+    parameter = simulated_parameter(problem.problem(), bad[0], seed=SEED, block=BLOCK)
+    np.testing.assert_array_equal(coefficients(parameter), whole.coefficients[bad[0]])
     # The rest is solved once the solver is mended, and the samples before the failure are not solved again.
     mended = Problem(None)
     data = mended.simulate(path=tmp_path / "d")
     assert mended.calls == 2 + 30 - bad[0]
-    np.testing.assert_array_equal(data.fields, whole.fields)
-    np.testing.assert_allclose(data.observations, whole.observations, rtol=1e-14)
+    np.testing.assert_array_equal(data.coefficients, whole.coefficients)
+    np.testing.assert_allclose(data.readings, whole.readings, rtol=1e-14)
 
 
 @pytest.mark.parametrize("states", [False, True])
@@ -91,53 +98,53 @@ def test_failed_solves_are_skipped_recorded_and_told(kind, how, states, tmp_path
     good = [i for i in range(30) if i not in bad]
     reason = {"raises": "RuntimeError: no solution of this one" if kind is Problem else "no solution of one of these",
               "is nan": "the state is not finite"}[how]
-    options = {"on_failure": "skip", "most_failures": 0.7, "keep_states": states}
+    options = {"skip": 0.7, "keep_states": states}
     for path in (None, tmp_path / "d"):
         with pytest.warns(SkippedWarning, match=f"{len(bad)} of 30 samples .*on condition that the solver succeeds"):
             data = kind(how).simulate(path=path, **options)
         assert [i for i, _ in data.skipped] == bad and all(reason in why for _, why in data.skipped)
-        np.testing.assert_array_equal(data.fields, whole.fields[good])
-        np.testing.assert_allclose(data.observations, whole.observations[good], rtol=1e-14)
+        np.testing.assert_array_equal(data.coefficients, whole.coefficients[good])
+        np.testing.assert_allclose(data.readings, whole.readings[good], rtol=1e-14)
         assert (data.states is not None) == states
         if states:
             np.testing.assert_allclose(data.states, whole.states[good], rtol=1e-14)
     with pytest.warns(SkippedWarning):
-        read = load_pairs(tmp_path / "d", Problem().V)
-    np.testing.assert_array_equal(read.observations, data.observations)
+        read = load_pairs(tmp_path / "d", Problem().problem())
+    np.testing.assert_array_equal(read.readings, data.readings)
     assert read.skipped == data.skipped
     # Only those that are asked for are counted.
     first = bad[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(load_pairs(tmp_path / "d", Problem().V, first)) == first
+        assert len(load_pairs(tmp_path / "d", Problem().problem(), first)) == first
     with pytest.warns(SkippedWarning, match=f"1 of {first + 1} "):
-        assert len(load_pairs(tmp_path / "d", Problem().V, first + 1)) == first
+        assert len(load_pairs(tmp_path / "d", Problem().problem(), first + 1)) == first
     # Who does not want holes is told of them, and who wants more gets more.
     with pytest.raises(SolveError, match=f"failed for sample {bad[0]} "):
         kind(how).simulate(path=tmp_path / "d", keep_states=states)
     shutil.copytree(tmp_path / "d", tmp_path / "mended")
     mended = kind(None)
     again = mended.simulate(path=tmp_path / "mended", keep_states=states)
-    np.testing.assert_array_equal(again.fields, whole.fields)
-    np.testing.assert_allclose(again.observations, whole.observations, rtol=1e-14)
+    np.testing.assert_array_equal(again.coefficients, whole.coefficients)
+    np.testing.assert_allclose(again.readings, whole.readings, rtol=1e-14)
     assert again.skipped == () and mended.calls == 2 + (0 if kind is Blocks else len(bad))
     with pytest.warns(SkippedWarning):
         longer = kind(how).simulate(44, path=tmp_path / "d", **options)
-    np.testing.assert_array_equal(longer.fields[:len(good)], data.fields)
+    np.testing.assert_array_equal(longer.coefficients[:len(good)], data.coefficients)
     assert len(longer) + len(longer.skipped) == 44
 
 
 @pytest.mark.parametrize("states", [False, True])
 @pytest.mark.parametrize("kind", [Problem, Blocks])
 def test_a_block_in_which_all_fail_is_one_of_many(kind, states, tmp_path):
-    options = {"block": 1, "on_failure": "skip", "most_failures": 0.7, "keep_states": states}
+    options = {"block": 1, "skip": 0.7, "keep_states": states}
     for path in (None, tmp_path / "d"):
         # Draws belong to blocks, so these are other samples.
         alone = Problem(None).simulate(block=1, keep_states=True)
-        good = ~(alone.fields > Problem().limit).any(axis=1)
+        good = ~(alone.coefficients > Problem().limit).any(axis=1)
         with pytest.warns(SkippedWarning):
             data = kind().simulate(path=path, **options)
-        np.testing.assert_array_equal(data.fields, alone.fields[good])
+        np.testing.assert_array_equal(data.coefficients, alone.coefficients[good])
         if states:
             np.testing.assert_allclose(data.states, alone.states[good], rtol=1e-14)
 
@@ -145,42 +152,42 @@ def test_a_block_in_which_all_fail_is_one_of_many(kind, states, tmp_path):
 @pytest.mark.parametrize("states", [False, True])
 def test_another_turn_keeps_what_it_solves_before_the_next_failure(states, tmp_path):
     whole, bad = _truth()
-    peaks = whole.fields.max(axis=1)
+    peaks = whole.coefficients.max(axis=1)
     # One that the half mended solver fails for, behind others that it solves.
     limit = next(peaks[i] for k, i in enumerate(bad) if k > 1 and i < BLOCK * (bad[0] // BLOCK + 1)
                  and peaks[i] > max(peaks[j] for j in bad[:k])) - 1e-9
     first = next(i for i in bad if peaks[i] > limit)
     options = {"path": tmp_path / "d", "keep_states": states}
     with pytest.warns(SkippedWarning):
-        Problem().simulate(on_failure="skip", most_failures=0.7, **options)
+        Problem().simulate(skip=0.7, **options)
     with pytest.raises(SolveError, match=f"failed for sample {first} "):
         Problem(limit=limit).simulate(**options)
     mended = Problem(None)
     again = mended.simulate(**options)
     assert mended.calls == 2 + len(bad) - bad.index(first)
-    np.testing.assert_array_equal(again.fields, whole.fields)
-    np.testing.assert_allclose(again.observations, whole.observations, rtol=1e-14)
+    np.testing.assert_array_equal(again.coefficients, whole.coefficients)
+    np.testing.assert_allclose(again.readings, whole.readings, rtol=1e-14)
 
 
 def test_too_many_failures_stop(tmp_path):
     whole, bad = _truth()
     problem = Problem()
-    with pytest.raises(SolveError, match=f"{len(bad)} of 30 samples, more than most_failures = 10%.*no solution"):
-        problem.simulate(path=tmp_path / "d", on_failure="skip")
+    with pytest.raises(SolveError, match=f"{len(bad)} of 30 samples, more than skip = 10%.*no solution"):
+        problem.simulate(path=tmp_path / "d", skip=0.1)
     calls = problem.calls
     with pytest.warns(SkippedWarning):
-        data = problem.simulate(path=tmp_path / "d", on_failure="skip", most_failures=0.7)
-    assert len(data) == 30 - len(bad) and problem.calls == calls + len(whole.fields[:2])
+        data = problem.simulate(path=tmp_path / "d", skip=0.7)
+    assert len(data) == 30 - len(bad) and problem.calls == calls + len(whole.coefficients[:2])
     with pytest.raises(SolveError, match="failed for each of the first 8 samples.*no solution"):
-        Problem(limit=-np.inf).simulate(path=tmp_path / "e", on_failure="skip", most_failures=1.0)
+        Problem(limit=-np.inf).simulate(path=tmp_path / "e", skip=1.0)
     with pytest.raises(SolveError, match="failed for 30 of 30|failed for all of 30"):
-        Problem(limit=-np.inf).simulate(on_failure="skip", most_failures=1.0)
+        Problem(limit=-np.inf).simulate(skip=1.0)
 
 
 def test_a_long_hopeless_run_stops_early():
     problem = Problem(limit=-np.inf)
     with pytest.raises(SolveError, match="failed for 50 of 50"):
-        problem.simulate(10_000, on_failure="skip")
+        problem.simulate(10_000, skip=0.1)
     assert problem.calls == 50
 
 
@@ -203,11 +210,11 @@ def test_priors_that_are_not_finite_are_not_skipped():
     problem = Problem(None)
     prior = CallablePrior(problem.V, lambda seed: Function(problem.V).assign(np.nan if seed % 3 == 0 else 1.0))
     with pytest.raises(DataError, match=r"Samples \[.*\] of block 0 .*mend the prior"):
-        simulate(prior, problem, problem.sensors, 20, seed=1, on_failure="skip", progress=False)
+        simulate(problem.problem(prior=prior), 20, seed=1, skip=0.1, progress=False)
     # A transform may overflow for some of them: that is a failure of the sample.
     prior = TransformedPrior(problem.prior, lambda f: 10.0**(400 * f))
     with pytest.raises(SolveError, match="the parameter is not finite"):
-        simulate(prior, problem, problem.sensors, 20, seed=1, progress=False)
+        simulate(problem.problem(prior=prior), 20, seed=1, progress=False)
 
 
 class Writing(Problem):
@@ -241,12 +248,12 @@ def test_solvers_may_write_into_their_parameters(make):
         return readings
     readings = np.zeros(2)
     data = make().simulate(keep_states=True)
-    for name in ("fields", "observations", "states"):
+    for name in ("coefficients", "readings", "states"):
         np.testing.assert_allclose(getattr(data, name), getattr(whole, name), rtol=1e-14)
     data = make().simulate(observation=same_array)
-    np.testing.assert_array_equal(data.fields, whole.fields)
+    np.testing.assert_array_equal(data.coefficients, whole.coefficients)
     readings[:] = 5.0
-    np.testing.assert_array_equal(data.observations, 0.0)
+    np.testing.assert_array_equal(data.readings, 0.0)
 
 
 @pytest.mark.parallel(2)
@@ -265,11 +272,11 @@ def test_a_failure_on_one_rank_is_one_of_all(tmp_path):
         problem.simulate(path=folder / "d")
     assert len(set(MPI.COMM_WORLD.allgather(str(caught.value)))) == 1
     with pytest.warns(SkippedWarning):
-        data = problem.simulate(path=folder / "d", on_failure="skip", most_failures=0.9)
+        data = problem.simulate(path=folder / "d", skip=0.9)
     skipped = {i for i, _ in data.skipped}
     assert skipped and len(set(MPI.COMM_WORLD.allgather(data.skipped))) == 1
     good = [i for i in range(30) if i not in skipped]
-    np.testing.assert_allclose(data.observations, whole.observations[good], rtol=1e-10)
+    np.testing.assert_allclose(data.readings, whole.readings[good], rtol=1e-10)
     # A reading that the user forgot to sum over ranks.
     with pytest.raises(InputError, match="other readings on other ranks"):
         Problem(None, comm=MPI.COMM_WORLD).simulate(observation=lambda u: [u.dat.data_ro.sum()])
@@ -280,7 +287,7 @@ def test_what_is_not_finite_on_one_rank_fails_on_all(tmp_path):
     """Sums over ranks come after word from all of them, so that nobody waits for a rank that has stopped."""
     rank = MPI.COMM_WORLD.rank
     problem = Problem(None, comm=MPI.COMM_WORLD)
-    options = {"seed": SEED, "block": BLOCK, "progress": False, "on_failure": "skip", "most_failures": 0.9}
+    options = {"seed": SEED, "block": BLOCK, "progress": False, "skip": 0.9}
     overflow = TransformedPrior(problem.prior, lambda f: 10.0**(300 * f))
 
     class OneNan(Blocks):
@@ -303,12 +310,12 @@ def test_what_is_not_finite_on_one_rank_fails_on_all(tmp_path):
             (problem.prior, OneNan(None, comm=MPI.COMM_WORLD), None, "the state is not finite"),
             (problem.prior, problem, fails, "ValueError: on this rank only")]:
         with pytest.warns(SkippedWarning):
-            data = simulate(prior if forward is problem else forward.prior, forward, observation or forward.sensors, 30,
-                            **options)
+            data = simulate(InverseProblem(prior if forward is problem else forward.prior, forward,
+                                           observation or forward.sensors), 30, **options)
         assert 0 < len(data.skipped) < 30 and any(reason in why for _, why in data.skipped)
         assert len(set(MPI.COMM_WORLD.allgather(data.skipped))) == 1
     with pytest.raises(InputError, match="k real numbers"):
-        simulate(problem.prior, problem, wrong, 3, **options)
+        simulate(problem.problem(observation=wrong), 3, **options)
 
 
 @pytest.mark.parallel(2)
@@ -322,7 +329,7 @@ def test_an_error_of_one_member_of_an_ensemble_is_one_of_all(tmp_path):
             raise ValueError("no draw here")
         return Function(problem.V)
     with pytest.raises(DataError, match="no draw here"):
-        simulate(CallablePrior(problem.V, draw), problem, problem.sensors, 30, seed=0, block=4, path=folder / "d",
+        simulate(problem.problem(prior=CallablePrior(problem.V, draw)), 30, seed=0, block=4, path=folder / "d",
                  ensemble=ensemble, progress=False)
 
 
@@ -336,12 +343,12 @@ def test_a_short_block_in_the_middle_is_incomplete(tmp_path):
     Problem(None).simulate(16, path=tmp_path / "e")
     shutil.copy(tmp_path / "e" / "block-00001.safetensors", tmp_path / "d")
     with pytest.raises(DataError, match=f"{bad + BLOCK} of 16 pairs"):
-        load_pairs(tmp_path / "d", problem.V)
-    assert len(load_pairs(tmp_path / "d", problem.V, bad)) == bad
+        load_pairs(tmp_path / "d", problem.problem())
+    assert len(load_pairs(tmp_path / "d", problem.problem(), bad)) == bad
 
 
-@pytest.mark.parametrize("on_failure", ["raise", "skip"])
-def test_an_interruption_inside_a_solver_of_petsc_is_one(tmp_path, on_failure):
+@pytest.mark.parametrize("skip", [0, 0.1])
+def test_an_interruption_inside_a_solver_of_petsc_is_one(tmp_path, skip):
     """PETSc hands on what is raised in its callbacks as an error of its own, and keeps the solver locked."""
     problem = Problem(None)
 
@@ -353,22 +360,22 @@ def test_an_interruption_inside_a_solver_of_petsc_is_one(tmp_path, on_failure):
             except KeyboardInterrupt as error:
                 raise RuntimeError("error code 101") from error
         return Function(problem.V).interpolate(m**2)
-    options = {"seed": SEED, "block": BLOCK, "path": tmp_path / "d", "on_failure": on_failure, "progress": False}
+    options = {"seed": SEED, "block": BLOCK, "path": tmp_path / "d", "skip": skip, "progress": False}
     with pytest.raises(KeyboardInterrupt):
-        simulate(problem.prior, forward, problem.sensors, 30, **options)
-    data = simulate(problem.prior, forward, problem.sensors, 30, **options)
+        simulate(problem.problem(forward=forward), 30, **options)
+    data = simulate(problem.problem(forward=forward), 30, **options)
     assert data.skipped == () and problem.calls == 2 + 11 + 2 + 20
 
 
 def test_a_solver_that_forgets_to_return_is_told_so():
     problem = Problem(None)
-    with pytest.raises(InputError, match="the state is in NoneType.*let the solver return the state"):
-        simulate(problem.prior, lambda m: None, problem.sensors, 3, seed=0, progress=False)
+    with pytest.raises(InputError, match="returned NoneType: return a Function in"):
+        simulate(problem.problem(forward=lambda m: None), 3, seed=0, progress=False)
 
 
 def test_warnings_point_at_the_caller(tmp_path):
     with pytest.warns(SkippedWarning) as caught:
-        Problem().simulate(path=tmp_path / "d", on_failure="skip", most_failures=0.9)
+        Problem().simulate(path=tmp_path / "d", skip=0.9)
     assert caught[0].filename == __file__
 
 
@@ -380,14 +387,14 @@ def test_a_solver_may_change_the_folder(tmp_path, monkeypatch):
     def forward(m):
         os.chdir(tmp_path / "other")
         return problem(m)
-    simulate(problem.prior, forward, problem.sensors, 9, seed=0, block=4, path="pairs", progress=False)
-    assert len(load_pairs(tmp_path / "pairs", problem.V)) == 9 and not list((tmp_path / "pairs").glob("*.lock"))
+    simulate(problem.problem(forward=forward), 9, seed=0, block=4, path="pairs", progress=False)
+    assert len(load_pairs(tmp_path / "pairs", problem.problem())) == 9 and not list((tmp_path / "pairs").glob("*.lock"))
     assert not list((tmp_path / "other").iterdir())
 
 
 HANGS = """
 from firedrake import *
-from fem_diffusion import GaussianPrior, point_sensors, simulate
+from fem_diffusion import GaussianPrior, InverseProblem, point_sensors, simulate
 from fem_diffusion.simulation import solves as _solves
 
 _solves._PATIENCE = 2.0
@@ -404,7 +411,7 @@ def forward(m):
         pass
     return Function(V)
 
-simulate(GaussianPrior(V, 1.0, 0.3), forward, point_sensors(V, [[0.5]]), 3, seed=0, progress=False)
+simulate(InverseProblem(GaussianPrior(V, 1.0, 0.3), forward, point_sensors(V, [[0.5]])), 3, seed=0, progress=False)
 """
 
 

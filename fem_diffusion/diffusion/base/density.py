@@ -1,0 +1,95 @@
+r"""The posterior that the emulator implies, and Hamiltonian moves that leave it as it is.
+
+For Gaussian latents the density of the posterior is known up to the emulator,
+
+.. math:: -\log p(z | y) = \tfrac12 |y - b - B f(z)|^2_{(R + B \Sigma B^T)^{-1}}
+          + \tfrac12 |z - \bar z|^2_{C^{-1}} + \text{const}.
+
+In base coordinates, where it is nearly standard normal, one leapfrog trajectory of a quarter period makes a nearly
+independent sample (Neal 2011, section 5.3). Two things are made of that. *Corrections*: a few moves take samples of the
+network to the emulator's posterior. *Training*: the latents behind a simulated measurement are an exact sample of
+their posterior, so moves that start there give more of them, and no warm-up is needed.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply, cholesky, solve_lower
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+
+__all__ = ["EmulatorDensity", "emulator_density"]
+
+_LEAPS = 4
+# Points whose states are held at once.
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class EmulatorDensity:
+    """Posterior densities of B measurements in base coordinates; from `emulator_density`.
+
+    Parameters
+    ----------
+    base : GaussianBase
+        Law of the latents and emulator.
+    located : Located
+        The base at each measurement.
+    rows, target : Tensor
+        Sensors and readings in units of noise and emulator error, shape (B, k, s) and (B, k).
+    """
+
+    base: GaussianBase
+    located: Located
+    rows: Tensor
+    target: Tensor
+
+    def energy(self, w: Tensor) -> Tensor:
+        """Negative log density (n, B) up to a constant, at n points each (n, B, r)."""
+        if len(w) > 1 and w[..., 0].numel() > _ROWS:
+            return torch.cat([self.energy(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
+        z = self.located.colour(w)
+        away, c = z - self.base.mean, self.base.emulator(z.flatten(0, 1)).view(*z.shape[:2], -1)
+        misfit = self.target - apply(self.rows, c)
+        return (misfit.square().sum(2) + ((away @ self.base.precision) * away).sum(2)) / 2
+
+    def force(self, w: Tensor) -> Tensor:
+        """Gradient of `energy`, shape (n, B, r)."""
+        if len(w) > 1 and w[..., 0].numel() > _ROWS:
+            return torch.cat([self.force(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
+        z = self.located.colour(w)
+        c, pull = self.base.emulator.with_pull(z.flatten(0, 1))
+        misfit = self.target - apply(self.rows, c.view(*z.shape[:2], -1))
+        pulled = pull(apply(self.rows.mT, misfit).flatten(0, 1)).view_as(z)
+        return apply(self.located.factor.mT, (z - self.base.mean) @ self.base.precision - pulled)
+
+    def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""
+        length = math.pi / 2 / _LEAPS * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=w.device)))
+        return hamiltonian_move(w, self.energy, self.force, length, _LEAPS, generator)
+
+
+def emulator_density(base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> EmulatorDensity:
+    """The emulator's posterior of located measurements.
+
+    Parameters
+    ----------
+    base : GaussianBase
+        Whose latents are Gaussian.
+    layout : Layout
+        Of B measurements, or one layout of them all.
+    y : Tensor
+        Measurements, shape (B, k).
+    located : Located
+        From ``base.locate(layout, y)``.
+
+    Returns
+    -------
+    EmulatorDensity
+    """
+    root, target = cholesky(base.noise(layout)), y - layout.offset
+    rows = torch.linalg.solve_triangular(root, layout.rows.expand(len(root), -1, -1), upper=False)
+    return EmulatorDensity(base, located, rows, solve_lower(root, target))

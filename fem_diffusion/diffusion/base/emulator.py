@@ -1,0 +1,211 @@
+r"""What sensors can see as a function of the latents, learned once.
+
+What can be seen has coordinates c: of the state in modes, :math:`u = \bar u + \sum_j c_j \psi_j`, over which any sensor
+is a row, or the noise-free readings of fixed sensors themselves. They are regressed on the latents,
+
+.. math:: c = f(z) + \text{residual}, \qquad f(z) = f_0 + A z + \text{network}(z),
+
+by least squares first; a network for what is left is kept only where it helps on held-out pairs.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.checks import check_count, check_flag, check_options
+from fem_diffusion.diffusion.base.regression import check_pairs, regress, spread
+from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
+from fem_diffusion.errors import InputError
+
+__all__ = ["Emulator", "affine_emulator", "fit_emulator"]
+
+# A regression gains from more width and less decay than a score network (docs/training.md).
+_WIDER, _DECAY = 2, 0.1
+# What the affine map leaves is nothing to learn below this share of the noise's variance, and below rounding.
+_SMALL, _ROUNDING = 1e-3, 1e-9
+
+
+class Emulator(nn.Module):
+    """f(z): an affine map, and a multilayer perceptron where there is one.
+
+    Parameters
+    ----------
+    r : int
+        Number of latents.
+    s : int
+        Number of state coordinates.
+    width, depth : int
+        Of the hidden layers; a depth of 0 leaves the affine map alone.
+
+    Attributes
+    ----------
+    matrix : Tensor
+        A, shape (s, r).
+    offset : Tensor
+        f_0, shape (s,).
+    centre, unit : Tensor
+        What is taken from latents before the network sees them, and what they are divided by then, shape (r,) each.
+    scale : Tensor
+        What the network's output is multiplied by, shape (s,).
+    residual : Tensor
+        Covariance of c - f(z) on held-out pairs, shape (s, s).
+
+    Raises
+    ------
+    InputError
+        If a size is not positive, or the depth negative.
+    """
+
+    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        r, s, width = (check_count(n, name) for name, n in (("r", r), ("s", s), ("width", width)))
+        depth = check_count(depth, "depth", least=0)
+        self.config = {"r": r, "s": s, "width": width, "depth": depth}
+        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s,)), ("residual", (s, s)),
+                            ("centre", (r,))):
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("unit", torch.ones(r, dtype=torch.float64))
+        sizes = [r] + depth * [width]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.head = nn.Linear(width, s, bias=False) if depth else None
+        if depth:
+            nn.init.zeros_(self.head.weight)
+
+    def _input(self, z: Tensor) -> Tensor:
+        """Latents (B, r) as the network sees them: centred before they lose precision."""
+        return ((z.double() - self.centre) / self.unit).float()
+
+    def correction(self, z: Tensor) -> Tensor:
+        """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
+        x = self._input(z)
+        for layer in self.hidden:
+            x = nn.functional.silu(layer(x))
+        return self.head(x)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """State coordinates (B, s) for latents (B, r), in double precision."""
+        affine = self.offset + z.double() @ self.matrix.T
+        return affine if self.head is None else affine + self.scale * self.correction(z).double()
+
+    def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
+        x, gates = self._input(z), []
+        for layer in self.hidden:
+            before = layer(x)
+            gate = torch.sigmoid(before)
+            x = before * gate
+            gates.append(gate * (1 + before * (1 - gate)))   # slope of silu
+        affine = self.offset + z.double() @ self.matrix.T
+
+        def pull(covector: Tensor) -> Tensor:
+            result = covector @ self.matrix
+            if self.head is None:
+                return result
+            back = (covector * self.scale).float() @ self.head.weight
+            for layer, gate in zip(reversed(self.hidden), reversed(gates)):
+                back = (back * gate) @ layer.weight
+            return result + back.double() / self.unit
+        return affine if self.head is None else affine + self.scale * self.head(x).double(), pull
+
+
+class _Regression(Task):
+    """The task of `fit_emulator`: what the affine map leaves, in units of its size, at latents of unit variance."""
+
+    name = "emulate"
+
+    def __init__(self, z: Tensor, rest: Tensor, training: Tensor, held_out: Tensor, options: TrainingOptions):
+        self.options, self.size = options, len(training)
+        self.z, self.rest = z[training], rest[training]
+        self.validation = z[held_out], rest[held_out]
+        self.base_losses = self.validation[1].square().sum(1)
+        self.parts = [z, rest]
+
+    def network(self) -> nn.Module:
+        return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
+
+    def loss(self, network, index, generator):
+        return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
+
+    def evaluate(self, network):
+        model = getattr(network, "module", network)
+        return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
+
+
+def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
+    """Emulator c = offset + G z of a matrix G (s, r) and an offset (s,), with the covariance (s, s) of its error."""
+    emulator = Emulator(*matrix.shape[::-1], width=1, depth=0).to(matrix.device)
+    emulator.matrix, emulator.offset, emulator.residual = matrix.double(), offset.double(), residual.double()
+    return emulator.eval().requires_grad_(False)
+
+
+def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
+                 checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
+    """Regress coordinates of what sensors see on latents.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    c : Tensor
+        Coordinates, shape (n, s).
+    noise : Tensor
+        Errors of each coordinate that count alike, positive, shape (s,): standard deviations of the readings' noise;
+        of state modes one over their standard deviation, such that errors count as they do in the state.
+    options : TrainingOptions
+        Of the network, which is twice as wide, one layer less deep, and decays at a tenth of the rate.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show a progress bar.
+
+    Returns
+    -------
+    Emulator
+        On the CPU; affine where a network does not help on held-out pairs.
+    History
+        Training curve of the network; losses in units of what the affine map leaves.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, there are too few pairs, or a value is not finite.
+    FileError, SolveError
+        As for `fit_denoiser`.
+    """
+    check_options(options, TrainingOptions).check()
+    check_flag(progress, "progress")
+    check_pairs(z, c, 1)
+    noise = check_tensor(noise, "noise", (c.shape[1],), "coordinates").double().cpu()
+    if not (noise > 0).all():
+        raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
+    training, held_out = hold_out(len(z), options)
+    if len(training) <= z.shape[1] + 1:
+        raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
+    z, c = z.double().cpu(), c.double().cpu()
+    matrix, offset, _ = regress(z[training], c[training])
+    rest = (c - offset - z @ matrix.T) / noise
+    size = rest[training].square().sum(1).mean().sqrt()
+    network, history = None, History()
+    if float(rest[training].square().mean(0).max()) > _SMALL and (
+            float(size) > _ROUNDING * float((c[training].std(0) / noise).norm())):
+        options = replace(options, width=_WIDER * options.width, depth=max(1, options.depth - 1),
+                          weight_decay=_DECAY * options.weight_decay)
+        with threads(options.threads):
+            device = torch.device(options.device)
+            centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))
+            white = ((z - centre) / unit).float().to(device)
+            loop = Loop(_Regression(white, (rest / size).float().to(device), training, held_out, options), options,
+                        checkpoint)
+            network, history = loop.run(progress), loop.history
+    if network is None:
+        return affine_emulator(*regress(z, c)), history
+    emulator = network.to("cpu").eval().requires_grad_(False)
+    emulator.centre, emulator.unit, emulator.scale = centre, unit, size * noise
+    emulator.matrix, emulator.offset = matrix, offset
+    defect = (c - emulator(z))[held_out]
+    emulator.residual = defect.T @ defect / len(defect)
+    return emulator, history

@@ -1,0 +1,393 @@
+r"""The Gaussian base: for every measurement a Gaussian :math:`N(\mu, P)`, the forward map linearised where it lies.
+
+A law N(z̄, C) of the latents, an emulator f of what can be seen of them, and sensors :math:`y = b + B c + e` of its
+coordinates c make up the base. One fixed set of sensors is the layout in which the coordinates are the noise-free
+readings themselves, B = I and b = 0. The Gaussian is found by iterated posterior linearisation (Garcia-Fernandez et al.
+2015, doi:10.1109/TSP.2015.2454485). Given a guess N(μ, L Lᵀ), the best affine fit to f over that guess is
+
+.. math:: f(\mu + L\xi) \approx \bar c + A \xi, \qquad \bar c = E f, \quad A = E f \xi^T, \quad
+          \Omega = E (f - \bar c - A\xi)(f - \bar c - A\xi)^T,
+
+and the Kalman update of N(z̄, C) with that affine map and the noise R + B (Σ + Ω) Bᵀ is the next guess; R is the noise
+of the sensors, Σ what the emulator leaves, with noise that the readings hold already. The first guess is N(z̄, C): one
+update gives the joint Gaussian of latents and measurement, which is the exact posterior where f is affine and the
+latents are Gaussian. Expectations are means over fixed points with the first three moments of a standard normal.
+Everything is batched over measurements; under an affine map all measurements by one layout share one factor.
+
+The diffusion runs in base coordinates :math:`w = P^{-1/2}(z - \mu)`, where the prior noise is aligned with the
+posterior. Where the base is the truth, w is standard normal for every measurement and the network has nothing to learn.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.checks import LARGEST, check_flag
+from fem_diffusion.diffusion.base.emulator import Emulator, affine_emulator
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.base.regression import check_pairs, regress
+from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.errors import InputError, SolveError
+
+__all__ = ["UPDATES", "GaussianBase", "Located", "apply", "check_base", "cholesky", "fit_base", "law", "linear_base",
+           "plain_base", "solve_lower"]
+
+UPDATES = 6
+# Below so many latents points lie on two shells; there are at least so many points.
+_FEW, _FEWEST_POINTS = 16, 48
+# Smallest variance of noise, in units of the prior variance of the reading.
+_FLOOR = 1e-12
+# A sensor that varies by so many roundings of its mean does not vary.
+_ROUNDINGS = 4
+# Share of the variance of a latent that the others may leave at least.
+_DEPENDENT = 1e-12
+
+
+@dataclass(frozen=True)
+class Located:
+    """Gaussians N(mean, P) of B measurements, with P⁻¹ = M Mᵀ, and what the sensors see there.
+
+    A leading size of 1 in place of B says that all measurements share the tensor.
+
+    Parameters
+    ----------
+    mean : Tensor
+        Shape (B, r).
+    factor : Tensor
+        M⁻ᵀ, upper triangular, shape (B, r, r): z = mean + factor w.
+    whitener : Tensor
+        Mᵀ, shape (B, r, r).
+    sensitivity : Tensor
+        Derivative of the readings by w, in units of their noise, shape (B, k, r).
+    misfit : Tensor
+        Readings minus what is expected at the mean, in units of their noise, shape (B, k).
+    """
+
+    mean: Tensor
+    factor: Tensor
+    whitener: Tensor
+    sensitivity: Tensor
+    misfit: Tensor
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of each latent, shape (B, r)."""
+        return self.factor.square().sum(2).sqrt()
+
+    @property
+    def covariance(self) -> Tensor:
+        """P, shape (B, r, r)."""
+        return self.factor @ self.factor.mT
+
+    @property
+    def log_determinant(self) -> Tensor:
+        """Logarithm of |P^(1/2)|, shape (B,)."""
+        return -torch.diagonal(self.whitener, dim1=1, dim2=2).log().sum(1)
+
+    def whiten(self, z: Tensor) -> Tensor:
+        """Base coordinates w (..., B, r) of latents (..., B, r)."""
+        return apply(self.whitener, z - self.mean)
+
+    def colour(self, w: Tensor) -> Tensor:
+        """Latents (..., B, r) of base coordinates (..., B, r)."""
+        return self.mean + apply(self.factor, w)
+
+
+@dataclass(frozen=True)
+class GaussianBase:
+    """Law of the latents and emulator: gives a Gaussian for every measurement by any sensors.
+
+    Parameters
+    ----------
+    mean : Tensor
+        Of the latents, shape (r,).
+    factor : Tensor
+        F with F Fᵀ = C, the covariance of the latents, upper triangular, shape (r, r).
+    emulator : Emulator
+        Of the coordinates that sensors see.
+    updates : int
+        Kalman updates: 1 stops at the joint Gaussian of latents and measurement, more follow the posterior.
+    """
+
+    mean: Tensor
+    factor: Tensor
+    emulator: Emulator
+    updates: int = 1
+
+    @property
+    def r(self) -> int:
+        """Number of latents."""
+        return len(self.mean)
+
+    @property
+    def k(self) -> int:
+        """Number of coordinates that sensors see: of the readings, where the sensors are fixed."""
+        return len(self.emulator.offset)
+
+    def to(self, device: str | torch.device) -> "GaussianBase":
+        """A copy on another device; this one stays where it is."""
+        return GaussianBase(self.mean.to(device), self.factor.to(device), deepcopy(self.emulator).to(device),
+                            self.updates)
+
+    @cached_property
+    def precision(self) -> Tensor:
+        """C⁻¹, shape (r, r)."""
+        identity = torch.eye(self.r, dtype=self.factor.dtype, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor, identity, upper=True)
+        return inverse.T @ inverse
+
+    @cached_property
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
+        signal = self.emulator.matrix @ self.factor
+        covariance = signal @ signal.T + self.noise(Layout.readings(self.k, self.mean))[0]
+        unit = covariance.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
+        floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
+        # Symmetric roots: eigenvectors of close eigenvalues turn with rounding, their products do not.
+        whitener = vectors / values.clamp(min=floor).sqrt() @ vectors.T / unit
+        return self.emulator.offset + self.emulator.matrix @ self.mean, whitener
+
+    def features(self, y: Tensor) -> Tensor:
+        """Measurements `y` (B, k) by fixed sensors, centred and whitened under the prior, shape (B, k)."""
+        mean, whitener = self._seen
+        return (y - mean) @ whitener
+
+    def noise(self, layout: Layout) -> Tensor:
+        """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive."""
+        covariance = torch.diag_embed(layout.variance) + layout.rows @ self.emulator.residual @ layout.rows.mT
+        # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
+        signal = (layout.rows @ (self.emulator.matrix @ self.factor)).square().sum(2)
+        return covariance + torch.diag_embed(_FLOOR * signal)
+
+    def locate(self, layout: Layout, y: Tensor) -> Located:
+        """Gaussian approximation of the posterior of each measurement.
+
+        Parameters
+        ----------
+        layout : Layout
+            Of B measurements, or one layout of them all.
+        y : Tensor
+            Measurements, shape (B, k).
+
+        Returns
+        -------
+        Located
+
+        Raises
+        ------
+        SolveError
+            If a covariance is not positive.
+        """
+        identity = torch.eye(self.r, dtype=y.dtype, device=y.device)
+        noise, affine = self.noise(layout), self.emulator.head is None
+        prior_mean = mean = self.mean[None]
+        factor, points = self.factor[None], None if affine else _points(self.r, y)
+        for _ in range(1 if affine else self.updates):
+            if affine:
+                G, expected, rest = layout.rows @ self.emulator.matrix, layout.read(self.emulator(mean)), noise
+            else:
+                G, expected, spread = self._fit(layout.rows, mean, factor, points)
+                expected, rest = layout.offset + expected, noise + spread
+            root = cholesky(rest)
+            target = solve_lower(root, y - expected + apply(G, mean - prior_mean))
+            white = torch.linalg.solve_triangular(root, G, upper=False)
+            M = cholesky(self.precision + white.mT @ white)
+            factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
+            mean = prior_mean + apply(factor, apply(factor.mT, apply(white.mT, target)))
+        scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
+        misfit = torch.where(layout.present, y - layout.read(self.emulator(mean)), 0.0)
+        return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
+
+    def standardised(self, located: Located) -> Located:
+        """The same Gaussians of latents that are centred and divided by their prior standard deviations.
+
+        Base coordinates are the same, and what a network sees does not depend on the units of latents.
+        """
+        std = self.factor.square().sum(1).sqrt()
+        return replace(located, mean=(located.mean - self.mean) / std, factor=located.factor / std[:, None],
+                       whitener=located.whitener * std)
+
+    def _fit(self, rows: Tensor, mean: Tensor, factor: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Best affine fit over N(mean, factor factorᵀ) to readings without offset.
+
+        Returns the derivative by z (B, k, r), the mean (B, k), and the covariance of what is not affine (B, k, k).
+        """
+        z = mean[:, None] + points @ factor.mT
+        c = self.emulator(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        readings = rows @ c.mT
+        expected = readings.mean(2)
+        slope = (readings - expected[:, :, None]) @ points / len(points)
+        rest = readings - expected[:, :, None] - slope @ points.T
+        # slope belongs to ξ = factor⁻¹ (z - mean).
+        slope = torch.linalg.solve_triangular(factor, slope, upper=True, left=False)
+        return slope, expected, rest @ rest.mT / len(points)
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Cholesky factors (B, n, n), each row in its own units; SolveError where a matrix is not positive."""
+    unit = torch.diagonal(matrix, dim1=-2, dim2=-1).sqrt()
+    root, info = torch.linalg.cholesky_ex(matrix / unit[..., None] / unit[..., None, :])
+    if info.any() or not torch.isfinite(unit).all():
+        raise SolveError("The base of a layout has no positive covariance: the emulator grows without bound between "
+                         "the training latents. Simulate more pairs, or keep fewer modes.")
+    return root * unit[..., None]
+
+
+def apply(matrix: Tensor, x: Tensor) -> Tensor:
+    """Products (..., B, m) of matrices (B, m, n), or of one for all, with vectors (..., B, n)."""
+    return x @ matrix[0].mT if len(matrix) == 1 else torch.einsum("bij,...bj->...bi", matrix, x)
+
+
+def solve_lower(root: Tensor, x: Tensor) -> Tensor:
+    """Solutions (B, k) for right-hand sides (B, k) of lower triangular matrices (B, k, k), or of one for all."""
+    if len(root) == 1:
+        return torch.linalg.solve_triangular(root[0], x.mT, upper=False).mT
+    return torch.linalg.solve_triangular(root, x.unsqueeze(2), upper=False).squeeze(2)
+
+
+def _points(r: int, like: Tensor) -> Tensor:
+    """Points (n, r) with the mean, covariance and third moments of a standard normal, in general position.
+
+    For few latents they lie on two shells, in several rotations, to come near the fourth moments as well, on which
+    depends what counts as not affine; for many latents a normal law is near one shell itself.
+    """
+    generator = torch.Generator().manual_seed(0)
+    apart = 0.0 if r >= _FEW else min(1.0, (2 / r)**0.5)
+    shells = [(r * (1 + sign * apart))**0.5 for sign in ((1, -1) if apart else (0,))]
+    points = []
+    while 2 * len(shells) * r * len(points) < _FEWEST_POINTS or not points:
+        rotation = torch.linalg.qr(torch.randn(r, r, generator=generator, dtype=torch.float64))[0]
+        points.append(torch.cat([radius * side for radius in shells for side in (rotation, -rotation)]))
+    return torch.cat(points).to(like)
+
+
+def law(z: Tensor, standard_prior: bool) -> tuple[Tensor, Tensor]:
+    """Mean (r,) and upper triangular factor (r, r) of the covariance of latents (n, r); N(0, I) where that is known."""
+    r = z.shape[1]
+    if standard_prior:
+        return z.new_zeros(r), torch.eye(r, dtype=z.dtype, device=z.device)
+    covariance = torch.cov(z.T).reshape(r, r)
+    unit = covariance.diagonal().sqrt()
+    # Upper triangular, from the Cholesky factor of the covariance in reversed order.
+    factor, info = torch.linalg.cholesky_ex((covariance / unit / unit[:, None]).flip(0, 1))
+    if info.any() or (factor.diagonal()**2 < _DEPENDENT).any():
+        raise InputError("The latents depend linearly on each other in all pairs: keep fewer modes, or simulate more.")
+    return z.mean(0), unit[:, None] * factor.flip(0, 1)
+
+
+def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | None = None) -> GaussianBase:
+    """Exact base of a linear-Gaussian problem y = offset + G z + e with z ~ N(0, I), e ~ N(0, R).
+
+    Parameters
+    ----------
+    operator : Tensor
+        G, shape (k, r).
+    noise_covariance : Tensor
+        R, shape (k, k).
+    offset : Tensor, optional
+        Observation of the prior mean, shape (k,); zero where left out.
+
+    Returns
+    -------
+    GaussianBase
+        In double precision; its law is the posterior.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, a number is not finite and real, or G Gᵀ + R is not positive.
+    """
+    k, r = check_tensor(operator, "The operator", ("k", "r"), "latents").shape
+    offset = operator.new_zeros(k) if offset is None else check_tensor(offset, "The offset", (k,), "sensors")
+    check_tensor(noise_covariance, "The noise covariance", (k, k), "sensors")
+    emulator = affine_emulator(operator, offset, noise_covariance)
+    return check_base(GaussianBase(*law(emulator.matrix.new_zeros(1, r), True), emulator))
+
+
+def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: bool = False) -> GaussianBase:
+    """Base from training pairs: the joint Gaussian of latents and noise-free readings, plus the noise.
+
+    The readings are regressed on the latents, y = ȳ + G (z - z̄) + residual, and the moments follow from G, the
+    covariance of the residual and R. Where the forward map is linear this is exact for any number of pairs above r,
+    although sample covariances of z and y are not.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free readings, shape (n, k).
+    noise_covariance : Tensor
+        R, shape (k, k).
+    standard_prior : bool
+        Take the prior moments of z as known, N(0, I), as for a Karhunen-Loeve basis; otherwise from the pairs.
+
+    Returns
+    -------
+    GaussianBase
+        In double precision on the device of `z`.
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree, there are not more pairs than latents + 1, a latent does not vary, latents depend
+        linearly on each other, or a reading does not vary and has no noise.
+    """
+    n, r = check_pairs(z, y, 1)
+    check_tensor(noise_covariance, "The noise covariance", (y.shape[1], y.shape[1]), "sensors")
+    check_flag(standard_prior, "standard_prior")
+    matrix, offset, residual = regress(z.double(), y.double())
+    emulator = affine_emulator(matrix, offset, residual + noise_covariance.to(residual))
+    return check_base(GaussianBase(*law(z.double(), standard_prior), emulator))
+
+
+def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
+    """Base that standardises latents and measurements and knows nothing of how they depend on each other.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r).
+    y : Tensor
+        Noise-free readings, shape (n, k).
+    noise_covariance : Tensor
+        R, shape (k, k).
+
+    Returns
+    -------
+    GaussianBase
+        With an emulator of zero slope and a diagonal covariance.
+
+    Raises
+    ------
+    InputError
+        If the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
+    """
+    check_pairs(z, y)
+    k, r = y.shape[1], z.shape[1]
+    check_tensor(noise_covariance, "The noise covariance", (k, k), "sensors")
+    z, y = z.double(), y.double()
+    covariance = torch.cov(y.T).reshape(k, k) + noise_covariance.to(y)
+    emulator = affine_emulator(y.new_zeros(k, r), y.mean(0), covariance)
+    return check_base(GaussianBase(z.mean(0), torch.diag(z.std(0)), emulator))
+
+
+def check_base(base: GaussianBase) -> GaussianBase:
+    """The base, unless readings do not vary or their covariance is not positive."""
+    emulator = base.emulator
+    signal = emulator.matrix @ base.factor
+    covariance = signal @ signal.T + emulator.residual
+    spread = covariance.diagonal().clamp(min=0).sqrt()
+    mean = emulator.offset + emulator.matrix @ base.mean
+    dead = ~(spread > _ROUNDINGS * torch.finfo(spread.dtype).eps * mean.abs()) | (spread < 1 / LARGEST)
+    if dead.any():
+        raise InputError(f"The covariance of the measurements is not positive: sensors {torch.where(dead)[0].tolist()} "
+                         "read the same in all pairs, without noise. Leave them out, or give them noise.")
+    values = torch.linalg.eigvalsh(covariance / spread / spread[:, None])
+    if values[0] < -values[-1] * torch.finfo(values.dtype).eps * len(values):
+        raise InputError("The covariance of the measurements is not positive: check the readings and the noise.")
+    return base

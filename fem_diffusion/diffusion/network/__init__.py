@@ -1,0 +1,54 @@
+"""Score networks, interchangeable behind one protocol; a new one is a file here and a line in `NETWORKS`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
+from fem_diffusion.diffusion.network.mlp import ResidualMLP
+from fem_diffusion.diffusion.network.sensors import SensorNetwork
+
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+    from fem_diffusion.diffusion.base.layouts import Layout
+
+__all__ = ["NETWORKS", "ScoreNetwork", "build"]
+
+# By the names that `fit` takes and model files hold; each has its sizes in `config`, beginning with r and k.
+NETWORKS: Mapping[str, type[nn.Module]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
+
+
+@runtime_checkable
+class ScoreNetwork(Protocol):
+    """What the network of a `Denoiser` has to offer: the door for users' own.
+
+    What it sees of a measurement is made once, in two parts, then it is called at every noise level.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of its states."""
+
+    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+        """What it looks at of B measurements (B, k), in its own precision, shape (B, ...) each; no weights take part.
+
+        The layout and parts of `located` may be shared, with a leading size of 1; so may the results.
+        """
+
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """What its weights make of that, shape (B, ...) each."""
+
+    def __call__(self, v: Tensor, angle: Tensor, *context: Tensor) -> Tensor:
+        """N (n, B, r) for n states in base coordinates of each measurement (n, B, r).
+
+        The angle arctan(sigma) is of shape (n, B, 1), or (1, 1, 1) where it is the same for all.
+        """
+
+
+def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeometry | None = None) -> nn.Module:
+    """A network of the registry before training: r latents, k coordinates or readings, on a mesh where one is given."""
+    if geometry is None:
+        return NETWORKS[name](r, k, width, depth)
+    return FieldNetwork(r, k, width, depth, dimension=len(geometry.gradients)).on(geometry)

@@ -1,0 +1,91 @@
+"""Score networks: residual networks with conditioning on noise level and measurement."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.checks import check_count
+
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+    from fem_diffusion.diffusion.base.layouts import Layout
+
+__all__ = ["Block", "ResidualMLP", "harmonics"]
+
+
+class Block(nn.Module):
+    """Pre-normalised residual block whose scale and shift come from the conditioning."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.inner = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition).chunk(2, dim=-1)
+        return x + self.inner(self.norm(x) * (1 + scale) + shift)
+
+
+def harmonics(angle: Tensor) -> Tensor:
+    """What a network sees of the angle (..., 1): shape (..., 6)."""
+    return torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
+
+
+class ResidualMLP(nn.Module):
+    """Residual multilayer perceptron for N(v, angle, features of y); zero before training.
+
+    Parameters
+    ----------
+    r : int
+        Number of latents.
+    k : int
+        Number of measurement features.
+    width : int
+        Width of the residual stream.
+    depth : int
+        Number of residual blocks.
+
+    Raises
+    ------
+    InputError
+        If a size is not positive.
+    """
+
+    def __init__(self, r: int, k: int, width: int = 128, depth: int = 3):
+        super().__init__()
+        sizes = {"r": r, "k": k, "width": width, "depth": depth}
+        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+        self.embed_input = nn.Linear(r + k, width)
+        self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, r)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the weights."""
+        return self.head.weight.dtype
+
+    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+        """Whitened measurements (B, k)."""
+        return base.features(y).to(self.dtype),
+
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """The same; see `ScoreNetwork`."""
+        return seen
+
+    def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
+        """Network output (n, B, r) for states (n, B, r), angles and features (B, k); see `ScoreNetwork`."""
+        features = features.expand(*torch.broadcast_shapes(features.shape[:-1], angle.shape[:-1]), -1)
+        condition = torch.cat([features, harmonics(angle).expand(*features.shape[:-1], -1)], dim=-1)
+        condition = self.embed_condition(condition)
+        x = self.embed_input(torch.cat([v, features.expand(*v.shape[:-1], -1)], dim=-1))
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(self.norm(x))

@@ -1,0 +1,181 @@
+"""Trained models in files: tensors and settings, and checks at the door that they make up a model."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion.base.emulator import Emulator
+from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.network import NETWORKS
+from fem_diffusion.diffusion.sampling.placement import Spectrum
+from fem_diffusion.diffusion.sampling.support import Support
+from fem_diffusion.diffusion.training.loop import History, unpack_history
+from fem_diffusion.files import Content
+
+__all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
+
+REMEDY = "Copy it again, or train anew."
+
+
+def pack(parts: dict) -> tuple[dict, dict]:
+    """Arrays and values of a file that holds these parts.
+
+    Parameters
+    ----------
+    parts : dict
+        Name to a dataclass of tensors and numbers, to a network with its sizes in `config`, or to None.
+
+    Returns
+    -------
+    dict of numpy.ndarray, dict
+        For `files.write`.
+    """
+    arrays, values = {}, {}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            values[name] = {"class": type(part).__name__, "sizes": part.config}
+            content = part.state_dict()
+        else:
+            content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
+            values[name] = None if part is None else {k: x for k, x in content.items() if not isinstance(x, Tensor)}
+        arrays |= {f"{name}.{key}": x.detach().cpu().numpy() for key, x in content.items() if isinstance(x, Tensor)}
+    return arrays, values
+
+
+def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.dtype = torch.float64,
+           finite: bool = True):
+    """A part of a file as a dataclass, or None.
+
+    Parameters
+    ----------
+    content : Content
+        Of the file.
+    name : str
+        Of the part.
+    kind : type
+        Dataclass of tensors and numbers.
+    shapes : dict of tuple
+        Shape of each tensor, by field; None in place of a size that may be any.
+    dtype : torch.dtype
+        Of the tensors.
+    finite : bool
+        Whether tensors must be finite.
+
+    Returns
+    -------
+    object or None
+
+    Raises
+    ------
+    FileError
+        If a tensor or number is missing, or is not of its shape and type.
+    """
+    found = content.value(name, dict, type(None))
+    if found is None:
+        return None
+    numpy = torch.empty(0, dtype=dtype).numpy().dtype
+    tensors = {key: torch.from_numpy(content.array(f"{name}.{key}", *shape, dtype=numpy, finite=finite))
+               for key, shape in shapes.items()}
+    wanted = {f.name for f in fields(kind)}
+    if set(found) | set(tensors) != wanted:
+        raise content.error(f"does not hold the parts of {name!r} ({', '.join(sorted(wanted))})")
+    return kind(**found, **tensors)
+
+
+def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
+    """A network of a file, in evaluation mode, or None.
+
+    Nothing is allocated before the sizes in the settings have been compared with the tensors that are there.
+
+    Parameters
+    ----------
+    content : Content
+        Of the file.
+    name : str
+        Of the part.
+    kinds : sequence of type
+        Classes that it may be of.
+    sizes : dict of int
+        What some of its sizes must be.
+
+    Returns
+    -------
+    torch.nn.Module or None
+
+    Raises
+    ------
+    FileError
+        If class, sizes and tensors do not fit each other.
+    """
+    settings = content.value(name, dict, type(None))
+    if settings is None:
+        return None
+    start = f"{name}."
+    tensors = {key[len(start):]: torch.from_numpy(x) for key, x in content.arrays.items() if key.startswith(start)}
+    numbers, config = sum(x.numel() for x in tensors.values()), settings.get("sizes")
+    kind = next((kind for kind in kinds if kind.__name__ == settings.get("class")), None)
+    if kind is None or not isinstance(config, dict) or not all(
+            type(x) is int and 0 <= x <= numbers for x in config.values()) or config.get("depth", 0) > len(tensors):
+        raise content.error(f"holds no network {name!r} of known class and sizes ({settings!r:.200})")
+    if any(config.get(key) != size for key, size in sizes.items()):
+        raise content.error(f"holds a network {name!r} of sizes {config!r:.200}, which do not fit {sizes}")
+    try:
+        with torch.device("meta"):
+            network = kind(**config)
+    except Exception as error:
+        raise content.error(f"holds a network {name!r} that cannot be made ({error!r:.200})") from error
+    expected = network.state_dict()
+    if expected.keys() != tensors.keys() or any(
+            (x.shape, x.dtype) != (tensors[key].shape, tensors[key].dtype) for key, x in expected.items()):
+        raise content.error(f"holds tensors that are not those of its network {name!r}")
+    if not all(bool(torch.isfinite(x).all()) for x in tensors.values()):
+        raise content.error(f"holds values in the network {name!r} that are not finite")
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support | None]:
+    """What samplers know of a model: spectrum, and bounds of its r latents; FileError where they are none."""
+    spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
+    support = unpack(content, "support", Support, {"lower": (r,), "upper": (r,)}, finite=False)
+    if spectrum is not None and not (len(spectrum.variances) == len(spectrum.weights) and (spectrum.variances > 0).all()
+                                     and (spectrum.weights >= 0).all()):
+        raise content.error("holds no spectrum of variances")
+    if support is not None and not (support.lower < support.upper).all():
+        raise content.error("holds bounds of the latents without room between them")
+    return spectrum, support
+
+
+def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
+    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh."""
+    base = denoiser.base
+    arrays, values = pack({"emulator": base.emulator, "network": denoiser.network, "spectrum": denoiser.spectrum,
+                           "support": denoiser.support})
+    return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
+            values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
+
+
+def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
+    """What `pack_denoiser` put into a file; a network on fields has yet to be put on its mesh.
+
+    Raises
+    ------
+    FileError
+        If the parts do not make up a denoiser.
+    """
+    k, r = content.array("emulator.matrix", None, None).shape
+    mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (
+        ("mean", (r,)), ("factor", (r, r))))
+    updates = content.value("updates", int)
+    if not r or (factor.diagonal() == 0).any() or bool(factor.tril(-1).any()) or not 1 <= updates <= UPDATES:
+        raise content.error("holds no base")
+    emulator = _unpack_network(content, "emulator", [Emulator], {"r": r, "s": k})
+    network = _unpack_network(content, "network", list(NETWORKS.values()), {"r": r, "k": k})
+    if emulator is None:
+        raise content.error("holds no emulator")
+    denoiser = Denoiser(GaussianBase(mean, factor, emulator, updates), network, *_unpack_sampling(content, r),
+                        content.value("known", bool))
+    return denoiser, unpack_history(content)

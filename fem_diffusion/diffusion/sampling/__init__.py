@@ -1,0 +1,1 @@
+"""Samplers between ODE and SDE, densities, moves, bounds."""

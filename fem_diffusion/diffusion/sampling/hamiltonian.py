@@ -1,0 +1,48 @@
+"""One Hamiltonian move, the same for the emulator's density and for references with the finite element model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["hamiltonian_move"]
+
+
+def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
+                     length: float, leaps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Move points by a leapfrog trajectory that is accepted or refused (Neal 2011, section 5.3).
+
+    The trajectory is reversible and keeps volume for any force that depends on the position alone, so the force may
+    come from a cheap approximation: the law stays exp(-energy) and only the acceptance suffers.
+
+    Parameters
+    ----------
+    position : Tensor
+        Points, shape (..., r), in coordinates in which their law is near standard normal.
+    energy : Callable[[Tensor], Tensor]
+        Negative log density up to a constant, (..., r) to (...); points where it is not finite are refused.
+    force : Callable[[Tensor], Tensor]
+        Gradient of the energy or an approximation, (..., r) to (..., r).
+    length : float
+        Of a leapfrog step.
+    leaps : int
+        Number of steps.
+    generator : torch.Generator
+        Of momenta and acceptance, on the device of the points.
+
+    Returns
+    -------
+    tuple of Tensor
+        The new points, shape (..., r), and which of them were accepted, shape (...).
+    """
+    like = {"generator": generator, "dtype": position.dtype, "device": position.device}
+    momentum = torch.randn(position.shape, **like)
+    start = energy(position) + momentum.square().sum(-1) / 2
+    place, momentum = position, momentum - length / 2 * force(position)
+    for leap in range(leaps):
+        place = place + length * momentum
+        momentum = momentum - (length if leap < leaps - 1 else length / 2) * force(place)
+    gain = start - energy(place) - momentum.square().sum(-1) / 2
+    # A comparison with NaN is false, so a point without a density is refused.
+    accept = torch.log(torch.rand(gain.shape, **like)) < gain
+    return torch.where(accept[..., None], place, position), accept

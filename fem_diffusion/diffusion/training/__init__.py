@@ -1,0 +1,1 @@
+"""Training: the loop, its checkpoints, the task of every network, collapse."""

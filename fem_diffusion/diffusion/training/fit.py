@@ -1,0 +1,339 @@
+"""Training by denoising score matching, under any sensors: emulator, base, then the network, without collapse.
+
+One engine serves fixed sensors and families. Training draws a latent, what sensors see of it, sensors and fresh noise;
+fixed sensors are the family of one layout whose coordinates are the readings themselves.
+
+A conditional model trained for long on finitely many pairs learns to recognise each pair by its measurement, and its
+posterior collapses onto the training parameter (arXiv 2603.14135). Against that: measurement noise is drawn afresh
+where it is known, weights are averaged, the learning rate falls and training stops by the loss on held-out pairs, the
+best weights there are kept, and `collapse` measures what is left and warns.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.diffusion.base.density import emulator_density
+from fem_diffusion.diffusion.base.emulator import fit_emulator
+from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase, check_base, fit_base, law, plain_base
+from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.base.regression import check_pairs
+from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.network import build
+from fem_diffusion.diffusion.network.mesh import FieldGeometry
+from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
+from fem_diffusion.diffusion.sampling.support import find_support
+from fem_diffusion.diffusion.training.collapse import measure_collapse
+from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
+from fem_diffusion.errors import InputError
+
+__all__ = ["fit_denoiser"]
+
+# Attention learns nothing at the rate that suits the fully connected network.
+_RATE = 0.25
+# Noise levels drawn for each located measurement, where that costs more than they do.
+_DRAWS, _VALIDATION_DRAWS = 8, 16
+_HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
+_SPECTRUM_ANGLES = 48
+# Emulator error that the base alone may carry, as a share of the variance of the noise.
+_NEGLIGIBLE = 1e-2
+
+Measure = Callable[[Tensor, torch.Generator], tuple[Layout, Tensor]]
+
+
+def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | float | LayoutFamily | None = None, *,
+                 base: str = "gaussian", standard_prior: bool = False, options: TrainingOptions = TrainingOptions(),
+                 checkpoint: str | os.PathLike | None = None, geometry: FieldGeometry | None = None,
+                 progress: bool = False) -> tuple[Denoiser, History]:
+    """Fit a conditional model to joint samples: emulator and base first, then the network under it.
+
+    A network for the emulator is kept where it helps on held-out pairs; then the base may follow the posterior, if it
+    gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
+    by more than two standard errors; where the base is known to be exact none is trained. At the end the spectrum is
+    measured from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning`
+    tells.
+
+    Parameters
+    ----------
+    z : Tensor
+        Latents, shape (n, r); any scale.
+    y : Tensor
+        Noise-free readings, shape (n, k), or measurements where `noise` is None; any units. For a family coordinates of
+        the state, of unit variance, shape (n, s).
+    noise : GaussianNoise, CallableNoise, float, LayoutFamily or None
+        Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
+        layouts with noise of their own, of which every training sample gets a fresh one.
+    base : {"gaussian", "plain"}
+        Gaussian of latents and measurements, or mere standardisation.
+    standard_prior : bool
+        Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
+    options : TrainingOptions
+        Of all networks; one with attention learns at a quarter of the rate.
+    checkpoint : path, optional
+        File that is written atomically at each evaluation (the emulator's with ``.emulator`` behind the name); training
+        resumes from it where it exists.
+    geometry : FieldGeometry, optional
+        Train a `FieldNetwork` on this mesh; for fixed sensors the fully connected `ResidualMLP` where left out.
+    progress : bool
+        Show progress bars.
+
+    Returns
+    -------
+    Denoiser
+        On the CPU: base in double, network in single precision, in evaluation mode.
+    History
+        The training curve of the network under the base.
+
+    Raises
+    ------
+    InputError
+        If shapes disagree, an option is out of range, a value is not finite, pairs are too few, or the folder of
+        `checkpoint` is missing.
+    FileError
+        If `checkpoint` is unreadable or belongs to other data, noise or options.
+    SolveError
+        If training diverges.
+    """
+    check_choice(base, "base", ("gaussian", "plain"))
+    check_flag(standard_prior, "standard_prior")
+    check_flag(progress, "progress")
+    check_options(options, TrainingOptions).check()
+    check_pairs(z, y, 1 if base == "gaussian" else None)  # before the noise model sees them
+    if geometry is not None:
+        check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
+    z, y = z.double().cpu(), y.double().cpu()
+    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(z, y, noise, options)
+    with threads(options.threads):
+        bases = _bases(z, y, parts, base, standard_prior, options, checkpoint, progress)
+        denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
+                            known=standard_prior and parts.constant)
+        affine = bases[0].emulator.head is None
+        if denoiser.known and affine and parts.share(
+                bases[0].emulator.residual - parts.covariance) < _NEGLIGIBLE:
+            return denoiser, History()
+        if parts.network == "sensors":
+            options = replace(options, learning_rate=_RATE * options.learning_rate)
+        device = torch.device(options.device)
+        # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
+        tasks = [_Denoising(z.to(device), y.to(device), replace(parts, geometry=geometry).to(device),
+                            replace(denoiser, base=candidate).to(device), options) for candidate in bases]
+        task = min(tasks, key=lambda task: task.surprise)
+        loop = Loop(task, options, checkpoint)
+        network = loop.run(progress)
+        if network is None:
+            return task.denoiser.to("cpu"), loop.history
+        denoiser = replace(task.denoiser, network=network, spectrum=task.spectrum(network))
+        task.collapse(denoiser, loop.history)
+        return denoiser.to("cpu"), loop.history
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
+
+    `measure` maps coordinates (B, s) and a generator to a layout and measurements (B, k), `covariance` (s, s) is the
+    noise that the base's residual has to hold, `weights` (s,) tells what errors of coordinates count, `share` how much
+    an emulator's error makes of the noise, `constant` whether the noise is Gaussian and known.
+    """
+
+    network: str
+    measure: Measure
+    covariance: Tensor
+    weights: Tensor | None
+    share: Callable[[Tensor], float]
+    constant: bool
+    noise: GaussianNoise | CallableNoise | LayoutFamily | None
+    geometry: FieldGeometry | None = None
+
+    def to(self, device: torch.device) -> "_Parts":
+        """With layouts on a device."""
+        if not isinstance(self.noise, LayoutFamily):
+            return self
+        return replace(self, measure=_drawn(self.noise.to(device)))
+
+
+def _drawn(family: LayoutFamily) -> Measure:
+    def measure(c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
+        layout = family.draw(len(c), generator)
+        return layout, layout.measure(c, generator)
+    return measure
+
+
+def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions) -> _Parts:
+    s = c.shape[1]
+    rows = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds]).double()
+    if rows.shape[1] != s:
+        raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from "
+                         "one basis of states.")
+    std = torch.cat([kind.std[0].flatten() for kind in family.kinds]).double()
+
+    def share(residual: Tensor) -> float:
+        return float((((rows @ residual) * rows).sum(1) / std**2).max())
+    family = family.to("cpu", torch.float64)
+    return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
+
+
+def _fixed(z: Tensor, y: Tensor, noise, options: TrainingOptions) -> _Parts:
+    k = y.shape[1]
+    noise = as_noise(noise, k)
+    covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
+    unit = covariance.diagonal().sqrt()
+    known = isinstance(noise, GaussianNoise) and bool((unit > 0).all())
+
+    def measure(c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
+        return Layout.readings(k, c), c if noise is None else noise.sample(c, generator)
+
+    def share(residual: Tensor) -> float:
+        if not known:
+            return math.inf
+        values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
+        axes = axes / values.clamp(min=_NEGLIGIBLE**2).sqrt()
+        return float(torch.linalg.eigvalsh(axes.T @ (residual / unit / unit[:, None]) @ axes)[-1])
+    return _Parts("latents", measure, covariance, 1 / unit if known else None, share,
+                  known and noise.constant, noise)
+
+
+def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
+           checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
+    """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
+    centred = y + parts.noise.mean(y) if isinstance(parts.noise, CallableNoise) else y
+    if kind == "plain":
+        return [plain_base(z, centred, parts.covariance)]
+    if parts.weights is None:
+        return [fit_base(z, centred, parts.covariance, standard_prior)]
+    emulator, _ = fit_emulator(z, y, 1 / parts.weights, options=options, progress=progress,
+                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+    emulator.residual = emulator.residual + parts.covariance
+    base = check_base(GaussianBase(*law(z, standard_prior), emulator))
+    return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a network sees of B measurements, and n samples of their posteriors in base coordinates (n, B, r)."""
+
+    inputs: tuple[Tensor, ...]
+    w: Tensor
+
+    def select(self, index: Tensor) -> "_Seen":
+        """Some of the measurements."""
+        return _Seen(tuple(x if len(x) == 1 else x[index] for x in self.inputs), self.w[:, index])
+
+
+class _Denoising(Task):
+    """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
+
+    name = "train"
+
+    def __init__(self, z: Tensor, c: Tensor, parts: _Parts, denoiser: Denoiser, options: TrainingOptions):
+        self.options, self.denoiser, self.source = options, denoiser, parts
+        shared = denoiser.base.emulator.head is None and parts.network != "sensors"
+        self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
+        self.size = -(-options.batch * options.evaluate_every // self.draws)
+        with torch.random.fork_rng():
+            self.looking = self.network().to(z.device)
+        training, held_out = hold_out(len(z), options)
+        held_out = held_out[:_HELD_OUT]
+        self.z, self.c = z[training], c[training]
+        generator = torch.Generator(z.device).manual_seed(options.seed + 1)
+        self.validation, surprise = [], []
+        for part in held_out.split(_CHUNK):
+            seen, found = self._see(z[part], c[part], generator)
+            surprise.append(found)
+            self.validation.append((seen, noisy(seen.w.expand(_VALIDATION_DRAWS, -1, -1), options, generator)))
+        self.held_out = z[held_out], c[held_out]
+        self.base_losses = self._losses(lambda seen, v, angle: torch.zeros_like(v))
+        # Minus the log density of the base at held-out latents: the denoising loss knows no determinants.
+        self.surprise = float(torch.cat(surprise).mean())
+        self.parts = [z, c, *(x for seen, draws in self.validation for x in (*seen.inputs, *draws))]
+
+    def network(self) -> nn.Module:
+        base, options = self.denoiser.base, self.options
+        return build(self.source.network, base.r, base.k, options.width, options.depth, self.source.geometry)
+
+    def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
+        """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.
+
+        The latents are a sample of their posterior; Hamiltonian moves from there make more.
+        """
+        base, seen, chains, surprise = self.denoiser.base, [], [], []
+        with torch.no_grad():
+            for latents, coordinates in zip(z.split(self.chunk), c.split(self.chunk)):
+                layout, y = self.source.measure(coordinates, generator)
+                located = base.locate(layout, y)
+                chain = [located.whiten(latents)[None]]
+                if moves:
+                    density = emulator_density(base, layout, y, located)
+                    for _ in range(moves):
+                        chain.append(density.move(chain[-1], generator)[0])
+                seen.append(self.looking.see(base, layout, y, located))
+                chains.append(torch.cat(chain).float())
+                surprise.append(chain[0][0].square().sum(1) / 2 + located.log_determinant)
+        inputs = tuple(parts[0] if len(parts[0]) == 1 != len(surprise[0]) else torch.cat(parts) for parts in zip(*seen))
+        return _Seen(inputs, torch.cat(chains, 1)), torch.cat(surprise)
+
+    def prepare(self, generator: torch.Generator) -> None:
+        index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)
+        # Under an affine emulator the base is all that moves could find.
+        moves = self.draws - 1 if self.denoiser.known and self.denoiser.base.emulator.head is not None else 0
+        self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
+
+    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        seen = self.bank.select(index)
+        draw = torch.randint(len(seen.w), (len(index),), generator=generator, device=index.device)
+        w = seen.w.gather(0, draw[None, :, None].expand(1, -1, seen.w.shape[2]))
+        v, angle, target = noisy(w, self.options, generator)
+        return (network(v, angle, *network.context(*seen.inputs)) - target).square().mean()
+
+    def _losses(self, output: Callable[[_Seen, Tensor, Tensor], Tensor]) -> Tensor:
+        """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
+        return torch.cat([(output(seen, v, angle) - target).square().mean((0, 2))
+                          for seen, (v, angle, target) in self.validation])
+
+    def evaluate(self, network: nn.Module) -> Tensor:
+        model = getattr(network, "module", network)
+        return self._losses(lambda seen, v, angle: model(v, angle, *model.context(*seen.inputs)))
+
+    def spectrum(self, network: nn.Module) -> Spectrum:
+        """Spectrum of the posterior in base coordinates, from the network's mean square over held-out measurements."""
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+        angles = (torch.arange(_SPECTRUM_ANGLES, dtype=torch.float64) + 0.5) / _SPECTRUM_ANGLES * math.pi / 2
+        with torch.no_grad():
+            seen = [(part.w[:1], network.context(*part.inputs)) for part, _ in self.validation]
+            speeds = []
+            for angle in angles.tolist():
+                squares = []
+                for w, context in seen:
+                    white = torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype)
+                    v = math.cos(angle) * w + math.sin(angle) * white
+                    squares.append(network(v, v.new_full((1, 1, 1), angle), *context).square().flatten())
+                speeds.append(torch.cat(squares).mean())
+        return fit_spectrum(angles, torch.stack(speeds))
+
+    def collapse(self, denoiser: Denoiser, history: History) -> None:
+        """Measure collapse, warn of it, and put it into the history."""
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+
+        def conditioned(z: Tensor, c: Tensor) -> tuple:
+            layout, y = self.source.measure(c, generator)
+            return denoiser.at(y, layout if self.source.network == "sensors" else None), z
+        found = measure_collapse(conditioned(*(x[:_HELD_OUT] for x in (self.z, self.c))),
+                                 conditioned(*self.held_out), self.z, self.options.seed)
+        found.warn()
+        history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
+
+
+def noisy(w: Tensor, options: TrainingOptions, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise levels and noise for latents in base coordinates `w` (..., r): v, angle (..., 1) and target."""
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=w.device, dtype=w.dtype)
+    angle = torch.arctan(torch.exp(options.log_sigma_mean + options.log_sigma_std * normal(*w.shape[:-1], 1)))
+    white = normal(*w.shape)
+    cosine, sine = torch.cos(angle), torch.sin(angle)
+    return cosine * w + sine * white, angle, sine * w - cosine * white

@@ -1,0 +1,352 @@
+r"""The loop that every network is trained by: resumable, reproducible, stopped by held-out pairs.
+
+A task says what is learned; the loop knows AdamW, the learning rate, the average of the weights, early stopping,
+checkpoints and the progress bar.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from fem_diffusion import files
+from fem_diffusion.checks import check_count, check_device, check_number, check_path, check_seed
+from fem_diffusion.diffusion.training.checkpoint import load_state, read_state, save_state
+from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.progress import bar
+
+__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
+
+_FEWEST_HELD_OUT = 10
+# Beyond it noise levels leave the range of single precision.
+_LOG_SIGMA = 20.0
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Settings of the training loop.
+
+    Parameters
+    ----------
+    steps : int
+        Largest number of optimiser steps.
+    batch : int
+        Pairs a step.
+    learning_rate, weight_decay : float
+        Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
+    ema_decay : float
+        Decay a step of the exponential moving average of the weights, which is what is kept.
+    width, depth : int
+        Of the residual network.
+    validation_fraction : float
+        Share of the pairs held out for early stopping.
+    evaluate_every : int
+        Steps between evaluations of the validation loss, and between checkpoints.
+    patience : int
+        Evaluations without a better validation loss before training stops.
+    log_sigma_mean, log_sigma_std : float
+        Law of log sigma in training, in base coordinates.
+    seed : int
+        Of initial weights, batches and noise.
+    device : str
+        Of the training, e.g. "cpu" or "cuda".
+    threads : int or None
+        Threads of torch while training on the CPU; None leaves torch's setting.
+
+    Raises
+    ------
+    InputError
+        If a setting is out of its range.
+    """
+
+    steps: int = 10000
+    batch: int = 256
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.1
+    ema_decay: float = 0.998
+    width: int = 128
+    depth: int = 3
+    validation_fraction: float = 0.1
+    evaluate_every: int = 250
+    patience: int = 8
+    log_sigma_mean: float = 0.0
+    log_sigma_std: float = 1.2
+    seed: int = 0
+    device: str = "cpu"
+    threads: int | None = 1
+
+    def __post_init__(self):
+        """Raise InputError where a setting is out of its range; numbers become Python's, as files want them."""
+        checked = {name: check_count(getattr(self, name), name)
+                   for name in ("steps", "batch", "width", "depth", "evaluate_every", "patience")}
+        checked |= {name: check_number(getattr(self, name), name, **bounds) for name, bounds in (
+            ("learning_rate", {"above": 0}), ("weight_decay", {"least": 0, "below": 1}),
+            ("ema_decay", {"least": 0, "below": 1}), ("validation_fraction", {"above": 0, "below": 1}),
+            ("log_sigma_mean", {"least": -_LOG_SIGMA, "most": _LOG_SIGMA}),
+            ("log_sigma_std", {"above": 0, "most": _LOG_SIGMA}))}
+        checked |= {"seed": check_seed(self.seed), "device": str(self.device)}
+        if self.threads is not None:
+            checked["threads"] = check_count(self.threads, "threads")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def check(self) -> None:
+        """Raise InputError where the device of the training is not there, of which only the training process knows."""
+        check_device(self.device)
+
+
+@dataclass
+class History:
+    """Training curve: losses at each evaluation; 1 is the loss of the base where the base is the truth.
+
+    Parameters
+    ----------
+    step, train, validation : list
+        Optimiser step, mean training loss since the last evaluation, validation loss of the averaged weights.
+    base : float
+        Validation loss without a network.
+    best_step : int
+        Step of the weights that are kept; 0 where the base alone is kept.
+    spread_ratio, neighbour_ratio : float
+        Of `Collapse`, measured at the end; 1 where the base alone is kept.
+    """
+
+    step: list = field(default_factory=list)
+    train: list = field(default_factory=list)
+    validation: list = field(default_factory=list)
+    base: float = float("nan")
+    best_step: int = 0
+    spread_ratio: float = 1.0
+    neighbour_ratio: float = 1.0
+
+
+class Task(Protocol):
+    """What is learned.
+
+    Attributes
+    ----------
+    name : str
+        Of the progress bar.
+    size : int
+        Number of entries that batches are drawn from.
+    base_losses : Tensor
+        Loss of each held-out pair without a network, shape (held_out,).
+    parts : list of Tensor
+        What a checkpoint depends on.
+    """
+
+    name: str
+    size: int
+    base_losses: Tensor
+    parts: list
+
+    def network(self) -> nn.Module:
+        """A network before training; the loop has seeded torch."""
+
+    def prepare(self, generator: torch.Generator) -> None:
+        """Called after every evaluation and before the first step: what follows depends on the generator alone."""
+
+    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Loss of the entries `index` (B,), a scalar to be differentiated."""
+
+    def evaluate(self, network: nn.Module) -> Tensor:
+        """Loss of each held-out pair, shape (held_out,), from draws that are always the same."""
+
+
+class Loop:
+    """One training run; a checkpoint holds all of its state.
+
+    Parameters
+    ----------
+    task : Task
+        What is learned.
+    options : TrainingOptions
+        Settings.
+    checkpoint : path or None
+        File that is written atomically at each evaluation; the run resumes from it where it exists.
+
+    Raises
+    ------
+    InputError
+        If the folder of `checkpoint` is missing.
+    FileError
+        If `checkpoint` is unreadable or belongs to another task or other options.
+    """
+
+    def __init__(self, task: Task, options: TrainingOptions, checkpoint: str | os.PathLike | None):
+        self.task, self.options, self.history = task, options, History()
+        self.device = torch.device(options.device)
+        self.generator = torch.Generator(self.device).manual_seed(options.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(options.seed)
+            self.network = task.network().to(self.device)
+        self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
+        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
+                                           weight_decay=options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self.rate)
+        self.step, self.stale = 0, 0
+        self.best_losses, self.best = task.base_losses, None
+        self.history.base = float(task.base_losses.mean())
+        self.fingerprint, self.marks = _fingerprint(options), _marks(task.parts)
+        self.checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
+            raise InputError(f"The folder of the checkpoint {self.checkpoint} does not exist: make it first.")
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._load()
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step, as a share of the largest."""
+        warmup = max(1, round(0.02 * self.options.steps))
+        return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.options.steps)))
+
+    def run(self, progress: bool) -> nn.Module | None:
+        """Train; the network with the best loss on held-out pairs, or None where it does not beat the base."""
+        options = self.options
+        # Two runs that write one checkpoint would go on from each other's weights.
+        lock = contextlib.nullcontext() if self.checkpoint is None else files.locked(
+            self.checkpoint.with_name(f"{self.checkpoint.name}.lock"), f"The checkpoint {self.checkpoint}")
+        with lock, bar(self._expected(), self.task.name, progress, self.step) as shown:
+            while self.step < options.steps and self.stale < options.patience:
+                losses = []
+                self.task.prepare(self.generator)
+                while len(losses) < options.evaluate_every and self.step < options.steps:
+                    losses.append(self._train_step())
+                    self.step += 1
+                    shown.update()
+                self._record(float(torch.stack(losses).mean()))
+                shown.total = self._expected()
+                shown.set_postfix(loss=f"{self.history.validation[-1]:.4g}", base=f"{self.history.base:.4g}")
+        return self._result()
+
+    def _expected(self) -> int:
+        """Steps after which training ends unless the loss on held-out pairs falls again."""
+        return min(self.options.steps, self.step + (self.options.patience - self.stale) * self.options.evaluate_every)
+
+    def _train_step(self) -> Tensor:
+        """Loss of one batch, shape (), after which the weights have moved."""
+        index = torch.randint(self.task.size, (self.options.batch,), generator=self.generator, device=self.device)
+        self.network.train()
+        loss = self.task.loss(self.network, index, self.generator)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.schedule.step()
+        self.average.update_parameters(self.network)
+        return loss.detach()
+
+    def _record(self, train_loss: float) -> None:
+        self.average.eval()
+        with torch.no_grad():
+            losses = self.task.evaluate(self.average)
+        value = float(losses.mean())
+        if not math.isfinite(value) or not math.isfinite(train_loss):
+            raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
+                             f"({self.options.learning_rate:g}) or check the scale of the data.")
+        self.history.step.append(self.step)
+        self.history.train.append(train_loss)
+        self.history.validation.append(value)
+        if value < float(self.best_losses.mean()):
+            self.best_losses, self.stale = losses, 0
+            self.best = {name: x.clone() for name, x in self.average.module.state_dict().items()}
+            self.history.best_step = self.step
+        else:
+            self.stale += 1
+        if self.checkpoint is not None:
+            self._save()
+
+    def _result(self) -> nn.Module | None:
+        gain = self.task.base_losses - self.best_losses
+        # Too few held-out pairs cannot speak for a network.
+        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
+        if self.best is None or not float(gain.mean()) > threshold:
+            self.history.best_step = 0
+            return None
+        network = self.task.network().to(self.device)
+        network.load_state_dict(self.best)
+        return network.eval().requires_grad_(False)
+
+    def _save(self) -> None:
+        save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
+
+    def _load(self) -> None:
+        content = read_state(self.checkpoint, self.device.type)
+        marks = content.array("marks", None, 2)
+        same = content.value("fingerprint", str) == self.fingerprint and marks.shape == self.marks.shape
+        if not same or not np.allclose(marks, self.marks, rtol=1e-4, atol=1e-4):
+            raise content.error("belongs to other data, noise or options")
+        load_state(content, self)
+        self.history = unpack_history(content)
+
+
+def unpack_history(content: files.Content) -> History:
+    """Training curve of a file; FileError where it is none."""
+    found = content.value("history", dict)
+    curves = [found.get(name) for name in ("step", "train", "validation")]
+    numbers = [found.get(name) for name in ("base", "best_step", "spread_ratio", "neighbour_ratio")]
+    if set(found) != set(asdict(History())) or not all(
+            isinstance(curve, list) and len(curve) == len(curves[0]) for curve in curves) or not all(
+            type(x) in (int, float) and not math.isinf(x) for x in [*numbers, *sum(curves, [])]):
+        raise content.error("holds no training curve")
+    return History(**found)
+
+
+@contextlib.contextmanager
+def threads(number: int | None):
+    """Set torch's threads for the duration of a block."""
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
+    """Indices of the training pairs and of the held-out ones.
+
+    Raises
+    ------
+    InputError
+        If too few pairs are left to train on.
+    """
+    held_out = max(1, round(options.validation_fraction * size))
+    if held_out >= size:
+        raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed))
+    return order[held_out:], order[:held_out]
+
+
+def _warm_average(decay: float):
+    """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
+    def update(averages, currents, n):
+        get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
+    return update
+
+
+def _fingerprint(options: TrainingOptions) -> str:
+    """Digest of the options that a checkpoint depends on."""
+    settings = {name: value for name, value in asdict(options).items() if name not in ("device", "threads")}
+    return hashlib.sha256(repr(sorted(settings.items())).encode()).hexdigest()
+
+
+def _marks(parts: list[Tensor]) -> Tensor:
+    """Two numbers for each tensor that tell it from others, though not from its rounding errors; shape (n, 2).
+
+    Linear algebra on several threads repeats itself up to rounding only, and a checkpoint has to survive that.
+    """
+    marks = []
+    for part in parts:
+        x = part.detach().flatten().double().cpu()
+        norm = x.norm()
+        weights = torch.cos(0.7 * torch.arange(len(x), dtype=x.dtype)**1.1)
+        marks.append(torch.stack([norm, (x * weights).sum() / norm.clamp(min=1e-300)]))
+    return torch.stack(marks)

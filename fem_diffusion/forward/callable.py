@@ -1,0 +1,77 @@
+"""Solvers of the user's own that are plain functions."""
+
+from collections.abc import Callable
+
+import numpy as np
+from firedrake import Function
+from firedrake.functionspaceimpl import WithGeometry
+
+from fem_diffusion.checks import check_callable
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import coefficients, field, owned_size
+from fem_diffusion.fields.checks import check_space
+from fem_diffusion.forward.protocol import Forward
+
+__all__ = ["CallableForward", "as_forward"]
+
+
+class CallableForward:
+    """A forward problem made of a function that solves for one parameter.
+
+    Parameters
+    ----------
+    function : callable
+        ``m -> u``. It gets a new Function, and may return the same one again and again.
+    M : FunctionSpace
+        Of the parameter.
+    U : FunctionSpace, optional
+        Of the state; states in another one are refused.
+
+    Raises
+    ------
+    InputError
+        If `function` takes no single argument, or M or U is no function space.
+    """
+
+    def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None):
+        self.function = check_callable(function, "forward", "a function m -> u", 1)
+        self.M, self.U = check_space(M, "M"), None if U is None else check_space(U, "U")
+
+    def __repr__(self) -> str:
+        return f"CallableForward({getattr(self.function, '__name__', self.function)}, M={self.M}, U={self.U})"
+
+    def __call__(self, m: Function) -> Function:
+        """What the function returns for a parameter."""
+        u = self.function(m)
+        if self.U is not None and not (isinstance(u, Function) and u.function_space() == self.U):
+            what = f"a Function in {u.function_space()}" if isinstance(u, Function) else type(u).__name__
+            raise InputError(f"The forward problem returned {what}: return a Function in {self.U}, or build it and "
+                             "the observation on the same space.")
+        return u
+
+    def solve_many(self, parameters: np.ndarray) -> np.ndarray:
+        """States (B, n_owned of U) of parameters (B, n_owned of M), one by one; what a solve raises is passed on."""
+        rows = []
+        for row in parameters:
+            u = self(field(self.M, row))
+            if not isinstance(u, Function):
+                raise InputError(f"The forward problem returned {type(u).__name__}: return a Function.")
+            rows.append(coefficients(u))
+        return np.array(rows).reshape(len(rows), -1 if rows else owned_size(self.U) if self.U else 0)
+
+
+def as_forward(forward: Forward | Callable[[Function], Function], M: WithGeometry) -> Forward:
+    """A forward problem as it is, or a plain function ``m -> u`` of Functions in M as a `CallableForward`.
+
+    Raises
+    ------
+    InputError
+        If it is neither.
+    """
+    if isinstance(forward, type) or not hasattr(forward, "solve_many"):
+        return CallableForward(forward, M)
+    missing = [name for name in ("M", "U", "__call__") if not hasattr(forward, name)]
+    if missing:
+        raise InputError(f"The forward problem is of type {type(forward).__name__}, which has solve_many but no "
+                         f"{', '.join(missing)}: give it what fem_diffusion.forward.protocol.Forward lists.")
+    return forward

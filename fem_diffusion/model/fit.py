@@ -1,0 +1,134 @@
+"""From an inverse problem and its joint samples to a trained model."""
+
+import os
+import time
+
+import numpy as np
+import torch
+
+from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.diffusion import (
+    Denoiser, History, LayoutFamily, TrainingOptions, TrainingRange, fit_denoiser,
+)
+from fem_diffusion.diffusion.base.visible import visible_modes
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.events import event
+from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.model.families import layout_family
+from fem_diffusion.model.model import Model
+from fem_diffusion.model.tail import linear_tail
+from fem_diffusion.prior.expansion import karhunen_loeve, pod
+from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.progress import tell
+from fem_diffusion.simulation.simulate import DataSet
+
+__all__ = ["fit"]
+
+# POD modes that are looked at, at most, and pairs that each mode wants.
+_MOST_POD, _PAIRS_A_MODE = 128, 4
+
+
+def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
+        options: TrainingOptions = TrainingOptions(), state_modes: int | None = None,
+        checkpoint: str | os.PathLike | None = None, progress: bool = True) -> Model:
+    """Train a conditional diffusion model on simulated pairs.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        Of fixed sensors, whose noise is drawn afresh in training, or of a family, of which every training sample gets
+        fresh sensors with fresh noise. Without noise the readings of the data hold it already.
+    data : DataSet
+        Of that problem; of a family with states.
+    basis : ModalBasis, optional
+        Coordinates of the fields. Where left out, as many leading modes of the prior as the readings can tell from
+        their noise; the rest of a Gaussian prior is drawn when sampling.
+    network : {"latents", "field"}
+        For fixed sensors fully connected between latents and measurements, or with layers on the mesh, for one scalar
+        unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md.
+    options : TrainingOptions
+        Settings of the training loop.
+    state_modes : int, optional
+        For a family, number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of
+        the variance, at most 256.
+    checkpoint : path, optional
+        Training writes its state there and resumes from it.
+    progress : bool
+        Show progress bars and a closing line on rank 0.
+
+    Returns
+    -------
+    Model
+        The same on all ranks; rank 0 trains.
+
+    Raises
+    ------
+    InputError, DataError, FileError, SolveError
+        If the pairs are too few, inconsistent, not finite or without the states of a family, the basis or the network
+        does not fit, or training fails; see also `fit_denoiser`.
+    """
+    start = time.perf_counter()
+    check_flag(progress, "progress")
+    check_kind(problem, "problem", InverseProblem, "InverseProblem(prior, forward, observation, noise)")
+    check_kind(data, "data", DataSet, "what simulate or load_pairs returned")
+    check_options(options, TrainingOptions)
+    check_choice(network, "network", ("latents", "field"))
+    if problem.family and network != "latents":
+        raise InputError("A family has a network over its sensors: leave network out.")
+    if not len(data) or len(data.coefficients) != len(data):
+        raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
+    states = shown = None
+    noise, seen = problem.noise, torch.as_tensor(data.readings)
+    if problem.family:
+        states, seen, noise = layout_family(problem.observation, data, state_modes)
+        shown = TrainingRange.of(noise)
+    elif state_modes is not None:
+        raise InputError("state_modes is for families: leave it out.")
+    if basis is None:
+        basis = _visible(problem, data, seen, noise)
+    check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior) or pod(...)")
+    with event("encode"):
+        z = basis.encode(data.coefficients)
+    standard_prior = is_standard(data, basis, z)
+    geometry = field_geometry(basis) if network == "field" else None
+
+    def run() -> tuple[Denoiser, History]:
+        return fit_denoiser(torch.from_numpy(z), seen, noise, standard_prior=standard_prior, options=options,
+                            checkpoint=checkpoint, geometry=geometry, progress=progress)
+    with event("train"):
+        denoiser, history = on_root(problem.comm, run)
+    tail = None if problem.family else linear_tail(problem, basis, denoiser.base)
+    model = Model(problem, basis, denoiser, history, states, shown, tail)
+    tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
+         progress and problem.comm.rank == 0)
+    return model
+
+
+def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
+    """Whether latents (n, r) of training fields are N(0, I); DataError where they should be and are not."""
+    basis.check_draws(z, len(data.skipped) / (len(data) + len(data.skipped)))
+    # Where solves have failed, the solver has chosen among the prior's samples.
+    return basis.standard_prior and not data.skipped
+
+
+def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor, noise) -> ModalBasis:
+    """As many leading modes of the prior as readings, or coordinates of the state, can tell from their noise."""
+    most = max(1, len(data) // _PAIRS_A_MODE)
+    if isinstance(problem.prior.core, GaussianCore):
+        basis = karhunen_loeve(problem.prior)
+    else:
+        size = min(_MOST_POD, most, problem.V.dim())
+        basis = pod(problem.V, data.coefficients, size, prior=problem.prior)
+    basis = basis.leading(min(most, basis.r))
+    covariance = None
+    if isinstance(noise, LayoutFamily):
+        # In units in which errors of all coordinates count alike.
+        seen = seen * noise.weights
+        covariance = torch.eye(seen.shape[1], dtype=seen.dtype)
+    elif noise is not None:
+        covariance = noise.covariance(seen.double())
+    z = torch.from_numpy(basis.encode(data.coefficients))
+    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance)))

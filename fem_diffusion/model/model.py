@@ -1,0 +1,187 @@
+"""A trained model: condition it on a measurement, save it, load it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from fem_diffusion.checks import check_kind, check_readings
+from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.geometry import on_mesh
+from fem_diffusion.model.families import decorrelated, project
+from fem_diffusion.model.file import read_model, write_model
+from fem_diffusion.model.posterior import Posterior
+from fem_diffusion.model.tail import LinearTail
+from fem_diffusion.observation.linear import Observation, no_sensors
+from fem_diffusion.problem import InverseProblem
+
+__all__ = ["Model", "load_model"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Model:
+    """A trained model of p(m | y), or of p(m | sensors, y) for a family.
+
+    A model moves to another mesh of the same domain by `dataclasses.replace` of its problem and its basis, where both
+    bases are Karhunen-Loeve bases of one prior, of equal size; a family's states have to stay where they are.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        What it was trained for.
+    basis : ModalBasis
+        Coordinates of the fields.
+    denoiser : Denoiser
+        Emulator, Gaussian base and network.
+    history : History
+        Training curve of the network under the base.
+    states : ModalBasis or None
+        Coordinates of the states, for a family.
+    range : TrainingRange or None
+        What training has seen of sensors, for a family.
+    tail : LinearTail or None
+        What readings tell of modes past those of the basis, for a linear problem.
+    """
+
+    problem: InverseProblem
+    basis: ModalBasis
+    denoiser: Denoiser
+    history: History
+    states: ModalBasis | None = None
+    range: TrainingRange | None = None
+    tail: LinearTail | None = None
+
+    def __post_init__(self):
+        if self.basis.V != self.problem.V:
+            raise InputError(f"The basis is on {self.basis.V} and the fields of the problem are in {self.problem.V}: "
+                             "pass a basis of the problem's prior.")
+        if self.basis.r != self.denoiser.base.r:
+            raise InputError(f"The basis has {self.basis.r} modes and the model {self.denoiser.base.r} latents: pass a "
+                             "basis of the same size, of the prior of the training.")
+        if self.problem.family != (self.states is not None):
+            raise InputError("A family and a basis of its states belong together: give both or neither.")
+        object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
+
+    def condition(self, y: Sequence[float], observation: Observation | None = None,
+                  noise: GaussianNoise | float | Sequence[float] | None = None) -> Posterior:
+        """Posterior for one measurement.
+
+        Parameters
+        ----------
+        y : array_like of shape (k,)
+            The measurement, in the units and order of the sensors; the same on all ranks. For a family NaN stands for a
+            sensor that failed: it is left out.
+        observation : Observation, optional
+            For a family the sensors, on the space of the states; none where left out, which gives the prior.
+        noise : GaussianNoise, float or array_like of shape (k,), optional
+            Of these sensors, numbers being standard deviations; a part relative to the noise-free value takes the
+            reading in its place.
+
+        Returns
+        -------
+        Posterior
+
+        Raises
+        ------
+        InputError
+            If the measurement is of the wrong length or not finite (the message names the sensors), sensors or noise
+            are given for a model of fixed sensors, or are missing or do not fit for a family.
+
+        Warns
+        -----
+        FamilyWarning
+            If the sensors are far outside the training family.
+        """
+        if not self.problem.family:
+            if observation is not None or noise is not None:
+                raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
+                                 "train one for a SensorFamily.")
+            y = check_readings(y, self.denoiser.base.k, self.problem.names)
+            return Posterior(self.problem, self.basis, self.denoiser.at(torch.from_numpy(y)[None]), self.tail, y)
+        observation = no_sensors(self.states.V) if observation is None else observation
+        if not isinstance(observation, Observation) or observation.U != self.states.V:
+            raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
+                             "point_sensors(U, points) with that space U.")
+        y = check_readings(y, len(observation), observation.names, failed=True)
+        noise = as_noise(noise, len(observation)) if len(y) else None
+        if len(y) and not isinstance(noise, GaussianNoise):
+            raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
+        rows, offset = project(observation, self.states)
+        there = np.flatnonzero(~np.isnan(y))
+        covariance = rows.new_zeros(0, 0)
+        if len(y):
+            # All sensors take part here, because a noise model holds a number for each.
+            covariance = noise.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
+        rows, offset, reading = rows[there], offset[there], torch.tensor(y[there])
+        # Where noise is correlated, the sensors of the family are recognised before they are mixed.
+        present = torch.ones(1, len(there), dtype=torch.bool)
+        seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
+        self.range.warn(seen, [observation.names[i] for i in there])
+        layout, reading = decorrelated(rows, offset, covariance, reading)
+        problem = replace(self.problem, observation=observation, noise=noise)
+        return Posterior(problem, self.basis, self.denoiser.at(reading[None], layout))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write all but the problem to one safetensors file, from which `load_model` reads it on any number of ranks.
+
+        Parameters
+        ----------
+        path : path
+            The file, written whole or not at all by rank 0.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        """
+        write_model(path, self)
+
+    @property
+    def summary(self) -> str:
+        """What was trained, in words."""
+        base, history = self.denoiser.base, self.history
+        sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
+        emulator = "a linear emulator" if base.emulator.head is None else "a network as emulator"
+        network = "no network under the Gaussian base"
+        if self.denoiser.network is not None:
+            gain = 1 - min(history.validation) / history.base
+            network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
+        elif history.step:
+            network += ", which none beats on held-out pairs"
+        elif self.denoiser.known:
+            network += ", which is exact"
+        return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
+                f"{network}")
+
+    def __repr__(self) -> str:
+        return f"Model: {self.summary}\n{self.problem!r}"
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise InputError("A Model holds a mesh and cannot be copied or pickled: use its save, and load_model.")
+
+
+def load_model(path: str | os.PathLike, problem: InverseProblem) -> Model:
+    """Read what `Model.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    problem : InverseProblem
+        The problem of the training, on the same mesh, on any number of ranks.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, foreign, or belongs to another mesh, space, prior or set of sensors.
+    """
+    check_kind(problem, "problem", InverseProblem, "the InverseProblem of the training")
+    return Model(problem, **read_model(path, problem))

@@ -1,0 +1,101 @@
+r"""What readings tell of the modes past those of the basis, where the problem is linear.
+
+A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where :math:`y = b + G z + H t + e`, the law of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's
+rule),
+
+.. math:: t + K (y - b - G z - H t - e), \qquad K = C_t H^T (H C_t H^T + R)^{-1} .
+
+With z from the posterior in which :math:`H t` counts as noise, both together are samples of the exact posterior.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from fem_diffusion.diffusion import GaussianBase, GaussianNoise
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.forward.protocol import Differentiable
+from fem_diffusion.observation.linear import Observation
+from fem_diffusion.problem import InverseProblem
+
+__all__ = ["LinearTail", "linear_tail", "noise_root"]
+
+# Signal of the rest below this share of the noise's variance is none; how far the pairs may be from what H says of it.
+_UNSEEN, _ALIKE = 1e-6, 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class LinearTail:
+    """Sensors and their gain past the modes of a basis; from `linear_tail`.
+
+    Parameters
+    ----------
+    rows : numpy.ndarray
+        H, owned coefficients, shape (k, n_owned).
+    gain : numpy.ndarray
+        Rows of K, owned coefficients, shape (k, n_owned).
+    matrix, offset : numpy.ndarray
+        G (k, r) and b (k,).
+    root : numpy.ndarray
+        Factor of R, shape (k, k).
+    """
+
+    rows: np.ndarray
+    gain: np.ndarray
+    matrix: np.ndarray
+    offset: np.ndarray
+    root: np.ndarray
+
+    def given(self, draws: np.ndarray, y: np.ndarray, z: np.ndarray, seed: int, comm: MPI.Comm) -> np.ndarray:
+        """Prior draws of the rest (n, n_owned) as draws of it given the measurement (k,) and latents (n, r)."""
+        noise = np.random.default_rng([seed, 1]).standard_normal((len(z), len(y))) @ self.root.T
+        missed = y - self.offset - z @ self.matrix.T - comm.allreduce(draws @ self.rows.T) - noise
+        return draws + missed @ self.gain
+
+
+def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) -> LinearTail | None:
+    """What the readings of a problem tell of the rest; None where it is not linear or they tell nothing (collective).
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        Of fixed sensors.
+    basis : ModalBasis
+        Of its prior.
+    base : GaussianBase
+        Of its readings, fitted in that basis.
+
+    Returns
+    -------
+    LinearTail or None
+    """
+    forward, noise, k = problem.forward, problem.noise, base.k
+    if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)
+            and isinstance(noise, GaussianNoise) and noise.constant and base.emulator.head is None
+            and basis.standard_prior and problem.prior.core is problem.prior):
+        return None
+    R = noise.covariance(base.mean.new_zeros(1, k)).numpy()
+    residual = base.emulator.residual.numpy() - R
+    unit = np.sqrt(R.diagonal())
+    if not (unit > 0).all():
+        return None
+    # All ranks hold the same base, so they go on together.
+    rows = np.array(forward.sensitivity(problem.prior.mean.copy(deepcopy=True), problem.observation.rows))
+    seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
+    cross = problem.prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
+    seen = problem.comm.allreduce(rows @ cross.T)
+    signal = np.linalg.norm(seen / unit / unit[:, None], 2)
+    if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:
+        return None
+    gain = np.linalg.solve((seen + R) / unit / unit[:, None], cross / unit[:, None]) / unit[:, None]
+    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), noise_root(problem, k))
+
+
+def noise_root(problem: InverseProblem, k: int) -> np.ndarray:
+    """Factor (k, k) of the covariance of a problem's constant Gaussian noise."""
+    R = problem.noise.covariance(torch.zeros(1, k, dtype=torch.float64)).numpy()
+    unit = np.sqrt(R.diagonal())
+    values, axes = np.linalg.eigh(R / unit / unit[:, None])
+    return unit[:, None] * axes * np.sqrt(values.clip(min=0))

@@ -1,0 +1,169 @@
+"""Bases of fields: Karhunen-Loeve modes of Gaussian priors, and proper orthogonal decomposition of samples.
+
+All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+import numpy as np
+from firedrake import DirichletBC, Function
+from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
+
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.checks import check_all, check_count, check_kind, check_number
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, owned_size
+from fem_diffusion.fields.modes import free_dofs, leading_modes, mass_action, sample_covariance, without_conditions
+from fem_diffusion.prior.product import ProductPrior
+from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
+
+__all__ = ["karhunen_loeve", "pod"]
+
+_TAIL_DRAWS = 64
+
+
+def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
+    """Leading modes of a Gaussian prior's covariance, matrix-free through its covariance operator.
+
+    Parameters
+    ----------
+    prior : Prior
+        The prior; of a transformed one the Gaussian field inside is expanded, of a product each component by itself.
+    r : int or sequence of int, optional
+        Number of modes, of a product for each component; where left out, the fewest that keep `retained` of the
+        variance (of each component).
+    retained : float
+        Share of the total variance to keep where `r` is left out.
+
+    Returns
+    -------
+    ModalBasis
+
+    Raises
+    ------
+    InputError
+        If `r` exceeds the degrees of freedom or is not one number for each component, `retained` is not between 0 and
+        1, or the prior (a component of it) is not Gaussian before its transform.
+    """
+    retained = check_number(retained, "retained", above=0, below=1)
+    core = check_prior(prior).core
+    if isinstance(core, ProductPrior):
+        counts = _counts(r, len(core.priors))
+        parts = [karhunen_loeve(part, count, retained) for part, count in zip(core.priors, counts)]
+        expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
+        return _joined(core.V, core.mean, expansions, prior, standard=True)
+    if not isinstance(core, GaussianCore):
+        raise InputError(f"A {type(core).__name__} has no covariance operator: use pod with samples of it.")
+    r = None if r is None else check_count(r, "r, one number of modes for one unknown,")
+    mean = coefficients(core.mean)
+    mass = mass_action(core.V)
+    draws = core.sample_many(_TAIL_DRAWS, seed=0) - mean
+    size = r if r is not None else min(16, free_dofs(core.V, core.bcs))
+    while True:
+        modes, variances = leading_modes(core.apply_covariance, core.V, core.bcs, size)
+        # The tail is the mean square of what prior draws keep outside the modes.
+        outside = draws - core.V.comm.allreduce(draws @ mass(modes).T, MPI.SUM) @ modes
+        tail = core.V.comm.allreduce(float((outside * mass(outside)).sum()), MPI.SUM) / len(draws)
+        total = float(variances.sum() + max(tail, 0.0))
+        if r is not None:
+            break
+        enough = np.flatnonzero(np.cumsum(variances) >= retained * total)
+        if len(enough):
+            modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
+            break
+        size = min(2 * size, free_dofs(core.V, core.bcs))
+    return ModalBasis(core.V, core.mean, modes, variances, total, prior, standard_prior=True)
+
+
+def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequence[int],
+        bcs: DirichletBC | Sequence[DirichletBC] = (), prior: Prior | None = None) -> ModalBasis:
+    """Leading modes of the sample covariance in the mass inner product, for priors that are not Gaussian.
+
+    Parameters
+    ----------
+    V : firedrake.functionspaceimpl.WithGeometry
+        Space of the fields.
+    samples : sequence of Functions, or numpy.ndarray of shape (n, n_owned)
+        Samples of the prior, before any transform.
+    r : int or sequence of int
+        Number of modes; with one for each component of a mixed V, each is expanded by itself, in its own units.
+    bcs : sequence of DirichletBC
+        Conditions that every sample satisfies; the modes then vanish there exactly.
+    prior : Prior, optional
+        The prior, for its transform; needed where it has one.
+
+    Returns
+    -------
+    ModalBasis
+        Its `total_variance` is that of the samples.
+
+    Raises
+    ------
+    InputError
+        If there are too few samples, a sample is not finite or violates a condition, or `r` is not one number for each
+        component.
+    """
+    check_kind(V, "V", WithGeometry, "the space of the fields")
+    if prior is not None and check_prior(prior).core.V != V:
+        raise InputError("The fields of prior are not in V: give the prior of the samples.")
+    if not isinstance(samples, np.ndarray):
+        samples = coefficients(list(check_all(samples, "samples", Function)))
+    counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
+    if None in counts:
+        raise InputError(f"r is {r!r}: give the number of modes.")
+    bcs = (bcs,) if isinstance(bcs, DirichletBC) else bcs
+    if not isinstance(bcs, Sequence) or not all(isinstance(bc, DirichletBC) for bc in bcs):
+        raise InputError(f"bcs is {bcs!r}: give a sequence of DirichletBC objects, () where there are none.")
+    if not V.comm.allreduce(samples.ndim == 2 and samples.shape[1] == owned_size(V), MPI.LAND):
+        raise InputError(f"The samples have shape {samples.shape}: give (n, {owned_size(V)}), owned coefficients.")
+    if len(samples) <= max(counts):
+        raise InputError(f"{len(samples)} samples cannot give {r} modes: simulate more or ask for fewer modes.")
+    if samples.dtype.kind not in "biuf" or not V.comm.allreduce(bool(np.isfinite(samples).all()), MPI.LAND):
+        raise InputError("The samples hold values that are not finite real numbers.")
+    average = samples.mean(axis=0)
+    mean = field(V, average, name="mean")
+    for bc in bcs:
+        bc.apply(mean)
+    centred = samples - coefficients(mean)
+    outside = centred - without_conditions(V, bcs, centred)
+    centred = centred - outside
+    # Each component in its own units.
+    for wrong, right in zip(by_component(V, outside), by_component(V, centred)):
+        violation, scale = (V.comm.allreduce(float(np.abs(x).max(initial=0.0)), MPI.MAX) for x in (wrong, right))
+        if violation > 1e-8 * max(scale, 1e-300):
+            raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they "
+                             "satisfy.")
+    if isinstance(r, Integral):
+        return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), prior)
+    # The samples satisfy the conditions, and so do the modes, their combinations.
+    parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, by_component(V, centred), counts)]
+    return _joined(V, mean, parts, prior, standard=False)
+
+
+def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Modes, their variances and the total variance of centred samples (n, n_owned)."""
+    covariance, total = sample_covariance(V, centred)
+    return *leading_modes(covariance, V, bcs, r), total
+
+
+def _counts(r, components: int) -> list:
+    """A number of modes for each component, or None for each."""
+    counts = [None] * components if r is None else r
+    if not isinstance(counts, Sequence) or len(counts) != components:
+        raise InputError(f"r is {r!r}: there are {components} components, give a number of modes for each.")
+    return [None if count is None else check_count(count, "r") for count in counts]
+
+
+def _joined(V: WithGeometry, mean: Function, parts: list, prior: Prior | None, standard: bool) -> ModalBasis:
+    """Basis of a mixed space from modes, variances and total variance of its components, in shares of variance."""
+    totals = np.array([total for _, _, total in parts])
+    blocks = []
+    for i, (modes, _, total) in enumerate(parts):
+        zeros = [np.zeros((len(modes), owned_size(W))) for W in V]
+        blocks.append(np.hstack([*zeros[:i], modes * np.sqrt(total), *zeros[i + 1:]]))
+    variances = np.concatenate([variances / total for _, variances, total in parts])
+    order = np.argsort(-variances, kind="stable")
+    return ModalBasis(V, mean, np.vstack(blocks)[order], variances[order], float(len(parts)), prior, standard,
+                      tuple((1 / totals).tolist()))

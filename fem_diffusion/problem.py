@@ -1,0 +1,142 @@
+"""An inverse problem: prior, forward model, observation and noise, checked once to fit each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from firedrake import Function
+from firedrake.functionspaceimpl import WithGeometry
+
+from fem_diffusion.checks import check_array, check_seed
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import field
+from fem_diffusion.forward.callable import CallableForward, as_forward
+from fem_diffusion.forward.protocol import Forward
+from fem_diffusion.observation.family import SensorFamily
+from fem_diffusion.observation.linear import Observation
+from fem_diffusion.prior.protocol import Prior, check_prior
+
+__all__ = ["InverseProblem"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class InverseProblem:
+    """What is unknown, what is solved, and what is measured: `simulate`, `fit` and the references take it.
+
+    Parameters
+    ----------
+    prior : Prior
+        Of the parameter.
+    forward : Forward or Callable
+        Maps a parameter to a state; a plain function of a Function in ``prior.V`` will do.
+    observation : Observation, SensorFamily or Callable
+        The sensors, or all that a measurement may have; or a nonlinear instrument, a function that maps a state to k
+        numbers, the same on all ranks.
+    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
+        Of the measurements; numbers are standard deviations. None for a family, whose kinds have their own, and where
+        readings hold noise already.
+
+    Raises
+    ------
+    InputError
+        If an argument is none of these, spaces do not follow each other, or the noise is for other sensors.
+    """
+
+    prior: Prior
+    forward: Forward | Callable[[Function], Function]
+    observation: Observation | SensorFamily | Callable[[Function], Sequence[float]]
+    noise: GaussianNoise | CallableNoise | float | Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_prior(self.prior)
+        if not callable(self.observation) and not self.family:
+            raise InputError(f"observation is of type {type(self.observation).__name__}: give an Observation such as "
+                             "point_sensors(U, points), a SensorFamily, or a function of the state.")
+        forward, seen = as_forward(self.forward, self.M), getattr(self.observation, "U", None)
+        if isinstance(forward, CallableForward) and forward.U is None:
+            forward = CallableForward(forward.function, self.M, seen)
+        for name, ours, theirs in (("prior", self.M, forward.M), ("forward problem", forward.U, seen)):
+            if None not in (ours, theirs) and ours != theirs:
+                raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
+                                 "forward problem and observation on the same spaces.")
+        if self.family and self.noise is not None:
+            raise InputError("The kinds of a family have their own noise: leave noise out.")
+        object.__setattr__(self, "forward", forward)
+        object.__setattr__(self, "noise", as_noise(self.noise, self.k))
+
+    @property
+    def V(self) -> WithGeometry:
+        """Space of the field before any transform: that of latents."""
+        return self.prior.core.V
+
+    @property
+    def M(self) -> WithGeometry:
+        """Space of the parameter."""
+        return self.prior.V
+
+    @property
+    def U(self) -> WithGeometry | None:
+        """Space of the state; None where neither a solver nor an instrument of the user's own tells."""
+        return self.forward.U or getattr(self.observation, "U", None)
+
+    @property
+    def comm(self):
+        """MPI communicator of the mesh."""
+        return self.M.comm
+
+    @property
+    def family(self) -> bool:
+        """Whether measurements differ in their sensors."""
+        return isinstance(self.observation, SensorFamily)
+
+    @property
+    def k(self) -> int | None:
+        """Number of readings; None of a family, and where an instrument of the user's own does not tell."""
+        return len(self.observation) if isinstance(self.observation, Observation) else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sensors, where they have any."""
+        return self.observation.names if isinstance(self.observation, Observation) else ()
+
+    def readings(self, parameters: np.ndarray) -> np.ndarray:
+        """What the sensors read without noise (collective).
+
+        Parameters
+        ----------
+        parameters : numpy.ndarray
+            Owned coefficients, shape (B, n_owned of M).
+
+        Returns
+        -------
+        numpy.ndarray
+            Global, shape (B, k).
+
+        Raises
+        ------
+        InputError
+            If the problem is of a family, which has no readings without a choice of sensors.
+        """
+        if self.family:
+            raise InputError("A family has no readings: choose sensors, and make an InverseProblem of those.")
+        if isinstance(self.observation, Observation):
+            return self.observation.apply(self.forward.solve_many(parameters.copy()))
+        rows = [np.array(self.observation(self.forward(field(self.M, row))), ndmin=1) for row in parameters]
+        return check_array(rows, "The readings", (len(rows), "k"))
+
+    def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
+        """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
+        clean = torch.from_numpy(self.readings(parameters))
+        generator = torch.Generator().manual_seed(check_seed(seed))
+        return (clean if self.noise is None else self.noise.sample(clean, generator)).numpy()
+
+    def __repr__(self) -> str:
+        sensors = "any sensors of a family" if self.family else "a function" if self.k is None else f"{self.k} sensors"
+        return (f"InverseProblem: {type(self.prior).__name__} of {self.M.dim()} unknowns in {self.M.ufl_element()}\n"
+                f"    seen through {type(self.forward).__name__} by {sensors}, "
+                f"noise: {'none' if self.noise is None else type(self.noise).__name__}")
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise InputError("An InverseProblem holds a mesh and cannot be copied or pickled: build it again.")

@@ -1,0 +1,121 @@
+"""The posterior of a linear-Gaussian problem: a Kalman update with the prior's covariance operator and the solver."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from firedrake import Function
+
+from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.prior.product import ProductPrior
+from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.latents import check_measurement, sensitivity
+from fem_diffusion.samples import Samples
+
+__all__ = ["ExactPosterior", "exact"]
+
+# What may be missing of a reading's change, as a share of its prior spread and noise, and what solvers leave of itself.
+_AFFINE, _ROUNDING = 1e-6, 1e-9
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ExactPosterior:
+    """p(m | y) of a linear-Gaussian problem for one measurement, from `exact`.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        Affine, with a Gaussian prior and Gaussian noise.
+    rows : numpy.ndarray
+        Derivative of the readings by the parameter in units of the noise, owned columns, shape (k, n_owned).
+    innovation : numpy.ndarray
+        Measurement minus the readings at the prior mean, in units of the noise, shape (k,).
+    gain : numpy.ndarray
+        Rows of the Kalman gain, shape (k, n_owned).
+    cross : numpy.ndarray
+        Prior covariance of readings and parameter, shape (k, n_owned).
+    """
+
+    problem: InverseProblem
+    rows: np.ndarray
+    innovation: np.ndarray
+    gain: np.ndarray
+    cross: np.ndarray
+
+    def mean(self) -> Function:
+        """Posterior mean."""
+        return field(self.problem.M, coefficients(self.problem.prior.mean) + self.innovation @ self.gain, name="mean")
+
+    def std(self) -> Function:
+        """Pointwise standard deviation at the nodes; one solve with the prior's operator for each unknown."""
+        prior = self.problem.prior
+        # Of a product component by component, which can be asked for the exact deviation.
+        parts = prior.priors if isinstance(prior, ProductPrior) else (prior,)
+        std = np.concatenate([coefficients(part.pointwise_std(exact=True)) for part in parts])
+        return field(self.problem.M, np.sqrt(np.maximum(std**2 - (self.cross * self.gain).sum(axis=0), 0)), name="std")
+
+    def sample(self, n: int, *, seed: int) -> Samples:
+        """Samples: prior draws plus their own update (Matheron's rule), so nothing dense is built, on any ranks.
+
+        Raises
+        ------
+        InputError
+            If n is no positive or seed no non-negative integer.
+        """
+        n, seed, prior = check_count(n), check_seed(seed), self.problem.prior
+        draws = prior.sample_many(n, seed)
+        noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))
+        seen = self.problem.comm.allreduce((draws - coefficients(prior.mean)) @ self.rows.T)
+        return Samples(self.problem.M, draws + (self.innovation - seen - noise) @ self.gain, np.empty((n, 0)))
+
+    def predictive(self, n: int, *, seed: int) -> np.ndarray:
+        """Readings of n samples with noise, shape (n, k), one solve each."""
+        return self.problem.measurements(self.sample(n, seed=seed).values, seed=seed)
+
+    def __repr__(self) -> str:
+        return f"ExactPosterior: Gaussian, given {len(self.rows)} readings\n{self.problem!r}"
+
+    def __reduce_ex__(self, protocol: int) -> None:
+        raise InputError("A posterior holds a mesh and cannot be copied or pickled: save its samples.")
+
+
+def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
+    """The posterior of a linear-Gaussian problem, by k adjoint solves.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        With a GaussianPrior or a product of them, constant Gaussian noise, linear sensors, and a forward model that is
+        affine in the parameter and has a derivative.
+    y : array_like of shape (k,)
+        The measurement.
+
+    Returns
+    -------
+    ExactPosterior
+
+    Raises
+    ------
+    InputError
+        If the problem is not of that kind, or y is of another shape or not finite; the message names the sensors.
+    """
+    y, whiten = check_measurement(problem, y)
+    prior, comm = problem.prior, problem.comm
+    if not isinstance(prior, GaussianCore):
+        raise InputError(f"The prior is a {type(prior).__name__}: give a GaussianPrior, or take hmc.")
+    mean = coefficients(prior.mean)
+    rows = whiten @ sensitivity(problem, mean)
+    offset = whiten @ problem.readings(mean[None])[0]
+    cross = prior.apply_covariance(rows)
+    seen = comm.allreduce(rows @ cross.T)
+    # The derivative at the prior mean has to tell what a prior sample gives.
+    m = prior.sample_many(1, 0)
+    change = comm.allreduce(rows @ (m[0] - mean))
+    tolerance = _AFFINE * (1 + np.sqrt(seen.diagonal())) + _ROUNDING * np.abs(offset)
+    if not (np.abs(whiten @ problem.readings(m)[0] - offset - change) <= tolerance).all():
+        raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
+                         "hmc.")
+    gain = np.linalg.solve(seen + np.eye(len(seen)), cross)
+    return ExactPosterior(problem, rows, whiten @ y - offset, gain, cross)
