@@ -8,7 +8,9 @@ import torch
 from firedrake import COMM_SELF, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, VectorFunctionSpace
 from mpi4py import MPI
 
-from fem_diffusion import DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve, load_model, pod
+from fem_diffusion import (
+    DataSet, GaussianPrior, InverseProblem, Sampler, TrainingOptions, fit, karhunen_loeve, load_model, pod,
+)
 from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, linear_base
 from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.errors import InputError, FileError
@@ -49,7 +51,7 @@ def test_projection_is_that_of_the_mass_matrix(degree):
     assert geometry.modes.shape == (R, 3 * R)
     np.testing.assert_allclose(geometry.modes @ geometry.projector, np.eye(R), atol=1e-10)
     # Of squares of fields, which are no combinations of modes, up to the error of the quadrature.
-    values, total = basis.decode(torch.as_tensor(z)), basis.variances.sum()
+    values, total = basis.decode(z), basis.variances.sum()
     exact = mass_action(basis.V)(values**2) @ basis.modes.T * np.sqrt(1.7) / total
     at_points = geometry.mean + z * geometry.std @ geometry.modes
     error = at_points**2 @ geometry.projector - exact
