@@ -167,7 +167,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
             squares = (z**2).sum(axis=1) + (latent.misfit(np.where(inside[:, None], z, centre))**2).sum(axis=1)
             # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
             value = torch.from_numpy(comm.bcast(np.where(inside & ~np.isnan(squares), squares / 2, np.inf)))
-            memory[:] = [*memory[-1:], (x.clone(), value)]
+        memory[:] = [*memory[-1:], (x, value)]
         return value
 
     def force(x: torch.Tensor) -> torch.Tensor:
