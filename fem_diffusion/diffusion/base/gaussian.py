@@ -46,7 +46,7 @@ _ROUNDINGS = 4
 _DEPENDENT = 1e-12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Located:
     """Gaussians N(mean, P) of B measurements, with P⁻¹ = M Mᵀ, and what the sensors see there.
 
@@ -96,7 +96,7 @@ class Located:
         return self.mean + apply(self.factor, w)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GaussianBase:
     """Law of the latents and emulator: gives a Gaussian for every measurement by any sensors.
 
