@@ -66,8 +66,8 @@ def _problem(basis, noise):
 def _seen(model, seed):
     """Samples of exp(m) at points that all meshes share, and what they give the sensors of their own mesh."""
     V = model.basis.V
-    states = np.exp(model.condition(Y).sample(DRAWS, seed=seed, sampler=Sampler(steps=8), refill=False,
-                                            progress=False).values)
+    samples = model.condition(Y).sample(DRAWS, seed=seed, sampler=Sampler(steps=8), refill=False, progress=False)
+    states = np.exp(samples.values)
     return np.hstack([point_sensors(V, POINTS).apply(states), _observation(V).apply(states)])
 
 

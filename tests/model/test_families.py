@@ -247,7 +247,8 @@ def test_time_series_of_a_transient_state_are_sensors_too():
     basis = karhunen_loeve(prior, 12)
     data = _spanned(basis, forward, 400)
     series = SensorKind(point_sensors(forward.U, random_points(mesh, 80, seed=2)), 0.1, (1, 5), series=len(times))
-    model = fit(InverseProblem(prior, forward, SensorFamily(series)), data, basis=basis, options=OPTIONS, progress=False)
+    problem = InverseProblem(prior, forward, SensorFamily(series))
+    model = fit(problem, data, basis=basis, options=OPTIONS, progress=False)
     sensors = point_sensors(forward.U, [(0.7, 0.4), (1.5, 0.6)])
     truth = basis.functions(torch.randn(1, 12, generator=torch.Generator().manual_seed(0)))[0]
     y = sensors(forward(truth)) + 0.05

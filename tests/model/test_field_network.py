@@ -111,8 +111,8 @@ def test_zero_before_training_and_every_weight_learns(network):
     whole = network(v, angle, *seen)
     torch.testing.assert_close(network(v[:, 1:3], angle, *(x[1:3] for x in seen)), whole[:, 1:3])
     # What all measurements share need not be repeated.
-    shared = seen[2][:1]
-    torch.testing.assert_close(network(v, angle, *seen[:2], shared), network(v, angle, *seen[:2], shared.expand(5, R, R)))
+    one = seen[2][:1]
+    torch.testing.assert_close(network(v, angle, *seen[:2], one), network(v, angle, *seen[:2], one.expand(5, R, R)))
 
 
 def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):

@@ -203,7 +203,8 @@ def test_density_of_the_samples_is_that_of_the_exact_posterior(job):
 
 def test_progress_of_the_sampler_can_be_followed(job):
     seen = []
-    job[3].condition(Y).sample(5, seed=0, sampler=Sampler(steps=7), callback=lambda step, sigma, z: seen.append((step, sigma, z.shape)))
+    job[3].condition(Y).sample(5, seed=0, sampler=Sampler(steps=7),
+                               callback=lambda step, sigma, z: seen.append((step, sigma, z.shape)))
     assert [step for step, *_ in seen] == list(range(1, 8))
     assert seen[-1][1] == 0.0 and seen[0][2] == (1, 5, job[3].basis.r)
 
