@@ -14,7 +14,7 @@ from fem_diffusion.trust import Calibration
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.posterior import Samples
+from fem_diffusion.samples import Samples
 
 __all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"]
 
