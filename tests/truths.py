@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fem_diffusion.diffusion import linear_base
+from fem_diffusion.diffusion import Denoiser, fit_spectrum, linear_base, sample_latents
 
 
 def flat_base(r, k=2):
@@ -11,32 +11,53 @@ def flat_base(r, k=2):
     return linear_base(torch.zeros(k, r, dtype=torch.float64), torch.eye(k, dtype=torch.float64))
 
 
-class GaussianTruth:
+class Known:
+    """A score network of a user's own that needs no measurement: a function of states and angles.
+
+    It answers for all measurements alike.
+    """
+
+    dtype = torch.float64
+
+    def __init__(self, function):
+        self.function = function
+
+    def see(self, base, layout, y, located):
+        return ()
+
+    def context(self, *seen):
+        return seen
+
+    def __call__(self, v, angle):
+        return self.function(v, angle)
+
+
+class GaussianTruth(Known):
     """The exact N for w_0 ~ N(mean, covariance), from conditioning the joint Gaussian of w_0, noise and v."""
 
     def __init__(self, mean, covariance):
         self.mean, (self.values, self.axes) = torch.as_tensor(mean), torch.linalg.eigh(torch.as_tensor(covariance))
 
-    def __call__(self, v, angle, features):
+    def __call__(self, v, angle):
         c, s = torch.cos(angle), torch.sin(angle)
         white = (v - c * self.mean) @ self.axes / (c**2 * self.values + s**2)
         signal = self.mean + (c * self.values * white) @ self.axes.T
         return s * signal - c * s * white @ self.axes.T
 
 
-class MixtureTruth:
+class MixtureTruth(Known):
     """The exact N for a mixture of normals in one dimension."""
 
     def __init__(self, weights=(0.3, 0.7), means=(-2.0, 1.5), stds=(0.3, 0.5)):
         self.weights, self.means, self.stds = (torch.tensor(x, dtype=torch.float64) for x in (weights, means, stds))
 
-    def __call__(self, v, angle, features):
+    def __call__(self, v, angle):
         c, s = torch.cos(angle), torch.sin(angle)
         variance = c**2 * self.stds**2 + s**2
         error = v - c * self.means
-        share = torch.softmax(torch.log(self.weights) - error**2 / (2 * variance) - torch.log(variance) / 2, dim=1)
+        share = torch.softmax(torch.log(self.weights) - error**2 / (2 * variance) - torch.log(variance) / 2, dim=-1)
         signal = self.means + c * self.stds**2 * error / variance
-        return (share * (s * signal - c * s * error / variance)).sum(1, keepdim=True)
+        return (share * (s * signal - c * s * error / variance)).sum(-1, keepdim=True)
 
     def draw(self, n, seed):
         """Samples, shape (n, 1)."""
@@ -61,9 +82,18 @@ def gaussian_target(r=5):
 
 def spectrum_of(network, w):
     """Spectrum measured on samples w (n, r) of the posterior in base coordinates."""
-    from fem_diffusion.diffusion import fit_spectrum
-
     angles = (torch.arange(48, dtype=torch.float64) + 0.5) / 48 * torch.pi / 2
     white = torch.randn(w.shape, generator=torch.Generator().manual_seed(5), dtype=w.dtype)
-    speeds = [network(torch.cos(a) * w + torch.sin(a) * white, a.expand(len(w), 1), None) for a in angles]
+    speeds = [network((torch.cos(a) * w + torch.sin(a) * white)[None], a.expand(1, 1, 1)) for a in angles]
     return fit_spectrum(angles, torch.stack([speed.square().mean() for speed in speeds]))
+
+
+def at_zero(network=None, r=1, size=1, spectrum=None, support=None):
+    """A denoiser with a flat base at `size` measurements of nothing."""
+    y = torch.zeros(size, 2, dtype=torch.float64)
+    return Denoiser(flat_base(r), network, spectrum, support).at(y)
+
+
+def draw(conditioned, n, sampler, seed=0, **settings):
+    """Latents (n, r) of one measurement."""
+    return sample_latents(conditioned, n, sampler, seed=seed, **settings)[0]

@@ -1,5 +1,7 @@
 """Checks of tensors and random generators at the door of every public function of this room."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ __all__ = ["check_generator", "check_near", "check_tensor"]
 _FAR = 1e12
 
 
-def check_tensor(x, name: str, shape: tuple, columns: str = "columns") -> Tensor:
+def check_tensor(x: Any, name: str, shape: tuple, columns: str = "columns") -> Tensor:
     """A tensor of finite real numbers whose squares do not overflow.
 
     Parameters
@@ -60,7 +62,7 @@ def check_near(deviations: Tensor) -> None:
                          "their units.")
 
 
-def check_generator(generator, device: torch.device) -> torch.Generator:
+def check_generator(generator: Any, device: torch.device) -> torch.Generator:
     """A source of random numbers on the device where they are drawn."""
     check_kind(generator, "generator", torch.Generator, f"torch.Generator({str(device)!r}).manual_seed(seed)")
     if generator.device.type != device.type:

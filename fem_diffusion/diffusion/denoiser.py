@@ -88,14 +88,13 @@ class Conditioned:
             return torch.zeros_like(v)
         n, size = v.shape[:2]
         if rows is not None and n * size > rows:
-            if size > 1:
-                parts = torch.arange(size, device=v.device).split(max(1, rows // n))
-                if len(parts) > 1:
-                    return torch.cat([self.select(part).residual(v[:, part], angle, rows) for part in parts], 1)
-            return torch.cat([self.residual(part, angle) for part in v.split(max(1, rows // size))])
+            if size == 1:
+                return torch.cat([self.residual(part, angle) for part in v.split(max(1, rows))])
+            parts = torch.arange(size, device=v.device).split(max(1, rows // n))
+            return torch.cat([self.select(part).residual(v[:, part], angle, rows) for part in parts], 1)
         # A network of the user's own may write into what it gets.
         x = v.to(self.network.dtype, copy=True)
-        return self.network(x, x.new_full((*x.shape[:2], 1), angle), *self.context).to(v.dtype)
+        return self.network(x, x.new_full((n, size, 1), angle), *(part.clone() for part in self.context)).to(v.dtype)
 
     def denoise(self, w: Tensor, sigma: float, rows: int | None = None) -> Tensor:
         """E[w_0 | w_t] in base coordinates (n, B, r), for the variance exploding process at a noise level sigma > 0."""
@@ -120,7 +119,7 @@ class Conditioned:
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Conditioned":
         """The same with a function applied to every tensor that belongs to measurements."""
-        def part(x):
+        def part(x: Located) -> Located:
             return replace(x, **{f.name: function(getattr(x, f.name)) for f in fields(x)})
         density = self.density and replace(self.density, located=part(self.density.located),
                                            rows=function(self.density.rows), target=function(self.density.target))
@@ -157,7 +156,7 @@ class Denoiser:
     support: Support | None = None
     known: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_kind(self.base, "base", GaussianBase, "what fit_base or plain_base returns")
         check_flag(self.known, "known")
         for name, kind in (("network", ScoreNetwork), ("spectrum", Spectrum), ("support", Support)):

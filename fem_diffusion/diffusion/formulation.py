@@ -62,7 +62,7 @@ class Formulation:
     variance: Callable[[Tensor], Tensor]
     scaling: Callable[[Tensor], Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise InputError(f"The name of a formulation is {self.name!r}: give a word.")
         variance = check_elementwise(self.variance, f"Formulation {self.name}: the variance")

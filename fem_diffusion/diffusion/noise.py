@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count
@@ -37,7 +38,7 @@ class GaussianNoise:
         then has no density).
     """
 
-    def __init__(self, std=0.0, relative=0.0, covariance=None):
+    def __init__(self, std: ArrayLike = 0.0, relative: ArrayLike = 0.0, covariance: ArrayLike | None = None):
         self.std, self.relative = (torch.from_numpy(check_array(x, f"Noise {name!r}", (), ("k",)))
                                    for name, x in (("std", std), ("relative", relative)))
         for name, value in (("std", self.std), ("relative", self.relative)):
@@ -131,7 +132,7 @@ class CallableNoise:
 
     function: Callable[[Tensor, torch.Generator], Tensor]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_callable(self.function, "The noise", "a function of observations and generator, or GaussianNoise")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -164,7 +165,8 @@ class CallableNoise:
         return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
 
 
-def as_noise(noise, k: int | None = None) -> GaussianNoise | CallableNoise | None:
+def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
+             k: int | None = None) -> GaussianNoise | CallableNoise | None:
     """The noise model that is meant.
 
     Parameters

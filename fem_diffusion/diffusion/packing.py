@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ def pack(parts: dict) -> tuple[dict, dict]:
 
 
 def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.dtype = torch.float64,
-           finite: bool = True):
+           finite: bool = True) -> Any:
     """A part of a file as a dataclass, or None.
 
     Parameters

@@ -1,7 +1,7 @@
 r"""What readings tell of the modes past those of the basis, where the problem is linear.
 
-A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where :math:`y = b + G z + H t + e`, the law of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's
-rule),
+A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where :math:`y = b + G z + H t + e`, the law
+of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's rule),
 
 .. math:: t + K (y - b - G z - H t - e), \qquad K = C_t H^T (H C_t H^T + R)^{-1} .
 

@@ -46,7 +46,7 @@ def test_a_wrong_energy_is_noticed(broken):
     assert _moved(energy=broken)[0] < 1e-6
 
 
-@pytest.mark.parametrize("wall", [torch.inf, torch.nan])
+@pytest.mark.parametrize("wall", [torch.inf, torch.nan, -torch.inf])
 def test_points_without_a_density_are_refused(wall):
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(2, 500, 3, generator=generator).double()

@@ -1,5 +1,7 @@
 """Samplers against known posteriors: moments to Monte Carlo error, orders, and broken samplers that must fail."""
 
+from functools import lru_cache
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +9,11 @@ from scipy.stats import norm
 
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.diffusion import (
-    METHODS, Denoiser, Formulation, Spectrum, churn, constant_moment, evaluations, linear_base, sample_latents,
+    METHODS, Denoiser, Formulation, Sampler, Spectrum, churn, constant_moment, linear_base, sample_latents,
     straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import InputError
-from truths import GaussianTruth, MixtureTruth, flat_base, gaussian_target, spectrum_of
+from truths import GaussianTruth, Known, MixtureTruth, at_zero, draw, flat_base, gaussian_target, spectrum_of
 
 FORMULATIONS = [variance_exploding(), variance_exploding(0.01, 15.0, "linear"), variance_preserving(),
                 variance_preserving(schedule="cosine"), sub_variance_preserving(), straight_line(),
@@ -27,10 +29,11 @@ def _rising(t):
     return 1 + t
 
 
-def _sample(network, r, n=N, spectrum=None, seed=0, **settings):
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.zeros(n, 2, dtype=torch.float64)
-    return sample_latents(Denoiser(flat_base(r), network, spectrum), y, generator=generator, **settings).numpy()
+def _sample(network, r, n=N, spectrum=None, seed=0, size=1, **settings):
+    """Samples (n, r), of `size` measurements in turn that are all alike."""
+    call = {name: settings.pop(name) for name in ("memory", "callback", "progress") if name in settings}
+    conditioned = at_zero(network, r, size, spectrum)
+    return sample_latents(conditioned, n // size, Sampler(**settings), seed=seed, **call).flatten(0, 1).numpy()
 
 
 def _p_value(network=TRUTH, **settings):
@@ -47,8 +50,10 @@ def test_one_step_is_exact_where_the_base_is_the_truth(formulation, alpha):
     base = linear_base(operator, 0.01 * torch.eye(3, dtype=torch.float64))
     covariance = np.linalg.inv(np.eye(6) + 100 * operator.T.numpy() @ operator.numpy())
     mean = covariance @ (100 * operator.T @ y).numpy()
-    z = sample_latents(Denoiser(base, None), y.expand(N, 3), formulation, generator=g, alpha=alpha, steps=1)
-    assert min(moment_p_values(z.numpy(), mean, covariance)) > 1e-4
+    sampler = Sampler(alpha, 1, formulation=formulation)
+    z = sample_latents(Denoiser(base).at(torch.stack([torch.zeros_like(y), y])), N, sampler, seed=0)
+    assert min(moment_p_values(z[1].numpy(), mean, covariance)) > 1e-4
+    assert min(moment_p_values(z[0].numpy(), 0 * mean, covariance)) > 1e-4
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS, ids=lambda f: f.name)
@@ -73,9 +78,10 @@ def test_every_method(coordinates, method, alpha):
     steps = 600 if scheme.order == 1 else 150
     assert _p_value(steps=steps, **settings) > 1e-4
 
-    def broken(v, angle, features):
+    @Known
+    def broken(v, angle):
         # 1.2 q = -v + cot N' with q = -v + cot N: the score scaled by a fifth.
-        return 1.2 * TRUTH(v, angle, features) - 0.2 * torch.tan(angle) * v
+        return 1.2 * TRUTH(v, angle) - 0.2 * torch.tan(angle) * v
     tame = {**settings, "formulation": variance_exploding(0.01, 20.0)}
     assert _p_value(steps=steps, **tame) > 1e-4
     assert _p_value(broken, steps=steps, **tame) < 1e-4
@@ -106,13 +112,20 @@ def test_bimodal_posterior(formulation, alpha):
     assert np.abs((z[:, None] <= grid).mean(0) - cdf).max() < 2.23 / np.sqrt(N)
 
 
+@lru_cache
+def _fine(coordinates):
+    """Ten samples by the flow in many steps."""
+    return _sample(TRUTH, 5, n=10, method="heun", steps=1500, coordinates=coordinates,
+                   formulation=variance_preserving(schedule="cosine"))
+
+
 @pytest.mark.parametrize("coordinates, method",
                          [pair for pair in EVERY if pair[1] not in ("adaptive", "predictor_corrector")])
 def test_error_of_the_flow_falls_with_the_order_of_the_method(coordinates, method):
     settings = {"formulation": variance_preserving(schedule="cosine"), "coordinates": coordinates, "n": 10}
     # The last step from a small noise level to none is the same for all plain methods.
-    fine = _sample(TRUTH, 5, method="heun", steps=1500, **settings)
-    errors = [np.abs(_sample(TRUTH, 5, method=method, steps=steps, **settings) - fine).max() for steps in (120, 240)]
+    errors = [np.abs(_sample(TRUTH, 5, method=method, steps=steps, **settings) - _fine(coordinates)).max()
+              for steps in (120, 240)]
     assert np.log2(errors[0] / errors[1]) > METHODS[coordinates][method].order - 0.25
 
 
@@ -131,20 +144,16 @@ def test_stochastic_heun_beats_euler_maruyama(alpha):
 @pytest.mark.parametrize("coordinates", METHODS)
 def test_adaptive_is_the_limit_of_fixed_steps(coordinates):
     settings = {"formulation": variance_preserving(schedule="cosine"), "coordinates": coordinates, "n": 10}
-    fine = _sample(TRUTH, 5, method="heun", steps=1000, **settings)
-    assert np.abs(_sample(TRUTH, 5, method="adaptive", **settings) - fine).max() < 1e-3
+    assert np.abs(_sample(TRUTH, 5, method="adaptive", **settings) - _fine(coordinates)).max() < 1e-3
 
 
 @pytest.mark.parametrize("stds", [(0.02, 0.02), (0.1, 0.2), (1.4, 0.1)], ids=str)
 def test_eight_evaluations_at_nodes_from_the_spectrum(stds):
     truth = MixtureTruth((0.4, 0.6), (-1.0, 0.8), stds).standardised()
-    denoiser = Denoiser(flat_base(1), truth, spectrum_of(truth, truth.draw(4000, 1)))
-    n = 5000
-    y = torch.zeros(n, 2, dtype=torch.float64)
+    conditioned, n = at_zero(truth, spectrum=spectrum_of(truth, truth.draw(4000, 1))), 5000
 
     def quantiles(**settings):
-        z = sample_latents(denoiser, y, generator=torch.Generator().manual_seed(0), **settings)[:, 0]
-        return z.sort().values
+        return draw(conditioned, n, Sampler(**settings))[:, 0].sort().values
     exact = quantiles(method="heun", steps=300)
     error = {name: float((quantiles(**settings) - exact).abs().mean()) for name, settings in {
         "spectrum": {"method": "multistep", "steps": 8},
@@ -174,7 +183,9 @@ def test_seed_reproduces_and_memory_does_not_matter(coordinates, method):
     settings = {"n": 10, "method": method, "coordinates": coordinates, "alpha": alpha, "steps": 5}
     first = _sample(TRUTH, 5, **settings)
     np.testing.assert_array_equal(first, _sample(TRUTH, 5, **settings))
-    np.testing.assert_allclose(first, _sample(TRUTH, 5, memory=3000, **settings), atol=1e-12)
+    for size, memory in ((1, 320), (2, 320), (2, 1000), (10, 320)):   # 160 bytes a row
+        np.testing.assert_allclose(_sample(TRUTH, 5, size=size, memory=memory, **settings),
+                                   _sample(TRUTH, 5, size=size, **settings), atol=1e-12)
     assert np.abs(first - _sample(TRUTH, 5, seed=1, **settings)).max() > 1e-3
 
 
@@ -182,18 +193,19 @@ def test_seed_reproduces_and_memory_does_not_matter(coordinates, method):
 def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates, method):
     calls, seen = [], []
 
-    def counted(v, angle, features):
-        calls.append(float(angle[0]))
-        return TRUTH(v, angle, features)
+    @Known
+    def counted(v, angle):
+        calls.append(float(angle.flatten()[0]))
+        return TRUTH(v, angle)
     _sample(counted, 5, n=4, method=method, coordinates=coordinates, steps=6,
             callback=lambda step, sigma, z: seen.append((step, sigma, z.shape)))
     steps, sigmas, shapes = zip(*seen)
-    assert sigmas[-1] == 0.0 and set(shapes) == {(4, 5)} and list(sigmas) == sorted(sigmas, reverse=True)
+    assert sigmas[-1] == 0.0 and set(shapes) == {(1, 4, 5)} and list(sigmas) == sorted(sigmas, reverse=True)
     if method == "adaptive":
         with pytest.raises(InputError, match="chooses its own"):
-            evaluations(method, 6, coordinates)
+            Sampler(steps=6, method=method, coordinates=coordinates).evaluations
     else:
-        assert len(calls) == evaluations(method, 6, coordinates)
+        assert len(calls) == Sampler(steps=6, method=method, coordinates=coordinates).evaluations
         assert list(steps) == list(range(1, len(steps) + 1)) and len(steps) >= 6
 
 
@@ -202,7 +214,7 @@ def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates,
     ({"alpha": float("nan")}, "alpha"), ({"steps": 0}, "steps"), ({"steps": 2.5}, "steps"),
     ({"method": "magic"}, "method in whitened coordinates is 'magic'"),
     ({"coordinates": "polar"}, "coordinates is 'polar'"),
-    ({"method": "exponential"}, "method in whitened"), ({"nodes": "even"}, "nodes is"), ({"alpha": None}, "alpha"),
+    ({"method": "dpm_solver"}, "method in whitened"), ({"nodes": "even"}, "nodes is"), ({"alpha": None}, "alpha"),
     ({"alpha": lambda t: 1.0}, "elementwise"), ({"steps": float("nan")}, "steps"),
     ({"formulation": "VP"}, "a Formulation such as"),
     ({"formulation": Formulation("short", lambda t: t**2, torch.ones_like)}, "noise alone"),
@@ -210,6 +222,7 @@ def test_cost_is_what_is_announced_and_the_callback_sees_every_step(coordinates,
     ({"steps": 20.0}, "steps is 20.0"), ({"steps": True}, "steps is True"), ({"memory": None}, "memory is None"),
     ({"corrections": -1}, "corrections is -1"), ({"callback": 3}, "callback is 3"), ({"progress": "no"}, "progress"),
     ({"alpha": np.zeros(3)}, "alpha"), ({"alpha": lambda t: 1j * t}, "real tensor"), ({"method": 3}, "method"),
+    ({"corrections": 3}, "density of an emulator"), ({"seed": None}, "seed is None"), ({"n": 0}, "n is 0"),
 ])
 def test_wrong_settings_are_refused(change, words):
     with pytest.raises(InputError, match=words):
@@ -223,16 +236,34 @@ def test_wrong_churn_is_refused():
 
 @pytest.mark.parametrize("call, words", [
     (lambda: churn("VE", 1.0), "formulation is of type str"), (lambda: churn(variance_exploding(), None), "strength"),
-    (lambda: evaluations("heun", 2.0), "steps is 2.0"), (lambda: evaluations("heun", 0), "steps is 0"),
-    (lambda: sample_latents(None, torch.zeros(3, 2), generator=torch.Generator()), "denoiser is of type NoneType"),
-    (lambda: sample_latents(Denoiser(flat_base(2), None), torch.zeros(3, 2), generator=7), "manual_seed"),
-    (lambda: Denoiser(flat_base(2), 3), "network is 3"), (lambda: Denoiser(None, None), "base is of type"),
+    (lambda: sample_latents(None, 3, seed=0), "conditioned is of type NoneType"),
+    (lambda: sample_latents(Denoiser(flat_base(2)), 3, seed=0), "what Denoiser.at returns"),
+    (lambda: sample_latents(at_zero(), 3, {"steps": 3}, seed=0), "sampler is of type dict"),
+    (lambda: Denoiser(flat_base(2), 3), "network is of type int"), (lambda: Denoiser(None), "base is of type"),
+    (lambda: Denoiser(flat_base(2), lambda v, angle: v), "network is of type function"),
     (lambda: Denoiser(flat_base(2), None, 3), "spectrum is of type"),
-    (lambda: Denoiser(flat_base(2), None, support=3), "support is of type"),
+    (lambda: at_zero(support=3), "support is of type"),
+    (lambda: Denoiser(flat_base(2), known=1), "known is 1"),
 ])
 def test_what_is_no_argument_at_all_is_refused(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+class Scribbler(Known):
+    """A network of a user's own that writes into what it gets."""
+
+    def __init__(self):
+        super().__init__(lambda v, angle, one: one * TRUTH(v, angle))
+
+    def context(self, *seen):
+        return torch.ones(1, 1, dtype=torch.float64),
+
+    def __call__(self, *inputs):
+        value = self.function(*(x.clone() for x in inputs))
+        for x in inputs:
+            x.fill_(7.0)
+        return value
 
 
 def test_functions_of_the_user_may_write_into_what_they_get():
@@ -253,7 +284,7 @@ def test_functions_of_the_user_may_write_into_what_they_get():
         settings = {"coordinates": coordinates, "method": method, "n": 4, "steps": 4}
         fixed = METHODS[coordinates][method].deterministic
         np.testing.assert_allclose(
-            _sample(scribble(TRUTH), 5, formulation=rude, callback=scribble(lambda *_: None),
+            _sample(Scribbler(), 5, formulation=rude, callback=scribble(lambda *_: None),
                     alpha=0.0 if fixed else scribble(_rising), **settings),
             _sample(TRUTH, 5, formulation=mine, alpha=0.0 if fixed else _rising, **settings), rtol=1e-10)
 
@@ -266,9 +297,9 @@ def test_numbers_of_numpy_are_numbers():
 
 def test_measurements_in_single_precision_are_taken():
     denoiser, y = Denoiser(flat_base(5), TRUTH), torch.zeros(4, 2)
-    single, double = (sample_latents(denoiser, x, generator=torch.Generator().manual_seed(0)) for x in (y, y.double()))
+    single, double = (sample_latents(denoiser.at(x), 2, seed=0) for x in (y, y.double()))
     torch.testing.assert_close(single, double, rtol=1e-10, atol=1e-12)
-    assert single.dtype == torch.float64
+    assert single.dtype == torch.float64 and single.shape == (4, 2, 5)
 
 
 @pytest.mark.parametrize("y, words", [
@@ -280,4 +311,4 @@ def test_measurements_in_single_precision_are_taken():
 ])
 def test_wrong_measurements_are_refused(y, words):
     with pytest.raises(InputError, match=words):
-        sample_latents(Denoiser(flat_base(2), None), y, variance_preserving(), generator=torch.Generator())
+        Denoiser(flat_base(2)).at(y)

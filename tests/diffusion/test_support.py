@@ -8,10 +8,10 @@ import torch
 from scipy.stats import kstest, norm, truncnorm
 
 from fem_diffusion.diffusion import (
-    Denoiser, Support, TrainingOptions, find_support, fit_denoiser, log_density, sample_latents,
+    Sampler, Support, TrainingOptions, find_support, fit_denoiser, log_density, sample_latents,
 )
 from fem_diffusion.errors import InputError
-from truths import flat_base
+from truths import Known, at_zero, draw
 
 
 @pytest.mark.parametrize("n", [1200, 10000])
@@ -38,31 +38,29 @@ def test_soft_tails_have_no_bounds_whatever_the_rest_of_the_law(n):
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_samples_have_the_restricted_law(alpha):
     support = Support(torch.tensor([-0.5], dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64))
-    y = torch.zeros(3000, 2, dtype=torch.float64)
-    z = sample_latents(Denoiser(flat_base(1), None, support=support), y, alpha=alpha,
-                       generator=torch.Generator().manual_seed(0))[:, 0].numpy()
-    assert kstest(z, truncnorm(-0.5, math.inf).cdf).pvalue > 1e-4
+    for size in (1, 3):
+        z = sample_latents(at_zero(support=support, size=size), 3000, Sampler(alpha), seed=0)
+        assert z.shape == (size, 3000, 1)
+        assert min(kstest(part[:, 0].numpy(), truncnorm(-0.5, math.inf).cdf).pvalue for part in z) > 1e-4
 
 
 def test_rows_without_a_chance_are_warned_of():
     support = Support(torch.tensor([50.0], dtype=torch.float64), torch.tensor([60.0], dtype=torch.float64))
     with pytest.warns(UserWarning, match="3 of 3 samples lie outside"):
-        z = sample_latents(Denoiser(flat_base(1), None, support=support), torch.zeros(3, 2, dtype=torch.float64),
-                           generator=torch.Generator().manual_seed(0))
+        z = draw(at_zero(support=support), 3, Sampler())
     assert (z < 10).all()
 
 
 def test_diverged_rows_are_not_hidden():
     support = Support(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-    denoiser = Denoiser(flat_base(1), lambda v, angle, features: torch.full_like(v, torch.nan), support=support)
-    z = sample_latents(denoiser, torch.zeros(3, 2, dtype=torch.float64), generator=torch.Generator().manual_seed(0))
-    assert torch.isnan(z).all()
+    diverged = Known(lambda v, angle: torch.full_like(v, torch.nan))
+    assert torch.isnan(draw(at_zero(diverged, support=support), 3, Sampler())).all()
 
 
 def test_density_is_zero_outside():
     support = Support(torch.zeros(1, dtype=torch.float64), torch.full((1,), math.inf, dtype=torch.float64))
-    z = torch.tensor([[-0.1], [0.1]], dtype=torch.float64)
-    found = log_density(Denoiser(flat_base(1), None, support=support), z, torch.zeros(2, 2, dtype=torch.float64))
+    z = torch.tensor([[[-0.1], [0.1]]], dtype=torch.float64)
+    found = log_density(at_zero(support=support), z)[0]
     assert found[0] == -math.inf and abs(float(found[1]) - norm.logpdf(0.1)) < 1e-3
 
 
@@ -77,7 +75,7 @@ def test_one_call_finds_the_bounds_of_a_uniform_prior():
     z = 2 * torch.rand(1500, 1, generator=g, dtype=torch.float64) - 1
     y = z + 0.3 * torch.randn(1500, 1, generator=g, dtype=torch.float64)
     denoiser, _ = fit_denoiser(z, y, options=TrainingOptions(steps=300, width=32, depth=2, evaluate_every=100))
-    samples = sample_latents(denoiser, torch.full((1000, 1), 1.1, dtype=torch.float64), generator=g)
+    samples = draw(denoiser.at(torch.full((1, 1), 1.1, dtype=torch.float64)), 1000, Sampler())
     assert samples.max() < 1.01 and samples.min() > -1.01
     free, _ = fit_denoiser(z, y, standard_prior=True, options=TrainingOptions(steps=100, width=8, depth=1))
     assert free.support is None

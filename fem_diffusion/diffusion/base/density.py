@@ -28,7 +28,7 @@ _LEAPS = 4
 _ROWS = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EmulatorDensity:
     """Posterior densities of B measurements in base coordinates; from `emulator_density`.
 

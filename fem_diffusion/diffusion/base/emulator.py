@@ -127,17 +127,17 @@ class _Regression(Task):
     def network(self) -> nn.Module:
         return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
 
-    def loss(self, network, index, generator):
+    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
         return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
 
-    def evaluate(self, network):
+    def evaluate(self, network: nn.Module) -> Tensor:
         model = getattr(network, "module", network)
         return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
 
 
 def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
     """Emulator c = offset + G z of a matrix G (s, r) and an offset (s,), with the covariance (s, s) of its error."""
-    emulator = Emulator(*matrix.shape[::-1], depth=0).to(matrix.device)
+    emulator = Emulator(*matrix.shape[::-1], width=1, depth=0).to(matrix.device)
     emulator.matrix, emulator.offset, emulator.residual = matrix.double(), offset.double(), residual.double()
     return emulator.eval().requires_grad_(False)
 

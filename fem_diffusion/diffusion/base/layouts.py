@@ -6,6 +6,7 @@ row sees nothing and reads zero with unit noise, so it says nothing.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fem_diffusion.errors import InputError
 __all__ = ["Layout", "LayoutFamily", "LayoutKind"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Linear sensors of B measurements: reading = offset + rows · c + noise.
 
@@ -68,13 +69,13 @@ class Layout:
                         self.present)
         return layout, (y - self.offset) / spread
 
-    def to(self, *args, **kwargs) -> "Layout":
+    def to(self, *args: Any, **kwargs: Any) -> "Layout":
         """Copy with every tensor moved by `torch.Tensor.to`; `present` stays a mask."""
         moved = [getattr(self, f.name).to(*args, **kwargs) for f in fields(self)]
         return Layout(*moved[:3], moved[3].bool())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayoutKind:
     """Candidates of one kind, of which a layout holds some.
 
@@ -102,7 +103,7 @@ class LayoutKind:
     std: Tensor
     count: tuple[int, int]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         K, g, _ = check_tensor(self.rows, "The rows of a kind", ("K", "g", "s"), "coordinates").shape
         check_tensor(self.offset, "The offset of a kind", (K, g), "rows")
         if not (0 < check_tensor(self.std, "The std of a kind", (2, K, g), "rows")).all() or (
@@ -132,12 +133,12 @@ class LayoutKind:
                 torch.where(seen, std**2, 1.0).flatten(1), seen.flatten(1)]
         return Layout(*flat)
 
-    def to(self, *args, **kwargs) -> "LayoutKind":
+    def to(self, *args: Any, **kwargs: Any) -> "LayoutKind":
         """Copy with every tensor moved by `torch.Tensor.to`."""
         return LayoutKind(*(x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std)), self.count)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayoutFamily:
     """Random layouts: some sensors of each kind, all in one measurement.
 
@@ -154,7 +155,7 @@ class LayoutFamily:
 
     kinds: tuple[LayoutKind, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = check_all((self.kinds,) if isinstance(self.kinds, LayoutKind) else self.kinds, "kinds", LayoutKind)
         if len({kind.rows.shape[2] for kind in kinds}) != 1:
             raise InputError("The kinds of a family must see the same number of state coordinates: give at least one "
@@ -173,6 +174,6 @@ class LayoutFamily:
         parts = [kind.draw(size, generator) for kind in self.kinds]
         return Layout(*(torch.cat([getattr(part, f.name) for part in parts], dim=1) for f in fields(Layout)))
 
-    def to(self, *args, **kwargs) -> "LayoutFamily":
+    def to(self, *args: Any, **kwargs: Any) -> "LayoutFamily":
         """Copy with every tensor moved by `torch.Tensor.to`."""
         return LayoutFamily(tuple(kind.to(*args, **kwargs) for kind in self.kinds))

@@ -32,7 +32,7 @@ __all__ = ["FieldGeometry", "FieldNetwork"]
 _FIELDS = 3  # denoised estimate, state, mean of the base
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FieldGeometry:
     """What a network on fields has to know of the mesh; `fem_diffusion.fields.geometry` makes it from a basis.
 

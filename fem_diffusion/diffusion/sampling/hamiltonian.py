@@ -42,7 +42,8 @@ def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force
     for leap in range(leaps):
         place = place + length * momentum
         momentum = momentum - (length if leap < leaps - 1 else length / 2) * force(place)
-    gain = start - energy(place) - momentum.square().sum(-1) / 2
-    # A comparison with NaN is false, so a point without a density is refused.
-    accept = torch.log(torch.rand(gain.shape, **like)) < gain
+    end = energy(place)
+    gain = start - end - momentum.square().sum(-1) / 2
+    # A comparison with NaN is false; an energy of minus infinity is no density either.
+    accept = (torch.log(torch.rand(gain.shape, **like)) < gain) & torch.isfinite(end)
     return torch.where(accept[..., None], place, position), accept

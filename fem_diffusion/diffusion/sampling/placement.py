@@ -34,7 +34,7 @@ _VARIANCES = np.geomspace(1e-6, 10.0, 57)
 _EVEN = 0.2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """Variances of the posterior in base coordinates; a variance of 1 is what the base says itself.
 
@@ -119,6 +119,6 @@ def place_angles(spectrum: Spectrum | None, steps: int, order: int = 2) -> Tenso
     return torch.tensor(np.interp(np.linspace(1.0, 0.0, steps + 1), share / share[-1], _GRID))
 
 
-def _std(variance, theta):
+def _std(variance: np.ndarray, theta: np.ndarray) -> np.ndarray:
     """Standard deviation of v at angle theta for data of this variance."""
     return np.sqrt(variance * np.cos(theta)**2 + np.sin(theta)**2)

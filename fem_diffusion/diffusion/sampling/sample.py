@@ -36,7 +36,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned
 from fem_diffusion.diffusion.formulation import Formulation, check_elementwise, variance_preserving
 from fem_diffusion.diffusion.sampling import plain, whitened
 from fem_diffusion.diffusion.sampling.placement import place_angles
-from fem_diffusion.diffusion.sampling.scheme import Scheme
+from fem_diffusion.diffusion.sampling.scheme import Run, Scheme
 from fem_diffusion.errors import InputError
 from fem_diffusion.progress import bar
 
@@ -91,7 +91,7 @@ class Sampler:
     corrections: int | None = None
     formulation: Formulation | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if callable(self.alpha):
             check_elementwise(self.alpha, "alpha", least=0)
         else:
@@ -235,20 +235,6 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
     return z.transpose(0, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class _Flow:
-    """What the steps of a method see: a conditioned denoiser that evaluates at most so many rows at once."""
-
-    conditioned: Conditioned
-    rows: int
-
-    def residual(self, v: Tensor, angle: float) -> Tensor:
-        return self.conditioned.residual(v, angle, self.rows)
-
-    def denoise(self, w: Tensor, sigma: float) -> Tensor:
-        return self.conditioned.denoise(w, sigma, self.rows)
-
-
 def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.Generator, rows: int,
           report: Callable[[int, float, Tensor], None]) -> Tensor:
     """Latents (n, B, r)."""
@@ -257,8 +243,8 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     def normal() -> Tensor:
         return torch.randn(n, *like.shape, generator=generator, dtype=like.dtype, device=like.device)
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
-    w = sampler.scheme.run(_Flow(conditioned, rows), normal, sampler.formulation or variance_preserving(),
-                           sampler.angles(conditioned), rate, report)
+    w = sampler.scheme.run(Run(conditioned, rows, normal, sampler.formulation or variance_preserving(),
+                               sampler.angles(conditioned), rate, report))
     if density is not None:
         for _ in range(_CORRECTIONS if sampler.corrections is None else sampler.corrections):
             w = density.move(w, generator)[0]

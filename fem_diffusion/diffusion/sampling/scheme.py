@@ -8,14 +8,55 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from fem_diffusion.diffusion.denoiser import Conditioned
+from fem_diffusion.diffusion.formulation import Formulation
 from fem_diffusion.errors import SolveError
 
-__all__ = ["SNR", "Scheme", "adaptive_flow"]
+__all__ = ["SNR", "Run", "Scheme", "adaptive_flow"]
 
 # Signal-to-noise ratio of a Langevin correction (Song et al. 2021, appendix G).
 SNR = 0.16
 # A network in single precision gives no more than five digits.
 _TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One call of a sampler, as the steps of a method see it.
+
+    Parameters
+    ----------
+    conditioned : Conditioned
+        Denoiser with B measurements.
+    rows : int
+        States that are evaluated at once.
+    normal : Callable[[], Tensor]
+        Draws standard normal numbers, shape (n, B, r).
+    formulation : Formulation
+        Whose time is meant.
+    angles : list of float
+        arctan(sigma) of the steps, falling to 0.
+    alpha : Callable[[Tensor], Tensor]
+        As a function of time.
+    report : Callable[[int, float, Tensor], None]
+        Takes the number of a step, the noise level that it reached and the state in base coordinates, up to scale.
+    """
+
+    conditioned: Conditioned
+    rows: int
+    normal: Callable[[], Tensor]
+    formulation: Formulation
+    angles: list[float]
+    alpha: Callable[[Tensor], Tensor]
+    report: Callable[[int, float, Tensor], None]
+
+    def residual(self, v: Tensor, angle: float) -> Tensor:
+        """See `Conditioned.residual`."""
+        return self.conditioned.residual(v, angle, self.rows)
+
+    def denoise(self, w: Tensor, sigma: float) -> Tensor:
+        """See `Conditioned.denoise`."""
+        return self.conditioned.denoise(w, sigma, self.rows)
 
 
 @dataclass(frozen=True)
@@ -24,11 +65,8 @@ class Scheme:
 
     Parameters
     ----------
-    run : Callable
-        Maps (flow, normal, formulation, angles, alpha, report) to the state at sigma = 0, shape (n, B, r): `flow` has
-        ``residual(v, angle)`` and ``denoise(w, sigma)``, `normal` draws standard normal numbers of that shape, `angles`
-        falls from the start to 0, `alpha` is a function of time, `report` takes the number of a step, the noise level
-        and the state.
+    run : Callable[[Run], Tensor]
+        Gives the state at sigma = 0 in base coordinates, shape (n, B, r).
     evaluations : Callable[[int], int]
         Network evaluations of so many steps.
     order : int
@@ -37,7 +75,7 @@ class Scheme:
         Whether only alpha = 0 is served.
     """
 
-    run: Callable
+    run: Callable[[Run], Tensor]
     evaluations: Callable[[int], int]
     order: int
     deterministic: bool = False
@@ -65,7 +103,7 @@ def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, st
     SolveError
         If the step size underflows.
     """
-    def right(clock, flat):
+    def right(clock: float, flat: np.ndarray) -> np.ndarray:
         return velocity(clock, torch.as_tensor(flat).to(state).view_as(state)).double().cpu().numpy().ravel()
     solution = solve_ivp(right, (start, end), state.double().cpu().numpy().ravel(), rtol=_TOLERANCE, atol=_TOLERANCE,
                          t_eval=[end])

@@ -20,7 +20,7 @@ _SHARE, _LEAST, _TIMES = 0.01, 100, 10
 _DENSITY = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Support:
     """Bounds of the latents.
 

@@ -4,6 +4,7 @@ Learning rates follow from the step, so they are not stored. Every tensor is com
 """
 
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor
 
 from fem_diffusion import files
 
+if TYPE_CHECKING:
+    from fem_diffusion.diffusion.training.loop import Loop
+
 __all__ = ["load_state", "read_state", "save_state"]
 
 # What AdamW keeps of each parameter, besides the number of steps.
 _MOMENTS = "exp_avg", "exp_avg_sq"
 
 
-def save_state(path: str | os.PathLike, loop, values: dict) -> None:
+def save_state(path: str | os.PathLike, loop: "Loop", values: dict) -> None:
     """Write the state of a `Loop`, and `values`, to a file.
 
     Parameters
@@ -52,7 +56,7 @@ def read_state(path: str | os.PathLike, device: str) -> files.Content:
     return content
 
 
-def load_state(content: files.Content, loop) -> None:
+def load_state(content: files.Content, loop: "Loop") -> None:
     """Put the state in a file into a `Loop`.
 
     Parameters
@@ -95,7 +99,7 @@ def load_state(content: files.Content, loop) -> None:
         raise content.error(f"holds no state of a random generator ({error})") from error
 
 
-def _tensors(loop, moving: list[int]) -> dict[str, Tensor]:
+def _tensors(loop: "Loop", moving: list[int]) -> dict[str, Tensor]:
     """The tensors of the state by name; of the optimiser those of the parameters with these numbers."""
     parameters = list(loop.network.parameters())
     parts = {"network": loop.network.state_dict(), "average": loop.average.state_dict(), "best": loop.best or {},

@@ -107,8 +107,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     check_pairs(z, y, 1 if base == "gaussian" else None)  # before the noise model sees them
     if geometry is not None:
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
+        if isinstance(noise, LayoutFamily):
+            raise InputError("A network with layers on the mesh is for fixed sensors: leave geometry out for a family.")
     z, y = z.double().cpu(), y.double().cpu()
-    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(z, y, noise, options)
+    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(y, noise)
     with threads(options.threads):
         bases = _bases(z, y, parts, base, standard_prior, options, checkpoint, progress)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
@@ -165,7 +167,7 @@ def _drawn(family: LayoutFamily) -> Measure:
     return measure
 
 
-def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions) -> _Parts:
+def _family(c: Tensor, family: LayoutFamily) -> _Parts:
     s = c.shape[1]
     rows = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds]).double()
     if rows.shape[1] != s:
@@ -179,7 +181,7 @@ def _family(z: Tensor, c: Tensor, family: LayoutFamily, options: TrainingOptions
     return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
 
 
-def _fixed(z: Tensor, y: Tensor, noise, options: TrainingOptions) -> _Parts:
+def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _Parts:
     k = y.shape[1]
     noise = as_noise(noise, k)
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)

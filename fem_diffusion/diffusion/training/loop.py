@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -82,7 +83,7 @@ class TrainingOptions:
     device: str = "cpu"
     threads: int | None = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Raise InputError where a setting is out of its range; numbers become Python's, as files want them."""
         checked = {name: check_count(getattr(self, name), name)
                    for name in ("steps", "batch", "width", "depth", "evaluate_every", "patience")}
@@ -299,7 +300,7 @@ def unpack_history(content: files.Content) -> History:
 
 
 @contextlib.contextmanager
-def threads(number: int | None):
+def threads(number: int | None) -> Iterator[None]:
     """Set torch's threads for the duration of a block."""
     before = torch.get_num_threads()
     try:
@@ -325,9 +326,9 @@ def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
     return order[held_out:], order[:held_out]
 
 
-def _warm_average(decay: float):
+def _warm_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
-    def update(averages, currents, n):
+    def update(averages: list[Tensor], currents: list[Tensor], n: Tensor) -> None:
         get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
     return update
 

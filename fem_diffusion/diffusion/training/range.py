@@ -23,7 +23,7 @@ class FamilyWarning(UserWarning):
     """An observation operator is far from those of the training: the base holds, the network extrapolates."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingRange:
     """What training has seen of sensors.
 
