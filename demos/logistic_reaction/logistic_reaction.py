@@ -76,7 +76,7 @@ def infer(V, solver, pairs, folder, options, progress):
 def check(problem, model, held_out, progress):
     """Ranks and coverage of the 16 largest modes of held-out truths."""
     fresh = simulate(problem, held_out, seed=2, progress=progress)
-    return calibrate_model(model, fresh, problem.noise, seed=3, leading=16)
+    return calibrate_model(model, fresh, seed=3, leading=16)
 
 
 def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):

@@ -8,9 +8,6 @@ with the eigenvalues of the prior covariance, :math:`C M \varphi = \lambda \varp
 sample covariance (proper orthogonal decomposition, POD). The latents z have unit prior variance, do not depend on
 the mesh beyond discretisation error, and white noise in z is the prior's own noise in V. Every mode vanishes where
 the field has Dirichlet conditions and the mean carries their values, so every decoded field satisfies them.
-
-All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
-Latents are global: the same on all ranks.
 """
 
 import os
@@ -27,10 +24,10 @@ from scipy.stats import chi2, norm
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
-from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.errors import DataError, InputError
-from fem_diffusion.fields.coefficients import coefficients, field, on_root
+from fem_diffusion.fields.coefficients import coefficients, field, largest, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+from fem_diffusion.fields.modes import mass_action
 
 if TYPE_CHECKING:
     from fem_diffusion.prior.protocol import Prior
@@ -54,9 +51,9 @@ class ModalBasis:
     mean : firedrake.Function
         Mean of the field, with the values of inhomogeneous Dirichlet conditions.
     modes : numpy.ndarray
-        Owned coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
+        Coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
     variances : numpy.ndarray
-        Variance of the field along each mode, shape (r,), decreasing, global.
+        Variance of the field along each mode, shape (r,), decreasing.
     total_variance : float
         Integral over the mesh of the field's pointwise variance.
     prior : Prior or None
@@ -82,7 +79,7 @@ class ModalBasis:
     standard_prior: bool = False
     weights: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
         object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
@@ -97,56 +94,44 @@ class ModalBasis:
         """Share of the total variance that the modes carry."""
         return float(self.variances.sum() / self.total_variance)
 
-    @property
-    def parameter_space(self) -> WithGeometry:
-        """Space of the parameter: V unless the prior has a transform."""
-        return self.V if self.prior is None else self.prior.V
-
     def leading(self, r: int) -> "ModalBasis":
         """The basis of the first r modes, of the same total variance; InputError if it has fewer."""
         if check_count(r, "r") > self.r:
             raise InputError(f"r is {r}: the basis has {self.r} modes, ask for at most as many.")
         return replace(self, modes=self.modes[:r], variances=self.variances[:r])
 
-    def encode(self, fields: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
-        """Latents of fields (before any transform).
+    def encode(self, values: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
+        """Latents of fields, before any transform.
 
         Parameters
         ----------
-        fields : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
-            Fields in V or their owned coefficients.
+        values : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
+            Fields in V or their coefficients; InputError if they are in another space.
 
         Returns
         -------
         numpy.ndarray
-            Shape (B, r); (r,) for one Function; global.
-
-        Raises
-        ------
-        InputError
-            If a field is in another space or the array has another length.
+            Shape (B, r); (r,) for one Function.
         """
-        if not isinstance(fields, np.ndarray):
-            for f in [fields] if isinstance(fields, Function) else fields:
+        if not isinstance(values, np.ndarray):
+            for f in [values] if isinstance(values, Function) else values:
                 if f.function_space() != self.V:
                     raise InputError(f"A field in {f.function_space()} cannot be encoded: the basis is on {self.V}. "
                                      "Interpolate the field into that space first.")
-            fields = coefficients(fields)
+            values = coefficients(values)
         mean = coefficients(self.mean)
-        if fields.dtype.kind not in "biuf":
-            raise InputError(f"Fields are of type {fields.dtype}: give real numbers.")
-        if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
-            raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis: give "
-                             f"{len(mean)} on this rank.")
-        return self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
+        if not self.V.comm.allreduce(values.dtype.kind in "biuf" and values.shape[-1:] == mean.shape, MPI.LAND):
+            raise InputError(f"Fields of shape {values.shape} and type {values.dtype} do not fit the basis: give real "
+                             f"numbers of shape (B, {len(mean)}).")
+        return self.V.comm.allreduce((values - mean) @ self._encoder.T)
 
     def decode(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
-        """Owned coefficients of the fields (before any transform) with these latents.
+        """Coefficients of the fields, before any transform, with these latents.
 
         Parameters
         ----------
         z : array_like of shape (B, r)
-            Latents; the same on all ranks.
+            Latents.
         refill_seed : int, optional
             Add the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
 
@@ -171,13 +156,13 @@ class ModalBasis:
         return values
 
     def parameters(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
-        """Owned coefficients of the parameter, the transform of `decode`; shape (B, n_owned of parameter_space)."""
+        """Coefficients of the parameter, the transform of `decode`; shape (B, n_owned of the parameter's space)."""
         values = self.decode(z, refill_seed)
         return values if self.prior is None else self.prior.transform_many(values)
 
     def functions(self, z: ArrayLike) -> list[Function]:
-        """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
-        return [field(self.parameter_space, values) for values in self.parameters(z)]
+        """The parameters with latents z (B, r) as Functions."""
+        return [field(self.V if self.prior is None else self.prior.V, values) for values in self.parameters(z)]
 
     def check_draws(self, z: ArrayLike, missing: float = 0.0) -> None:
         """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I).
@@ -187,53 +172,44 @@ class ModalBasis:
         if not self.standard_prior:
             return
         z, n = np.asarray(z, dtype=float), len(z)
-        squares = (z**2).sum(axis=0)
+        means, squares = np.abs(z.mean(axis=0)), (z**2).sum(axis=0)
         if missing:
             worst = int(np.abs(squares / n - 1).argmax())
-            wrong = (np.abs(z.mean(axis=0)).max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
+            wrong = (means.max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
                      or squares.max() > chi2.isf(_CHANCE, n) / (1 - missing)
                      or squares.min() < chi2.ppf(_CHANCE, n) * (1 - np.sqrt(3 * missing)))
-            if wrong:
-                raise self._no_draws(z, worst)
-            return
-        means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
-        chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
-        worst = int(chances.min(axis=0).argmin())
-        # All latents together tell of small differences that no single one does.
-        total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
-        if min(chances.size * chances.min(), total) < _CHANCE:
-            raise self._no_draws(z, worst)
+        else:
+            chances = 2 * np.stack([norm.sf(means * np.sqrt(n)), chi2.sf(squares, n), chi2.cdf(squares, n)])
+            worst = int(chances.min(axis=0).argmin())
+            # All latents together tell of small differences that no single one does.
+            total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
+            wrong = min(chances.size * chances.min(), total) < _CHANCE
+        if wrong:
+            raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
+                            f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
+                            f"{squares[worst] / n:.3g}, where 0 and 1 are due. Compute the basis from the prior of the "
+                            "simulation, or take pod(V, data.coefficients, r) where that prior is not known.")
 
-    def _no_draws(self, z: np.ndarray, worst: int) -> DataError:
-        return DataError(f"The fields of the data are no draws of the prior behind the basis: over {len(z)} of them "
-                         f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
-                         f"{(z[:, worst]**2).mean():.3g}, where 0 and 1 are due. Compute the basis from the prior of "
-                         "the simulation, or take pod(V, data.fields, r) where that prior is not known.")
+    def __repr__(self) -> str:
+        kind = "Karhunen-Loeve" if self.standard_prior else "POD"
+        return (f"ModalBasis: {self.r} {kind} modes with {self.retained:.2%} of the variance, "
+                f"{self.V.dim()} unknowns{f', of {self.prior}' if self.prior else ''}")
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: object) -> None:
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
 
     def save(self, path: str | os.PathLike) -> None:
         """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
 
-        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
-
-        Parameters
-        ----------
-        path : path
-            The file, written whole or not at all.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written.
+        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh. The file is
+        written whole or not at all; FileError if it cannot be written.
         """
         arrays, values = pack_basis(self, "basis")
         on_root(self.V.comm, lambda: files.write(path, "basis", arrays, values))
 
 
 def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
-    """Arrays, on rank 0, and values of a file that holds a basis under a name (collective)."""
+    """Arrays, on rank 0, and values of a file that holds a basis under a name."""
     V = basis.V
     arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(basis.mean)[None]),
               "modes": gather_rows(V, basis.modes), "variances": basis.variances}
@@ -251,14 +227,10 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
     path : path
         The file.
     V : firedrake.functionspaceimpl.WithGeometry
-        The space of the basis, on the mesh of the user's own; on any number of ranks.
+        The space of the basis, on the user's own mesh.
     prior : Prior, optional
         The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
         samples hold the modes of the basis alone.
-
-    Returns
-    -------
-    ModalBasis
 
     Raises
     ------
@@ -274,7 +246,7 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
 
 
 def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
-    """The basis under a name in a file; raises as `load_basis` (collective)."""
+    """The basis under a name in a file; raises as `load_basis`."""
     columns = own_columns(content, f"{name}.key", f"{name}.element", V)
     variances, size = content.array(f"{name}.variances", None), len(content.arrays[f"{name}.key"])
     mean, modes = content.array(f"{name}.mean", 1, size), content.array(f"{name}.modes", len(variances), size)
@@ -298,14 +270,11 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
 
 
 def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
-    """Whether mean and modes are those of the basis's prior, up to what modes are converged to (collective)."""
-    def largest(x):
-        return max(basis.V.comm.allgather(float(np.abs(x).max(initial=0.0))))
-    mean = coefficients(basis.mean)
-    off = largest(mean - coefficients(basis.prior.core.mean))
+    """Whether mean and modes are those of the basis's prior, up to what modes are converged to."""
+    comm, mean, core = basis.V.comm, coefficients(basis.mean), basis.prior.core
+    off = largest(comm, mean - coefficients(core.mean))
     dual = mass_action(basis.V, basis.weights)(modes)
     # As the modes see it, the covariance is diagonal.
-    seen = basis.V.comm.allreduce(dual @ basis.prior.core.apply_covariance(dual).T)
-    unit = np.sqrt(basis.variances)
+    seen, unit = comm.allreduce(dual @ core.apply_covariance(dual).T), np.sqrt(basis.variances)
     same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME
-    return bool(same) and off <= 1e-6 * largest(basis.scaled_modes) + 1e-9 * largest(mean)
+    return bool(same) and off <= 1e-6 * largest(comm, basis.scaled_modes) + 1e-9 * largest(comm, mean)

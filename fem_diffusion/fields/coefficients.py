@@ -206,8 +206,8 @@ def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
     Returns
     -------
     numpy.ndarray or None
-        Indices, shape (n_owned,); None on all ranks where the keys are those of another mesh or space, or degrees of
-        freedom are oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
+        Indices, shape (n_owned,); None where the keys are those of another mesh or space, or degrees of freedom are
+        oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
     """
     ours, comm = geometric_key(V), V.comm
     if key.shape != (V.dim(), ours.shape[1]):
@@ -236,21 +236,9 @@ def _dense(rows: np.ndarray, comm: MPI.Comm) -> PETSc.Mat:
 
 
 def multiply(matrix: PETSc.Mat, rows: np.ndarray, transpose: bool = False) -> np.ndarray:
-    """Product of a matrix, or its transpose, with every row of an array (k, n_owned), as one block.
+    """Product of a matrix, or its transpose, with every row of an array (k, n_owned of the source), as one block.
 
-    Parameters
-    ----------
-    matrix : petsc4py.PETSc.Mat
-        Matrix with rows and columns spread over ranks as the spaces it maps between.
-    rows : numpy.ndarray
-        Shape (k, n_owned of the source).
-    transpose : bool
-        Multiply by the transpose.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (k, n_owned of the target).
+    The matrix is spread over ranks as the spaces it maps between; shape (k, n_owned of the target).
     """
     dense = _dense(rows, matrix.comm)
     product = matrix.transposeMatMult(dense) if transpose else matrix.matMult(dense)

@@ -113,7 +113,7 @@ class GaussianPrior(GaussianCore):
         else:
             self._set_operator(correlation_length, smoothness, solver_parameters)
             mean = self._lifted(mean)
-        self.mean, self._mean = field(V, mean), mean
+        self.mean, self._mean, self._variances = field(V, mean), mean, {}
 
     def _given(self, value: float | Expr, name: str) -> np.ndarray:
         """Coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
@@ -207,8 +207,8 @@ class GaussianPrior(GaussianCore):
 
     @property
     def covariance(self) -> AutoregressiveCovariance | None:
-        """Firedrake's AutoregressiveCovariance, without the normalisation ``D``; None for numbers."""
-        return self._operator.covariance
+        """Firedrake's operator, without the normalisation ``D``; None for numbers."""
+        return None if is_real(self.V) else self._operator.covariance
 
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
@@ -241,42 +241,20 @@ class GaussianPrior(GaussianCore):
         C = self.apply_covariance(np.eye(self._std.size))
         return (C + C.T) / 2
 
-    @cached_property
     @no_annotations
-    def _pointwise_std(self) -> np.ndarray:
-        """Of the samples at the nodes, shape (n_owned,)."""
-        if self._normalise and not self.bcs:
-            return self._std
-        return self._scale * np.sqrt(pointwise_variance(self._operator))
-
-    @cached_property
-    @no_annotations
-    def _exact_std(self) -> np.ndarray:
-        """As `_pointwise_std`, without an estimate for large spaces."""
-        if is_real(self.V) or variance_is_exact(self._operator):
-            return self._pointwise_std
-        return self._scale * np.sqrt(exact_variance(self._operator))
-
     def pointwise_std(self, exact: bool = False) -> Function:
-        """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
+        """Standard deviation of the samples at the nodes, in ``V``: ``std``, falling to zero at Dirichlet conditions.
 
-        Parameters
-        ----------
-        exact : bool
-            Whether to solve once for each unknown, however many there are.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
-            to be `exact`.
-
-        Raises
-        ------
-        InputError
-            If `exact` is neither True nor False.
+        It is exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked to be
+        `exact`: that takes one solve for each unknown.
         """
-        return field(self.V, self._exact_std if check_flag(exact, "exact") else self._pointwise_std)
+        # What is exact in any case is kept once.
+        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._operator)
+        if is_real(self.V) or self._normalise and not self.bcs and not exact:
+            return field(self.V, self._std)
+        if exact not in self._variances:
+            self._variances[exact] = (exact_variance if exact else pointwise_variance)(self._operator)
+        return field(self.V, self._scale * np.sqrt(self._variances[exact]))
 
     def __repr__(self) -> str:
         low, high = self._range

@@ -31,26 +31,9 @@ _BLOCK_BYTES = 2**26     # memory for one block of right-hand sides
 
 
 def matern_correlation(r: ArrayLike, correlation_length: float, smoothness: float) -> np.ndarray:
-    """Matérn correlation at distance r (Lindgren et al. 2011, eq. 1, with ``κ = sqrt(2ν)/ℓ``).
+    """Matérn correlation at distances r of any shape (Lindgren et al. 2011, eq. 1, with ``κ = sqrt(2ν)/ℓ``).
 
-    Parameters
-    ----------
-    r : array_like
-        Distances, of any shape.
-    correlation_length : float
-        The length ℓ; the correlation at ``r = ℓ`` is 0.42 (ν = 1/2: 0.37) to 0.61 (ν to infinity).
-    smoothness : float
-        The smoothness ν.
-
-    Returns
-    -------
-    numpy.ndarray
-        Correlations of the shape of ``r``.
-
-    Raises
-    ------
-    InputError
-        If a distance is negative, or an argument no finite number, or length or smoothness not positive.
+    At ``r = ℓ`` it is 0.42 (ν = 1/2: 0.37) to 0.61 (ν to infinity). InputError if an argument is out of range.
     """
     r, smoothness = check_array(r, "r"), check_number(smoothness, "smoothness", above=0, most=100)
     if (r < 0).any():
@@ -139,8 +122,6 @@ class MaternOperator:
 
 class NumberOperator:
     """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
-
-    covariance = None
 
     def __init__(self, V: WithGeometry) -> None:
         start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])

@@ -26,7 +26,7 @@ __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 
 
 def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[[Expr], Expr]:
-    """Transform that takes one of several values, by the level of the field.
+    """Transform for `TransformedPrior` that takes one of several values, by the level of a scalar field.
 
     Parameters
     ----------
@@ -34,11 +34,6 @@ def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[
         The n + 1 values: below the first threshold, between the first and second, ..., from the last on.
     thresholds : sequence of float
         The n thresholds, strictly increasing.
-
-    Returns
-    -------
-    callable
-        Maps a scalar UFL expression to a UFL expression; for `TransformedPrior`.
 
     Raises
     ------
@@ -203,11 +198,6 @@ class CallablePrior(Prior):
         Space of the parameter.
     sample : callable
         Maps an integer seed to a Function in V; the same seed must give the same Function.
-
-    Raises
-    ------
-    InputError
-        If V is no space, or sample no function of one argument.
     """
 
     def __init__(self, V: WithGeometry, sample: Callable[[int], Function]) -> None:

@@ -133,9 +133,10 @@ def test_a_prior_of_the_users_own_needs_a_space_and_draws():
 def test_modes_of_twice_transformed_fields_are_those_of_the_core():
     basis, plain = karhunen_loeve(TRANSFORMED["twice"], 4), karhunen_loeve(FIELD, 4)
     np.testing.assert_allclose(basis.modes, plain.modes)
-    assert basis.parameter_space == CELLS and basis.standard_prior and basis.parameters(np.zeros((1, 4))).shape[1] == 24
+    assert basis.functions(np.zeros((1, 4)))[0].function_space() == CELLS and basis.standard_prior
     joint = karhunen_loeve(TRANSFORMED["of a product of transformed ones"], (2, 2))
-    assert joint.r == 4 and joint.V == MixedFunctionSpace([V, VECTOR]) and joint.parameter_space == V
+    assert joint.r == 4 and joint.V == MixedFunctionSpace([V, VECTOR])
+    assert joint.functions(np.zeros((1, 4)))[0].function_space() == V
 
 
 def test_a_leading_part_of_a_basis():

@@ -135,9 +135,12 @@ class GaussianBase:
     @cached_property
     def precision(self) -> Tensor:
         """C⁻¹, shape (r, r)."""
-        identity = torch.eye(self.r, dtype=self.factor.dtype, device=self.factor.device)
-        inverse = torch.linalg.solve_triangular(self.factor, identity, upper=True)
-        return inverse.T @ inverse
+        return self._inverse.T @ self._inverse
+
+    @cached_property
+    def _inverse(self) -> Tensor:
+        """F⁻¹, shape (r, r)."""
+        return torch.linalg.solve_triangular(self.factor, torch.eye(self.r).to(self.factor), upper=True)
 
     @cached_property
     def _seen(self) -> tuple[Tensor, Tensor]:
@@ -154,7 +157,7 @@ class GaussianBase:
     def features(self, y: Tensor) -> Tensor:
         """Measurements `y` (B, k) by fixed sensors, centred and whitened under the prior, shape (B, k)."""
         mean, whitener = self._seen
-        return (y - mean) @ whitener
+        return (y - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
         """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive."""
@@ -195,9 +198,17 @@ class GaussianBase:
             root = cholesky(rest)
             target = solve_lower(root, y - expected + apply(G, mean - prior_mean))
             white = torch.linalg.solve_triangular(root, G, upper=False)
-            M = cholesky(self.precision + white.mT @ white)
-            factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
-            mean = prior_mean + apply(factor, apply(factor.mT, apply(white.mT, target)))
+            if len(white) == 1:
+                # Orthogonal: readings without noise do not blur what they do not see.
+                Q, M = torch.linalg.qr(torch.cat([self._inverse[None], white], 1))
+                sign = torch.diagonal(M, dim1=1, dim2=2).sign()
+                M, pulled = (sign[:, :, None] * M).mT, sign * apply(Q[:, self.r:].mT, target)
+                factor = torch.linalg.solve_triangular(M.mT, identity[None], upper=True)
+            else:
+                M = cholesky(self.precision + white.mT @ white)
+                factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
+                pulled = apply(factor.mT, apply(white.mT, target))
+            mean = prior_mean + apply(factor, pulled)
         scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
         misfit = torch.where(layout.present, y - layout.read(self.emulator(mean)), 0.0)
         return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
