@@ -40,9 +40,9 @@ from fem_diffusion.diffusion.sampling.scheme import Run, Scheme
 from fem_diffusion.errors import InputError
 from fem_diffusion.progress import bar
 
-__all__ = ["METHODS", "Sampler", "churn", "sample_latents"]
+__all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "sample_latents"]
 
-_REDRAWS, _CORRECTIONS = 20, 15
+_REDRAWS, CORRECTIONS = 20, 15
 # Between these noise levels a formulation has to run.
 _SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": whitened.METHODS, "plain": plain.METHODS}
@@ -246,7 +246,7 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     w = sampler.scheme.run(Run(conditioned, rows, normal, sampler.formulation or variance_preserving(),
                                sampler.angles(conditioned), rate, report))
     if density is not None:
-        for _ in range(_CORRECTIONS if sampler.corrections is None else sampler.corrections):
+        for _ in range(CORRECTIONS if sampler.corrections is None else sampler.corrections):
             w = density.move(w, generator)[0]
     return conditioned.located.colour(w)
 
