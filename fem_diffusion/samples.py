@@ -176,8 +176,8 @@ class Samples:
             W = FunctionSpace(W.mesh(), W.ufl_element().sub_elements[0])
         if len(W) > 1 or W.value_shape or not (W.ufl_element().family() == "Real"
                                                or W.finat_element.has_pointwise_dual_basis):
-            raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), or "
-                             "return True or False.")
+            raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), "
+                             "or return True or False.")
         share, total = Function(W), 0
         run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
         for row in self.values:

@@ -33,7 +33,8 @@ class CallableForward:
         If `function` takes no single argument, or M or U is no function space.
     """
 
-    def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None):
+    def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None
+                 ) -> None:
         self.function = check_callable(function, "forward", "a function m -> u", 1)
         self.M, self.U = check_space(M, "M"), None if U is None else check_space(U, "U")
 

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from fem_diffusion import files
-from fem_diffusion.diffusion import GaussianBase, TrainingRange
+from fem_diffusion.diffusion import TrainingRange
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.fields.keyed import gather_rows, own_columns, read_everywhere
-from fem_diffusion.model.tail import LinearTail, noise_root
+from fem_diffusion.fields.keyed import read_everywhere
 from fem_diffusion.problem import InverseProblem
 
 if TYPE_CHECKING:
@@ -29,14 +28,12 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     if model.states is not None:
         parts = pack_basis(model.states, "states")
         arrays, values = arrays | parts[0], values | parts[1]
-    if model.tail is not None:
-        arrays |= {f"tail.{name}": gather_rows(model.basis.V, getattr(model.tail, name)) for name in ("rows", "gain")}
 
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
         seen, shown = pack({"range": model.range})
-        files.write(path, "model", arrays | tensors | seen, values | settings | shown | {
-            "family": model.problem.family, "tail": model.tail is not None})
+        files.write(path, "model", arrays | tensors | seen,
+                    values | settings | shown | {"family": model.problem.family})
     on_root(model.problem.comm, write)
 
 
@@ -51,22 +48,11 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
         raise FileError(f"{path} was trained for other sensors: pass the problem of its training.")
     parts = {"basis": basis, "denoiser": denoiser, "history": history}
     if not problem.family:
-        return parts | {"tail": _tail(content, problem, denoiser.base)}
+        return parts
     states = unpack_basis(content, "states", problem.U)
     if states.r != denoiser.base.k:
         raise content.error("holds states and a model of different sizes")
     return parts | {"states": states, "range": _range(content, states.r)}
-
-
-def _tail(content: files.Content, problem: InverseProblem, base: GaussianBase) -> LinearTail | None:
-    """The tail in a file, or None."""
-    if not content.value("tail", bool):
-        return None
-    columns = own_columns(content, "basis.key", "basis.element", problem.V)
-    rows, gain = (content.array(f"tail.{name}", base.k, len(content.arrays["basis.key"]))[:, columns]
-                  for name in ("rows", "gain"))
-    matrix, offset = base.emulator.matrix.numpy(), base.emulator.offset.numpy()
-    return LinearTail(rows, gain, matrix, offset, noise_root(problem, base.k))
 
 
 def _range(content: files.Content, s: int) -> TrainingRange:

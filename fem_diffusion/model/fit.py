@@ -18,7 +18,6 @@ from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.model.families import layout_family
 from fem_diffusion.model.model import Model
-from fem_diffusion.model.tail import linear_tail
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
@@ -100,8 +99,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             checkpoint=checkpoint, geometry=geometry, progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
-    tail = None if problem.family else linear_tail(problem, basis, denoiser.base)
-    model = Model(problem, basis, denoiser, history, states, shown, tail)
+    model = Model(problem, basis, denoiser, history, states, shown)
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model

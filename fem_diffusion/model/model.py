@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
 from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
-from fem_diffusion.model.tail import LinearTail
+from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
 
@@ -43,8 +44,6 @@ class Model:
         Coordinates of the states, for a family.
     range : TrainingRange or None
         What training has seen of sensors, for a family.
-    tail : LinearTail or None
-        What readings tell of modes past those of the basis, for a linear problem.
     """
 
     problem: InverseProblem
@@ -53,7 +52,6 @@ class Model:
     history: History
     states: ModalBasis | None = None
     range: TrainingRange | None = None
-    tail: LinearTail | None = None
 
     def __post_init__(self):
         if self.basis.V != self.problem.V:
@@ -65,6 +63,11 @@ class Model:
         if self.problem.family != (self.states is not None):
             raise InputError("A family and a basis of its states belong together: give both or neither.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
+
+    @cached_property
+    def tail(self) -> LinearTail | None:
+        """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
+        return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base)
 
     def condition(self, y: Sequence[float], observation: Observation | None = None,
                   noise: GaussianNoise | float | Sequence[float] | None = None) -> Posterior:

@@ -11,7 +11,6 @@ With z from the posterior in which :math:`H t` counts as noise, both together ar
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from mpi4py import MPI
 
 from fem_diffusion.diffusion import GaussianBase, GaussianNoise
@@ -20,7 +19,7 @@ from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 
-__all__ = ["LinearTail", "linear_tail", "noise_root"]
+__all__ = ["LinearTail", "linear_tail"]
 
 # Signal of the rest below this share of the noise's variance is none; how far the pairs may be from what H says of it.
 _UNSEEN, _ALIKE = 1e-6, 0.2
@@ -90,12 +89,6 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) 
     if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:
         return None
     gain = np.linalg.solve((seen + R) / unit / unit[:, None], cross / unit[:, None]) / unit[:, None]
-    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), noise_root(problem, k))
-
-
-def noise_root(problem: InverseProblem, k: int) -> np.ndarray:
-    """Factor (k, k) of the covariance of a problem's constant Gaussian noise."""
-    R = problem.noise.covariance(torch.zeros(1, k, dtype=torch.float64)).numpy()
-    unit = np.sqrt(R.diagonal())
     values, axes = np.linalg.eigh(R / unit / unit[:, None])
-    return unit[:, None] * axes * np.sqrt(values.clip(min=0))
+    root = unit[:, None] * axes * np.sqrt(values.clip(min=0))
+    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), root)

@@ -37,7 +37,7 @@ from fem_diffusion.fields.checks import (
     check_finite, check_reproduced, check_rows, check_solver, check_space, exterior_measures, interpolated,
     matern_space, root_space,
 )
-from fem_diffusion.forward.forms import linear_options
+from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.prior.matern import (
     MaternOperator, NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance,
     variance_is_exact,
