@@ -155,8 +155,10 @@ class Model:
             network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
-        elif self.denoiser.known:
+        elif base.emulator.head is None:
             network += ", which is exact"
+        else:
+            network += ", from which moves under the emulator's density reach the posterior"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
                 f"{network}")
 
