@@ -1,5 +1,6 @@
 """An inverse problem is checked once, and says what sensors read."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -61,7 +62,7 @@ def test_readings_and_measurements():
 
 @pytest.mark.parametrize("change, words", [
     ({"prior": None}, "prior is NoneType: give a prior"), ({"prior": GaussianPrior}, "give a prior"),
-    ({"forward": None}, "forward is None: give a function"), ({"observation": 3}, "observation is of type int: give an"),
+    ({"forward": None}, "forward is None: give a function"), ({"observation": 3}, "observation is of type int: give"),
     ({"observation": FAMILY}, "kinds of a family have their own noise: leave noise out"),
     ({"noise": [0.1] * 3}, "is for .3. sensors, the observations have 2"), ({"noise": "small"}, "Noise 'std' holds"),
     ({"noise": lambda y: y}, "CallableNoise.noise."), ({"forward": CallableForward(_solve, W, W)}, "same spaces"),
@@ -77,5 +78,5 @@ def test_a_state_in_another_space_is_refused_when_it_comes():
         _problem(forward=lambda m: m).readings(PRIOR.sample_many(1, 0))
     assert isinstance(_problem(noise=CallableNoise(lambda y, g: y + 1.0)).noise, CallableNoise)
     with pytest.raises(InputError, match="cannot be copied or pickled"):
-        __import__("copy").copy(_problem())
+        copy.deepcopy(_problem())
     assert replace(_problem(), noise=None).noise is None

@@ -39,8 +39,8 @@ def basis():
 
 @pytest.fixture(scope="module")
 def chains(basis):
-    return lambda problem, y, **given: hmc(problem, y, **{"basis": basis, "seed": 0, "chains": 4, "draws": 2, "leaps": 2,
-                                                          "progress": False} | given)
+    settings = {"basis": basis, "seed": 0, "chains": 4, "draws": 2, "leaps": 2, "progress": False}
+    return lambda problem, y, **given: hmc(problem, y, **settings | given)
 
 
 @pytest.mark.parametrize("change, words", [
