@@ -21,6 +21,7 @@ from fem_diffusion.errors import (
     DataError as DataError, FemDiffusionError as FemDiffusionError, FileError as FileError, InputError as InputError,
     InstallError as InstallError, SolveError as SolveError,
 )
+from fem_diffusion.fields.coefficients import coefficients as coefficients, field as field
 from fem_diffusion.fields.basis import ModalBasis as ModalBasis, load_basis as load_basis
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as AdvectionDiffusion
 from fem_diffusion.forward.callable import CallableForward as CallableForward

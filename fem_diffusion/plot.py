@@ -1,10 +1,12 @@
 """Pictures for talks: samples with their uncertainty, posterior predictive, training curve."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from finat.ufl import TensorProductElement
 from firedrake import Function, FunctionSpace, SpatialCoordinate, assemble, interpolate
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -21,8 +23,9 @@ __all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"
 TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 
 
-def plot_samples(samples, axes=None, truth: Function | None = None, reference: tuple | None = None,
-                 curves: int | None = None, xlabel: str | None = None, ylabel: str | None = None):
+def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, truth: Function | None = None,
+                 reference: Sequence | None = None, curves: int | None = None, xlabel: str | None = None,
+                 ylabel: str | None = None) -> Axes | np.ndarray | None:
     """Draw samples of a scalar parameter, or of a few numbers.
 
     On a one-dimensional mesh (a boundary part, too): mean, 95 % band, single samples, truth and reference along the
@@ -99,14 +102,14 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
     return _plot_maps(V, values, axes, truth, ylabel or "parameter")
 
 
-def _refuse(what: str, **arguments) -> None:
+def _refuse(what: str, **arguments: Any) -> None:
     """Refuse arguments that a picture has no use for."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise InputError(f"pictures of {what} have no use for {' and '.join(given)}: leave it out.")
 
 
-def _drawn_space(V):
+def _drawn_space(V: WithGeometry) -> WithGeometry:
     """A space with the same coefficients: scalar where values are vectors of one component, and on the base mesh where
     they are constant along the extrusion.
     """
@@ -119,7 +122,7 @@ def _drawn_space(V):
     return V if element == V.ufl_element() else FunctionSpace(mesh, element)
 
 
-def _reference(reference, size: int) -> np.ndarray:
+def _reference(reference: Sequence, size: int) -> np.ndarray:
     """Mean, lower and upper bound, shape (3, n_owned)."""
     parts = list(reference) if isinstance(reference, (tuple, list, np.ndarray)) else []
     if len(parts) not in (2, 3):
@@ -134,7 +137,7 @@ def _reference(reference, size: int) -> np.ndarray:
     return np.stack(parts)
 
 
-def _axes_for(axes, count: int) -> None:
+def _axes_for(axes: Any, count: int) -> None:
     """Refuse what is not None, nor axes for so many pictures."""
     if axes is not None:
         many = [axes] if isinstance(axes, Axes) else list(axes) if isinstance(axes, (Sequence, np.ndarray)) else []
@@ -143,7 +146,8 @@ def _axes_for(axes, count: int) -> None:
             raise InputError(f"axes is {axes!r}: give {what}, or leave it out for a new figure.")
 
 
-def _plot_lines(V, values, axes, truth, reference, curves, xlabel, ylabel):
+def _plot_lines(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, reference: np.ndarray | None,
+                curves: int, xlabel: str, ylabel: str) -> Axes | None:
     x = _gather(V, np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())]))
     lines = _gather(V, values[:curves])
     summary = _gather(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
@@ -173,14 +177,15 @@ def _plot_lines(V, values, axes, truth, reference, curves, xlabel, ylabel):
     return axes
 
 
-def _one(axes, size=(7, 4)):
+def _one(axes: Any, size: tuple[float, float] = (7, 4)) -> Axes:
     """The one axes to draw on."""
     if axes is None:
         return plt.subplots(figsize=size, layout="constrained")[1]
     return axes if isinstance(axes, Axes) else axes[0]
 
 
-def _plot_numbers(V, values, axes, truth, reference, xlabel, ylabel):
+def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None,
+                  reference: np.ndarray | None, xlabel: str, ylabel: str) -> Axes | np.ndarray | None:
     numbers, truth, reference = (None if part is None else _gather(V, np.atleast_2d(part))
                                  for part in (values, truth, reference))
     if V.comm.rank != 0:
@@ -222,7 +227,7 @@ def _plot_numbers(V, values, axes, truth, reference, xlabel, ylabel):
     return axes[0] if count == 1 else axes
 
 
-def _plot_maps(V, values, axes, truth, label):
+def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> Sequence[Axes]:
     if len(values) < 2:
         raise InputError("A map of the standard deviation needs at least 2 samples.")
     panels = {"posterior mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
@@ -240,7 +245,8 @@ def _plot_maps(V, values, axes, truth, label):
     return axes
 
 
-def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: str = "measurement"):
+def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = None,
+                    ylabel: str = "measurement") -> Axes:
     """Measurements against the posterior predictive, a 95 % interval for each sensor.
 
     Parameters
@@ -281,13 +287,13 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: s
     return axes
 
 
-def plot_history(history: History, axes=None):
+def plot_history(history: History, axes: Axes | None = None) -> Axes:
     """Training curve: loss over optimiser steps, with the level of the Gaussian base alone.
 
     Parameters
     ----------
     history : History
-        Of a `ConditionalModel`.
+        Of a `Model`.
     axes : matplotlib Axes, optional
         Where to draw; a new figure where left out.
 
@@ -315,7 +321,7 @@ def plot_history(history: History, axes=None):
     return axes
 
 
-def plot_calibration(calibration, axes=None):
+def plot_calibration(calibration: Calibration, axes: Axes | None = None) -> Axes:
     """Ranks of held-out truths among their draws: the share below each level, minus the level itself.
 
     Parameters
@@ -353,7 +359,7 @@ def plot_calibration(calibration, axes=None):
     return axes
 
 
-def _gather(V, values: np.ndarray) -> np.ndarray | None:
+def _gather(V: WithGeometry, values: np.ndarray) -> np.ndarray | None:
     """Rows of owned coefficients (n, n_owned) put together on rank 0, shape (n, n_global); None elsewhere."""
     parts = V.comm.gather(values)
     return np.concatenate(parts, axis=1) if V.comm.rank == 0 else None

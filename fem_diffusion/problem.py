@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
 
 from fem_diffusion.checks import check_array, check_seed
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
@@ -82,7 +83,7 @@ class InverseProblem:
         return self.forward.U or getattr(self.observation, "U", None)
 
     @property
-    def comm(self):
+    def comm(self) -> MPI.Comm:
         """MPI communicator of the mesh."""
         return self.M.comm
 

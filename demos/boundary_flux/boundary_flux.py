@@ -31,10 +31,9 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import (
     AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, InverseProblem, Physics, Sampler, TransformedPrior,
-    exact, fit, hmc, point_sensors, simulate, variance_exploding, variance_preserving,
+    coefficients, exact, field, fit, hmc, point_sensors, simulate, variance_exploding, variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.comparison import sliced_wasserstein
 from fem_diffusion.plot import plot_history, plot_predictive
 

@@ -20,16 +20,9 @@ class Backward:
                        for x, form in zip(march.e.loads, march.load.derivatives)]
 
     def rows(self, ms: np.ndarray, rows: np.ndarray, path: list[np.ndarray] | None = None) -> np.ndarray:
-        """Derivative (l, n_owned of M) of rows of the saved states with respect to the parameter.
+        """Derivative (l, n_owned of M) of rows (l, n_owned of V, number of saved times) at a block of one parameter.
 
-        Parameters
-        ----------
-        ms : ndarray
-            One parameter, owned coefficients, shape (1, n_owned of M).
-        rows : ndarray
-            Shape (l, n_owned of V, number of saved times).
-        path : list of ndarray, optional
-            The states at all steps, (n_owned of V,) each, where they are known and count.
+        `path` holds the states (n_owned of V,) at all steps, where they are known and count.
         """
         march, fixed, loads = self.march, self.march.e.fixed, self.march.e.loads
         known = path is not None

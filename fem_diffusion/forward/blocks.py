@@ -14,10 +14,10 @@ from pyadjoint import Block, get_working_tape, no_annotations, stop_annotating
 from scipy.sparse import spmatrix
 from ufl.core.expr import Expr
 
-from fem_diffusion.checks import check_array, check_count, check_options, together
+from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
-from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
 from fem_diffusion.forward.equation import Equation, equation
 from fem_diffusion.forward.march import March
@@ -54,7 +54,7 @@ class BlockForward:
         return March(e, self.M, options, prefix)
 
     def __repr__(self) -> str:
-        names = [x.name for x in self._unknowns]
+        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._unknowns]
         return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
                 f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
 
@@ -229,12 +229,10 @@ def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.
 
 def _observation_rows(rows: spmatrix | np.ndarray, U: WithGeometry) -> np.ndarray:
     """Observation rows as a dense array (k, n_owned of U), checked on all ranks together."""
-    def check() -> np.ndarray:
-        if isinstance(rows, Observation):
-            raise InputError("rows is an Observation: pass its rows, observation.rows.")
-        return check_array(rows.toarray() if hasattr(rows, "toarray") else rows,
-                           "rows (owned coefficients of the state)", ("k", owned_size(U)))
-    array = together(U.comm, check)
+    if isinstance(rows, Observation):
+        raise InputError("rows is an Observation: pass its rows, observation.rows.")
+    dense = rows.toarray() if hasattr(rows, "toarray") else rows
+    array = check_rows(dense, U, "rows (owned coefficients of the state)")
     if len(set(U.comm.allgather(len(array)))) > 1:
         raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
                          f"{owned_size(U)}) here, with the same k on every rank.")

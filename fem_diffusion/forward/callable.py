@@ -16,7 +16,7 @@ __all__ = ["CallableForward", "as_forward"]
 
 
 class CallableForward:
-    """A forward problem made of a function that solves for one parameter.
+    """A forward problem made of a function that solves for one parameter; a block of them is a loop.
 
     Parameters
     ----------
@@ -39,7 +39,8 @@ class CallableForward:
         self.M, self.U = check_space(M, "M"), None if U is None else check_space(U, "U")
 
     def __repr__(self) -> str:
-        return f"CallableForward({getattr(self.function, '__name__', self.function)}, M={self.M}, U={self.U})"
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"CallableForward({name}; parameter: {self.M.ufl_element()}, {self.M.dim()} coefficients)"
 
     def __call__(self, m: Function) -> Function:
         """What the function returns for a parameter."""

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from firedrake import (Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble,
-                       interpolate)
+from firedrake import Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import Form, as_tensor, as_ufl, diff, variable
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -16,10 +15,10 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import exterior_measures
 from fem_diffusion.fields.coefficients import owned_size
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
-from fem_diffusion.forward.unknowns import Unknown, apply_unknown, derivative_by, is_discontinuous
+from fem_diffusion.forward.unknowns import Unknown, apply_unknown, is_discontinuous
 from fem_diffusion.forward.weak_forms import Terms, residual
 
-__all__ = ["Equation", "Lift", "equation"]
+__all__ = ["Equation", "equation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,40 +59,6 @@ class Equation:
         """Numbers of the owned nodes with strong Dirichlet values."""
         nodes = np.unique(np.concatenate([bc.nodes for bc in self.zero_bcs] or [np.empty(0)])).astype(int)
         return nodes[nodes < owned_size(self.u.function_space())]
-
-
-class Lift:
-    """Strong boundary values as a Function g that is zero at free nodes.
-
-    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational solver, so
-    unknown ones enter the residual through this lift and the solver sees homogeneous ones.
-    """
-
-    def __init__(self, e: Equation) -> None:
-        self._V = V = e.u.function_space()
-        self.g, self.known, self._masked = Function(V, name="boundary values"), Function(V), as_ufl(0)
-        markers = [x.marker for x in e.lifted]   # the last ones in their table
-        self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in e.values.items()]
-        for i, marker in enumerate(markers):
-            mask = Function(V)
-            DirichletBC(V, 1, marker).apply(mask)
-            for later in markers[i + 1:]:
-                DirichletBC(V, 0, later).apply(mask)
-            self._masked += mask * e.values[marker]
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Evaluate the known values again, which may depend on time."""
-        for bc in self._bcs:
-            bc.apply(self.known)
-
-    def update(self) -> None:
-        """Interpolate the current parameter (recorded if a tape is running)."""
-        self.g.interpolate(self._masked + self.known)
-
-    def derivative(self, x: Unknown) -> Expr:
-        """∂g/∂m for one Unknown: an interpolation, of an argument unless the value is a number."""
-        return interpolate(derivative_by(self._masked, x), self._V)
 
 
 def mesh_markers(mesh: MeshGeometry) -> tuple[Marker, ...]:

@@ -19,7 +19,7 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import coefficients, multiply, owned_size, solve
-from fem_diffusion.forward.equation import Equation, Lift
+from fem_diffusion.forward.equation import Equation
 from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver, write
 from fem_diffusion.forward.unknowns import Unknown, derivative_by
 
@@ -32,10 +32,7 @@ def contains(form: Form | Expr, things: list[Function | Constant]) -> bool:
 
 
 class March:
-    """All steps of an equation, for blocks of parameters in M.
-
-    `options` and `prefix` are those of PETSc.
-    """
+    """All steps of an equation, for blocks of parameters in M; `options` and `prefix` are those of PETSc."""
 
     def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None) -> None:
         self.e, self.M, self.options, self.prefix = equation, M, options, prefix
@@ -83,7 +80,7 @@ class March:
     # --- operators
 
     def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Forget the operators where they depend on the block; old, new: typical states (n_owned of V,)."""
+        """Forget operators that are others at these states (n_owned of V,), where the next ones are taken."""
         if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
             write(self.old, old)
@@ -151,21 +148,10 @@ class March:
         self.prepare(mean, mean)
 
     def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
-        """March a block of parameters that share the operator.
+        """Saved states (n, n_owned of V, number of saved times) of a block of parameters (n, n_owned of M).
 
-        Parameters
-        ----------
-        ms : ndarray
-            Owned coefficients, shape (n, n_owned of M); a single one where the operator depends on the parameter.
-        first : int
-            Number of the first of them, for messages.
-        path : list, optional
-            Takes the states (n, n_owned of V) at all steps.
-
-        Returns
-        -------
-        ndarray
-            The saved states, shape (n, n_owned of V, number of saved times).
+        Where the operator depends on the parameter n is one. `first` is the number of the first of them, for messages;
+        `path` takes the states (n, n_owned of V) at all steps.
         """
         u = self.initial(ms)
         load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
@@ -328,20 +314,36 @@ class Load(Part):
 
 
 class Boundary(Part):
-    """The strong boundary values; zero at free nodes."""
+    """The strong boundary values as a Function g that is zero at free nodes.
+
+    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational solver, so
+    unknown ones enter the residual through g and the solver sees homogeneous ones.
+    """
 
     def __init__(self, march: March) -> None:
-        e = march.e
-        self.lift = Lift(e) if e.values else None
+        e, V = march.e, march.V
+        self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), as_ufl(0)
+        markers = [x.marker for x in e.lifted]   # the last ones in their table
+        self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in e.values.items()]
+        for i, marker in enumerate(markers):
+            mask = Function(V)
+            DirichletBC(V, 1, marker).apply(mask)
+            for later in markers[i + 1:]:
+                DirichletBC(V, 0, later).apply(mask)
+            self._masked += mask * e.values[marker]
         moving = [march.t, *(x.value for x in e.lifted if x.moves)]
-        super().__init__(march, e.lifted, [self.lift.derivative(x) for x in e.lifted],
+        super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
                          any(contains(g, moving) for g in e.values.values()), [x.value for x in e.lifted])
+        self.value(0)
+
+    def update(self) -> None:
+        """Interpolate the current parameter (recorded if a tape is running)."""
+        self.g.interpolate(self._masked + self._known)
 
     def value(self, k: int) -> np.ndarray:
         """At the present values and step k."""
         self.march.t.assign(self.march.times[k])
-        self.lift.refresh()
-        if not self.unknowns:
-            return coefficients(self.lift.known)
-        self.lift.update()
-        return coefficients(self.lift.g)
+        for bc in self._bcs:
+            bc.apply(self._known)
+        self.update()
+        return coefficients(self.g)

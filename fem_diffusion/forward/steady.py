@@ -21,7 +21,7 @@ class Steady(March):
 
     def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None, m: Function) -> None:
         super().__init__(equation, M, options, prefix)
-        self.m, self.u, self._lift = m, self.new, self.boundary.lift if equation.lifted else None
+        self.m, self.u, self._lift = m, self.new, self.boundary if equation.lifted else None
         self.bcs = [DirichletBC(self.V, self._lift.g if self._lift else g, key) for key, g in equation.values.items()]
         self._w, F, bcs = self.u, self.R, self.bcs
         if self._lift is not None:   # solve for u minus the lift

@@ -17,7 +17,7 @@ from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.simulation.data_set import DataSet
 
-__all__ = ["decorrelated", "layout_family", "project"]
+__all__ = ["decorrelated", "layout_family", "project", "sample_basis"]
 
 _STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
@@ -61,7 +61,7 @@ def layout_family(family: SensorFamily, data: DataSet,
                         "simulate(problem, n, seed=...) of a problem with a SensorFamily keeps them.")
     # The last states are not among those that the modes are made of.
     apart = min(_CHECKED, len(data) // 10)
-    states = _state_basis(family.U, data.states[:len(data) - apart][:_STATES], state_modes)
+    states = sample_basis(family.U, data.states[:len(data) - apart][:_STATES], state_modes)
     c = torch.from_numpy(states.encode(data.states))
     kinds = []
     for kind in family.kinds:
@@ -74,20 +74,20 @@ def layout_family(family: SensorFamily, data: DataSet,
     return states, c, LayoutFamily(tuple(kinds))
 
 
-def _state_basis(U: WithGeometry, states: np.ndarray, size: int | None) -> ModalBasis:
-    """POD modes of the states, as many as asked for or as are needed, at most as many as the states span."""
+def sample_basis(U: WithGeometry, states: np.ndarray, size: int | None = None, most: int = _MOST_MODES) -> ModalBasis:
+    """POD modes of samples, as many as asked for or as are needed, at most `most` and as many as the samples span."""
     mean = states.mean(axis=0)
     centred = states - mean
     finite = U.comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
     parts = by_component(U, centred) if finite and len(states) > 1 else []
     totals = np.array([sample_covariance(W, part)[1] for W, part in zip(U, parts)])
     if not (totals > 0).any():
-        raise DataError("The states are not finite or all the same: check the forward problem.")
+        raise DataError("The states or fields are not finite or all the same: check the forward problem and the prior.")
     # Components of a mixed space count by shares of variance: pressures beside velocities lose nothing.
     totals = np.where(totals > 0, totals, 1.0) if len(U) > 1 else np.ones(1)
     units = np.concatenate([np.full(owned_size(W), total**0.5) for W, total in zip(U, totals)])
     covariance, total = sample_covariance(U, centred / units)
-    most = min(_MOST_MODES, len(states) - 1, U.dim())
+    most = min(most, len(states) - 1, U.dim())
     if size is not None and not 1 <= check_count(size, "state_modes") <= most:
         raise InputError(f"state_modes is {size}: between 1 and {most} modes can be had here.")
     count = 16 if size is None else size

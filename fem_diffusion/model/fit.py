@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
-from fem_diffusion.model.families import layout_family
+from fem_diffusion.model.families import layout_family, sample_basis
 from fem_diffusion.model.model import Model
-from fem_diffusion.prior.expansion import karhunen_loeve, pod
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
@@ -118,8 +119,7 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor, noise) 
     if isinstance(problem.prior.core, GaussianCore):
         basis = karhunen_loeve(problem.prior)
     else:
-        size = min(_MOST_POD, most, problem.V.dim())
-        basis = pod(problem.V, data.coefficients, size, prior=problem.prior)
+        basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))
     covariance = None
     if isinstance(noise, LayoutFamily):

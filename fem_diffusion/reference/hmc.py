@@ -177,7 +177,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(chains, r, dtype=torch.float64, generator=generator)
     # A chain that starts where the model fails would never leave.
-    x[~torch.isfinite(energy(x))] = 0
+    x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
     kept, accepted = np.empty((chains, draws, r)), 0.0
     with bar(_WARMUP + draws, "hmc", progress and not comm.rank) as shown:
         for i in range(-_WARMUP, draws):
@@ -188,7 +188,8 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
                 kept[:, i] = centre + x.numpy() @ root
                 accepted += float(accept.double().mean()) / draws
     if accepted < 0.1:
-        raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step.")
+        raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step, "
+                         "unless the transform has no derivative, as a level set.")
     z = kept.reshape(-1, r)
     tail = int(np.random.SeedSequence([seed, _TAIL_STREAM]).generate_state(1)[0])
     values = problem.prior.transform_many(latent.basis.decode(z, tail))

@@ -42,7 +42,7 @@ from fem_diffusion.progress import bar
 
 __all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "sample_latents"]
 
-_REDRAWS, CORRECTIONS = 20, 15
+_REDRAWS, CORRECTIONS = 20, 10
 # Between these noise levels a formulation has to run.
 _SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": whitened.METHODS, "plain": plain.METHODS}
@@ -72,7 +72,7 @@ class Sampler:
         left out: "time" if a formulation is given, otherwise "spectrum".
     corrections : int, optional
         Hamiltonian moves at the end, under the density of the emulator, where there is one: they take samples to the
-        emulator's posterior, wherever base and network put them. 15 where there is one and this is left out.
+        emulator's posterior, wherever base and network put them. 10 where there is one and this is left out.
     formulation : Formulation, optional
         Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
 

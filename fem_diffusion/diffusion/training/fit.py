@@ -61,8 +61,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
     by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
     exact, and where Hamiltonian moves from the base under the emulator's density give samples among which held-out
-    latents rank evenly. At the end the spectrum is measured from which samplers place their steps, and collapse onto the
-    training pairs, of which a `CollapseWarning` tells.
+    latents rank evenly. At the end the spectrum is measured from which samplers place their steps, and collapse onto
+    the training pairs, of which a `CollapseWarning` tells.
 
     Parameters
     ----------
