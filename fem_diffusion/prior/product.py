@@ -1,8 +1,4 @@
-"""Several unknowns at once: independent priors as one prior on a mixed space.
-
-Every coefficient array holds *owned* coefficients, those of the first component first, then those of the second, ...:
-this rank's part of ``with f.dat.vec_ro as v: v.array`` for a mixed ``f``.
-"""
+"""Several unknowns at once: independent priors as one prior on a mixed space."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -90,9 +90,8 @@ def test_a_model_moves_to_another_mesh_with_all_that_it_leaves_out(job, n):
         draws = posterior.sample(2000, seed=0, progress=False)
         errors.append([(assemble((found - right)**2 * dx) / assemble(right**2 * dx))**0.5
                        for found, right in ((draws.mean(), mean), (draws.std(), std))])
-    # The discretisation error of the mesh on which the emulator was trained, and that of 2000 draws.
-    print("ERR", errors)
-    assert max(errors[0]) < 0.1
+    # With the tail, the discretisation error of the mesh of the training and that of 2000 draws are left.
+    assert max(errors[0]) < 0.1 < max(errors[1])
 
 
 def test_what_does_not_belong_together_is_refused(job):

@@ -1,5 +1,7 @@
 """Derivatives of transforms against finite differences, in spaces of every kind; priors of users' own."""
 
+import re
+
 import numpy as np
 import pytest
 from firedrake import (
@@ -9,6 +11,8 @@ from firedrake import (
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import owned_size
+from fem_diffusion.observation.family import SensorFamily, SensorKind
+from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.product import ProductPrior, is_gaussian
 from fem_diffusion.prior.protocol import GaussianCore, Prior
@@ -160,3 +164,17 @@ def test_what_has_no_derivative_is_told():
         for prior in (LOG, PAIR):
             with pytest.raises(InputError):
                 prior.pull_back(rows, at)
+
+
+def test_representations_are_a_line():
+    sensors = point_sensors(V, [(0.2, 0.2), (0.5, 0.5)])
+    for thing, words in [
+        (FIELD, "GaussianPrior(20 unknowns, .*std=0.5, correlation_length=0.4, ν=1, bcs=0"), (SCALE, "std=0.3, bcs"),
+        (LOG, "TransformedPrior(exp of GaussianPrior(20"), (PAIR, r"ProductPrior\(\[GaussianPrior\(20"),
+        (karhunen_loeve(LOG, 6), "ModalBasis: 6 Karhunen-Loeve modes with [0-9.]+% of the variance, 20 unknowns"),
+        (pod(V, FIELD.sample_many(9, 0), 3), "3 POD modes"),
+        (sensors, r"2 rows \(\(0.2, 0.2\), \(0.5, 0.5\)\) of states"),
+        (SensorFamily(SensorKind(sensors, (0.1, 0.2), (1, 2))), "SensorKind: 1 to 2 of 2 sensors, std 0.1 to 0.2"),
+    ]:
+        pattern = words if "\\(" in words else words.replace("(", r"\(")
+        assert re.search(pattern, repr(thing)) and "\n" not in repr(thing), repr(thing)

@@ -71,11 +71,13 @@ class SensorNetwork(nn.Module):
     def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
         """Tokens (B, k, .), which are there (B, k), and of the base mean and log std (B, 2 r) and factor (B, r, r)."""
         (layout, y), located = layout.standardised(y), base.standardised(located)
-        numbers = torch.stack([y, located.misfit, torch.log(layout.variance.sqrt())], 2)
+        numbers = torch.stack([y, located.misfit, torch.log(layout.variance.sqrt()).expand_as(y)], 2)
         # asinh bounds what a very precise sensor brings in.
-        token = torch.cat([layout.rows[:, :, :self.seen], torch.asinh(located.sensitivity), torch.asinh(numbers)], 2)
-        centre = torch.cat([located.mean, torch.log(located.std)], 1)
-        return token.to(self.dtype), layout.present, centre.to(self.dtype), located.factor.to(self.dtype)
+        parts = layout.rows[:, :, :self.seen], torch.asinh(located.sensitivity), torch.asinh(numbers)
+        token = torch.cat([x.expand(len(y), -1, -1) for x in parts], 2)
+        centre = torch.cat([located.mean, torch.log(located.std).expand_as(located.mean)], 1)
+        present = layout.present.expand(len(y), -1)
+        return token.to(self.dtype), present, centre.to(self.dtype), located.factor.to(self.dtype)
 
     def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
         """Mean, log std and gathered sensors (B, 2 r + tokens), and the factor (B, r, r)."""

@@ -216,10 +216,11 @@ def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool,
         return [plain_base(z, centred, parts.covariance)]
     if parts.weights is None:
         return [fit_base(z, centred, parts.covariance, standard_prior)]
+    moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
     emulator, _ = fit_emulator(z, y, 1 / parts.weights, options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     emulator.residual = emulator.residual + parts.covariance
-    base = check_base(GaussianBase(*law(z, standard_prior), emulator))
+    base = check_base(GaussianBase(*moments, emulator))
     return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
 
 
