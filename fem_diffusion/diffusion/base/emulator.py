@@ -137,7 +137,7 @@ class _Regression(Task):
 
 def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
     """Emulator c = offset + G z of a matrix G (s, r) and an offset (s,), with the covariance (s, s) of its error."""
-    emulator = Emulator(*matrix.shape[::-1], depth=0).to(matrix.device)
+    emulator = Emulator(*matrix.shape[::-1], width=1, depth=0).to(matrix.device)
     emulator.matrix, emulator.offset, emulator.residual = matrix.double(), offset.double(), residual.double()
     return emulator.eval().requires_grad_(False)
 
