@@ -3,11 +3,14 @@
 # Variables: PYTHON       an interpreter of 3.11 or later; if it has Firedrake already, it is used and no .venv is built
 #            TORCH_INDEX  where pip takes torch from (PyTorch's CPU index saves a few GB)
 #            TESTS        what `make test` and `make test-slow` run (default: tests)
-#            JOBS         how many serial tests `make test` runs side by side (default: 2)
+#            JOBS         how many files of serial tests run side by side (default: 2)
 
 DEMO ?= $(RUN) demos/boundary_flux/boundary_flux.py
 TESTS ?= tests
 JOBS ?= 2
+# Rooms that need neither Firedrake nor MPI, then small finite element problems with few kernels to compile.
+QUICK_TESTS = tests/diffusion tests/comparison tests/trust tests/test_checks.py tests/test_progress.py tests/test_house.py \
+              tests/observation/test_observation.py tests/prior/test_product.py tests/reference/test_reference.py
 
 # Evaluated when a recipe uses it, that is, after `install`.
 RUN = $(shell scripts/install.sh --which)
@@ -24,7 +27,8 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-pde test test-slow \
+.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-pde test \
+        test-quick test-slow \
         lint clean benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
         benchmark-ensemble benchmark-peers
 
@@ -37,6 +41,7 @@ help:
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
 	@echo "make demo-pde        diffusion models solved as PDEs for the density, forward and back"
 	@echo "make test            lint and all tests but the slow ones, on one and on several MPI ranks"
+	@echo "make test-quick      those of the rooms of torch alone, and a few of finite elements: two minutes"
 	@echo "make test-slow       the slow tests"
 	@echo "make install         only the environment: .venv with PETSc, Firedrake and torch"
 	@echo "make lint            flake8, and pyright on the package"
@@ -72,14 +77,23 @@ demo-elastic: install
 demo-release: install
 	$(RUN) demos/source_release/source_release.py
 
-# MPI ranks that share their cores with other tests crawl: they come alone, at the end. Status 5: there are none.
+# Files of serial tests side by side. Status 5: there are none.
+in_files = $(RUN) -m pytest -m "not slow and parallel[1]" -n $(JOBS) --dist loadfile $(1) || [ $$? -eq 5 ]
+# All tests for a number of ranks in one launch, as it takes longer to start Firedrake on each than to run most of them;
+# and alone, because ranks that share their cores with other tests crawl.
+on_ranks = mpiexec -n $(1) $(RUN) -m pytest -m "not slow and parallel[$(1)]" $(TESTS) || [ $$? -eq 5 ]
+
 test: lint
-	$(RUN) -m pytest -m "not slow and not parallel" -n $(JOBS) --dist loadfile $(TESTS) || [ $$? -eq 5 ]
-	$(RUN) -m pytest -m "not slow and parallel" $(TESTS) || [ $$? -eq 5 ]
+	$(call in_files,$(TESTS))
+	$(call on_ranks,2)
+	$(call on_ranks,3)
+
+test-quick: install
+	$(call in_files,$(QUICK_TESTS))
 
 # Through the environment, because mpi-pytest hands its options to the MPI processes it starts this way only.
 test-slow: install
-	PYTEST_ADDOPTS="-m slow" $(RUN) -m pytest $(TESTS)
+	PYTEST_ADDOPTS="-m slow -o faulthandler_timeout=0" $(RUN) -m pytest $(TESTS)
 
 lint: install
 	$(RUN) -m flake8

@@ -18,53 +18,55 @@ from pathlib import Path
 
 import torch
 from matplotlib import pyplot as plt
-from tqdm import trange
+from torch import Tensor
 
 from fem_diffusion.comparison import write_csv
 from fem_diffusion.diffusion import (
-    CollapseWarning, Denoiser, GaussianNoise, ResidualMLP, TrainingOptions, fit_denoiser, linear_base, measure_collapse,
-    plain_base, sample_latents,
+    CollapseWarning, Denoiser, GaussianNoise, Layout, ResidualMLP, Sampler, TrainingOptions, fit_denoiser, linear_base,
+    measure_collapse, plain_base, sample_latents,
 )
+from fem_diffusion.progress import bar
 
 LATENTS, SENSORS, NOISE = 4, 2, 0.3
 FIELDS = ("loop", "steps", "training", "new", "spread_ratio", "neighbour_ratio")
 
 
-def problem(n: int, seed: int):
-    """Latents (n, 4), noise-free observations (n, 2) and the exact posterior as a base."""
+def problem(n: int, seed: int) -> tuple[Tensor, Tensor, Denoiser]:
+    """Latents (n, 4), noise-free readings (n, 2) and the exact posterior."""
     g = torch.Generator().manual_seed(0)
     operator = torch.randn(SENSORS, LATENTS, generator=g, dtype=torch.float64)
     z = torch.randn(n, LATENTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return z, z @ operator.T, linear_base(operator, NOISE**2 * torch.eye(SENSORS, dtype=torch.float64))
+    return z, z @ operator.T, Denoiser(linear_base(operator, NOISE**2 * torch.eye(SENSORS, dtype=torch.float64)))
 
 
-def naive(z, y, steps: int, width: int, depth: int, progress: bool = False) -> Denoiser:
+def naive(z: Tensor, y: Tensor, steps: int, width: int, depth: int, progress: bool = False) -> Denoiser:
     """Denoising score matching as it is usually written down, on measurements (n, 2) that hold their noise."""
     base = plain_base(z, y, torch.zeros(SENSORS, SENSORS))
-    w, features = base.whiten(z, y).float(), base.features(y).float()
+    w, features = base.locate(Layout.readings(SENSORS, y), y).whiten(z).float(), base.features(y).float()
     g = torch.Generator().manual_seed(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         network = ResidualMLP(LATENTS, SENSORS, width, depth)
     optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
-    for _ in trange(steps, desc="naive loop", disable=not progress):
-        index = torch.randint(len(w), (256,), generator=g)
-        angle = torch.arctan(torch.exp(1.2 * torch.randn(256, 1, generator=g)))
-        white = torch.randn(256, LATENTS, generator=g)
-        cosine, sine = torch.cos(angle), torch.sin(angle)
-        output = network(cosine * w[index] + sine * white, angle, features[index])
-        optimiser.zero_grad()
-        (output - (sine * w[index] - cosine * white)).square().mean().backward()
-        optimiser.step()
+    with bar(steps, "naive loop", progress) as shown:
+        for _ in range(steps):
+            index = torch.randint(len(w), (256,), generator=g)
+            angle = torch.arctan(torch.exp(1.2 * torch.randn(256, 1, generator=g)))
+            white = torch.randn(256, LATENTS, generator=g)
+            cosine, sine = torch.cos(angle), torch.sin(angle)
+            output = network(cosine * w[index] + sine * white, angle, features[index])
+            optimiser.zero_grad()
+            (output - (sine * w[index] - cosine * white)).square().mean().backward()
+            optimiser.step()
+            shown.update()
     return Denoiser(base, network.eval().requires_grad_(False))
 
 
-def variance_ratio(denoiser: Denoiser, exact, y) -> float:
+def variance_ratio(denoiser: Denoiser, exact: Denoiser, y: Tensor) -> float:
     """Variance of 64 samples for each of up to 200 measurements (m, 2), over the exact posterior variance."""
-    rows = y[:200].repeat_interleave(64, dim=0)
-    z = sample_latents(denoiser, rows, generator=torch.Generator().manual_seed(2), steps=40, method="heun")
+    z = sample_latents(denoiser.at(y[:200]), 64, Sampler(steps=40, method="heun"), seed=2)
     # In coordinates in which the exact posterior has variance one, whatever the measurement.
-    return float(exact.whiten(z, rows).view(-1, 64, LATENTS).var(1).mean())
+    return float(exact.at(y[:200]).located.whiten(z.transpose(0, 1)).var(0).mean())
 
 
 def run(pairs: int = 300, width: int = 128, depth: int = 3, progress: bool = True) -> list[dict]:
@@ -75,20 +77,20 @@ def run(pairs: int = 300, width: int = 128, depth: int = 3, progress: bool = Tru
     fixed, unseen = noise.sample(clean, g), noise.sample(unseen, g)
     settings = TrainingOptions(width=width, depth=depth)
 
-    def ours(noise, y, steps):
+    def ours(noise: GaussianNoise | None, y: Tensor, steps: int) -> Denoiser:
         options = replace(settings, steps=steps, patience=steps)
-        return fit_denoiser(z, y, noise, base="plain", options=options, progress=progress)
+        return fit_denoiser(z, y, noise, base="plain", options=options, progress=progress)[0]
     enough = fit_denoiser(z, clean, noise, base="plain", options=settings, progress=progress)[1].step[-1]
     rows = []
     for steps in (enough, 10 * enough):
         for loop, train in {"naive": lambda n: naive(z, fixed, n, width, depth, progress),
-                            "ours, noise known": lambda n: ours(noise, clean, n)[0],
-                            "ours, noise in the data": lambda n: ours(None, fixed, n)[0]}.items():
+                            "ours, noise known": lambda n: ours(noise, clean, n),
+                            "ours, noise in the data": lambda n: ours(None, fixed, n)}.items():
             with warnings.catch_warnings():
                 # The warning is what the naive loop is here to show; the numbers are in the table.
                 warnings.simplefilter("ignore", CollapseWarning)
                 denoiser = train(steps)
-            collapse = measure_collapse(denoiser, (z, fixed), (new, unseen))
+            collapse = measure_collapse((denoiser.at(fixed), z), (denoiser.at(unseen), new), z)
             rows.append(dict(zip(FIELDS, (loop, steps, variance_ratio(denoiser, exact, fixed),
                                           variance_ratio(denoiser, exact, unseen), collapse.spread_ratio,
                                           collapse.neighbour_ratio))))
@@ -113,7 +115,7 @@ def draw(rows: list[dict], file: Path) -> None:
     plt.close(figure)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=300)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "collapse")

@@ -15,10 +15,12 @@ from firedrake import (
     SpatialCoordinate, TestFunction, UnitSquareMesh, dx, grad, inner,
 )
 
+from mpi4py.MPI import Comm
+
 from fem_diffusion import GaussianPrior, InverseProblem, point_sensors, simulate
 
 
-def problem(cells, comm):
+def problem(cells: int, comm: Comm) -> InverseProblem:
     """A nonlinear reaction-diffusion problem."""
     V = FunctionSpace(UnitSquareMesh(cells, cells, comm=comm), "CG", 1)
     m, u, v = Function(V), Function(V), TestFunction(V)
@@ -26,7 +28,7 @@ def problem(cells, comm):
     solver = NonlinearVariationalSolver(NonlinearVariationalProblem(equation, u), solver_parameters={
         "ksp_type": "preonly", "pc_type": "lu"})
 
-    def solve(parameter):
+    def solve(parameter: Function) -> Function:
         m.assign(parameter)
         u.assign(0.0)
         solver.solve()
@@ -35,7 +37,7 @@ def problem(cells, comm):
                           point_sensors(V, [[0.3, 0.3], [0.7, 0.6]]))
 
 
-def rate(cells, pairs, comm, ensemble, folder):
+def rate(cells: int, pairs: int, comm: Comm, ensemble: Ensemble | None, folder: str) -> float:
     """Pairs a second; compilation and factorisation of the prior are left out."""
     given = problem(cells, comm)
     simulate(given, 2, seed=0, progress=False)
@@ -44,7 +46,7 @@ def rate(cells, pairs, comm, ensemble, folder):
     return pairs / (time.perf_counter() - start)
 
 
-def run(cells, pairs):
+def run(cells: int, pairs: int) -> tuple[float, float]:
     """Pairs a second of rank 0 alone and of the ensemble, on every rank."""
     folder = COMM_WORLD.bcast(tempfile.mkdtemp())
     alone = rate(cells, pairs, COMM_SELF, None, f"{folder}/alone") if COMM_WORLD.rank == 0 else None

@@ -15,10 +15,12 @@ import csv
 import io
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fem_diffusion import files
 from fem_diffusion.comparison import c2st
@@ -28,18 +30,15 @@ SIMULATIONS, SAMPLES, OBSERVATIONS = 10000, 10000, (1, 2, 3)
 FIELDS = ("task", "method", "seed", "observation", "c2st", "training_s", "sampling_s")
 
 
-def ours(task, theta, x, seed):
+def ours(task, theta: Tensor, x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
     """The default call; returns a function from a measurement (1, k) to samples."""
-    denoiser, _ = fit_denoiser(theta.double(), x.double())
-
-    def sample(y):
-        return sample_latents(denoiser, y.double().expand(SAMPLES, -1), generator=torch.Generator().manual_seed(seed))
-    return sample
+    denoiser, _ = fit_denoiser(theta, x)
+    return lambda y: sample_latents(denoiser.at(y), SAMPLES, seed=seed)[0]
 
 
-def peer(name):
+def peer(name: str) -> Callable:
     """The sbi trainer of this name with its defaults, as `ours`."""
-    def fit(task, theta, x, seed):
+    def fit(task, theta: Tensor, x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
         from sbi import inference
 
         # sbi keeps a training log below the current directory.
@@ -54,7 +53,7 @@ def peer(name):
 METHODS = {"fem_diffusion": ours, "sbi NPE": peer("NPE"), "sbi NPSE": peer("NPSE")}
 
 
-def simulate(task, folder: Path, seed: int):
+def simulate(task, folder: Path, seed: int) -> tuple[Tensor, Tensor]:
     """Parameters (n, r) and measurements (n, k) of a task, drawn once and kept."""
     file = folder / f"{task.name}-{seed}.safetensors"
     if not file.exists():
@@ -65,7 +64,7 @@ def simulate(task, folder: Path, seed: int):
     return torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["x"])
 
 
-def rows_of(task, method: str, seed: int, folder: Path):
+def rows_of(task, method: str, seed: int, folder: Path) -> Iterator[dict]:
     """Train one method on one set of simulations; a row for each observation."""
     theta, x = simulate(task, folder, seed)
     torch.manual_seed(seed)
@@ -104,7 +103,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=["two_moons", "gaussian_mixture"])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -55,7 +55,7 @@ def _invert(log_density: np.ndarray, grid: np.ndarray, n: int, rng: np.random.Ge
     return np.interp(rng.uniform(0, cumulative[-1], n), cumulative, grid)
 
 
-def _from_conditional(name, k, observations, prior, posterior, r):
+def _from_conditional(name: str, k: int, observations: list, prior: Callable, posterior: Callable, r: int) -> Problem:
     """A problem given by a law of y and p(z | y); `posterior` maps y (n, k) and rng to one draw each."""
     def joint(n, rng):
         y = prior(n, rng)
@@ -66,7 +66,7 @@ def _from_conditional(name, k, observations, prior, posterior, r):
     return Problem(name, r, k, joint, conditional, np.array(observations))
 
 
-def _normal(k):
+def _normal(k: int) -> Callable:
     return lambda n, rng: rng.standard_normal((n, k))
 
 
@@ -138,7 +138,8 @@ def banana() -> Problem:
     return Problem("banana", 2, 1, joint, posterior, np.array([[1.0], [-0.5], [3.0]]))
 
 
-def _mixture(name, means, shifts, stds, slopes, observations):
+def _mixture(name: str, means: np.ndarray | list, shifts: np.ndarray, stds: list, slopes: np.ndarray,
+             observations: list) -> Problem:
     """z | y mixture: weights softmax(slopes y), means + shifts y, diagonal stds; y ~ N(0, I)."""
     means, stds = np.asarray(means, dtype=float), np.asarray(stds, dtype=float)
 

@@ -21,15 +21,15 @@ from fem_diffusion.errors import (
     DataError as DataError, FemDiffusionError as FemDiffusionError, FileError as FileError, InputError as InputError,
     InstallError as InstallError, SolveError as SolveError,
 )
+from fem_diffusion.fields.coefficients import coefficients as coefficients, field as field
 from fem_diffusion.fields.basis import ModalBasis as ModalBasis, load_basis as load_basis
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as AdvectionDiffusion
 from fem_diffusion.forward.callable import CallableForward as CallableForward
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion as TransientAdvectionDiffusion
-from fem_diffusion.model.file import load_model as load_model
 from fem_diffusion.model.fit import fit as fit
-from fem_diffusion.model.model import Model as Model
+from fem_diffusion.model.model import Model as Model, load_model as load_model
 from fem_diffusion.model.posterior import Posterior as Posterior
 from fem_diffusion.observation.family import SensorFamily as SensorFamily, SensorKind as SensorKind
 from fem_diffusion.observation.instruments import (

@@ -84,7 +84,7 @@ def check_array(x: Any, name: str, *shapes: tuple, names: Sequence[str] | None =
     if wild.any():
         of = ""
         if names is not None and array.ndim:
-            of = f" of {', '.join(names[i] for i in np.unique(np.nonzero(wild)[-1]).tolist())}"
+            of = f" of {', '.join(str(names[i]) for i in np.unique(np.nonzero(wild)[-1]))}"
         elif names is None and array.ndim == 2:
             of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}"
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "

@@ -14,43 +14,49 @@ With time reversed, :math:`\tau = T - t`, and the score :math:`q = \nabla \log p
 the law of particles under the probability-flow ODE (:math:`\alpha = 0`), the reverse SDE (:math:`\alpha = 1`, Song et
 al. 2021, eqs. 6 and 13) and the whole family between and beyond (arXiv 2504.07437, reverse process).
 
-Both are conservation laws, :math:`\partial p + \nabla\cdot F = 0`. The weak form
-:math:`\int \partial p\, w = \int F \cdot \nabla w` has the natural boundary condition :math:`n \cdot F = 0`, so with
-the test function 1 the mass is conserved to rounding on any domain; choose it so that p is negligible at its boundary.
-No stabilisation is needed, not even for the pure transport of :math:`\alpha = 0`: the densities are smooth and form no
-layer at a boundary they do not reach. The order in L2 is the degree plus one; for :math:`\alpha = 0` and even degree it
-is the degree, as is known of Galerkin's method without diffusion. Times are the formulation's, in [0, 1].
+Both are conservation laws, :math:`\partial p + \nabla\cdot F = 0`, with the natural boundary condition
+:math:`n \cdot F = 0` of :math:`\int \partial p\, w = \int F \cdot \nabla w`: the mass is conserved to rounding on any
+domain; choose it so that p is negligible at its boundary. No stabilisation is needed, not even without diffusion: the
+densities are smooth and form no layer at a boundary they do not reach. The order in L2 is the degree plus one; for
+:math:`\alpha = 0` and even degree it is the degree. Times are the formulation's, in [0, 1].
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ufl
-from firedrake import (
-    Constant, Function, LinearVariationalProblem, LinearVariationalSolver, SpatialCoordinate, TestFunction,
-    TrialFunction, dot, dx, grad, lhs, rhs,
-)
+from firedrake import (Constant, Function, LinearVariationalProblem, LinearVariationalSolver, SpatialCoordinate,
+                       TestFunction, TrialFunction, dot, dx, grad, lhs, rhs)
 from firedrake.adjoint import stop_annotating
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
-from tqdm import tqdm
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_array, check_callable, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import require_real
-from fem_diffusion.forward.forms import linear_options
-from fem_diffusion.fields.doors import check_finite, check_solver, is_callable, petsc_reason
+from fem_diffusion.fields.checks import check_finite, check_solver, petsc_reason
+from fem_diffusion.forward.solvers import linear_options
+from fem_diffusion.progress import bar
+
+if TYPE_CHECKING:   # this room is of use without torch
+    import torch
+    from fem_diffusion.diffusion import Formulation
 
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
+Monitor = Callable[[float, Function], None]
+Positions = Expr | np.ndarray
+Number = Expr | float
 
-def forward_density(p: Function, formulation, times: Sequence[float], *, theta: float = 0.5,
+
+def forward_density(p: Function, formulation: "Formulation", times: Sequence[float], *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
-                    monitor: Callable[[float, Function], None] | None = None, progress: bool = False) -> Function:
+                    monitor: Monitor | None = None, progress: bool = True) -> Function:
     """Carry a density forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
 
     Parameters
@@ -58,7 +64,7 @@ def forward_density(p: Function, formulation, times: Sequence[float], *, theta: 
     p : Function
         Density at ``times[0]``, in a scalar H1-conforming space (CG or Q of any degree); left as it is.
     formulation : Formulation
-        Gives b(t) and g(t).
+        Gives b(t), g(t), a(t) and s(t).
     times : sequence of float
         Increasing times in [0, 1], shape (steps + 1,); see `noise_times`.
     theta : float
@@ -85,23 +91,19 @@ def forward_density(p: Function, formulation, times: Sequence[float], *, theta: 
     """
     times = _checked(p, formulation, times, direction=1)
 
-    def flux(p, xi, b, g, a, s):
+    def flux(p: Expr, xi: Expr, b: Constant, g: Constant, a: Constant, s: Constant) -> Expr:
         return -b * xi * p - g / 2 * grad(p)
-    return _march(p, formulation, times, flux, theta, solver_parameters, options_prefix, monitor, progress)
+    return _march(p, formulation, times, flux, theta, (solver_parameters, options_prefix), monitor, progress)
 
 
-def reverse_density(p: Function, formulation, times: Sequence[float], score: Callable[[Expr, Expr, Expr], Expr],
-                    alpha: float, *, theta: float = 0.5, solver_parameters: str | dict = "direct",
-                    options_prefix: str | None = None, monitor: Callable[[float, Function], None] | None = None,
-                    progress: bool = False) -> Function:
+def reverse_density(p: Function, formulation: "Formulation", times: Sequence[float],
+                    score: Callable[[Expr, Expr, Expr], Expr], alpha: float, *, theta: float = 0.5,
+                    solver_parameters: str | dict = "direct", options_prefix: str | None = None,
+                    monitor: Monitor | None = None, progress: bool = True) -> Function:
     """Carry a density backward: ``∂p/∂τ = -∇·([b ξ + (1+α)/2 g q] p) + (α g/2) Δp``.
 
     Parameters
     ----------
-    p : Function
-        Density at ``times[0]``, as in `forward_density`.
-    formulation : Formulation
-        Gives b(t), g(t), a(t) and s(t).
     times : sequence of float
         Decreasing times in [0, 1], shape (steps + 1,).
     score : callable
@@ -109,34 +111,22 @@ def reverse_density(p: Function, formulation, times: Sequence[float], score: Cal
         ``a z_0 + s ε``; called once, with Constants a and s that every step sets. `GaussianMixture.score` is one.
     alpha : float
         0 for the probability-flow ODE, 1 for the reverse SDE, any number >= 0.
-    theta, solver_parameters, options_prefix, monitor, progress
-        As in `forward_density`.
-
-    Returns
-    -------
-    Function
-        Density at ``times[-1]``, in the space of p.
-
-    Raises
-    ------
-    InputError, SolveError, InstallError
-        As for `forward_density`.
+    p, formulation, theta, solver_parameters, options_prefix, monitor, progress
+        As in `forward_density`, and so are what it returns and raises.
     """
     times = _checked(p, formulation, times, direction=-1)
-    if not is_callable(score):
-        raise InputError(f"score is {score!r}: give a function of ξ, a and s, such as GaussianMixture.score.")
     check_callable(score, "score", "a function of ξ, a and s, such as GaussianMixture.score", 3)
-    weight = Constant(check_number(alpha, "alpha", least=0))   # 0 for the ODE, 1 for the SDE
+    weight = Constant(check_number(alpha, "alpha", least=0))
 
-    def flux(p, xi, b, g, a, s):
+    def flux(p: Expr, xi: Expr, b: Constant, g: Constant, a: Constant, s: Constant) -> Expr:
         q = score(xi, a, s)
         if not isinstance(q, Expr) or q.ufl_shape != xi.ufl_shape:
             raise InputError(f"score(ξ, a, s) is {q!r}: return a UFL vector of shape {xi.ufl_shape}, by as_vector.")
         return (b * xi + (1 + weight) / 2 * g * q) * p - weight * g / 2 * grad(p)
-    return _march(p, formulation, times, flux, theta, solver_parameters, options_prefix, monitor, progress)
+    return _march(p, formulation, times, flux, theta, (solver_parameters, options_prefix), monitor, progress)
 
 
-def noise_times(formulation, sigma: float, steps: int) -> np.ndarray:
+def noise_times(formulation: "Formulation", sigma: float, steps: int) -> np.ndarray:
     """Times from 0 to the noise level `sigma`, shape (steps + 1,), between which the level grows by equal amounts.
 
     Formulations spend their time very differently; with these times all of them see the same noise in each step.
@@ -148,9 +138,7 @@ def noise_times(formulation, sigma: float, steps: int) -> np.ndarray:
     """
     _check_formulation(formulation, ("sigma", "time"))
     start, end = (float(formulation.sigma(_tensor(t))) for t in (0.0, 1.0))
-    steps = check_count(steps, "steps")
-    # The noise levels that the formulation has.
-    sigma = check_number(sigma, "sigma", above=start, most=end)
+    steps, sigma = check_count(steps, "steps"), check_number(sigma, "sigma", above=start, most=end)
     times = formulation.time(_tensor(np.linspace(start, sigma, steps + 1))).numpy()
     times[0] = 0.0
     return times
@@ -179,7 +167,7 @@ class GaussianMixture:
     means: np.ndarray
     stds: np.ndarray
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, shape in (("weights", ("k",)), ("means", ("k", "d")), ("stds", ("k",))):
             array = check_array(getattr(self, name), name, shape)
             array.flags.writeable = False
@@ -191,21 +179,20 @@ class GaussianMixture:
         if not ((self.weights > 0).all() and (self.stds > 0).all() and np.isclose(self.weights.sum(), 1)):
             raise InputError("weights and stds must be positive and the weights sum to 1: divide them by their sum.")
 
-    def density(self, xi, a=1.0, s=0.0):
-        """Density at positions `xi` of the law of ``a z_0 + s ε``: a UFL scalar, or an array (n,)."""
-        xi, a, s = self._checked(xi, a, s)
-        logs, top, exp, *_ = self._components(xi, a, s)
-        return exp(top) * sum(exp(value - top) for value in logs)
+    def __repr__(self) -> str:
+        return "GaussianMixture({} components in {} dimensions)".format(*self.means.shape)
 
-    def score(self, xi, a=1.0, s=0.0):
+    def density(self, xi: Positions, a: Number = 1.0, s: Number = 0.0) -> Positions:
+        """Density at positions `xi` of the law of ``a z_0 + s ε``: a UFL scalar, or an array (n,)."""
+        shares, top, *_ = self._shares(xi, a, s)
+        return top * sum(shares)
+
+    def score(self, xi: Positions, a: Number = 1.0, s: Number = 0.0) -> Positions:
         """Gradient of the logarithm of that density: a UFL vector of shape (d,), or an array (n, d)."""
-        xi, a, s = self._checked(xi, a, s)
-        logs, top, exp, means, variances = self._components(xi, a, s)
-        # Relative to the largest term, because far from all centres every term underflows.
-        shares = [exp(value - top) for value in logs]
-        pull = [sum(share * (a * m[j] - xi[..., j]) / v for share, m, v in zip(shares, means, variances)) / sum(shares)
+        shares, _, xi, pulls = self._shares(xi, a, s)
+        rows = [sum(share * pull[j] for share, pull in zip(shares, pulls)) / sum(shares)
                 for j in range(self.means.shape[1])]
-        return np.stack(pull, axis=-1) if isinstance(xi, np.ndarray) else ufl.as_vector(pull)
+        return np.stack(rows, axis=-1) if isinstance(xi, np.ndarray) else ufl.as_vector(rows)
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Independent draws of z_0, shape (n, d)."""
@@ -213,10 +200,11 @@ class GaussianMixture:
         which = rng.choice(len(self.weights), size=n, p=self.weights)
         return self.means[which] + self.stds[which, None] * rng.standard_normal((n, self.means.shape[1]))
 
-    def _checked(self, xi, a, s):
-        """Positions as a UFL vector or an array, a and s as UFL scalars or numbers."""
-        d = self.means.shape[1]
-        if not isinstance(xi, Expr):
+    def _shares(self, xi: Positions, a: Number, s: Number) -> tuple[list, Positions, Positions, list[list]]:
+        """Weighted component densities over the largest, that one, checked positions, and scores by component."""
+        k, d = self.means.shape
+        array = not isinstance(xi, Expr)
+        if array:
             xi = check_array(xi, "xi", (d,), ("n", d))
         elif xi.ufl_shape != (d,):
             raise InputError(f"the mixture lives in {d} dimensions, the positions do not: give means of shape (k, d) "
@@ -225,34 +213,32 @@ class GaussianMixture:
                 for name, x, least in (("a", a, -np.inf), ("s", s, 0.0)))
         if isinstance(a, float) and isinstance(s, float) and not a and not s:
             raise InputError("a and s are both zero: a law without spread has no density; give one of them.")
-        return xi, a, s
-
-    def _components(self, xi, a, s):
-        """Logarithms of the weighted component densities, their maximum, exp, the means and the variances at a, s."""
-        k, d = self.means.shape
-        array = isinstance(xi, np.ndarray)
         exp, log, maximum = (np.exp, np.log, np.maximum) if array else (ufl.exp, ufl.ln, ufl.max_value)
         # Constants, so that every mixture of so many components shares one compiled kernel.
         weights, means, stds = (v if array else Constant(v) for v in (self.weights, self.means, self.stds))
-        variances = [a**2 * stds[i]**2 + s**2 for i in range(k)]
-        logs = [log(weights[i]) - d / 2 * log(2 * math.pi * variances[i])
-                - sum((xi[..., j] - a * means[i, j])**2 for j in range(d)) / (2 * variances[i]) for i in range(k)]
-        return logs, reduce(maximum, logs), exp, [[means[i, j] for j in range(d)] for i in range(k)], variances
+        logs, pulls = [], []
+        for i in range(k):
+            variance, away = a**2 * stds[i]**2 + s**2, [a * means[i, j] - xi[..., j] for j in range(d)]
+            logs.append(log(weights[i]) - d / 2 * log(2 * math.pi * variance)
+                        - sum(x**2 for x in away) / (2 * variance))
+            pulls.append([x / variance for x in away])
+        top = reduce(maximum, logs)
+        # Relative to the largest term, because far from all centres every term underflows.
+        return [exp(value - top) for value in logs], exp(top), xi, pulls
 
 
-def _tensor(values):
+def _tensor(values: float | np.ndarray) -> "torch.Tensor":
     """Floats as the float64 tensors on which a formulation computes."""
-    # Imported here, because this room is of use without torch and Firedrake must come first.
-    import torch
+    import torch   # here, because Firedrake must come first
     return torch.as_tensor(values, dtype=torch.float64)
 
 
-def _check_formulation(formulation, methods):
+def _check_formulation(formulation: "Formulation", methods: Sequence[str]) -> None:
     if isinstance(formulation, type) or not all(callable(getattr(formulation, name, None)) for name in methods):
         raise InputError(f"formulation is {formulation!r}: give a Formulation, such as variance_exploding().")
 
 
-def _checked(p, formulation, times, direction):
+def _checked(p: Function, formulation: "Formulation", times: Sequence[float], direction: int) -> np.ndarray:
     """Times as an array (steps + 1,), or InputError for what does not describe a run in this direction."""
     require_real()
     _check_formulation(formulation, "bgas")
@@ -272,30 +258,29 @@ def _checked(p, formulation, times, direction):
     return times
 
 
-def _march(p, formulation, times, flux, theta, solver_parameters, options_prefix, monitor, progress):
+def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Callable[..., Expr], theta: float,
+           solver: tuple[str | dict, str | None], monitor: Monitor | None, progress: bool) -> Function:
     """Density at the last time, by the theta rule for ``∂p + ∇·F(p) = 0`` with ``n·F = 0`` on the boundary."""
     V = p.function_space()
-    theta = check_number(theta, "theta", least=0.5, most=1)   # 1/2 is of second order, 1 backward Euler
-    solver_parameters = check_solver(solver_parameters, options_prefix, V.comm)
+    theta = check_number(theta, "theta", least=0.5, most=1)
+    parameters, prefix = solver
+    options = linear_options(check_solver(parameters, prefix, V.comm), V, advective=True)
     if monitor is not None:
         check_callable(monitor, "monitor", "a function of time and density", 2)
-    progress = check_flag(progress, "progress")
+    show = check_flag(progress, "progress") and V.comm.rank == 0
     step, *coefficients = (Constant(0.0) for _ in range(5))
     old, trial, test = p.copy(deepcopy=True), TrialFunction(V), TestFunction(V)
     new = Function(V, name="density").assign(p)
-    between = theta * trial + (1 - theta) * old
     # Two degrees above the polynomial part: what UFL would estimate for a quotient of exponentials is far too much.
     measure = dx(degree=2 * V.ufl_element().embedded_superdegree + 2)
-    F = flux(between, SpatialCoordinate(V.mesh()), *coefficients)
+    F = flux(theta * trial + (1 - theta) * old, SpatialCoordinate(V.mesh()), *coefficients)
     form = ((trial - old) * test - step * dot(F, grad(test))) * measure
-    solver = LinearVariationalSolver(LinearVariationalProblem(lhs(form), rhs(form), new),
-                                     solver_parameters=linear_options(solver_parameters, V, advective=True),
-                                     options_prefix=options_prefix)
-    with stop_annotating():
+    problem = LinearVariationalProblem(lhs(form), rhs(form), new)
+    solver = LinearVariationalSolver(problem, solver_parameters=options, options_prefix=prefix)
+    with stop_annotating(), bar(len(times) - 1, "density", show) as shown:
         if monitor is not None:
             monitor(float(times[0]), new.copy(deepcopy=True))
-        for start, end in tqdm(list(zip(times[:-1], times[1:])), desc="density", leave=False,
-                               disable=not progress or V.comm.rank > 0):
+        for start, end in zip(times[:-1], times[1:]):
             time = _tensor((1 - theta) * start + theta * end)
             for constant, name in zip(coefficients, "bgas"):
                 constant.assign(float(getattr(formulation, name)(time)))
@@ -309,4 +294,5 @@ def _march(p, formulation, times, flux, theta, solver_parameters, options_prefix
                                  "solver_parameters='direct'.") from error
             if monitor is not None:
                 monitor(float(end), new.copy(deepcopy=True))
+            shown.update()
     return new

@@ -1,10 +1,12 @@
 """Pictures for talks: samples with their uncertainty, posterior predictive, training curve."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from finat.ufl import TensorProductElement
 from firedrake import Function, FunctionSpace, SpatialCoordinate, assemble, interpolate
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -14,15 +16,17 @@ from fem_diffusion.trust import Calibration
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.posterior import Samples
+from fem_diffusion.fields.keyed import gather_rows
+from fem_diffusion.samples import Samples
 
 __all__ = ["plot_calibration", "plot_history", "plot_predictive", "plot_samples"]
 
 TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 
 
-def plot_samples(samples, axes=None, truth: Function | None = None, reference: tuple | None = None,
-                 curves: int | None = None, xlabel: str | None = None, ylabel: str | None = None):
+def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, truth: Function | None = None,
+                 reference: Sequence | None = None, curves: int | None = None, xlabel: str | None = None,
+                 ylabel: str | None = None) -> Axes | np.ndarray | None:
     """Draw samples of a scalar parameter, or of a few numbers.
 
     On a one-dimensional mesh (a boundary part, too): mean, 95 % band, single samples, truth and reference along the
@@ -50,7 +54,8 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
 
     Returns
     -------
-    matplotlib Axes or array of them on rank 0, None elsewhere.
+    matplotlib Axes, array of them or None
+        None but on rank 0.
 
     Raises
     ------
@@ -74,8 +79,7 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
     if reference is not None:
         reference = together(comm, lambda: _reference(reference, owned_size(V)))
     for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
-        if label is not None:
-            check_text(label, name)
+        check_kind(label, name, (str, type(None)), "a string")
     V = _drawn_space(V)
     if V.ufl_element().family() == "Real":
         _refuse("numbers", curves=curves)
@@ -99,17 +103,15 @@ def plot_samples(samples, axes=None, truth: Function | None = None, reference: t
     return _plot_maps(V, values, axes, truth, ylabel or "parameter")
 
 
-def _refuse(what: str, **arguments) -> None:
+def _refuse(what: str, **arguments: Any) -> None:
     """Refuse arguments that a picture has no use for."""
     given = [name for name, value in arguments.items() if value is not None]
     if given:
         raise InputError(f"pictures of {what} have no use for {' and '.join(given)}: leave it out.")
 
 
-def _drawn_space(V):
-    """A space with the same coefficients: scalar where values are vectors of one component, and on the base mesh where
-    they are constant along the extrusion.
-    """
+def _drawn_space(V: WithGeometry) -> WithGeometry:
+    """A space with the same coefficients: scalar for vectors of one component, of the base mesh along an extrusion."""
     element, mesh = V.ufl_element(), V.mesh()
     if element.family() != "Real" and V.value_size == 1 and V.value_shape:
         element = element.sub_elements[0]
@@ -119,7 +121,7 @@ def _drawn_space(V):
     return V if element == V.ufl_element() else FunctionSpace(mesh, element)
 
 
-def _reference(reference, size: int) -> np.ndarray:
+def _reference(reference: Sequence, size: int) -> np.ndarray:
     """Mean, lower and upper bound, shape (3, n_owned)."""
     parts = list(reference) if isinstance(reference, (tuple, list, np.ndarray)) else []
     if len(parts) not in (2, 3):
@@ -134,7 +136,7 @@ def _reference(reference, size: int) -> np.ndarray:
     return np.stack(parts)
 
 
-def _axes_for(axes, count: int) -> None:
+def _axes_for(axes: Any, count: int) -> None:
     """Refuse what is not None, nor axes for so many pictures."""
     if axes is not None:
         many = [axes] if isinstance(axes, Axes) else list(axes) if isinstance(axes, (Sequence, np.ndarray)) else []
@@ -143,12 +145,13 @@ def _axes_for(axes, count: int) -> None:
             raise InputError(f"axes is {axes!r}: give {what}, or leave it out for a new figure.")
 
 
-def _plot_lines(V, values, axes, truth, reference, curves, xlabel, ylabel):
-    x = _gather(V, np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())]))
-    lines = _gather(V, values[:curves])
-    summary = _gather(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
-    truth = None if truth is None else _gather(V, truth[None])
-    reference = None if reference is None else _gather(V, reference)
+def _plot_lines(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, reference: np.ndarray | None,
+                curves: int, xlabel: str, ylabel: str) -> Axes | None:
+    x = gather_rows(V, np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())]))
+    lines = gather_rows(V, values[:curves])
+    summary = gather_rows(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
+    truth = None if truth is None else gather_rows(V, truth[None])
+    reference = None if reference is None else gather_rows(V, reference)
     if V.comm.rank != 0:
         return None
     x = x[np.argmax(np.ptp(x, axis=1))]
@@ -173,15 +176,17 @@ def _plot_lines(V, values, axes, truth, reference, curves, xlabel, ylabel):
     return axes
 
 
-def _one(axes, size=(7, 4)):
-    """The one axes to draw on."""
+def _one(axes: Any, size: tuple[float, float] = (7, 4)) -> Axes:
+    """The one axes to draw on, checked."""
+    _axes_for(axes, 1)
     if axes is None:
         return plt.subplots(figsize=size, layout="constrained")[1]
     return axes if isinstance(axes, Axes) else axes[0]
 
 
-def _plot_numbers(V, values, axes, truth, reference, xlabel, ylabel):
-    numbers, truth, reference = (None if part is None else _gather(V, np.atleast_2d(part))
+def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None,
+                  reference: np.ndarray | None, xlabel: str, ylabel: str) -> Axes | np.ndarray | None:
+    numbers, truth, reference = (None if part is None else gather_rows(V, np.atleast_2d(part))
                                  for part in (values, truth, reference))
     if V.comm.rank != 0:
         return None
@@ -222,13 +227,12 @@ def _plot_numbers(V, values, axes, truth, reference, xlabel, ylabel):
     return axes[0] if count == 1 else axes
 
 
-def _plot_maps(V, values, axes, truth, label):
+def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> Sequence[Axes]:
     if len(values) < 2:
         raise InputError("A map of the standard deviation needs at least 2 samples.")
-    panels = {"posterior mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
-              "one sample": values[0]}
-    if truth is not None:
-        panels = {"truth": truth, **panels}
+    panels = ({} if truth is None else {"truth": truth}) | {
+        "posterior mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
+        "one sample": values[0]}
     _axes_for(axes, len(panels))
     if axes is None:
         axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained")[1]
@@ -240,7 +244,8 @@ def _plot_maps(V, values, axes, truth, label):
     return axes
 
 
-def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: str = "measurement"):
+def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = None,
+                    ylabel: str = "measurement") -> Axes:
     """Measurements against the posterior predictive, a 95 % interval for each sensor.
 
     Parameters
@@ -254,10 +259,6 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: s
     ylabel : str
         Label with unit.
 
-    Returns
-    -------
-    matplotlib Axes
-
     Raises
     ------
     InputError
@@ -269,7 +270,6 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: s
     if not predictions.size:
         raise InputError("There are no predictions, or no sensors: give one at least.")
     check_text(ylabel, "ylabel")
-    _axes_for(axes, 1)
     axes = _one(axes)
     sensors = np.arange(len(y))
     lower, middle, upper = np.quantile(predictions, [0.025, 0.5, 0.975], axis=0)
@@ -281,27 +281,19 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes=None, ylabel: s
     return axes
 
 
-def plot_history(history: History, axes=None):
+def plot_history(history: History, axes: Axes | None = None) -> Axes:
     """Training curve: loss over optimiser steps, with the level of the Gaussian base alone.
 
     Parameters
     ----------
     history : History
-        Of a `ConditionalModel`.
+        Of a `Model`.
     axes : matplotlib Axes, optional
         Where to draw; a new figure where left out.
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    InputError
-        If `history` or `axes` is something else.
+    InputError is raised where it is something else.
     """
     check_kind(history, "history", History, "the history of a model, model.history")
-    _axes_for(axes, 1)
     axes = _one(axes)
     axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
     axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
@@ -315,8 +307,10 @@ def plot_history(history: History, axes=None):
     return axes
 
 
-def plot_calibration(calibration, axes=None):
+def plot_calibration(calibration: Calibration, axes: Axes | None = None) -> Axes:
     """Ranks of held-out truths among their draws: the share below each level, minus the level itself.
+
+    There is a curve for each coordinate; 95 % of those of calibrated draws stay wholly within the band (Kolmogorov).
 
     Parameters
     ----------
@@ -325,18 +319,9 @@ def plot_calibration(calibration, axes=None):
     axes : matplotlib Axes, optional
         Where to draw; a new figure where left out.
 
-    Returns
-    -------
-    matplotlib Axes
-        A curve for each coordinate; 95 % of curves of calibrated draws stay wholly within the band (Kolmogorov).
-
-    Raises
-    ------
-    InputError
-        If `calibration` or `axes` is something else.
+    InputError is raised where it is something else.
     """
     check_kind(calibration, "calibration", Calibration, "what calibrate returned")
-    _axes_for(axes, 1)
     axes = _one(axes, (5, 4))
     pairs, coordinates = calibration.ranks.shape
     level = np.linspace(0, 1, 201)
@@ -351,9 +336,3 @@ def plot_calibration(calibration, axes=None):
              xlim=(0, 1), ylim=(-2 * band, 2 * band))
     axes.legend(fontsize="small", frameon=False)
     return axes
-
-
-def _gather(V, values: np.ndarray) -> np.ndarray | None:
-    """Rows of owned coefficients (n, n_owned) put together on rank 0, shape (n, n_global); None elsewhere."""
-    parts = V.comm.gather(values)
-    return np.concatenate(parts, axis=1) if V.comm.rank == 0 else None

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
 
-from fem_diffusion.checks import check_array, check_seed
+from fem_diffusion.checks import check_array, check_kind, check_seed
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field
@@ -18,7 +19,7 @@ from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.protocol import Prior, check_prior
 
-__all__ = ["InverseProblem"]
+__all__ = ["InverseProblem", "check_problem"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,7 +83,7 @@ class InverseProblem:
         return self.forward.U or getattr(self.observation, "U", None)
 
     @property
-    def comm(self):
+    def comm(self) -> MPI.Comm:
         """MPI communicator of the mesh."""
         return self.M.comm
 
@@ -102,22 +103,9 @@ class InverseProblem:
         return self.observation.names if isinstance(self.observation, Observation) else ()
 
     def readings(self, parameters: np.ndarray) -> np.ndarray:
-        """What the sensors read without noise (collective).
+        """What the sensors read without noise, shape (B, k), global, of parameters (B, n_owned of M) (collective).
 
-        Parameters
-        ----------
-        parameters : numpy.ndarray
-            Owned coefficients, shape (B, n_owned of M).
-
-        Returns
-        -------
-        numpy.ndarray
-            Global, shape (B, k).
-
-        Raises
-        ------
-        InputError
-            If the problem is of a family, which has no readings without a choice of sensors.
+        InputError is raised for a family, which has no readings without a choice of sensors.
         """
         if self.family:
             raise InputError("A family has no readings: choose sensors, and make an InverseProblem of those.")
@@ -140,3 +128,8 @@ class InverseProblem:
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("An InverseProblem holds a mesh and cannot be copied or pickled: build it again.")
+
+
+def check_problem(problem: InverseProblem) -> InverseProblem:
+    """An InverseProblem; InputError where it is something else."""
+    return check_kind(problem, "problem", InverseProblem, "an InverseProblem(prior, forward, observation, noise)")

@@ -17,7 +17,7 @@ from fem_diffusion.checks import check_callable, check_count, check_kind, check_
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
-from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
+from fem_diffusion.fields.coefficients import coefficients, field, is_real, on_root, owned_size
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
@@ -73,22 +73,9 @@ class Samples:
         return (self[i] for i in range(len(self)))
 
     def component(self, i: int) -> "Samples":
-        """Samples of one component of a mixed parameter, for pictures and files; `latents` stay those of all.
+        """Samples of component i of a mixed parameter, in its own space; `latents` stay those of all.
 
-        Parameters
-        ----------
-        i : int
-            Index of the component.
-
-        Returns
-        -------
-        Samples
-            In the component's own space.
-
-        Raises
-        ------
-        InputError
-            If there is no such component.
+        InputError is raised where there is no such component.
         """
         if not isinstance(i, Integral) or not 0 <= i < len(self.V):
             raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
@@ -114,17 +101,12 @@ class Samples:
         return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
 
     def map(self, f: Callable[[Function], Any]) -> np.ndarray:
-        """A quantity of interest of every sample (collective).
+        """A quantity of interest of every sample, shape (n, ...) (collective).
 
         Parameters
         ----------
         f : Callable
             Maps a Function to a number or an array, for example ``lambda m: assemble(m * dx)``. It gets copies.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (n, ...).
 
         Raises
         ------
@@ -158,12 +140,11 @@ class Samples:
         Raises
         ------
         InputError
-            If there are no samples, the condition gives something else, or the parameter has no nodes at which a UFL
-            condition could be read.
+            If there are no samples, the condition gives something else, or the parameter has no nodes for a UFL one.
         """
         self._check_some()
         check_callable(condition, "condition", "a function of a Function, such as lambda m: m > 1.6", 1)
-        m = field(self.V, self.values[0])
+        m, W = field(self.V, self.values[0]), self.V
         found = condition(m)
         if not isinstance(found, Condition):
             found = self.map(condition)
@@ -171,13 +152,11 @@ class Samples:
                 raise InputError("condition gives neither True or False nor a UFL condition: return one, such as m > "
                                  "1.6 (pointwise) or bool(assemble(m * dx) > 1.6).")
             return float(found.mean())
-        W = self.V
         if W.value_shape and len(W) == 1 and W.ufl_element().sub_elements:
             W = FunctionSpace(W.mesh(), W.ufl_element().sub_elements[0])
-        if len(W) > 1 or W.value_shape or not (W.ufl_element().family() == "Real"
-                                               or W.finat_element.has_pointwise_dual_basis):
-            raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), or "
-                             "return True or False.")
+        if len(W) > 1 or W.value_shape or not (is_real(W) or W.finat_element.has_pointwise_dual_basis):
+            raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), "
+                             "or return True or False.")
         share, total = Function(W), 0
         run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
         for row in self.values:
@@ -188,17 +167,9 @@ class Samples:
         return field(W, total / len(self), name="probability")
 
     def to_arviz(self, chains: int = 1) -> Any:
-        """The samples for ArviZ, with the variables ``parameter`` and ``latents`` (collective).
+        """The samples as so many chains of equal length, one after the other, for ArviZ (collective).
 
-        Parameters
-        ----------
-        chains : int
-            Of so many chains of equal length, one after the other, the samples consist.
-
-        Returns
-        -------
-        arviz.InferenceData or xarray.DataTree
-            By the version of ArviZ; of all coefficients, on every rank.
+        The variables are ``parameter``, all coefficients on every rank, and ``latents``.
 
         Raises
         ------
@@ -289,10 +260,6 @@ def load_samples(folder: str | os.PathLike, V: WithGeometry) -> Samples:
         The folder.
     V : firedrake.functionspaceimpl.WithGeometry
         Space of the parameter, on the mesh of the samples; on any number of ranks.
-
-    Returns
-    -------
-    Samples
 
     Raises
     ------

@@ -16,15 +16,14 @@ from fem_diffusion import files
 from fem_diffusion.fields.basis import load_basis
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.diffusion import (
-    Denoiser, Emulator, FieldNetwork, GaussianNoise, OperatorBase, OperatorDenoiser, ResidualMLP, SensorNetwork,
-    Spectrum, Support, TrainingOptions, linear_base, train,
+    Emulator, FieldNetwork, GaussianNoise, ResidualMLP, SensorNetwork, Spectrum, Support, TrainingOptions, fit_denoiser,
 )
 from fem_diffusion.errors import InstallError
-from fem_diffusion.many_operators import fit_family, load_family
-from fem_diffusion.posterior import ConditionalModel, fit, load_model
+from fem_diffusion.model.fit import fit
+from fem_diffusion.model.model import load_model
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.simulation.simulate import load_pairs, simulate
@@ -60,45 +59,44 @@ def specimens(folder: Path) -> dict[str, Specimen]:
 
     def forward(m):
         return Function(V).interpolate(m + m**2 / 4)
-    problem = InverseProblem(prior, forward, sensors)
+    problem = InverseProblem(prior, forward, sensors, NOISE)
     simulate(problem, 60, path=folder / "pairs", keep_states=True, **arguments)
     data = load_pairs(folder / "pairs", problem)
-    model = fit(data, basis, NOISE, options=OPTIONS, progress=False)
+    model = fit(problem, data, basis=basis, options=OPTIONS, progress=False)
     spectrum = Spectrum(torch.tensor([0.5, 0.1]).double(), torch.tensor([0.3, 0.2]).double())
     support = Support(torch.tensor([-torch.inf, -9, -9]).double(), torch.tensor([9, 9, torch.inf]).double())
-    denoiser = model.denoiser
-    for name, network in (("model", ResidualMLP(3, 3, 8, 1)), ("field model", FieldNetwork(3, 3, 8, 1, 2, 1))):
-        changed = Denoiser(denoiser.base, weights_everywhere(network), spectrum, support)
-        ConditionalModel(basis, changed, model.history).save(folder / name)
-    family = SensorFamily(SensorKind(sensors, 0.1, (1, 3)))
-    many = fit_family(data, basis, family, options=OPTIONS, progress=False)
-    s = many.states.r
-    emulator = weights_everywhere(Emulator(3, s, 8, 1))
-    emulator.matrix, emulator.scale = torch.ones(s, 3).double(), 0.1 * torch.ones(s).double()
-    emulator.residual = 0.01 * torch.eye(s).double()
-    base = OperatorBase(many.denoiser.base.mean, many.denoiser.base.factor, emulator, 2)
-    network = weights_everywhere(SensorNetwork(3, s, 8, 1, 8, 2))
-    many = replace(many, denoiser=OperatorDenoiser(base, network, spectrum, None, True))
-    many.save(folder / "family model")
+    family = replace(problem, observation=SensorFamily(SensorKind(sensors, 0.1, (1, 3))), noise=None)
+    many = fit(family, data, basis=basis, options=OPTIONS, progress=False)
+    for name, trained, network in (
+            ("model", model, ResidualMLP(3, 3, 8, 1)), ("field model", model, FieldNetwork(3, 3, 8, 1, 2, 1)),
+            ("family model", many, SensorNetwork(3, many.states.r, 8, 1, 8, 2))):
+        size = trained.denoiser.base.k
+        emulator = weights_everywhere(Emulator(3, size, 8, 1))
+        emulator.matrix, emulator.scale = torch.ones(size, 3).double(), 0.1 * torch.ones(size).double()
+        emulator.residual = 0.01 * torch.eye(size).double()
+        denoiser = replace(trained.denoiser, network=weights_everywhere(network), spectrum=spectrum, support=support,
+                           base=replace(trained.denoiser.base, emulator=emulator, updates=2))
+        replace(trained, denoiser=denoiser).save(folder / name)
     basis.save(folder / "basis")
     with contextlib.suppress(InstallError):     # without VTK
         Samples(V, data.coefficients[:5], torch.randn(5, 3).numpy()).save(folder / "samples")
     z = torch.randn(60, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    exact = linear_base(torch.eye(2).double(), 0.01 * torch.eye(2).double())
-    train(z, z**2, NOISE, exact, OPTIONS, checkpoint=folder / "checkpoint")
-    y = data.readings[0]
+
+    def train():
+        # Of unknown law, so that no emulator keeps a checkpoint of its own.
+        return fit_denoiser(z, z**2, None, options=OPTIONS, checkpoint=folder / "checkpoint")[1].validation
+    train()
+    y, drawn = data.readings[0], {"seed": 0, "progress": False}
     uses = {
         "data set": ("pairs/data_set.safetensors", lambda: load_pairs(folder / "pairs", problem).coefficients),
         "block": ("pairs/block-00001.safetensors", lambda: load_pairs(folder / "pairs", problem).coefficients),
-        "model": ("model", lambda: load_model(folder / "model", basis).condition(y).sample(2, seed=0).values),
-        "field model": ("field model",
-                        lambda: load_model(folder / "field model", basis).condition(y).sample(2, seed=0).values),
-        "family model": ("family model", lambda: load_family(folder / "family model", basis, V).condition(
-            sensors, y, NOISE).sample(2, seed=0).values),
-        "basis": ("basis", lambda: load_basis(folder / "basis", V).decode(torch.ones(1, 3))),
+        **{name: (name, lambda name=name: load_model(folder / name, problem).condition(y).sample(2, **drawn).values)
+           for name in ("model", "field model")},
+        "family model": ("family model", lambda: load_model(folder / "family model", family).condition(
+            y, sensors, NOISE).sample(2, **drawn).values),
+        "basis": ("basis", lambda: load_basis(folder / "basis", V).decode(np.ones((1, 3)))),
         "samples": ("samples/samples.safetensors", lambda: load_samples(folder / "samples", V)[1:].values),
-        "checkpoint": ("checkpoint", lambda: np.array(
-            train(z, z**2, NOISE, exact, OPTIONS, checkpoint=folder / "checkpoint")[1].validation)),
+        "checkpoint": ("checkpoint", lambda: np.array(train())),
     }
     return {kind: Specimen(folder / name, use, (folder / name).read_bytes()) for kind, (name, use) in uses.items()}
 

@@ -76,9 +76,9 @@ def test_observations_are_typical(problem):
 def _command(problem, folder, monkeypatch, capsys, **options):
     """What the command prints for one problem in a tiny size."""
     size = formulations.SIZES["quick"]
-    tiny = replace(size, pairs=800, samples=60, budgets=(2, 8), samplers=tuple(
-        s for s in size.samplers if s.name in ("Euler-Maruyama", "whitened multistep", "adaptive")),
-        options=replace(size.options, batch=64, width=24, depth=1, **options))
+    few = {name: size.samplers[name] for name in ("Euler-Maruyama", "whitened multistep", "adaptive")}
+    tiny = replace(size, pairs=800, samples=60, budgets=(2, 8), samplers=few,
+                   options=replace(size.options, batch=64, width=24, depth=1, **options))
     monkeypatch.setitem(formulations.SIZES, "quick", tiny)
     monkeypatch.setattr(formulations, "c2st", lambda reference, samples: 0.5)  # slow, and tested elsewhere
     monkeypatch.setattr(sys, "argv", ["formulations.py", "--size", "quick", "--problems", problem,

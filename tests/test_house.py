@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 # A room may import those above it in this list, and those beside it.
 LEVELS = [["errors"], ["checks"], ["files", "progress"], ["diffusion"], ["fields"], ["observation"], ["forward"],
-          ["prior", "density_pde"], ["problem"], ["simulation"], ["model", "posterior", "samples", "many_operators"],
+          ["prior", "density_pde"], ["problem"], ["simulation"], ["model", "samples"],
           ["reference", "trust", "comparison", "plot"]]
 # Samples draw themselves.
 ALLOWED = {("samples", "plot")}
@@ -94,8 +95,7 @@ def _untyped(path):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg,
                              node.args.kwarg]
                 names = [x.arg for x in arguments if x and not x.annotation and x.arg not in ("self", "cls")]
-                # __init__ returns nothing.
-                if names or not node.returns and node.name != "__init__":
+                if names or not node.returns and node.name not in ("__init__", "__post_init__"):
                     yield f"{_named(path)} line {node.lineno}: {node.name}({', '.join(names)})"
 
 
@@ -116,7 +116,32 @@ def test_every_name_of_the_stub_is_there():
 
 def test_torch_rooms_and_their_tests_do_without_firedrake_and_mpi():
     code = ("import sys\nfor name in ('firedrake', 'mpi4py', 'petsc4py', 'ufl'): sys.modules[name] = None\n"
-            "import pytest; sys.exit(pytest.main(['--collect-only', '-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))")
+            "import pytest; sys.exit(pytest.main(['--collect-only', '-qq', '-p', 'no:cacheprovider', *sys.argv[1:]]))")
     run = subprocess.run([sys.executable, "-c", code, *TORCH_ONLY], cwd=ROOT, capture_output=True, text=True,
                          env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
-    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
+
+
+def test_contributing_names_what_is_there():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    paths = {*re.findall(r"\]\(([^):#]+)\)", text),
+             *re.findall(r"(?<![\w./=])([A-Za-z_]+/[\w./]*|\w+\.(?:py|pyi|md)|Makefile)(?![\w/])", text)}
+    assert len(paths) > 20
+    missing = [path for path in paths if not (ROOT / path).exists() and not (PACKAGE / path).exists()]
+    assert not missing, missing
+    named = set(re.findall(r"`make ([\w-]+)", text))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"lint", "test", "test-quick", "test-slow"} <= named <= targets
+
+
+def test_readme_lists_every_room():
+    layout = (ROOT / "README.md").read_text().split("## Layout")[1]
+    for room in {_room(path) for path in FILES} - {"__init__"}:
+        name = f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py"
+        assert name in layout, f"The layout in README.md does not list {name}."
+
+
+def test_quick_tests_are_there():
+    listed = re.search(r"^QUICK_TESTS = (.*?[^\\])$", (ROOT / "Makefile").read_text(), re.MULTILINE | re.DOTALL)
+    for name in listed[1].replace("\\", " ").split():
+        assert (ROOT / name).exists(), name

@@ -3,7 +3,6 @@
 import matplotlib
 import numpy as np
 import pytest
-import torch
 from firedrake import (
     ExtrudedMesh, Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, TensorFunctionSpace, UnitCubeMesh,
     UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, sin,
@@ -30,7 +29,7 @@ def _closed():
 
 
 def _samples(V):
-    return Samples(V, np.random.default_rng(0).standard_normal((30, V.dim())), torch.zeros(30, 2))
+    return Samples(V, np.random.default_rng(0).standard_normal((30, V.dim())), np.zeros((30, 2)))
 
 
 def test_lines_show_mean_band_samples_truth_and_reference():
@@ -107,7 +106,7 @@ def test_what_is_constant_along_an_extrusion_is_drawn_on_the_base():
     mesh = ExtrudedMesh(UnitIntervalMesh(6), 3)
     V = FunctionSpace(mesh, "CG", 2, vfamily="R", vdegree=0)
     wave = Function(V).project(sin(3 * SpatialCoordinate(mesh)[0]))
-    samples = Samples(V, np.stack([wave.dat.data_ro, -wave.dat.data_ro]), torch.zeros(2, 1))
+    samples = Samples(V, np.stack([wave.dat.data_ro, -wave.dat.data_ro]), np.zeros((2, 1)))
     ax = samples.plot(truth=wave)
     truth = next(line for line in ax.lines if line.get_label() == "truth")
     assert len(truth.get_xdata()) == 13
@@ -119,11 +118,11 @@ def test_what_is_constant_along_an_extrusion_is_drawn_on_the_base():
 def test_a_vector_of_one_component_is_drawn_with_its_sign():
     V = VectorFunctionSpace(UnitIntervalMesh(3), "CG", 1, dim=1)
     down = Function(V).interpolate(as_vector([-1 - SpatialCoordinate(V.mesh())[0]]))
-    ax = Samples(V, np.tile(down.dat.data_ro.ravel(), (2, 1)), torch.zeros(2, 1)).plot(truth=down)
+    ax = Samples(V, np.tile(down.dat.data_ro.ravel(), (2, 1)), np.zeros((2, 1))).plot(truth=down)
     np.testing.assert_allclose([line.get_ydata() for line in ax.lines if line.get_label() == "truth"],
                                [-1 - np.linspace(0, 1, 4)])
     maps = VectorFunctionSpace(SQUARE, "CG", 1, dim=1)
-    axes = plot_samples(Samples(maps, np.full((2, maps.dim()), -1.0), torch.zeros(2, 1)))
+    axes = plot_samples(Samples(maps, np.full((2, maps.dim()), -1.0), np.zeros((2, 1))))
     assert axes[0].collections[0].get_array().max() == pytest.approx(-1)
 
 
@@ -157,11 +156,11 @@ def test_bad_samples_and_results_are_refused():
     for values, words in [(np.full((3, 5), np.nan), "not finite"), (np.zeros((0, 5)), "no samples"),
                           (np.zeros((3, 4)), "has the shape"), (np.zeros((3, 5), complex), "real and imaginary")]:
         with pytest.raises(InputError, match=words):
-            plot_samples(Samples(LINE, values, torch.zeros(3, 1)))
+            plot_samples(Samples(LINE, values, np.zeros((3, 1))))
     predictions = np.zeros((5, 3))
     for call, words in [
             (lambda: plot_samples(np.zeros((3, 5))), "samples is of type ndarray"),
-            (lambda: plot_samples(Samples(MAP, np.zeros((1, 9)), torch.zeros(1, 1))), "at least 2 samples"),
+            (lambda: plot_samples(Samples(MAP, np.zeros((1, 9)), np.zeros((1, 1)))), "at least 2 samples"),
             (lambda: plot_predictive([0, np.nan, 0], predictions), "y holds values of sensor 1"),
             (lambda: plot_predictive(np.zeros(4), predictions), r"predictions has the shape \(5, 3\): give \(n, 4\)"),
             (lambda: plot_predictive(np.zeros(3), predictions * np.nan), "of sensor 0, sensor 1, sensor 2"),
@@ -213,7 +212,7 @@ def test_two_ranks_draw_on_the_first_and_refuse_together():
     mesh = UnitSquareMesh(3, 3)
     V = VectorFunctionSpace(mesh, "R", 0, dim=2)
     values = np.random.default_rng(0).standard_normal((30, 2))
-    samples = Samples(V, values[:, :owned_size(V)], torch.zeros(30, 2))
+    samples = Samples(V, values[:, :owned_size(V)], np.zeros((30, 2)))
     axes = samples.plot(truth=Function(V).assign(0.5))
     if mesh.comm.rank == 0:
         assert [_lines(ax)["posterior mean"] for ax in axes] == pytest.approx(values.mean(axis=0))

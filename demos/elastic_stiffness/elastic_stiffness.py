@@ -14,7 +14,6 @@ not used in training whether the truth is where the samples say it is.
 
 import argparse
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,8 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
-from fem_diffusion import fit, karhunen_loeve, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions
+from fem_diffusion import fit, point_sensors, simulate  # added
+from fem_diffusion import TrainingOptions, coefficients
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration, plot_predictive
@@ -70,9 +69,7 @@ def infer(M, U, solver, pairs, folder, options, progress):
     sensors = point_sensors(U, MARKS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    # The modes left out hold 1 % of the prior variance and move the marks by 4 % of their noise.
-    model = fit(data, karhunen_loeve(prior, retained=0.99), problem.noise, options=options, progress=progress)  # added
-    return problem, model
+    return problem, fit(problem, data, options=options, progress=progress)  # added
 
 
 # ## Is it right?
@@ -81,7 +78,7 @@ def infer(M, U, solver, pairs, folder, options, progress):
 def check(problem, model, held_out, progress):
     """Ranks and coverage of the 16 largest modes of held-out truths."""
     fresh = simulate(problem, held_out, seed=2, progress=progress)
-    return calibrate_model(model, fresh, problem.noise, seed=3, leading=16)
+    return calibrate_model(model, fresh, seed=3, leading=16)
 
 
 def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
@@ -89,22 +86,19 @@ def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingO
     start = time.perf_counter()
     M, U, solver = block(n)
     problem, model = infer(M, U, solver, pairs, folder, options, progress)
-    sensors = problem.observation
-    print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} readings; simulated and trained after "
-          f"{time.perf_counter() - start:.0f} s, network "
-          f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
+    print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
     truth = problem.prior.sample(seed=5)
     displacement = solver(truth)
-    y = sensors(displacement) + NOISE * np.random.default_rng(5).standard_normal(len(sensors))
+    y, = problem.measurements(coefficients(truth)[None], seed=5)
     posterior = model.condition(y).sample(samples, seed=4)  # added
     calibration = check(problem, model, held_out, progress)
     print(calibration.table())
-    draw(folder, truth, displacement, posterior, solver, sensors, y, calibration)
+    draw(folder, truth, displacement, posterior, problem, y, calibration)
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return calibration
 
 
-def draw(folder, truth, displacement, posterior, solver, sensors, y, calibration):
+def draw(folder, truth, displacement, posterior, problem, y, calibration):
     """Set-up, truth against posterior, and the check."""
     mesh = truth.function_space().mesh()
     bent = Mesh(mesh.coordinates.copy(deepcopy=True))
@@ -112,7 +106,7 @@ def draw(folder, truth, displacement, posterior, solver, sensors, y, calibration
     stiffness = Function(FunctionSpace(bent, "CG", 1), val=truth.dat.data_ro.copy())
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     colours = tripcolor(stiffness, axes=axes, cmap="viridis", shading="gouraud")
-    places = np.array(MARKS) + sensors(displacement).reshape(-1, 2)
+    places = np.array(MARKS) + problem.observation(displacement).reshape(-1, 2)
     axes.plot(*np.transpose(MARKS), "o", color="none", markeredgecolor="grey", markersize=5, label="marks at rest")
     axes.plot(*places.T, "o", color="tab:red", markeredgecolor="white", label="marks under pressure")
     axes.set(xlabel="x [mm]", ylabel="y [mm]", aspect="equal", title="the truth, deformed")
@@ -128,9 +122,7 @@ def draw(folder, truth, displacement, posterior, solver, sensors, y, calibration
     figure.savefig(folder / "stiffness.png", dpi=150)
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    predictions = np.array([sensors(solver(m)) for m in islice(posterior, 100)])
-    noise = NOISE * np.random.default_rng(5).standard_normal(predictions.shape)
-    plot_predictive(y, predictions + noise, axes[0], ylabel="displacement [mm]")
+    plot_predictive(y, problem.measurements(posterior.values[:100], seed=5), axes[0], ylabel="displacement [mm]")
     plot_calibration(calibration, axes[1])
     axes[0].set(title="the samples explain the marks", xlabel="reading (horizontal and vertical for each mark)",
                 xticks=np.arange(0, len(y), 6))

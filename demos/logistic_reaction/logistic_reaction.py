@@ -13,7 +13,6 @@ counters; `check` then asks 400 pairs that were not used in training whether the
 
 import argparse
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
-from fem_diffusion import fit, karhunen_loeve, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions
+from fem_diffusion import fit, point_sensors, simulate  # added
+from fem_diffusion import TrainingOptions, coefficients
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration, plot_predictive
@@ -65,9 +64,7 @@ def infer(V, solver, pairs, folder, options, progress):
     sensors = point_sensors(V, COUNTERS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    # The modes left out hold 2 % of the prior variance and move the counters by a sixth of their noise.
-    model = fit(data, karhunen_loeve(prior, retained=0.98), problem.noise, options=options, progress=progress)  # added
-    return problem, model
+    return problem, fit(problem, data, options=options, progress=progress)  # added
 
 
 # ## Is it right?
@@ -76,7 +73,7 @@ def infer(V, solver, pairs, folder, options, progress):
 def check(problem, model, held_out, progress):
     """Ranks and coverage of the 16 largest modes of held-out truths."""
     fresh = simulate(problem, held_out, seed=2, progress=progress)
-    return calibrate_model(model, fresh, problem.noise, seed=3, leading=16)
+    return calibrate_model(model, fresh, seed=3, leading=16)
 
 
 def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
@@ -84,22 +81,19 @@ def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOp
     start = time.perf_counter()
     V, solver = habitat(n)
     problem, model = infer(V, solver, pairs, folder, options, progress)
-    sensors = problem.observation
-    print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} counters; simulated and trained after "
-          f"{time.perf_counter() - start:.0f} s, network "
-          f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
+    print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
     truth = problem.prior.sample(seed=11)
     density = solver(truth)
-    y = sensors(density) + NOISE * np.random.default_rng(11).standard_normal(len(sensors))
+    y, = problem.measurements(coefficients(truth)[None], seed=11)
     posterior = model.condition(y).sample(samples, seed=4)  # added
     calibration = check(problem, model, held_out, progress)
     print(calibration.table())
-    draw(folder, truth, density, posterior, solver, sensors, y, calibration)
+    draw(folder, truth, density, posterior, problem, y, calibration)
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return calibration
 
 
-def draw(folder, truth, density, posterior, solver, sensors, y, calibration):
+def draw(folder, truth, density, posterior, problem, y, calibration):
     """Set-up, truth against posterior, and the check."""
     figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
     colours = tripcolor(density, axes=axes, cmap="viridis", shading="gouraud")
@@ -117,9 +111,7 @@ def draw(folder, truth, density, posterior, solver, sensors, y, calibration):
     figure.savefig(folder / "source.png", dpi=150)
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
-    predictions = np.array([sensors(solver(m)) for m in islice(posterior, 100)])
-    noise = NOISE * np.random.default_rng(5).standard_normal(predictions.shape)
-    plot_predictive(y, predictions + noise, axes[0],
+    plot_predictive(y, problem.measurements(posterior.values[:100], seed=5), axes[0],
                     ylabel="density [share of capacity]")
     plot_calibration(calibration, axes[1])
     axes[0].set(title="the samples explain the counters", xlabel="counter")

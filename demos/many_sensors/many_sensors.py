@@ -16,7 +16,6 @@ What has been computed is kept in the output folder: an interrupted run continue
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +25,10 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, TrainingOptions, exact, fit, fit_family, hmc,
-    karhunen_loeve, line_averages, point_sensors, random_points, simulate,
+    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, coefficients, exact, field, fit, hmc,
+    line_averages, point_sensors, random_points, simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_history
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "boundary_flux"))
@@ -85,19 +83,19 @@ def measure(observation, std, state, seed):
     return observation(state) + std * np.random.default_rng(seed).standard_normal(len(observation))
 
 
-def trained_alone(data, basis, observation, std, options, checkpoint):
+def trained_alone(problem, data, basis, checkpoint):
     """A model of this one layout, from the same states."""
-    pairs = DataSet(data.coefficients, observation.apply(data.states))
-    return fit(pairs, basis, GaussianNoise(std=std), options=options, checkpoint=checkpoint, progress=False)
+    pairs = DataSet(data.coefficients, problem.observation.apply(data.states))
+    return fit(problem, pairs, basis=basis, checkpoint=checkpoint, progress=False)
 
 
-def reference_posterior(file, problem, basis, y, seed, draws, progress):
+def reference_posterior(file, problem, y, seed, draws, progress):
     """Moments, their errors and the band by Hamiltonian Monte Carlo, which a second run finds in the file."""
     if M.comm.size == 1 and file.exists():
         kept = np.load(file)
         if kept["y"].shape == y.shape and np.allclose(kept["y"], y):
             return SimpleNamespace(**kept)
-    found = hmc(problem, y, basis=basis, seed=seed, draws=draws, step=0.15, leaps=6, progress=progress)
+    found = hmc(problem, y, seed=seed, draws=draws, step=0.15, leaps=6, progress=progress)
     parts = {name: coefficients(getattr(found, name)()) for name in ("mean", "std", "mean_error", "std_error")}
     parts |= {"lower": coefficients(found.quantile(0.025)), "upper": coefficients(found.quantile(0.975))}
     parts |= {"acceptance": found.acceptance}
@@ -117,23 +115,21 @@ def gaussian(folder, progress, pairs=2000, count=20):
     """Rows (number of probes; errors of the one model, of the model of that layout alone, of as many exact samples)."""
     start = time.perf_counter()
     prior, forward = gaussian_case()
-    basis = karhunen_loeve(prior)
     family = InverseProblem(prior, forward, probes_family(64))
     data = simulate(family, pairs, seed=1, path=folder / "states_gaussian", progress=progress)
-    options = TrainingOptions(steps=1000)
-    model = fit_family(data, basis, family.observation, options=options, progress=progress,
-                       checkpoint=folder / "training_gaussian.safetensors")
-    say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {basis.r} modes of the flux, "
-        f"{model.states.r} of the state; network kept: {bool(model.history.best_step)}")
+    model = fit(family, data, checkpoint=folder / "training_gaussian.safetensors", progress=progress)
+    say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {model.states.r} modes of the state: "
+        f"{model.summary}")
     rows = []
     for number, k in enumerate(np.geomspace(1, 64, count).round().astype(int).tolist()):
         observation = point_sensors(V, random_points(mesh, k, seed=1000 + number))
         y = measure(observation, PROBE, forward(prior.sample(seed=2000 + number)), number)
-        right = exact(InverseProblem(prior, forward, observation, PROBE), y)
+        problem = InverseProblem(prior, forward, observation, PROBE)
+        right = exact(problem, y)
         mean, std = coefficients(right.mean()), coefficients(right.std())
-        alone = trained_alone(data, basis, observation, PROBE, options, folder / f"alone_gaussian_{number}.safetensors")
-        both = [posterior.sample(2 * SAMPLES, seed=number) for posterior in
-                (model.condition(observation, y, GaussianNoise(std=PROBE)), alone.condition(y))]
+        alone = trained_alone(problem, data, model.basis, folder / f"alone_gaussian_{number}.safetensors")
+        both = [posterior.sample(2 * SAMPLES, seed=number, progress=False) for posterior in
+                (model.condition(y, observation, PROBE), alone.condition(y))]
         both.append(right.sample(2 * SAMPLES, seed=3000 + number))
         rows.append([k, *(x for samples in both for x in errors(samples, mean, std))])
     say("\n| probes | mean error | std error | alone: mean | alone: std | exact samples: mean | std |\n"
@@ -147,42 +143,37 @@ def gaussian(folder, progress, pairs=2000, count=20):
     return rows
 
 
-def positive(folder, progress, pairs=20000, options=TrainingOptions(steps=6000), draws=400):
+def positive(folder, progress, pairs=20000, draws=400):
     """Rows (layout, errors of the one model, errors of the model of that layout alone, errors of the reference)."""
     start = time.perf_counter()
     prior, forward = positive_case()
-    basis = karhunen_loeve(prior)
     family = InverseProblem(prior, forward, mixed_family())
     data = simulate(family, pairs, seed=1, path=folder / "states_positive", progress=progress)
     simulated = time.perf_counter()
-    model = fit_family(data, basis, family.observation, options=options, progress=progress,
-                       checkpoint=folder / "training_positive.safetensors")
+    model = fit(family, data, checkpoint=folder / "training_positive.safetensors", progress=progress)
     say(f"\npositive flux: {pairs} states in {simulated - start:.0f} s, one model trained in "
-        f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state, weights of step "
-        f"{model.history.best_step}")
+        f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state: {model.summary}")
     model.save(folder / "model_positive.safetensors")
     rows, drawn = [], []
     for number, (name, observation, std, failed) in enumerate(layouts()):
         truth = prior.sample(seed=300 + number)
         y = measure(observation, std, forward(truth), number)
         begun = time.perf_counter()
-        samples = model.condition(observation, np.where(failed, np.nan, y),
-                                  GaussianNoise(std=std)).sample(SAMPLES, seed=number)
+        posterior = model.condition(np.where(failed, np.nan, y), observation, GaussianNoise(std=std))
+        samples = posterior.sample(SAMPLES, seed=number, progress=False)
         sampled = time.perf_counter()
         working, y, std = observation[~failed], y[~failed], std[~failed]
-        # As much time as the one model had: its steps cost three times as much.
-        longer = replace(options, steps=3 * options.steps)
-        alone = trained_alone(data, basis, working, std, longer, folder / f"alone_positive_{number}.safetensors")
-        trained = time.perf_counter()
         problem = InverseProblem(prior, forward, working, std)
-        reference = reference_posterior(folder / f"reference_{number}.npz", problem, basis, y, number, draws, progress)
-        other = alone.condition(y).sample(SAMPLES, seed=number)
+        alone = trained_alone(problem, data, model.basis, folder / f"alone_positive_{number}.safetensors")
+        trained = time.perf_counter()
+        reference = reference_posterior(folder / f"reference_{number}.npz", problem, y, number, draws, progress)
+        other = alone.condition(y).sample(SAMPLES, seed=number, progress=False)
         own = (error(reference.mean + reference.mean_error, reference.mean),
                error(reference.std + reference.std_error, reference.std))
         rows.append([name, *errors(samples, reference.mean, reference.std),
                      *errors(other, reference.mean, reference.std), *own])
-        say(f"{name}: sampled in {sampled - begun:.1f} s; alone trained in {trained - sampled:.0f} s; weights of "
-            f"step {alone.history.best_step}; HMC accepts {reference.acceptance:.0%}")
+        say(f"{name}: sampled in {sampled - begun:.1f} s; alone trained in {trained - sampled:.0f} s: "
+            f"{alone.summary}; HMC accepts {reference.acceptance:.0%}")
         drawn.append((name, working, samples, other, field(M, coefficients(truth)), reference, forward(truth)))
     say("\n| layout | mean error | std error | alone: mean | alone: std | reference: mean | reference: std |\n"
         "|---|---|---|---|---|---|---|")

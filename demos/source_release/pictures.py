@@ -9,8 +9,7 @@ from matplotlib.tri import LinearTriInterpolator, Triangulation
 from scipy.stats import binom
 from town import HOSPITAL, METER, SENSORS, THRESHOLD, TIMES, TIME_STEP, V, mesh, nodes, transport, wind
 
-from fem_diffusion import point_sensors
-from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion import coefficients, field, point_sensors
 
 PUSHED = 500  # samples of the posterior that are pushed through the finite element model
 MODEL, CLOUD = "tab:blue", "magma_r"

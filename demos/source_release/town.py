@@ -12,8 +12,9 @@ from firedrake import (
     TrialFunctions, assemble, div, dot, dx, solve,
 )
 
-from fem_diffusion import Boundary, GaussianNoise, Physics, TimeSteps, TransientAdvectionDiffusion
-from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion import (
+    Boundary, GaussianNoise, Physics, TimeSteps, TransientAdvectionDiffusion, coefficients, field,
+)
 
 HERE = Path(__file__).parent
 INFLOW, OUTFLOW, WALLS, OBSTACLES = 1, 2, 3, 4  # markers in streets.geo

@@ -14,7 +14,6 @@ problem is linear and the prior Gaussian, so `check` computes the posterior exac
 
 import argparse
 import time
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +26,10 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, fit  # added
-from fem_diffusion import karhunen_loeve, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions
+from fem_diffusion import point_sensors, simulate  # added
+from fem_diffusion import TrainingOptions, coefficients, field
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.reference.dense import linear_gaussian_posterior
-from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.plot import plot_predictive
 
 INFLOW, OUTFLOW, BOTTOM, TOP = 1, 2, 3, 4
@@ -70,15 +68,14 @@ def channel(n):
 
 
 def infer(M, W, solver, pairs, folder, options, progress):
-    """Prior, probes, noise and trained model."""
+    """Problem and trained model."""
     y = SpatialCoordinate(M.mesh())[1]  # added
     no_slip = DirichletBC(M, 0, "on_boundary")  # added
     prior = GaussianPrior(M, std=0.4, correlation_length=0.3, mean=4 * y * (1 - y), bcs=no_slip)  # added
     sensors = point_sensors(W, PROBES, component=0)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
-    model = fit(data, karhunen_loeve(prior), problem.noise, options=options, progress=progress)  # added
-    return prior, sensors, model
+    return problem, fit(problem, data, options=options, progress=progress)  # added
 
 
 # ## Is it right?
@@ -100,18 +97,16 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
     """The whole job; returns a row (error of the mean, of the standard deviation) for each truth."""
     start = time.perf_counter()
     M, W, solver = channel(n)
-    prior, sensors, model = infer(M, W, solver, pairs, folder, options, progress)
-    print(f"{pairs} pairs, {model.basis.r} modes, {len(sensors)} readings; simulated and trained after "
-          f"{time.perf_counter() - start:.0f} s, network "
-          f"{f'of step {model.history.best_step}' if model.history.best_step else 'not needed'}")
-    exact, rows, drawn = exact_posterior(prior, solver, sensors), [], []
+    problem, model = infer(M, W, solver, pairs, folder, options, progress)
+    print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
+    exact, rows, drawn = exact_posterior(problem.prior, solver, problem.observation), [], []
     weights = coefficients(assemble(TestFunction(M) * dx).riesz_representation("l2"))
 
     def error(value, reference):
         return float(np.sqrt((weights * (value - reference)**2).sum() / (weights * reference**2).sum()))
     for number in range(truths):
-        truth = prior.sample(seed=22 - number)
-        y = sensors(solver(truth)) + NOISE * np.random.default_rng(number).standard_normal(len(sensors))
+        truth = problem.prior.sample(seed=22 - number)
+        y, = problem.measurements(coefficients(truth)[None], seed=number)
         posterior = model.condition(y).sample(samples, seed=4 + number)  # added
         mean, std = exact(y)
         rows.append((error(coefficients(posterior.mean()), mean), error(coefficients(posterior.std()), std)))
@@ -119,15 +114,15 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
     print("\n| truth | error of the mean | error of the standard deviation |\n|---|---|---|")
     for number, row in enumerate(rows):
         print("| {} | {:.1%} | {:.1%} |".format(number + 1, *row))
-    draw(folder, drawn, solver, sensors)
+    draw(folder, drawn, problem)
     print(f"\nfinished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return rows
 
 
-def draw(folder, drawn, solver, sensors):
+def draw(folder, drawn, problem):
     """Set-up, profiles against the exact posterior, and the readings that the samples predict."""
     truth, y, posterior, _ = drawn[0]
-    velocity = solver(truth).subfunctions[0]
+    velocity = problem.forward(truth).subfunctions[0]
     figure, axes = plt.subplots(figsize=(10, 2.9), layout="constrained")
     S = FunctionSpace(velocity.function_space().mesh(), "CG", 1)
     speed = Function(S).interpolate(inner(velocity, velocity)**0.5)
@@ -149,9 +144,7 @@ def draw(folder, drawn, solver, sensors):
             ax.get_legend().remove()
     figure.savefig(folder / "inflow.png", dpi=150)
 
-    predictions = np.array([sensors(solver(m)) for m in islice(posterior, 200)])
-    noise = NOISE * np.random.default_rng(5).standard_normal(predictions.shape)
-    axes = plot_predictive(y, predictions + noise, ylabel="velocity [cm/s]")
+    axes = plot_predictive(y, problem.measurements(posterior.values[:200], seed=5), ylabel="velocity [cm/s]")
     axes.set(xlabel="reading (horizontal and vertical velocity of each probe)", title="the samples explain the probes")
     axes.figure.savefig(folder / "predictive.png", dpi=150)
     plt.close("all")

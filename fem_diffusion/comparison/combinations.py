@@ -1,83 +1,41 @@
 """Ways to sample a trained denoiser, and what the comparison protocol makes of them: its combinations."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 
-from fem_diffusion.checks import check_all, check_choice, check_count, check_number
-from fem_diffusion.diffusion import Formulation, evaluations
-from fem_diffusion.diffusion.sampling.sample import check_method
+from fem_diffusion.checks import check_all, check_choice, check_count, check_kind, check_seed
+from fem_diffusion.diffusion import (
+    Formulation, Sampler, straight_line, variance_exploding, variance_preserving,
+)
 from fem_diffusion.errors import InputError
 
-__all__ = ["FEW_SAMPLERS", "SAMPLERS", "Combination", "Sampler", "combine"]
+__all__ = ["FEW_SAMPLERS", "SAMPLERS", "Combination", "Plan", "combine"]
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """One way to integrate the reverse process; the arguments are those of `sample_latents`.
-
-    Parameters
-    ----------
-    name : str
-        For tables and pictures.
-    method : str
-        Name of the method.
-    alpha : float
-        0 for the ODE, 1 for the usual SDE.
-    coordinates : {"whitened", "plain"}
-        In which the process is integrated.
-    nodes : {"spectrum", "time"}
-        Where the steps lie.
-
-    Raises
-    ------
-    InputError
-        If a word is unknown, or alpha no number >= 0.
-    """
-
-    name: str
-    method: str
-    alpha: float = 0.0
-    coordinates: str = "whitened"
-    nodes: str = "spectrum"
-
-    def __post_init__(self):
-        if not isinstance(self.name, str):
-            raise InputError(f"The name of a sampler is {self.name!r}: give a word.")
-        check_method(self.method, self.coordinates)
-        check_choice(self.nodes, "nodes", ("spectrum", "time"))
-        check_number(self.alpha, "alpha", least=0)
-
-    @property
-    def needs_formulation(self) -> bool:
-        """Whether the formulation makes a difference."""
-        return self.coordinates == "plain" or self.nodes == "time"
-
-    def steps(self, budget: int) -> int:
-        """Largest number of steps that cost at most `budget` network evaluations; 0 if there is none."""
-        budget = check_count(budget, "budget", least=0)
-        return bisect_right(range(1, budget + 1), budget,
-                            key=lambda steps: evaluations(self.method, steps, self.coordinates))
+def _plain(method: str, alpha: float = 0.0) -> Sampler:
+    return Sampler(alpha, method=method, coordinates="plain", nodes="time")
 
 
-SAMPLERS = (
-    Sampler("Euler-Maruyama", "euler", 1.0, "plain", "time"),
-    Sampler("Euler ODE", "euler", 0.0, "plain", "time"),
-    Sampler("Heun ODE", "heun", 0.0, "plain", "time"),
-    Sampler("Heun SDE", "heun", 1.0, "plain", "time"),
-    Sampler("DPM-Solver++(2M)", "exponential", 0.0, "plain", "time"),
-    Sampler("SDE-DPM-Solver++(2M)", "exponential", 1.0, "plain", "time"),
-    Sampler("predictor-corrector", "predictor_corrector", 1.0, "plain", "time"),
-    Sampler("whitened multistep in time", "multistep", 0.0, "whitened", "time"),
-    Sampler("whitened multistep", "multistep"),
-    Sampler("whitened Heun ODE", "heun"),
-    Sampler("whitened Heun SDE", "heun", 1.0),
-    Sampler("adaptive", "adaptive"),
-)
+# By their names in tables and pictures.
+SAMPLERS: Mapping[str, Sampler] = {
+    "Euler-Maruyama": _plain("euler", 1.0),
+    "Euler ODE": _plain("euler"),
+    "Heun ODE": _plain("heun"),
+    "Heun SDE": _plain("heun", 1.0),
+    "DPM-Solver++(2M)": _plain("dpm_solver"),
+    "SDE-DPM-Solver++(2M)": _plain("dpm_solver", 1.0),
+    "predictor-corrector": _plain("predictor_corrector", 1.0),
+    "whitened multistep in time": Sampler(nodes="time"),
+    "whitened multistep": Sampler(),
+    "whitened Heun ODE": Sampler(method="heun"),
+    "whitened Heun SDE": Sampler(1.0),
+    "adaptive": Sampler(method="adaptive"),
+}
 # What `compare` runs where nothing is said: the usual SDE, the best plain solver, ours, and the converged ODE.
-FEW_SAMPLERS = tuple(sampler for sampler in SAMPLERS if sampler.name in (
-    "Euler-Maruyama", "DPM-Solver++(2M)", "whitened multistep", "whitened Heun SDE", "adaptive"))
+FEW_SAMPLERS: Mapping[str, Sampler] = {name: SAMPLERS[name] for name in (
+    "Euler-Maruyama", "DPM-Solver++(2M)", "whitened multistep", "whitened Heun SDE", "adaptive")}
 
 
 @dataclass(frozen=True)
@@ -86,25 +44,30 @@ class Combination:
 
     Parameters
     ----------
-    formulation : Formulation or None
-        None where it makes no difference.
+    name : str
+        Of the sampler, for tables and pictures.
     sampler : Sampler
-        How to integrate.
+        With its steps, and its formulation where that makes a difference.
     budget : int
         Largest number of network evaluations; 0 where the method chooses it.
     """
 
-    formulation: Formulation | None
+    name: str
     sampler: Sampler
     budget: int
 
     @property
+    def formulation(self) -> Formulation | None:
+        """None where it makes no difference."""
+        return self.sampler.formulation
+
+    @property
     def key(self) -> tuple[str, str, str]:
-        """What tells its line of the CSV file from the others."""
-        return "any" if self.formulation is None else self.formulation.name, self.sampler.name, str(self.budget)
+        """What tells its row from the others of a training."""
+        return "any" if self.formulation is None else self.formulation.name, self.name, str(self.budget)
 
 
-def combine(formulations: Sequence[Formulation], samplers: Sequence[Sampler],
+def combine(formulations: Sequence[Formulation], samplers: Mapping[str, Sampler],
             budgets: Sequence[int]) -> tuple[Combination, ...]:
     """Every sampler under every formulation that makes a difference to it, at every budget that buys a step.
 
@@ -112,8 +75,8 @@ def combine(formulations: Sequence[Formulation], samplers: Sequence[Sampler],
     ----------
     formulations : sequence of Formulation
         With names of their own.
-    samplers : sequence of Sampler
-        With names of their own; adaptive ones run once.
+    samplers : mapping of str to Sampler
+        By their names; adaptive ones run once. Their steps and formulations are replaced.
     budgets : sequence of int
         Network evaluations.
 
@@ -124,19 +87,76 @@ def combine(formulations: Sequence[Formulation], samplers: Sequence[Sampler],
     Raises
     ------
     InputError
-        If two formulations or samplers share a name or are of another type, or a budget is not a positive integer.
+        If two formulations share a name, something is of another type, a budget is not a positive integer, or a
+        formulation does not reach as far as a sampler needs.
     """
     formulations = check_all(formulations, "formulations", Formulation)
-    samplers = check_all(samplers, "samplers", Sampler)
-    for what, group in (("formulations", formulations), ("samplers", samplers)):
-        if len({item.name for item in group}) < len(group):
-            raise InputError(f"Two {what} share a name; give each its own.")
+    if len({item.name for item in formulations}) < len(formulations):
+        raise InputError("Two formulations share a name; give each its own.")
+    check_kind(samplers, "samplers", Mapping, "a dict of names and Samplers, such as SAMPLERS")
+    check_all(tuple(samplers), "The names of samplers", str, "strings")
+    check_all(samplers.values(), "samplers", Sampler)
     budgets = sorted(check_count(budget, "A budget") for budget in check_all(budgets, "budgets", Real, "numbers"))
     result = []
-    for sampler in samplers:
-        for formulation in formulations if sampler.needs_formulation else (None,):
+    for name, sampler in samplers.items():
+        matters = sampler.coordinates == "plain" or sampler.nodes == "time" or callable(sampler.alpha)
+        for formulation in formulations if matters else (None,):
+            sampler = replace(sampler, formulation=formulation)
             if sampler.method == "adaptive":
-                result.append(Combination(formulation, sampler, 0))
-            else:
-                result += [Combination(formulation, sampler, b) for b in budgets if sampler.steps(b)]
+                result.append(Combination(name, sampler, 0))
+                continue
+            result += [Combination(name, replace(sampler, steps=steps), budget) for budget in budgets
+                       if (steps := bisect_right(range(1, budget + 1), budget, key=sampler.scheme.evaluations))]
     return tuple(result)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compare` compares.
+
+    Parameters
+    ----------
+    formulations : sequence of Formulation
+        Forward processes.
+    samplers : mapping of str to Sampler
+        Ways to sample, by their names; five telling ones of `SAMPLERS` where left out.
+    budgets : sequence of int
+        Network evaluations.
+    seeds : sequence of int
+        Of trainings and samples; results over them show reproducibility.
+    bases : sequence of {"gaussian", "plain"}
+        Bases to train on.
+    held_out : int
+        Pairs that are kept from training for the scores.
+    draws : int
+        Samples for each of them, at least 2; levels of coverage are exact where draws + 1 is a multiple of 20.
+
+    Raises
+    ------
+    InputError
+        If there is nothing to run, or an argument is of the wrong kind; see also `combine`.
+    """
+
+    formulations: Sequence[Formulation] = (variance_exploding(), variance_preserving(), straight_line())
+    samplers: Mapping[str, Sampler] = field(default_factory=lambda: FEW_SAMPLERS)
+    budgets: Sequence[int] = (4, 8, 16, 32, 128)
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    bases: Sequence[str] = ("gaussian",)
+    held_out: int = 200
+    draws: int = 39
+
+    def __post_init__(self):
+        check_count(self.held_out, "held_out", least=2)
+        check_count(self.draws, "draws", least=2)
+        for seed in (seeds := check_all(self.seeds, "seeds", Integral, "integers")):
+            check_seed(seed, "A seed")
+        for base in (bases := check_all(self.bases, "bases", str, "words")):
+            check_choice(base, "A base", ("gaussian", "plain"))
+        if not seeds or not bases or not self.combinations:
+            raise InputError("There is nothing to compare: give at least one seed, one base, and a sampler with a "
+                             "budget that buys it a step.")
+
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """What is run for each base and seed."""
+        return combine(self.formulations, self.samplers, self.budgets)

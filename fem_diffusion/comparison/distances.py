@@ -1,11 +1,14 @@
 """Distances between sets of samples, with the error that chance alone gives.
 
-Two-sample distances take the reference first and the samples second. Their scale (bandwidth, regularisation,
-standardisation) comes from the reference, so that a sampler does not choose the ruler it is measured with. The one
-exception is numerical: `sinkhorn` raises its regularisation for samples so far away that its iteration would underflow.
+Two-sample distances take the reference (n, r) first and the samples (m, r) second. Their scale (bandwidth,
+regularisation, standardisation) comes from the reference, so that a sampler does not choose the ruler it is measured
+with. The one exception is numerical: `sinkhorn` raises its regularisation for samples so far away that its iteration
+would underflow. All raise InputError if sets do not fit together or are not finite and real, or a number is out of
+range, and InstallError if the library behind them is missing.
 """
 
 import warnings
+from types import ModuleType
 
 import numpy as np
 from scipy.linalg import solve_triangular
@@ -30,7 +33,7 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
     Parameters
     ----------
     samples : numpy.ndarray
-        Shape (n, r).
+        Shape (n, r), n > r.
     mean : numpy.ndarray
         Shape (r,).
     covariance : numpy.ndarray
@@ -40,12 +43,6 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
     -------
     tuple of float
         p-values for the mean and for the covariance; below 1e-4 say that the samples have another law.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, a number is not finite and real, there are not more than r samples, or the covariance is
-        not positive definite.
     """
     samples = check_array(samples, "samples", ("n", "r"))
     n, r = samples.shape
@@ -58,32 +55,11 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
     return (float(chi2.sf(n * error @ error, r)), float(chi2.sf(n / 2 * (defect**2).sum(), r * (r + 1) // 2)))
 
 
-def sliced_wasserstein(a: np.ndarray, b: np.ndarray, *, projections: int = 500, seed: int = 0) -> float:
-    """Sliced Wasserstein-2 distance between samples, through POT (Bonneel et al. 2015, eq. 9).
-
-    Parameters
-    ----------
-    a, b : numpy.ndarray
-        Shapes (n, r) and (m, r).
-    projections : int
-        Number of random directions.
-    seed : int
-        Of the directions.
-
-    Returns
-    -------
-    float
-
-    Raises
-    ------
-    InputError
-        If the samples do not fit together or are not finite.
-    InstallError
-        If POT is not installed.
-    """
-    a, b = _pair(a, b)
+def sliced_wasserstein(reference: np.ndarray, samples: np.ndarray, *, projections: int = 500, seed: int = 0) -> float:
+    """Sliced Wasserstein-2 distance along so many random directions, through POT (Bonneel et al. 2015, eq. 9)."""
+    reference, samples = _pair(reference, samples)
     projections, seed = check_count(projections, "projections"), check_seed(seed)
-    return float(_ot().sliced_wasserstein_distance(a, b, n_projections=projections, seed=seed))
+    return float(_ot().sliced_wasserstein_distance(reference, samples, n_projections=projections, seed=seed))
 
 
 def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: float = 0.1,
@@ -110,56 +86,27 @@ def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: floa
     -------
     float
         In units of the samples.
-
-    Raises
-    ------
-    InputError
-        If the samples do not fit together, are not finite, or the reference is a single point.
-    InstallError
-        If POT is not installed.
     """
     reference, samples = _pair(reference, samples)
     regularisation = check_number(regularisation, "regularisation", above=0)
     iterations, tolerance = check_count(iterations, "iterations"), check_number(tolerance, "tolerance", above=0)
-    solve = _ot().sinkhorn
-    costs = [cdist(x, y, "sqeuclidean") for x, y in ((reference, samples), (reference, reference), (samples, samples))]
-    epsilon = max(regularisation * _median_square(reference), max(map(np.max, costs)) / _LARGEST_EXPONENT)
-
-    def transport(cost):
-        n, m = cost.shape
-        # warn=False: a plan that stops at the largest number of iterations is off by far less than sampling noise.
-        plan = solve(np.full(n, 1 / n), np.full(m, 1 / m), cost, epsilon, numItermax=iterations, stopThr=tolerance,
-                     warn=False)
-        return (plan * cost).sum()
-    between, first, second = map(transport, costs)
-    return float(np.sqrt(max(between - (first + second) / 2, 0.0)))
+    divergence = _ot().bregman.empirical_sinkhorn_divergence
+    both = np.concatenate([reference, samples])
+    epsilon = max(regularisation * _median_square(reference), pdist(both, "sqeuclidean").max() / _LARGEST_EXPONENT)
+    # warn=False: a plan that stops at the largest number of iterations is off by far less than sampling noise.
+    return float(np.sqrt(divergence(reference, samples, epsilon, numIterMax=iterations, stopThr=tolerance, warn=False)))
 
 
 def mmd(reference: np.ndarray, samples: np.ndarray) -> float:
     """Maximum mean discrepancy with a Gaussian kernel, the root of the biased estimate (Gretton et al. 2012, eq. 5).
 
     The kernel is exp(-|x - y|² / (2 h²)) with h the median distance within the reference. For two sets of one law the
-    square has the expectation (1/n + 1/m) (1 - E k(x, x')), the floor that chance alone gives.
-
-    Parameters
-    ----------
-    reference, samples : numpy.ndarray
-        Shapes (n, r) and (m, r).
-
-    Returns
-    -------
-    float
-        Between 0 and sqrt(2).
-
-    Raises
-    ------
-    InputError
-        If the samples do not fit together, are not finite, or the reference is a single point.
+    square has the expectation (1/n + 1/m) (1 - E k(x, x')), the floor that chance alone gives; at most 2.
     """
     reference, samples = _pair(reference, samples)
     width = 2 * _median_square(reference)
 
-    def kernel_mean(x, y):
+    def kernel_mean(x: np.ndarray, y: np.ndarray) -> float:
         return np.exp(-cdist(x, y, "sqeuclidean") / width).mean()
     square = kernel_mean(reference, reference) + kernel_mean(samples, samples) - 2 * kernel_mean(reference, samples)
     return float(np.sqrt(max(square, 0.0)))
@@ -168,15 +115,15 @@ def mmd(reference: np.ndarray, samples: np.ndarray) -> float:
 def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: int = 1) -> float:
     """Classifier two-sample test as sbibm defines it (Lueckmann et al. 2021; Lopez-Paz and Oquab 2017).
 
-    Held-out accuracy of a two-layer perceptron (10 r units each, relu, Adam) that tells the two sets apart, both
-    standardised by the reference: 0.5 for one law, 1 for laws that do not overlap.
+    Held-out accuracy of a two-layer perceptron (10 r units each, relu, Adam), through scikit-learn, that tells the two
+    sets apart, both standardised by the reference: 0.5 for one law, 1 for laws that do not overlap.
 
     Parameters
     ----------
     reference, samples : numpy.ndarray
         Shapes (n, r) and (m, r); of equal size for 0.5 to be the value of chance.
     folds : int
-        Of the cross-validation.
+        Of the cross-validation, at most as many as samples of either set.
     seed : int
         Of the folds and of the perceptron.
 
@@ -184,13 +131,6 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: in
     -------
     float
         Mean accuracy over the folds.
-
-    Raises
-    ------
-    InputError
-        If the samples do not fit together, are not finite, or are fewer than the folds.
-    InstallError
-        If scikit-learn is not installed.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning
@@ -208,18 +148,17 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: in
     data = (np.concatenate([reference, samples]) - reference.mean(axis=0)) / scale
     label = np.repeat([0, 1], [len(reference), len(samples)])
     width = 10 * data.shape[1]
-    classifier = MLPClassifier((width, width), activation="relu", solver="adam", max_iter=10000, random_state=seed)
+    classifier = MLPClassifier((width, width), max_iter=10000, random_state=seed)
     with warnings.catch_warnings():
         # A classifier that stops early is a weaker test, not a wrong one.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        scores = cross_val_score(classifier, data, label, cv=KFold(folds, shuffle=True, random_state=seed),
-                                 scoring="accuracy")
-    return float(scores.mean())
+        return float(cross_val_score(classifier, data, label, cv=KFold(folds, shuffle=True, random_state=seed)).mean())
 
 
-def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _pair(reference: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both sample sets as finite arrays (n, r) and (m, r)."""
-    a, b = check_array(a, "The first set of samples", ("n", "r")), check_array(b, "The second", ("m", "r"))
+    a = check_array(reference, "The first set of samples", ("n", "r"))
+    b = check_array(samples, "The second", ("m", "r"))
     if a.shape[1] != b.shape[1] or not a.size or not b.size:
         raise InputError(f"Two sets of samples (n, r) and (m, r) are needed, not {a.shape} and {b.shape}.")
     return a, b
@@ -246,7 +185,7 @@ def _median_square(reference: np.ndarray) -> float:
     return value
 
 
-def _ot():
+def _ot() -> ModuleType:
     """The POT package."""
     try:
         import ot

@@ -6,11 +6,11 @@ and the same call goes on where it stopped. `compare` runs the protocol on joint
 benchmarks with exact conditionals call `run_protocol` with scores of their own.
 
 All combinations of one training share the seed of the sampler. Samplers of the ODE that start from the same noise then
-converge to the same samples, so their errors can be compared to far below the noise of a set of samples. A hard support
-of the latents is left out: it would draw some samples again, at a cost beyond the budget.
+converge to the same samples, so their errors can be compared to far below the noise of a set of samples. Nothing but
+formulations and samplers is compared: the emulator corrects no samples, and a hard support of the latents is left out,
+as it would draw some samples again, at a cost beyond the budget.
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -18,29 +18,28 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fem_diffusion import files
 from fem_diffusion.checks import (
-    check_all, check_array, check_choice, check_count, check_flag, check_options, check_seed,
+    check_all, check_array, check_callable, check_count, check_flag, check_options, check_path, check_seed, check_text,
 )
-from fem_diffusion.trust.calibration import calibrate
-from fem_diffusion.comparison.combinations import FEW_SAMPLERS, Combination, Sampler, combine
+from fem_diffusion.comparison.combinations import Combination, Plan
 from fem_diffusion.comparison.report import summarise, write_csv, write_markdown
 from fem_diffusion.diffusion import (
-    Denoiser, Formulation, TrainingOptions, evaluations, fit_denoiser, sample_latents, straight_line,
-    variance_exploding, variance_preserving,
+    CallableNoise, Conditioned, Denoiser, GaussianNoise, Sampler, ScoreNetwork, TrainingOptions, as_noise, fit_denoiser,
+    sample_latents,
 )
-from fem_diffusion.diffusion._checks import check_tensor
-from fem_diffusion.diffusion.gaussian import check_pairs, spread
-from fem_diffusion.diffusion.noise import as_noise
+from fem_diffusion.diffusion.base.regression import check_pairs, spread
+from fem_diffusion.diffusion.checks import check_tensor
 from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.progress import bar
+from fem_diffusion.trust.calibration import calibrate
 
 __all__ = ["Training", "compare", "run_protocol"]
 
@@ -60,9 +59,11 @@ class Training:
     fit : Callable[[Path], Denoiser]
         Trains, given the path of a checkpoint.
     measurements : Tensor
-        Rows to draw one sample for, shape (B, k).
+        Shape (m, k).
+    draws : int
+        Number n of samples for each of them.
     score : Callable[[numpy.ndarray, Combination], dict]
-        Maps the samples (B, r), which may not be finite, to numbers; the same names for every combination.
+        Maps the samples (m, n, r), which may not be finite, to numbers; the same names for every combination.
     combinations : tuple of Combination
         What to run.
 
@@ -77,20 +78,20 @@ class Training:
     seed: int
     fit: Callable[[Path], Denoiser]
     measurements: Tensor
-    score: Callable[[np.ndarray, Combination], dict]
+    draws: int
+    score: Callable[[np.ndarray, Combination], dict[str, float]]
     combinations: tuple[Combination, ...]
 
     def __post_init__(self):
-        for what in ("problem", "base"):
-            if not isinstance(getattr(self, what), str):
-                raise InputError(f"{what} is {getattr(self, what)!r}: give a word.")
-        object.__setattr__(self, "seed", check_seed(self.seed))
-        for what in ("fit", "score"):
-            if not callable(getattr(self, what)):
-                raise InputError(f"{what} is {getattr(self, what)!r}: give a function.")
-        if not len(check_tensor(self.measurements, "measurements", ("B", "k"), "sensors")):
+        check_text(self.problem, "problem")
+        check_text(self.base, "base")
+        check_callable(self.fit, "fit", "a function that trains")
+        check_callable(self.score, "score", "a function of samples and their combination")
+        if not len(check_tensor(self.measurements, "measurements", ("m", "k"), "sensors")):
             raise InputError("There are no measurements: give at least one row.")
-        object.__setattr__(self, "combinations", check_all(self.combinations, "combinations", Combination))
+        for name, value in (("seed", check_seed(self.seed)), ("draws", check_count(self.draws, "draws")),
+                            ("combinations", check_all(self.combinations, "combinations", Combination))):
+            object.__setattr__(self, name, value)
 
     @property
     def name(self) -> str:
@@ -123,12 +124,12 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
     Raises
     ------
     InputError
-        If the folder cannot be made or belongs to other settings, these are not in JSON types, two trainings share a
-        name, or the name of a formulation or sampler stands for another one in the folder.
+        If the folder belongs to other settings, these are not in JSON types, two trainings share a name, or the name of
+        a formulation or sampler stands for another one in the folder.
     FileError
         If a file is damaged or cannot be written, or another run works in the folder.
     """
-    trainings, folder = check_all(trainings, "trainings", Training), _folder(folder)
+    trainings, folder = check_all(trainings, "trainings", Training), check_path(folder, "folder")
     check_flag(progress, "progress")
     if len({training.name for training in trainings}) < len(trainings):
         raise InputError("Two trainings share problem, base and seed; give each its own.")
@@ -141,94 +142,75 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
                          "them.") from error
     for part in ("rows", "models"):
         files.make_folder(folder / part)
-    with files.locked(folder / "in_use.lock", f"The folder {folder}"):
-        return _run(trainings, folder, settings, progress)
-
-
-def _run(trainings: list[Training], folder: Path, settings: dict, progress: bool) -> list[dict]:
-    """`run_protocol` in a folder that is there and locked."""
-    _claim(folder / "settings.safetensors", settings, [c for training in trainings for c in training.combinations])
-    rows = []
+    cells = [c for training in trainings for c in training.combinations]
     # The bar counts evaluations, most of the time; scores and training take about as long as so many more.
-    with tqdm(total=sum(_work(c) for t in trainings for c in t.combinations), unit="eval", disable=not progress,
-              smoothing=0.02) as bar:
-        for training in trainings:
-            rows += _run_training(training, folder, bar)
-    return rows
-
-
-def _folder(folder) -> Path:
-    if not isinstance(folder, (str, os.PathLike)):
-        raise InputError(f"folder is {folder!r}: give a path.")
-    return Path(folder)
+    with (files.locked(folder / "in_use.lock", f"The folder {folder}"),
+          bar(sum(map(_work, cells)), "compare", progress) as shown):
+        _claim(folder / "settings.safetensors", settings, cells)
+        return [row for training in trainings for row in _run_training(training, folder, shown)]
 
 
 def _work(combination: Combination) -> int:
     return 40 + combination.budget
 
 
-def _run_training(training: Training, folder: Path, bar: tqdm) -> list[dict]:
+def _run_training(training: Training, folder: Path, shown: tqdm) -> list[dict]:
+    """Rows of a training, old and new."""
     path = folder / "rows" / f"{training.name}.safetensors"
     rows = {(row["formulation"], row["sampler"], row["budget"]): row for row in _read(path)}
     missing = [c for c in training.combinations if c.key not in rows]
-    bar.update(sum(_work(c) for c in training.combinations if c.key in rows))
+    shown.update(sum(_work(c) for c in training.combinations if c.key in rows))
     if missing:
-        bar.set_description(f"train {training.name}")
+        shown.set_description(f"train {training.name}")
         denoiser = training.fit(folder / "models" / f"{training.name}.safetensors")
+        conditioned = replace(denoiser.at(training.measurements), support=None)
     for combination in missing:
-        bar.set_description(f"{training.name}: {' '.join(combination.key)}")
-        row = _row(training, combination, denoiser)
+        shown.set_description(f"{training.name}: {' '.join(combination.key)}")
+        row = _row(training, combination, conditioned)
         rows[combination.key] = {name: str(value) for name, value in row.items()}
         files.write(path, "rows", {}, {"rows": list(rows.values())})
-        bar.update(_work(combination))
+        shown.update(_work(combination))
     return [rows[c.key] for c in training.combinations]
 
 
-def _row(training: Training, combination: Combination, denoiser: Denoiser) -> dict:
+def _row(training: Training, combination: Combination, conditioned: Conditioned) -> dict:
     """Sample, score, and put together one line."""
-    sampler = combination.sampler
-    counter = _Counter(denoiser.network)
-    counted = copy.copy(denoiser)
-    counted.network = None if denoiser.network is None else counter
-    # Rows outside a hard support are drawn again, at a cost that no budget announces.
-    counted.support = None
-    # An adaptive method takes its steps as it likes; the number given to it is not used.
-    steps = sampler.steps(combination.budget) or 1
+    sampler, network = replace(combination.sampler, corrections=0), conditioned.network
+    counter = None if network is None else _Counter(network)
     # One seed for all combinations of a training, another for each problem: chance must not agree across problems.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{training.problem} {training.seed}".encode()))
+    seed = zlib.crc32(f"{training.problem} {training.seed}".encode())
     start = time.perf_counter()
     try:
-        z = sample_latents(counted, training.measurements, combination.formulation, generator=generator,
-                           method=sampler.method, alpha=sampler.alpha, steps=steps,
-                           coordinates=sampler.coordinates, nodes=sampler.nodes).cpu().numpy()
+        z = sample_latents(replace(conditioned, network=counter), training.draws, sampler, seed=seed).cpu().numpy()
     except SolveError:
-        z = np.full((len(training.measurements), denoiser.base.r), np.nan)
+        z = np.full((len(conditioned), training.draws, conditioned.r), np.nan)
     seconds = time.perf_counter() - start
-    cost = counter.rows / len(z)
-    if denoiser.network is None and sampler.method != "adaptive":
-        cost = evaluations(sampler.method, steps, sampler.coordinates)
+    cost = counter.rows / (len(conditioned) * training.draws) if counter else 0
+    if counter is None and sampler.method != "adaptive":
+        cost = sampler.evaluations
     formulation, name, budget = combination.key
     return {"problem": training.problem, "base": training.base, "formulation": formulation, "sampler": name,
-            "alpha": sampler.alpha, "coordinates": sampler.coordinates, "nodes": sampler.nodes, "budget": budget,
-            "evaluations": round(cost), "seed": training.seed, "seconds": f"{seconds:.4g}",
+            "alpha": "varies" if callable(sampler.alpha) else sampler.alpha, "coordinates": sampler.coordinates,
+            "nodes": sampler.nodes, "budget": budget, "evaluations": round(cost), "seed": training.seed,
+            "seconds": f"{seconds:.4g}",
             **{key: f"{value:.6g}" for key, value in training.score(z, combination).items()}}
 
 
-class _Counter:
+class _Counter(nn.Module):
     """A network that counts the rows it evaluates."""
 
-    def __init__(self, network):
+    def __init__(self, network: ScoreNetwork):
+        super().__init__()
         self.network, self.rows = network, 0
+        self.dtype, self.row_size = network.dtype, getattr(network, "row_size", 0)
+        self.see, self.context = network.see, network.context
 
-    def __getattr__(self, name):
-        return getattr(self.network, name)
-
-    def __call__(self, v, angle, features):
-        self.rows += len(v)
-        return self.network(v, angle, features)
+    def forward(self, v: Tensor, angle: Tensor, *context: Tensor) -> Tensor:
+        self.rows += v.shape[0] * v.shape[1]
+        return self.network(v, angle, *context)
 
 
-def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> None:
+def _claim(path: Path, settings: dict, combinations: Sequence[Combination]) -> None:
     """Write the settings of a new folder, or compare them with those of an old one; add signatures of new names."""
     before, signatures = settings, {"formulations": {}, "samplers": {}}
     if path.exists():
@@ -240,23 +222,25 @@ def _claim(path: Path, settings: dict, combinations: Iterable[Combination]) -> N
         names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
         raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
                          "folder, or delete it.")
-    named = {id(item): (group, item) for c in combinations
-             for group, item in (("formulations", c.formulation), ("samplers", c.sampler)) if item is not None}
-    for group, item in named.values():
-        signature = _signature(item)
-        if signatures[group].setdefault(item.name, signature) != signature:
-            raise InputError(f"{path.parent} knows another one of the {group} as {item.name!r}, whose rows cannot "
+    formulations = {id(c.formulation): c.formulation for c in combinations if c.formulation is not None}.values()
+    for group, name, signature in (*(("formulations", f.name, _numbers(f.sigma, f.scaling)) for f in formulations),
+                                   *(("samplers", c.name, _signature(c.sampler)) for c in combinations)):
+        if signatures[group].setdefault(name, signature) != signature:
+            raise InputError(f"{path.parent} knows another one of the {group} as {name!r}, whose rows cannot "
                              "stand for this one. Give it a name of its own, or name another folder.")
     files.write(path, "settings", {}, {"settings": settings, "signatures": signatures})
 
 
-def _signature(item: Formulation | Sampler) -> str:
-    """Fingerprint of what a name stands for, equal on all machines: numbers count to ten digits."""
-    if isinstance(item, Sampler):
-        text = f"{item.method} {float(item.alpha)} {item.coordinates} {item.nodes}"
-    else:
-        t = torch.linspace(0, 1, 33, dtype=torch.float64)
-        text = " ".join(f"{x:.9e}" for x in torch.cat([item.sigma(t), item.scaling(t.clone())]).tolist())
+def _signature(sampler: Sampler) -> str:
+    """What the name of a sampler stands for."""
+    alpha = _numbers(sampler.alpha) if callable(sampler.alpha) else sampler.alpha
+    return f"{sampler.method} {alpha} {sampler.coordinates} {sampler.nodes}"
+
+
+def _numbers(*functions: Callable[[Tensor], Tensor]) -> str:
+    """Fingerprint of functions of time, equal on all machines: numbers count to ten digits."""
+    t = torch.linspace(0, 1, 33, dtype=torch.float64)
+    text = " ".join(f"{x:.9e}" for f in functions for x in f(t.clone()).tolist())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -272,10 +256,8 @@ def _read(path: Path) -> list[dict]:
     return rows
 
 
-def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *, noise=None,
-            held_out: int = 200, draws: int = 39, formulations: Sequence[Formulation] | None = None,
-            samplers: Sequence[Sampler] = FEW_SAMPLERS, evaluations: Sequence[int] = (4, 8, 16, 32, 128),
-            seeds: Sequence[int] = (0, 1, 2, 3, 4), bases: Sequence[str] = ("gaussian",),
+def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *,
+            noise: GaussianNoise | CallableNoise | float | None = None, plan: Plan = Plan(),
             options: TrainingOptions = TrainingOptions(), progress: bool = True) -> list[dict]:
     """Compare formulations and samplers on joint samples of your own, scored on held-out pairs.
 
@@ -288,25 +270,13 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     z : Tensor or numpy.ndarray
         Latents, shape (n, r).
     y : Tensor or numpy.ndarray
-        Noise-free observations, shape (n, k), or measurements where `noise` is None.
+        Noise-free readings, shape (n, k), or measurements where `noise` is None.
     folder : path
         For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
     noise : GaussianNoise, CallableNoise, float or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
-    held_out : int
-        Pairs that are kept from training for the scores.
-    draws : int
-        Samples for each of them, at least 2; levels of coverage are exact where draws + 1 is a multiple of 20.
-    formulations : sequence of Formulation, optional
-        Variance exploding, variance preserving and the straight line where left out.
-    samplers : sequence of Sampler
-        Ways to sample; five telling ones of `SAMPLERS` where left out.
-    evaluations : sequence of int
-        Budgets of network evaluations.
-    seeds : sequence of int
-        Of trainings and samples; results over them show reproducibility.
-    bases : sequence of {"gaussian", "plain"}
-        Bases to train on.
+    plan : Plan
+        What is compared; formulations, samplers, budgets, seeds and bases may be added to a folder later.
     options : TrainingOptions
         Of every training; the seed is replaced.
     progress : bool
@@ -321,45 +291,38 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     Raises
     ------
     InputError
-        If shapes disagree, too few pairs remain for training, there is nothing to run, or the folder holds results for
-        other data, settings, formulations or samplers.
+        If shapes disagree, too few pairs remain for training, or the folder holds results for other data, settings,
+        formulations or samplers.
     FileError
         If a file in the folder is damaged or cannot be written, or another run works there.
     """
     # The protocol runs on the CPU; `options.device` says where training does.
     z, y = torch.from_numpy(check_array(z, "z", ("n", "r"))), torch.from_numpy(check_array(y, "y", ("n", "k")))
+    check_options(plan, Plan, "plan")
     check_options(options, TrainingOptions).check()
-    folder = _folder(folder)
-    held_out, draws = check_count(held_out, "held_out", least=2), check_count(draws, "draws", least=2)
+    folder, held_out, noise = check_path(folder, "folder"), plan.held_out, as_noise(noise, y.shape[1])
     if len(z) != len(y) or held_out >= len(z):
         raise InputError(f"Joint samples z (n, r) and y (n, k) with n > held_out are needed, not {tuple(z.shape)}, "
                          f"{tuple(y.shape)} and held_out = {held_out}.")
-    seeds = [check_seed(seed, "A seed") for seed in check_all(seeds, "seeds", Integral, "integers")]
-    bases = [check_choice(base, "A base", ("gaussian", "plain")) for base in check_all(bases, "bases", str, "words")]
-    noise = as_noise(noise, y.shape[1])
     check_pairs(z, y)
     order = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))
     test, rest = order[:held_out], order[held_out:]
     # Each latent counts alike in a score, whatever its unit.
     unit = spread(z[rest] - z[rest].mean(0)).numpy()
     measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
-    cells = combine(formulations if formulations is not None else
-                    (variance_exploding(), variance_preserving(), straight_line()), samplers, evaluations)
-    if not seeds or not bases or not cells:
-        raise InputError("There is nothing to compare: give at least one seed, one base, and a sampler with a budget "
-                         "that buys it a step.")
 
     def training(base: str, seed: int) -> Training:
         def fit(checkpoint: Path) -> Denoiser:
             return fit_denoiser(z[rest], y[rest], noise, base=base, options=replace(options, seed=seed),
                                 checkpoint=checkpoint)[0]
-        return Training("data", base, seed, fit, measured.repeat_interleave(draws, dim=0), score, cells)
+        return Training("data", base, seed, fit, measured, plan.draws, score, plan.combinations)
 
-    def score(samples: np.ndarray, _) -> dict:
-        return _held_out_scores(samples.reshape(held_out, draws, -1) / unit, z[test].numpy() / unit)
-    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": draws, "scores": "standardised",
+    def score(samples: np.ndarray, _: Combination) -> dict[str, float]:
+        return _held_out_scores(samples / unit, z[test].numpy() / unit)
+    settings = {"data": _digest(z, y, measured), "held_out": held_out, "draws": plan.draws, "scores": "standardised",
                 "options": asdict(replace(options, seed=0))}
-    rows = run_protocol([training(base, seed) for base in bases for seed in seeds], folder, settings, progress=progress)
+    rows = run_protocol([training(base, seed) for base in plan.bases for seed in plan.seeds], folder, settings,
+                        progress=progress)
     summary = summarise(rows)
     write_csv(rows, folder / "results.csv")
     write_csv(summary, folder / "summary.csv")
@@ -367,7 +330,7 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     return summary
 
 
-def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict:
+def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Energy score, calibration and coverage of samples (m, n, r) for truths (m, r); infinite scores if not finite."""
     names = [f"sbc_p_{i + 1}" for i in range(truth.shape[1])]
     if not (np.abs(samples) < _LARGEST).all():

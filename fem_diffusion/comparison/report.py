@@ -1,4 +1,8 @@
-"""What the rows of the comparison protocol say: means over seeds, steps to convergence, tables and pictures."""
+"""What the rows of the comparison protocol say: means over seeds, steps to convergence, tables and pictures.
+
+All functions take the rows of `run_protocol`. They raise InputError if those are none, or an argument is none of those
+that the rows have, and FileError if there is no folder for a file; files are written as a whole or not at all.
+"""
 
 import csv
 import io
@@ -6,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,10 +18,13 @@ from fem_diffusion.checks import check_choice, check_count, check_file, check_nu
 from fem_diffusion.errors import InputError
 from fem_diffusion.files import write_bytes
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["Convergence", "convergence", "plot_costs", "plot_overview", "summarise", "write_csv", "write_markdown"]
 
 _CELL = ("problem", "base", "formulation", "sampler", "budget")
-_WORDS = ("problem", "base", "formulation", "sampler", "coordinates", "nodes")
+_WORDS = ("problem", "base", "formulation", "sampler", "alpha", "coordinates", "nodes")
 _FIXED = _CELL + ("alpha", "coordinates", "nodes", "evaluations", "seed", "seconds")
 # Okabe and Ito's palette, which the colour-blind tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -24,25 +32,11 @@ _MARKERS = "osD^vP*Xh<>d"
 
 
 def summarise(rows: Sequence[dict]) -> list[dict]:
-    """Means over seeds.
+    """Means over seeds, a line for each problem, base, formulation, sampler and budget, in order of appearance.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `run_protocol`.
-
-    Returns
-    -------
-    list of dict
-        One for each problem, base, formulation, sampler and budget, in order of appearance: the number of seeds, mean
-        evaluations and seconds, the mean of every score, and as NAME_spread its standard deviation over the seeds.
-        Columns sbc_p* hold p-values, which have no mean: the smallest times the number of seeds (Bonferroni), at most
-        1, and no spread.
-
-    Raises
-    ------
-    InputError
-        If there are no rows, or they are not what `run_protocol` returns.
+    A line holds the number of seeds, mean evaluations and seconds, the mean of every score, and as NAME_spread its
+    standard deviation over the seeds. Columns sbc_p* hold p-values, which have no mean: the smallest times the number
+    of seeds (Bonferroni), at most 1, and no spread.
     """
     rows, result = _checked(rows), []
     for key, group in _grouped(rows).items():
@@ -85,10 +79,9 @@ def _checked(rows: Iterable[dict], *scores: str) -> list[dict]:
     return rows
 
 
-def _choose(rows: list[dict], name: str, value, others: tuple = ()) -> None:
+def _choose(rows: list[dict], name: str, value: str, others: tuple[str, ...] = ()) -> None:
     """Refuse a choice that no row has made."""
-    found = dict.fromkeys(row[name] for row in rows)
-    check_choice(value, name, [word for word in found if word not in others])
+    check_choice(value, name, [word for word in dict.fromkeys(row[name] for row in rows) if word not in others])
 
 
 def _grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
@@ -100,20 +93,7 @@ def _grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
 
 
 def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
-    """Write rows to a CSV file, numbers with four digits.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        With the same names.
-    path : path
-        Written as a whole or not at all.
-
-    Raises
-    ------
-    InputError, FileError
-        If there are no rows, they have different columns, or there is no folder for the file.
-    """
+    """Write any dicts with the same names to a CSV file, numbers with four digits."""
     path, rows = check_file(path), list(rows) if isinstance(rows, Iterable) else []
     if not rows or not all(isinstance(row, Mapping) and row and list(row) == list(rows[0]) for row in rows):
         raise InputError("There are no rows, or they are no dicts with the same names: give a list of such.")
@@ -137,7 +117,7 @@ class Convergence:
         Smallest budget from which on the score stays within the tolerance; None if it never does.
     """
 
-    error: dict
+    error: dict[int, float]
     budget: int | None
 
 
@@ -157,7 +137,7 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
     score : str
         Name of a column where less is better.
     reference : str
-        Sampler that is converged; its largest budget counts.
+        Sampler that is converged; its largest budget counts. It needs rows for every problem and base.
     tolerance : float
         Relative.
 
@@ -165,11 +145,6 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
     -------
     dict
         (problem, base, formulation, sampler) to Convergence.
-
-    Raises
-    ------
-    InputError
-        If there are no rows of the reference for a problem and base, or an argument is none that the rows have.
     """
     rows, tolerance = _checked(rows, score), check_number(tolerance, "tolerance", least=0)
     _choose(rows, "sampler", reference)
@@ -200,26 +175,20 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
 
 def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *, budget: int | None = None,
                    reference: str = "adaptive") -> None:
-    """Write two tables: steps to convergence and scores at one budget, combinations down and problems across.
+    """Write two tables in Markdown: steps to convergence and scores at one budget, combinations down, problems across.
 
     Parameters
     ----------
     rows : sequence of dict
         Of `run_protocol`, those of `reference` among them; without these only the second table is written.
     path : path
-        Markdown file, written as a whole or not at all.
+        Markdown file.
     score : str
         Name of a column where less is better.
     budget : int, optional
         Of the second table; 8 where left out, or the largest where no row has that.
     reference : str
         Sampler that is converged.
-
-    Raises
-    ------
-    InputError, FileError
-        If the rows are not those of `run_protocol`, an argument is none of those that they have, or there is no folder
-        for the file.
     """
     path, rows = check_file(path), _checked(rows, score)
     budget, reference = _budget(rows, budget), check_text(reference, "reference")
@@ -260,30 +229,10 @@ def _table(cells: dict[tuple, str]) -> str:
 
 def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, formulation: str, base: str = "gaussian",
                title: str = "") -> None:
-    """Draw the error over the number of network evaluations, one panel a problem, one line a sampler.
+    """Draw a score over the number of network evaluations, one panel a problem, one line a sampler.
 
     Bands are the spread over seeds. Where the rows hold the score's floor, it is dashed; where they hold an adaptive
-    sampler, it is a star.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `run_protocol`.
-    score : str
-        Name of the column to draw.
-    path : path
-        Picture.
-    formulation : str
-        Of the samplers that depend on it.
-    base : str
-        Which trainings.
-    title : str
-        Above the panels.
-
-    Raises
-    ------
-    InputError, FileError
-        As for `write_markdown`.
+    sampler, it is a star. `formulation` is that of the samplers that depend on it, `base` tells which trainings.
     """
     from matplotlib import pyplot as plt
 
@@ -292,7 +241,7 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
     _choose(rows, "formulation", formulation, ("any",))
     lines = [line for line in summarise(rows) if line["base"] == base and line["formulation"] in (formulation, "any")]
     problems, samplers = (list(dict.fromkeys(line[name] for line in lines)) for name in ("problem", "sampler"))
-    kinds = {row["sampler"]: (row["coordinates"], float(row["alpha"])) for row in rows}
+    kinds = {row["sampler"]: (row["coordinates"], str(row["alpha"])) for row in rows}
     columns = min(4, len(problems))
     size = (max(3.2 * columns, 9.6), 2.7 * math.ceil(len(problems) / columns) + 1.1)
     figure, axes = plt.subplots(math.ceil(len(problems) / columns), columns, figsize=size, squeeze=False,
@@ -305,10 +254,9 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
                 continue
             x, mean, spread = (np.array([line.get(name, math.nan) for line in curve])
                                for name in ("evaluations", score, f"{score}_spread"))
-            whitened = kinds[sampler][0] == "whitened"
             style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)],
-                     "linestyle": "-" if kinds[sampler][1] == 0 else "--", "markersize": 4,
-                     "linewidth": 2.2 if whitened else 1.1}
+                     "linestyle": "-" if kinds[sampler][1] == "0.0" else "--", "markersize": 4,
+                     "linewidth": 2.2 if kinds[sampler][0] == "whitened" else 1.1}
             if curve[0]["budget"] == 0:
                 style |= {"color": "black", "marker": "*", "markersize": 9, "linestyle": "none"}
             ax.plot(x, mean, label=sampler, **style)
@@ -334,25 +282,8 @@ def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, 
                   base: str = "gaussian") -> None:
     """Draw a heat map, formulations across and samplers down: geometric mean over problems of score over floor.
 
-    A sampler that does not depend on the formulation has one number in all its row.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `run_protocol`, with the score's floor.
-    score : str
-        Name of the column to draw.
-    path : path
-        Picture.
-    budget : int, optional
-        Network evaluations; adaptive samplers are drawn, too. 8 where left out, or the largest where no row has that.
-    base : str
-        Which trainings.
-
-    Raises
-    ------
-    InputError, FileError
-        As for `write_markdown`; also if the rows do not hold the score's floor.
+    A sampler that does not depend on the formulation has one number in all its row. Adaptive samplers are drawn beside
+    those of the `budget`, which is 8 where left out, or the largest where no row has that.
     """
     from matplotlib import pyplot as plt
     from matplotlib.colors import LogNorm
@@ -386,15 +317,14 @@ def plot_overview(rows: Sequence[dict], score: str, path: str | os.PathLike, *, 
     _save(figure, path)
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def _save(figure: "Figure", path: str | os.PathLike) -> None:
     """Write a picture and free it."""
     from matplotlib import pyplot as plt
     from PIL import Image
 
-    image = io.BytesIO()
+    image, small = io.BytesIO(), io.BytesIO()
     figure.savefig(image, dpi=150, format="png")
     plt.close(figure)
     # A palette of 256 colours halves the file and shows no difference in line drawings.
-    small = io.BytesIO()
     Image.open(image).convert("RGB").quantize(256).save(small, format="png", optimize=True)
     write_bytes(path, small.getvalue())

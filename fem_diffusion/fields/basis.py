@@ -8,9 +8,6 @@ with the eigenvalues of the prior covariance, :math:`C M \varphi = \lambda \varp
 sample covariance (proper orthogonal decomposition, POD). The latents z have unit prior variance, do not depend on
 the mesh beyond discretisation error, and white noise in z is the prior's own noise in V. Every mode vanishes where
 the field has Dirichlet conditions and the mean carries their values, so every decoded field satisfies them.
-
-All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
-Latents are global: the same on all ranks.
 """
 
 import os
@@ -27,15 +24,15 @@ from scipy.stats import chi2, norm
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
-from fem_diffusion.fields.modes import mass_action
-from fem_diffusion.errors import DataError, FileError, InputError
-from fem_diffusion.fields.coefficients import coefficients, field, generic_integrals, on_root
+from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.fields.coefficients import coefficients, field, largest, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+from fem_diffusion.fields.modes import mass_action
 
 if TYPE_CHECKING:
     from fem_diffusion.prior.protocol import Prior
 
-__all__ = ["ModalBasis", "load_basis"]
+__all__ = ["ModalBasis", "load_basis", "pack_basis", "unpack_basis"]
 
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
@@ -54,9 +51,9 @@ class ModalBasis:
     mean : firedrake.Function
         Mean of the field, with the values of inhomogeneous Dirichlet conditions.
     modes : numpy.ndarray
-        Owned coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
+        Coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
     variances : numpy.ndarray
-        Variance of the field along each mode, shape (r,), decreasing, global.
+        Variance of the field along each mode, shape (r,), decreasing.
     total_variance : float
         Integral over the mesh of the field's pointwise variance.
     prior : Prior or None
@@ -82,7 +79,7 @@ class ModalBasis:
     standard_prior: bool = False
     weights: tuple[float, ...] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
         object.__setattr__(self, "_encoder", weighted)
         object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
@@ -97,77 +94,44 @@ class ModalBasis:
         """Share of the total variance that the modes carry."""
         return float(self.variances.sum() / self.total_variance)
 
-    @property
-    def signature(self) -> np.ndarray:
-        """Integrals of mean and scaled modes against a fixed function: tells one basis from another, shape (1 + r,)."""
-        return self._against(lambda rows, weights: rows @ weights)
-
-    def _against(self, product) -> np.ndarray:
-        """Sum over ranks of a product of mean and scaled modes (1 + r, n_owned) with the fixed function's integrals."""
-        rows = np.vstack([coefficients(self.mean), self.scaled_modes])
-        return self.V.comm.allreduce(product(rows, generic_integrals(self.V)), MPI.SUM)
-
-    def check_signature(self, signature: np.ndarray, path) -> None:
-        """Raise FileError unless a model file was trained in this basis, whose signature it holds."""
-        ours = self.signature
-        # Each row in units of its own: an integral may vanish by symmetry, the sum of its parts does not.
-        size = self._against(lambda rows, weights: np.abs(rows) @ np.abs(weights))
-        if signature.shape != ours.shape or (np.abs(signature - ours) > 1e-4 * size + 1e-12 * size.max()).any():
-            raise FileError(f"{path} was trained in another basis: pass the basis of its training, with the same "
-                            "prior and number of modes, or the one that ModalBasis.save wrote beside it. Modes of "
-                            "equal variance, as of the components of a vector, may turn from one number of ranks to "
-                            "another: then only the saved basis will do.")
-
-    @property
-    def parameter_space(self) -> WithGeometry:
-        """Space of the parameter: V unless the prior has a transform."""
-        return self.V if self.prior is None else self.prior.V
-
     def leading(self, r: int) -> "ModalBasis":
         """The basis of the first r modes, of the same total variance; InputError if it has fewer."""
         if check_count(r, "r") > self.r:
             raise InputError(f"r is {r}: the basis has {self.r} modes, ask for at most as many.")
         return replace(self, modes=self.modes[:r], variances=self.variances[:r])
 
-    def encode(self, fields: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
-        """Latents of fields (before any transform).
+    def encode(self, values: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
+        """Latents of fields, before any transform.
 
         Parameters
         ----------
-        fields : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
-            Fields in V or their owned coefficients.
+        values : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
+            Fields in V or their coefficients; InputError if they are in another space.
 
         Returns
         -------
         numpy.ndarray
-            Shape (B, r); (r,) for one Function; global.
-
-        Raises
-        ------
-        InputError
-            If a field is in another space or the array has another length.
+            Shape (B, r); (r,) for one Function.
         """
-        if not isinstance(fields, np.ndarray):
-            for f in [fields] if isinstance(fields, Function) else fields:
+        if not isinstance(values, np.ndarray):
+            for f in [values] if isinstance(values, Function) else values:
                 if f.function_space() != self.V:
                     raise InputError(f"A field in {f.function_space()} cannot be encoded: the basis is on {self.V}. "
                                      "Interpolate the field into that space first.")
-            fields = coefficients(fields)
+            values = coefficients(values)
         mean = coefficients(self.mean)
-        if fields.dtype.kind not in "biuf":
-            raise InputError(f"Fields are of type {fields.dtype}: give real numbers.")
-        if not self.V.comm.allreduce(fields.shape[-1:] == mean.shape, MPI.LAND):
-            raise InputError(f"Fields of {fields.shape[-1]} owned coefficients do not fit the basis: give "
-                             f"{len(mean)} on this rank.")
-        return self.V.comm.allreduce((fields - mean) @ self._encoder.T, MPI.SUM)
+        if not self.V.comm.allreduce(values.dtype.kind in "biuf" and values.shape[-1:] == mean.shape, MPI.LAND):
+            raise InputError(f"Fields of shape {values.shape} and type {values.dtype} do not fit the basis: give real "
+                             f"numbers of shape (B, {len(mean)}).")
+        return self.V.comm.allreduce((values - mean) @ self._encoder.T)
 
     def decode(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
-        """Owned coefficients of the fields (before any transform) with these latents.
+        """Coefficients of the fields, before any transform, with these latents.
 
         Parameters
         ----------
         z : array_like of shape (B, r)
-            Latents; the same on all ranks.
+            Latents.
         refill_seed : int, optional
             Add the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
 
@@ -192,13 +156,13 @@ class ModalBasis:
         return values
 
     def parameters(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
-        """Owned coefficients of the parameter, the transform of `decode`; shape (B, n_owned of parameter_space)."""
+        """Coefficients of the parameter, the transform of `decode`; shape (B, n_owned of the parameter's space)."""
         values = self.decode(z, refill_seed)
         return values if self.prior is None else self.prior.transform_many(values)
 
     def functions(self, z: ArrayLike) -> list[Function]:
-        """The parameters with latents `z` (B, r) as Functions in `parameter_space`."""
-        return [field(self.parameter_space, values) for values in self.parameters(z)]
+        """The parameters with latents z (B, r) as Functions."""
+        return [field(self.V if self.prior is None else self.prior.V, values) for values in self.parameters(z)]
 
     def check_draws(self, z: ArrayLike, missing: float = 0.0) -> None:
         """Raise DataError where latents (n, r) of training fields cannot be draws of the basis's own prior, N(0, I).
@@ -208,54 +172,51 @@ class ModalBasis:
         if not self.standard_prior:
             return
         z, n = np.asarray(z, dtype=float), len(z)
-        squares = (z**2).sum(axis=0)
+        means, squares = np.abs(z.mean(axis=0)), (z**2).sum(axis=0)
         if missing:
             worst = int(np.abs(squares / n - 1).argmax())
-            wrong = (np.abs(z.mean(axis=0)).max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
+            wrong = (means.max() > np.sqrt(missing / (1 - missing)) + norm.isf(_CHANCE) / np.sqrt(n)
                      or squares.max() > chi2.isf(_CHANCE, n) / (1 - missing)
                      or squares.min() < chi2.ppf(_CHANCE, n) * (1 - np.sqrt(3 * missing)))
-            if wrong:
-                raise self._no_draws(z, worst)
-            return
-        means = norm.sf(np.abs(z.mean(axis=0)) * np.sqrt(n))
-        chances = 2 * np.stack([means, chi2.sf(squares, n), chi2.cdf(squares, n)])
-        worst = int(chances.min(axis=0).argmin())
-        # All latents together tell of small differences that no single one does.
-        total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
-        if min(chances.size * chances.min(), total) < _CHANCE:
-            raise self._no_draws(z, worst)
+        else:
+            chances = 2 * np.stack([norm.sf(means * np.sqrt(n)), chi2.sf(squares, n), chi2.cdf(squares, n)])
+            worst = int(chances.min(axis=0).argmin())
+            # All latents together tell of small differences that no single one does.
+            total = 2 * min(chi2.sf(squares.sum(), z.size), chi2.cdf(squares.sum(), z.size))
+            wrong = min(chances.size * chances.min(), total) < _CHANCE
+        if wrong:
+            raise DataError(f"The fields of the data are no draws of the prior behind the basis: over {n} of them "
+                            f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
+                            f"{squares[worst] / n:.3g}, where 0 and 1 are due. Compute the basis from the prior of the "
+                            "simulation, or take pod(V, data.coefficients, r) where that prior is not known.")
 
-    def _no_draws(self, z: np.ndarray, worst: int) -> DataError:
-        return DataError(f"The fields of the data are no draws of the prior behind the basis: over {len(z)} of them "
-                         f"latent {worst} has mean {z[:, worst].mean():.3g} and mean square "
-                         f"{(z[:, worst]**2).mean():.3g}, where 0 and 1 are due. Compute the basis from the prior of "
-                         "the simulation, or take pod(V, data.fields, r) where that prior is not known.")
+    def __repr__(self) -> str:
+        kind = "Karhunen-Loeve" if self.standard_prior else "POD"
+        return (f"ModalBasis: {self.r} {kind} modes with {self.retained:.2%} of the variance, "
+                f"{self.V.dim()} unknowns{f', of {self.prior}' if self.prior else ''}")
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: object) -> None:
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
 
-    def save(self, path) -> None:
+    def save(self, path: str | os.PathLike) -> None:
         """Write mean and modes to a file, from which `load_basis` reads them on any number of ranks.
 
-        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh.
-
-        Parameters
-        ----------
-        path : path
-            The file, written whole or not at all.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written.
+        A transform or a prior is code, not data, and is not written; that there is one is. Nor is the mesh. The file is
+        written whole or not at all; FileError if it cannot be written.
         """
-        V = self.V
-        arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(self.mean)[None]),
-                  "modes": gather_rows(V, self.modes), "variances": self.variances}
-        values = {"element": element_of(V), "total_variance": self.total_variance, "weights": self.weights,
-                  "transformed": self.prior is not None and self.prior.core is not self.prior,
-                  "standard_prior": self.standard_prior}
-        on_root(V.comm, lambda: files.write(path, "basis", arrays, values))
+        arrays, values = pack_basis(self, "basis")
+        on_root(self.V.comm, lambda: files.write(path, "basis", arrays, values))
+
+
+def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
+    """Arrays, on rank 0, and values of a file that holds a basis under a name."""
+    V = basis.V
+    arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(basis.mean)[None]),
+              "modes": gather_rows(V, basis.modes), "variances": basis.variances}
+    values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
+              "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
+              "standard_prior": basis.standard_prior}
+    return tuple({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
 
 
 def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
@@ -266,14 +227,10 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
     path : path
         The file.
     V : firedrake.functionspaceimpl.WithGeometry
-        The space of the basis, on the mesh of the user's own; on any number of ranks.
+        The space of the basis, on the user's own mesh.
     prior : Prior, optional
         The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
         samples hold the modes of the basis alone.
-
-    Returns
-    -------
-    ModalBasis
 
     Raises
     ------
@@ -285,22 +242,25 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
     check_kind(V, "V", WithGeometry, "the space of the basis")
     if prior is not None and prior.core.V != V:
         raise InputError(f"prior is of type {type(prior).__name__} and its fields are not in V: give the basis's own.")
-    content = read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save.")
-    columns = own_columns(content, "key", "element", V)
-    variances, size = content.array("variances", None), len(content.arrays["key"])
-    mean, modes = content.array("mean", 1, size), content.array("modes", len(variances), size)
-    weights, total = content.value("weights", list, type(None)), content.value("total_variance", float)
+    return unpack_basis(read_everywhere(V.comm, path, "basis", "Write one with ModalBasis.save."), "basis", V, prior)
+
+
+def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
+    """The basis under a name in a file; raises as `load_basis`."""
+    columns = own_columns(content, f"{name}.key", f"{name}.element", V)
+    variances, size = content.array(f"{name}.variances", None), len(content.arrays[f"{name}.key"])
+    mean, modes = content.array(f"{name}.mean", 1, size), content.array(f"{name}.modes", len(variances), size)
+    weights, total = content.value(f"{name}.weights", list, type(None)), content.value(f"{name}.total_variance", float)
     weighted = weights is None or (len(weights) == len(V) and all(type(x) is float and 0 < x < np.inf for x in weights))
     falling = len(variances) > 0 and (variances > 0).all() and (np.diff(variances) <= 1e-6 * variances[0]).all()
     if not falling or not weighted or not (1 - 1e-6) * variances.sum() <= total < np.inf:
         raise content.error("holds no modes of positive variance, largest first")
-    transformed, standard = content.value("transformed", bool), content.value("standard_prior", bool)
+    transformed, standard = (content.value(f"{name}.{key}", bool) for key in ("transformed", "standard_prior"))
     if transformed and (prior is None or prior.core is prior):
-        raise InputError(f"The parameter of the basis in {path} is a transform of its field, which is code and not in "
-                         "the file: pass prior=, the TransformedPrior.")
-    mean = field(V, mean[0, columns], name="mean")
-    basis = ModalBasis(V, mean, modes[:, columns], variances, float(total), prior, standard and prior is not None,
-                       weights and tuple(weights))
+        raise InputError("The parameter of the basis in the file is a transform of its field, which is code and not in "
+                         "the file: pass the TransformedPrior.")
+    basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total), prior,
+                       standard and prior is not None, weights and tuple(weights))
     if basis.standard_prior and not _is_of(basis, modes[:, columns]):
         raise content.error("belongs to another prior")
     identity = np.eye(basis.r)
@@ -310,14 +270,11 @@ def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" =
 
 
 def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
-    """Whether mean and modes are those of the basis's prior, up to what modes are converged to (collective)."""
-    def largest(x):
-        return max(basis.V.comm.allgather(float(np.abs(x).max(initial=0.0))))
-    mean = coefficients(basis.mean)
-    off = largest(mean - coefficients(basis.prior.core.mean))
+    """Whether mean and modes are those of the basis's prior, up to what modes are converged to."""
+    comm, mean, core = basis.V.comm, coefficients(basis.mean), basis.prior.core
+    off = largest(comm, mean - coefficients(core.mean))
     dual = mass_action(basis.V, basis.weights)(modes)
     # As the modes see it, the covariance is diagonal.
-    seen = basis.V.comm.allreduce(dual @ basis.prior.core.apply_covariance(dual).T)
-    unit = np.sqrt(basis.variances)
+    seen, unit = comm.allreduce(dual @ core.apply_covariance(dual).T), np.sqrt(basis.variances)
     same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME
-    return bool(same) and off <= 1e-6 * largest(basis.scaled_modes) + 1e-9 * largest(mean)
+    return bool(same) and off <= 1e-6 * largest(comm, basis.scaled_modes) + 1e-9 * largest(comm, mean)

@@ -1,40 +1,247 @@
-"""Small checks and conversions that the files of this room share.
+"""Checks at the door that take Firedrake to look, and interpolation that tells its limits."""
 
-Coefficient arrays hold *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
-
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
-from numbers import Number
+from numbers import Integral, Number
 
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
+from finat.ufl.finiteelementbase import FiniteElementBase
 from firedrake import H1, Constant, Function, FunctionSpace, Measure, assemble, interpolate
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.interpolation import get_interpolator
+from firedrake.mesh import MeshGeometry
+from firedrake.petsc import PETSc
 from mpi4py import MPI
+from petsctools import OptionsManager
+from ufl.algorithms import extract_arguments
+from ufl.algorithms.analysis import extract_type
 from ufl.core.expr import Expr
+from ufl.domain import extract_domains
 from ufl.form import BaseForm
 
-from fem_diffusion.checks import LARGEST, check_array, check_number
+from fem_diffusion.checks import LARGEST, check_array, check_callable, check_flag, check_number, together
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, independent_entries, is_real
-from fem_diffusion.fields.doors import check_expression
+from fem_diffusion.fields.coefficients import coefficients, independent_entries, is_real, largest, owned_size
 
-__all__ = ["check_reproduced", "exterior_measures", "interpolated", "matern_space", "prepared_interpolation",
+__all__ = ["by_marker", "check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
+           "check_reproduced", "check_rows", "check_scalar", "check_solver", "check_space", "exterior_measures",
+           "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
            "refuse_variable_layers", "root_space"]
 
+Meshes = Collection[MeshGeometry]
 
-def refuse_variable_layers(mesh):
+MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
+
+
+def check_marker(marker: object, name: str) -> int | str | tuple[int, ...]:
+    """A marker as an int, a tuple of int or a word; whether the mesh has it is not looked at here."""
+    if isinstance(marker, str):
+        return marker
+    many = isinstance(marker, (tuple, list))
+    parts = tuple(marker) if many else (marker,)
+    if not parts or any(not isinstance(part, Integral) or isinstance(part, (bool, np.bool_)) for part in parts):
+        raise InputError(f"{name} names the marker {marker!r}: give {MARKERS}.")
+    return tuple(map(int, parts)) if many else int(marker)
+
+
+def by_marker(table: Mapping | None, name: str) -> dict:
+    """A table of boundary conditions, copied, its markers checked."""
+    if table is not None and not isinstance(table, Mapping):
+        raise InputError(f"{name} must be a dict from markers to values, such as {name}={{1: ...}}, got {table!r}.")
+    return {check_marker(marker, name): value for marker, value in (table or {}).items()}
+
+
+def check_solver(parameters: str | Mapping, prefix: str | None, comm: MPI.Comm) -> str | dict:
+    """The parameters, a dict of them copied; options that PETSc cannot read are refused before the first solve."""
+    if prefix is not None and (not isinstance(prefix, str) or not prefix or prefix[0] == "-" or " " in prefix):
+        raise InputError(f"options_prefix is {prefix!r}: give a word such as 'state_', or leave it out.")
+    if not isinstance(parameters, Mapping):
+        if not isinstance(parameters, str) or parameters not in ("direct", "iterative"):
+            raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, got "
+                             f"{parameters!r}.")
+        return parameters
+    wrong = [key for key in parameters if not isinstance(key, str) or not key or key[0] == "-"]
+    if wrong:
+        raise InputError(f"solver_parameters has the key {wrong[0]!r}: give names of PETSc options without a dash, "
+                         "such as 'ksp_type'.")
+    snes = PETSc.SNES().create(comm=comm)
+    try:
+        OptionsManager(dict(parameters), prefix, default_prefix="check").set_from_options(snes)
+    except PETSc.Error as error:
+        raise InputError(f"PETSc refuses solver_parameters {dict(parameters)!r} ({petsc_reason(error)}): check the "
+                         "spelling of each value.") from error
+    finally:
+        snes.destroy()
+    return dict(parameters)
+
+
+def petsc_reason(error: Exception) -> str:
+    """What a PETSc error says, in one line."""
+    lines = str(error).splitlines() or [repr(error)]
+    return lines[-1].partition("] ")[2] or lines[-1]
+
+
+def check_coefficients(mesh: MeshGeometry, *, velocity: object, diffusivity: object, reaction: object, source: object,
+                       dirichlet: object, flux: object, robin: object, outflow: object, supg: object,
+                       **scalars: object) -> dict[str, object]:
+    """The coefficients of a problem, checked: those of `AdvectionDiffusion` and further UFL scalars by name.
+
+    Returns them under the same names: numbers as floats, tables as dicts with markers of one type, and callables that
+    check what they return. InputError where one is no finite real number or expression, lives on another mesh than
+    that of the state, or a marker is none.
+    """
+    def checked(value: object, name: str, check: Callable, argument: str = "m") -> object:
+        if not is_callable(value):
+            return check(value, name, (mesh,))
+        check_callable(value, name, f"a function {argument} -> UFL expression", 1)
+
+        def result(x: Expr) -> object:
+            return check(value(x), f"{name}({argument})", (mesh, *extract_domains(x)))
+        return result
+    tables = {name: by_marker(table, name) for name, table in (("dirichlet", dirichlet), ("flux", flux))}
+    for name, table in tables.items():
+        for marker, value in table.items():
+            table[marker] = checked(value, f"{name}[{marker!r}]", check_scalar)
+    pairs = by_marker(robin, "robin")
+    for marker, pair in pairs.items():
+        if not isinstance(pair, (tuple, list, np.ndarray)) or len(pair) != 2:
+            raise InputError(f"robin[{marker!r}] must be a pair (h, u_ext) for n·κ∇u = h (u_ext - u), got {pair!r}.")
+        pairs[marker] = tuple(check_scalar(c, f"robin[{marker!r}]", (mesh,)) for c in pair)
+    if reaction is not None:
+        if isinstance(reaction, (Expr, BaseForm)) or not callable(reaction):
+            raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2, got "
+                             f"{reaction!r}.")
+        reaction = checked(reaction, "reaction", check_scalar, "u")
+    if not isinstance(supg, str) or supg != "auto":
+        supg = check_flag(supg, "supg, unless 'auto',")
+    return {"velocity": None if velocity is None else checked(velocity, "velocity", _vector),
+            "diffusivity": checked(diffusivity, "diffusivity", _diffusivity), "reaction": reaction,
+            "source": checked(source, "source", check_scalar), **tables, "robin": pairs, "outflow": _outflow(outflow),
+            "supg": supg, **{name: checked(value, name, check_scalar) for name, value in scalars.items()}}
+
+
+def _outflow(outflow: object) -> tuple:
+    """A tuple of markers; None and a single marker are understood."""
+    if outflow is None:
+        return ()
+    if isinstance(outflow, (Integral, str)):
+        outflow = (outflow,)
+    if not isinstance(outflow, Iterable) or isinstance(outflow, (Mapping, Expr, bytes)):
+        raise InputError(f"outflow is {outflow!r}: give a marker or a tuple of them, a marker being {MARKERS}.")
+    return tuple(check_marker(marker, "outflow") for marker in outflow)
+
+
+def is_callable(given: object) -> bool:
+    """Whether a coefficient is given as a callable, which UFL expressions are too."""
+    return callable(given) and not isinstance(given, (Expr, BaseForm))
+
+
+def check_scalar(value: object, name: str, meshes: Meshes, above: float = -np.inf) -> float | Expr:
+    """A float, or a UFL scalar on one of these meshes."""
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value = value[()]
+    if isinstance(value, Number):
+        return check_number(value, name, above=above)
+    if isinstance(value, Constant) and not value.ufl_shape:
+        check_number(float(value), name, above=above)
+    return check_expression(value, name, meshes, ())
+
+
+def _vector(value: object, name: str, meshes: Meshes) -> tuple | Expr:
+    """A tuple of scalars, or a UFL vector, of the dimension of the mesh."""
+    shape = (meshes[0].geometric_dimension,)
+    if isinstance(value, (str, bytes, Mapping, set, Number)) or not isinstance(value, Iterable):
+        raise InputError(f"{name} must have shape {shape}: give a number for each direction or a UFL vector, not "
+                         f"{value!r}.")
+    if isinstance(value, Expr):
+        return check_expression(value, name, meshes, shape)
+    value = tuple(check_scalar(c, name, meshes) for c in value)
+    if len(value) != shape[0]:
+        raise InputError(f"{name} must have shape {shape}, got {len(value)} numbers.")
+    return value
+
+
+def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray | list | Expr:
+    """A positive scalar, an array of numbers, rows of scalars, or a UFL scalar or tensor."""
+    gdim = meshes[0].geometric_dimension
+    if isinstance(value, Constant) and value.ufl_shape:
+        value = value.values().reshape(value.ufl_shape)
+    if isinstance(value, np.ndarray):
+        return check_array(value, name, (), (gdim, gdim)) if value.ndim else check_scalar(value, name, meshes, above=0)
+    if isinstance(value, (list, tuple)):
+        if len(value) != gdim or any(not isinstance(row, (list, tuple, np.ndarray)) or len(row) != gdim
+                                     for row in value):
+            raise InputError(f"{name} must be a number, a UFL expression or of shape {(gdim, gdim)}, got {value!r}.")
+        return [[check_scalar(c, name, meshes) for c in row] for row in value]
+    if isinstance(value, Expr) and value.ufl_shape:
+        return check_expression(value, name, meshes, (), (gdim, gdim))
+    return check_scalar(value, name, meshes, above=0)
+
+
+def check_expression(value: object, name: str, meshes: Meshes, *shapes: tuple[int, ...]) -> Expr:
+    """A UFL expression of one of these shapes, on these meshes, without test functions and values that are not finite.
+
+    Any shape will do where none is given.
+    """
+    if not isinstance(value, Expr) or isinstance(value, BaseForm):
+        remedy = "; assemble or interpolate it first" if isinstance(value, BaseForm) else ""
+        raise InputError(f"{name} must be a number or a UFL expression, got {type(value).__name__}{remedy}.")
+    if shapes and value.ufl_shape not in shapes:
+        raise InputError(f"{name} must have shape {' or '.join(map(str, dict.fromkeys(shapes)))}, got "
+                         f"{value.ufl_shape}.")
+    if extract_arguments(value):
+        raise InputError(f"{name} holds test or trial functions: give a coefficient, such as a Function.")
+    if not set(extract_domains(value)) <= set(meshes):
+        raise InputError(f"{name} lives on another mesh: interpolate it into a space on this one.")
+    for part in extract_type(value, (Function, Constant)):
+        check_finite(part, f"{name} holds {part}, which")
+    return value
+
+
+def check_finite(f: Function | Constant, name: str) -> None:
+    """Refuse a Function or Constant with values that are not finite, on all ranks together."""
+    def check() -> None:
+        if not np.isfinite(f.values() if isinstance(f, Constant) else coefficients(f)).all():
+            raise InputError(f"{name} is not finite everywhere: look for NaN and infinite values.")
+    if isinstance(f, Constant):
+        check()
+    else:
+        together(f.function_space().comm, check)
+
+
+def check_space(V: object, name: str = "V") -> WithGeometry:
+    """A function space; no dual one."""
+    if not isinstance(V, WithGeometry):
+        raise InputError(f"{name} must be a FunctionSpace, got {type(V).__name__}.")
+    return V
+
+
+def check_rows(values: object, V: WithGeometry, name: str) -> np.ndarray:
+    """Owned coefficients in V or its dual as an array (n, n_owned) of finite real numbers, on all ranks together."""
+    return together(V.comm, lambda: check_array(values, name, ("n", owned_size(V))))
+
+
+def check_function(f: object, V: WithGeometry, name: str, remedy: str) -> Function:
+    """A Function in V, finite."""
+    if not isinstance(f, Function) or f.function_space() != V:
+        what = f"a Function in {f.function_space()}" if isinstance(f, Function) else type(f).__name__
+        raise InputError(f"{name} must be a Function in {V}, got {what}; {remedy}.")
+    check_finite(f, name)
+    return f
+
+
+def refuse_variable_layers(mesh: MeshGeometry) -> None:
     """Raise InputError for an extruded mesh whose columns differ in their layers."""
     if mesh.extruded and mesh.variable_layers:
         raise InputError("the extruded mesh has variable layers, where Firedrake finds no points and leaves steps out "
-                         "of the boundary: use constant layers with coordinates moved, or a Submesh")
+                         "of the boundary: use constant layers with coordinates moved, or a Submesh.")
 
 
-def exterior_measures(mesh):
-    """Measures that together integrate over the boundary of a mesh: {name: Measure}.
+def exterior_measures(mesh: MeshGeometry) -> dict[str, Measure]:
+    """Measures that together integrate over the boundary of a mesh: its "sides", and "bottom" and "top" if it has them.
 
-    The names are ``"sides"`` and, of an extruded mesh with ends, ``"bottom"`` and ``"top"``: where the extrusion is
-    periodic, Firedrake's ``ds_b`` and ``ds_t`` integrate over the seam, which is no boundary (its ``dS_h`` holds it).
+    Where an extrusion is periodic, Firedrake's ``ds_b`` and ``ds_t`` integrate over the seam, which is no boundary.
     """
     refuse_variable_layers(mesh)
     if not mesh.extruded:
@@ -43,20 +250,15 @@ def exterior_measures(mesh):
     return {"sides": Measure("ds_v", mesh)} | ends
 
 
-def matern_space(V):
+def matern_space(V: WithGeometry) -> WithGeometry:
     """The space in which a Gaussian field on V lives: V, or the base mesh's where V is constant along the extrusion.
 
-    Firedrake numbers both alike.
-
-    Raises
-    ------
-    InputError
-        Unless this space is continuous and its coefficients are point values.
+    Firedrake numbers both alike. InputError unless this space is continuous and its coefficients are point values.
     """
     if len(V) > 1:
-        raise InputError("the space is mixed: build one prior for each of its components")
+        raise InputError("the space is mixed: build one prior for each of its components.")
 
-    def flattened(scalar):
+    def flattened(scalar: FiniteElementBase) -> FiniteElementBase:
         factors = scalar.factor_elements if isinstance(scalar, TensorProductElement) else ()
         return factors[0] if [factor.family() == "Real" for factor in factors] == [False, True] else scalar
     element = _with_scalar(V, flattened)
@@ -64,18 +266,18 @@ def matern_space(V):
         base = V.mesh()._base_mesh
         if base is None:
             raise InputError("the base mesh of this extruded mesh is not known: build the mesh with ExtrudedMesh and "
-                             "move its coordinates in place")
+                             "move its coordinates in place.")
         V = FunctionSpace(base, element)
     if "Real" in repr(element):
         raise InputError(f"a Gaussian prior on {element} is not there: use CG, or CG with vfamily=\"R\" for a field "
-                         "that is constant along the extrusion, or CallablePrior")
+                         "that is constant along the extrusion, or CallablePrior.")
     if element not in H1 or not V.finat_element.has_pointwise_dual_basis:
         raise InputError(f"a Gaussian prior needs a space of CG elements, got {element}: use CG, and "
-                         "TransformedPrior to map its samples into another space")
+                         "TransformedPrior to map its samples into another space.")
     return V
 
 
-def _with_scalar(V, change):
+def _with_scalar(V: WithGeometry, change: Callable[[FiniteElementBase], FiniteElementBase]) -> FiniteElementBase:
     """The element of V's value shape with another scalar one, `change` of V's."""
     element = V.ufl_element()
     if isinstance(element, TensorElement):
@@ -85,21 +287,11 @@ def _with_scalar(V, change):
     return change(element)
 
 
-def check_reproduced(expression, result, name):
-    """Refuse what interpolation reads at one place only: an expression that varies where its space is constant.
-
-    Parameters
-    ----------
-    expression : ufl.core.expr.Expr
-        What was interpolated.
-    result : firedrake.Function
-        The outcome; in a space of any elements.
-    name : str
-        Of the expression, for the message.
-    """
+def check_reproduced(expression: Expr, result: Function, name: str) -> None:
+    """Refuse what interpolation to a result reads at one place only: what varies where the space is constant."""
     V = result.function_space()
 
-    def varying(scalar):
+    def varying(scalar: FiniteElementBase) -> FiniteElementBase:
         if isinstance(scalar, TensorProductElement):
             return TensorProductElement(*map(varying, scalar.factor_elements))
         if scalar.family() != "Real":
@@ -109,21 +301,20 @@ def check_reproduced(expression, result, name):
         return
     W = FunctionSpace(V.mesh(), _with_scalar(V, varying))
     there, here = (coefficients(Function(W).interpolate(f)) for f in (expression, result))
-    error, size = (V.comm.allreduce(np.abs(x).max(initial=0.0), op=MPI.MAX) for x in (there - here, there))
-    if not error <= 1e-8 * size:
+    if not largest(V.comm, there - here) <= 1e-8 * largest(V.comm, there):
         raise InputError(f"{name} varies where {V.ufl_element()} is constant, and interpolation reads one place, which "
                          "is no average: use CallablePrior with a sampler that integrates, or functionals where the "
-                         "average is observed")
+                         "average is observed.")
 
 
-def root_space(V):
+def root_space(V: WithGeometry) -> WithGeometry:
     """The space of which V is a component, or V itself."""
     while V.parent is not None:
         V = V.parent
     return V
 
 
-def interpolated(V, value, name, meshes):
+def interpolated(V: WithGeometry, value: object, name: str, meshes: Meshes) -> Function:
     """Interpolate a number, an array of V's value shape or a UFL expression on these meshes into V."""
     if isinstance(value, (Expr, BaseForm)):
         value = check_expression(value, name, meshes, (), V.value_shape)
@@ -136,30 +327,29 @@ def interpolated(V, value, name, meshes):
     f = Function(V)
     prepared_interpolation(value, f)()
     check_reproduced(value, f, name)
-    if not V.comm.allreduce(bool(np.isfinite(coefficients(f)).all()), op=MPI.LAND):
-        raise InputError(f"{name} is not finite everywhere on the mesh: give finite values")
+    check_finite(f, name)
     return f
 
 
-def prepared_interpolation(expression, target):
+def prepared_interpolation(expression: Expr, target: Function) -> Callable[[], object]:
     """Callable without arguments that interpolates the expression into the Function target, at every call."""
     V = target.function_space()
     if is_real(V) and V.value_shape:
         return _interpolated_numbers(expression, target)
     symbolic = interpolate(expression, V)
-    # assemble looks the kernel up anew on every call, which takes ten times as long as the interpolation
+    # assemble looks the kernel up anew on every call, which takes ten times as long as the interpolation.
     prepare = getattr(get_interpolator(symbolic), "_get_callable", None)
     return prepare(tensor=target) if prepare else partial(assemble, symbolic, tensor=target)
 
 
-def _interpolated_numbers(expression, target):
+def _interpolated_numbers(expression: Expr, target: Function) -> Callable[[], None]:
     """As `prepared_interpolation`, into a vector or tensor of numbers: Firedrake can do scalar ones alone."""
     V = target.function_space()
     entries = [list(np.ndindex(V.value_shape))[i] for i in independent_entries(V)[0]]
     parts = [Function(FunctionSpace(V.mesh(), "R", 0)) for _ in entries]
     calls = [prepared_interpolation(expression[entry], part) for entry, part in zip(entries, parts)]
 
-    def run():
+    def run() -> None:
         for call in calls:
             call()
         with target.dat.vec_wo as vec:

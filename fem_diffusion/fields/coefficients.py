@@ -1,10 +1,13 @@
 """Functions and their owned coefficients: how every room that knows Firedrake sees a field as numbers.
 
 Owned coefficients are this rank's part of ``with f.dat.vec_ro as v: v.array``: float64, for scalar, vector and mixed
-spaces alike.
+spaces alike, of a mixed one component by component. All arrays of coefficients (n_owned) in the package are owned
+ones; what else an array holds is global, the same on all ranks. Everything that takes a space or coefficients is
+collective.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from finat.ufl import TensorElement
@@ -13,34 +16,33 @@ from firedrake import (
     exp, inner,
 )
 from firedrake.functionspaceimpl import WithGeometry
+from firedrake.mesh import MeshGeometry
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
 from mpi4py import MPI
 from scipy.spatial import cKDTree
+from ufl.core.expr import Expr
 
 from fem_diffusion.checks import portable
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["by_component", "coefficients", "field", "generic_integrals", "geometric_key", "independent_entries",
-           "is_real", "multiply", "on_root", "owned_columns", "owned_size", "require_real", "solve", "solve_each"]
+__all__ = ["bounding_box", "by_component", "coefficients", "field", "generic_integrals", "geometric_key",
+           "independent_entries", "is_real", "largest", "multiply", "on_root", "owned_columns", "owned_size",
+           "require_real", "solve", "solve_each"]
+
+Result = TypeVar("Result")
 
 _SAME = 1e-8  # of the distance to the next degree of freedom: two places are one
 
 
 def require_real() -> None:
-    """Refuse a complex PETSc build.
-
-    Raises
-    ------
-    InstallError
-        If PETSc was configured with complex scalars.
-    """
+    """Raise InstallError for a PETSc with complex scalars."""
     if complex_mode:
         raise InstallError("fem_diffusion works with real scalars and this PETSc is a complex build; "
                            "activate a Firedrake installation configured without --with-scalar-type=complex.")
 
 
-def on_root(comm, function):
+def on_root(comm: MPI.Comm, function: Callable[[], Result]) -> Result:
     """Result of `function()` run on rank 0, broadcast; what it raises there is raised on every rank."""
     outcome = None
     if comm.rank == 0:
@@ -54,7 +56,7 @@ def on_root(comm, function):
     return result
 
 
-def owned_size(V) -> int:
+def owned_size(V: WithGeometry) -> int:
     """Number of owned coefficients of a function space on this rank."""
     return V.dof_dset.layout_vec.getLocalSize()
 
@@ -67,7 +69,7 @@ def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.nd
     return np.stack([coefficients(f) for f in functions])
 
 
-def field(V, values: np.ndarray, name: str | None = None) -> Function:
+def field(V: WithGeometry, values: np.ndarray, name: str | None = None) -> Function:
     """Function in V with the owned coefficients `values`, shape (n_owned,)."""
     function = Function(V, name=name)
     with function.dat.vec_wo as vector:
@@ -75,30 +77,26 @@ def field(V, values: np.ndarray, name: str | None = None) -> Function:
     return function
 
 
+def largest(comm: MPI.Comm, x: np.ndarray) -> float:
+    """Largest absolute value of an array over all ranks."""
+    return float(comm.allreduce(np.abs(x).max(initial=0.0), MPI.MAX))
+
+
 def by_component(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
     """Owned coefficients (n, n_owned) of a mixed space, component by component."""
     return np.split(values, np.cumsum([owned_size(W) for W in V])[:-1], axis=1)
 
 
-def is_real(V) -> bool:
+def is_real(V: WithGeometry) -> bool:
     """Whether V holds a few numbers and no field: a space of family "R", scalar or not."""
     return V.ufl_element().family() == "Real"
 
 
-def independent_entries(V) -> tuple[np.ndarray, np.ndarray]:
-    """Which entries of a space's values are no copies of others, as those of symmetric tensors are.
+def independent_entries(V: WithGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Which entries of the values of a space that is not mixed are no copies of others, as in symmetric tensors.
 
-    Parameters
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        A space that is not mixed.
-
-    Returns
-    -------
-    numpy.ndarray
-        Their places among the entries of a value, last index fastest: shape (b,).
-    numpy.ndarray
-        How often each stands in the value, shape (b,): as often it counts in the mass inner product.
+    Returns their places among the entries, last index fastest, and how often each stands in the value, and so counts
+    in the mass inner product: shape (b,) each.
     """
     element = V.ufl_element()
     mapping = element.flattened_sub_element_mapping() if isinstance(element, TensorElement) else range(V.value_size)
@@ -106,7 +104,7 @@ def independent_entries(V) -> tuple[np.ndarray, np.ndarray]:
     return first, count
 
 
-def generic_integrals(V) -> np.ndarray:
+def generic_integrals(V: WithGeometry) -> np.ndarray:
     """Integral of every basis function against a fixed function without symmetry, shape (n_owned,), owned.
 
     As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes.
@@ -123,23 +121,28 @@ def generic_integrals(V) -> np.ndarray:
     return coefficients(assemble(inner(weight, test) * dx))
 
 
-def _frame(mesh) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest coordinates of a mesh and its widths, shape (gdim,) each, the same on all ranks."""
+def bounding_box(mesh: MeshGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest coordinates of the nodes of a mesh, shape (gdim,) each."""
     nodes = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
     low = np.min(mesh.comm.allgather(nodes.min(axis=0, initial=np.inf)), axis=0)
-    high = np.max(mesh.comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
+    return low, np.max(mesh.comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
+
+
+def _frame(mesh: MeshGeometry) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest coordinates of a mesh and its widths, shape (gdim,) each."""
+    low, high = bounding_box(mesh)
     # A surface in a plane of space has no width across it but that of rounding errors.
     return low, np.maximum(high - low, 1e-10 * (high - low).max())
 
 
-def _phase(mesh):
+def _phase(mesh: MeshGeometry) -> Expr:
     """Linear function of the place, from zero on, with factors that have no rational relation: UFL scalar."""
     low, width = _frame(mesh)
     x = SpatialCoordinate(mesh)
     return sum((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
 
 
-def geometric_key(V) -> np.ndarray:
+def geometric_key(V: WithGeometry) -> np.ndarray:
     """Numbers that tell every degree of freedom by the geometry alone, whatever the numbering and the partition.
 
     They are moments of place under the density φ² of its basis function φ, which are local and as exact as coordinates
@@ -148,22 +151,15 @@ def geometric_key(V) -> np.ndarray:
     of the components in φ²; the normalised integral of φ against a fixed function, which tells the orientation of
     edges and faces. Two more say which component of a mixed space it is and where the domain lies.
 
-    Parameters
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        A space of any elements, mixed and Real ones included.
-
-    Returns
-    -------
-    numpy.ndarray
-        Owned, dimensionless, shape (n_owned, gdim + 5); of a mixed space with the largest gdim of its components.
+    Dimensionless, for any elements, mixed and Real ones included: shape (n_owned, gdim + 5), of a mixed space with the
+    largest gdim of its components.
     """
     keys = [_component_key(W, i) for i, W in enumerate(V)]
     columns = max(key.shape[1] for key in keys)
     return np.vstack([np.pad(key, ((0, 0), (0, columns - key.shape[1]))) for key in keys])
 
 
-def _component_key(V, i: int) -> np.ndarray:
+def _component_key(V: WithGeometry, i: int) -> np.ndarray:
     """`geometric_key` of component i, shape (n_owned, gdim + 5)."""
     mesh, gdim = V.mesh(), V.mesh().geometric_dimension
     key = np.zeros((owned_size(V), gdim + 5))
@@ -180,7 +176,7 @@ def _component_key(V, i: int) -> np.ndarray:
     density = sum(shares[k] * (u[c] * v[c] if c else u * v) for k, c in enumerate(entries))
     form = (chosen[0] + sum(chosen[1 + j] * moment for j, moment in enumerate(moments))) * density * dx
 
-    def integral(j, weights=np.ones(len(entries))):
+    def integral(j: int, weights: np.ndarray = np.ones(len(entries))) -> np.ndarray:
         chosen.assign(np.eye(gdim + 3)[j])
         shares.assign(weights)
         return coefficients(assemble(form, diagonal=True))
@@ -195,7 +191,7 @@ def _component_key(V, i: int) -> np.ndarray:
     return key
 
 
-def owned_columns(key: np.ndarray, V) -> np.ndarray | None:
+def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
     """Where this rank's degrees of freedom are among stored ones.
 
     The nearest key must be the same up to rounding, or to a small part of its distance to the next one.
@@ -210,8 +206,8 @@ def owned_columns(key: np.ndarray, V) -> np.ndarray | None:
     Returns
     -------
     numpy.ndarray or None
-        Indices, shape (n_owned,); None on all ranks where the keys are those of another mesh or space, or degrees of
-        freedom are oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
+        Indices, shape (n_owned,); None where the keys are those of another mesh or space, or degrees of freedom are
+        oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
     """
     ours, comm = geometric_key(V), V.comm
     if key.shape != (V.dim(), ours.shape[1]):
@@ -229,7 +225,7 @@ def owned_columns(key: np.ndarray, V) -> np.ndarray | None:
     return places[:, 0] if comm.allreduce(bool(near and complete), MPI.LAND) else None
 
 
-def _dense(rows: np.ndarray, comm) -> PETSc.Mat:
+def _dense(rows: np.ndarray, comm: MPI.Comm) -> PETSc.Mat:
     """Dense matrix whose columns are the rows of an array (k, n_owned); whoever asks for it destroys it."""
     k, owned = rows.shape
     matrix = PETSc.Mat().createDense(((owned, None), (None, k)), comm=comm)
@@ -240,21 +236,9 @@ def _dense(rows: np.ndarray, comm) -> PETSc.Mat:
 
 
 def multiply(matrix: PETSc.Mat, rows: np.ndarray, transpose: bool = False) -> np.ndarray:
-    """Product of a matrix, or its transpose, with every row of an array (k, n_owned), as one block.
+    """Product of a matrix, or its transpose, with every row of an array (k, n_owned of the source), as one block.
 
-    Parameters
-    ----------
-    matrix : petsc4py.PETSc.Mat
-        Matrix with rows and columns spread over ranks as the spaces it maps between.
-    rows : numpy.ndarray
-        Owned coefficients, shape (k, n_owned of the source).
-    transpose : bool
-        Multiply by the transpose.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (k, n_owned of the target).
+    The matrix is spread over ranks as the spaces it maps between; shape (k, n_owned of the target).
     """
     dense = _dense(rows, matrix.comm)
     product = matrix.transposeMatMult(dense) if transpose else matrix.matMult(dense)
@@ -266,14 +250,9 @@ def multiply(matrix: PETSc.Mat, rows: np.ndarray, transpose: bool = False) -> np
 
 
 def solve(ksp: PETSc.KSP, rows: np.ndarray) -> np.ndarray:
-    """Solution for every row of an array (k, n_owned) as right-hand side; an array of the same shape.
+    """Solution for every row of an array (k, n_owned) as right-hand side, by a direct solver as one block.
 
-    A direct solver takes them as one block.
-
-    Raises
-    ------
-    SolveError
-        If the linear solver reports failure for any of them.
+    SolveError if the linear solver reports failure for any of them.
     """
     if ksp.getType() != "preonly":
         return solve_each(ksp, rows, ksp.solve)
@@ -303,6 +282,7 @@ def solve_each(ksp: PETSc.KSP, rows: np.ndarray, method: Callable[[PETSc.Vec, PE
 
 
 def _check_solved(ksp: PETSc.KSP) -> None:
+    """Raise SolveError if the last solve has failed."""
     reason = ksp.getConvergedReason()
     if reason < 0:
         raise SolveError(f"The linear solver failed (KSP reason {reason}): take a direct solver, or look for a "

@@ -21,19 +21,9 @@ __all__ = ["write_checkpoint", "write_vtk"]
 
 
 def write_checkpoint(path: Path, functions: Sequence[Function]) -> None:
-    """Write Functions of one mesh, by name, and their mesh (collective).
+    """Write Functions of one mesh, with names that differ, and their mesh; the folder is made.
 
-    Parameters
-    ----------
-    path : pathlib.Path
-        The file, which appears when it is whole; its folder is made.
-    functions : sequence of Function
-        On one mesh, with names that differ.
-
-    Raises
-    ------
-    FileError
-        If it cannot be written, or reads back differently.
+    The file appears when it is whole; FileError if it cannot be written, or reads back differently.
     """
     mesh, comm = functions[0].function_space().mesh(), functions[0].function_space().comm
     partial = path.with_name(path.name + ".partial")
@@ -59,7 +49,7 @@ def _read_back(path: Path, wanted: dict) -> None:
     """Raise OSError where coefficients are not in the file: HDF5 drops errors of its last writes."""
     found = {}
 
-    def keep(name, x):
+    def keep(name: str, x: h5py.Dataset | h5py.Group) -> None:
         if isinstance(x, h5py.Dataset) and "/vecs/" in name:
             found[name.rpartition("/")[2]] = x[:]
     with h5py.File(path, "r") as file:
@@ -74,30 +64,18 @@ def _read_back(path: Path, wanted: dict) -> None:
 
 
 def write_vtk(path: Path, functions: Sequence[Function]) -> None:
-    """Write Functions of one mesh for viewing (collective).
+    """Write Functions of one mesh for viewing: a ``.pvd`` file with the data in a folder of its name.
 
-    Parameters
-    ----------
-    path : pathlib.Path
-        The ``.pvd`` file; the data are in a folder of its name.
-    functions : sequence of Function
-        On one mesh.
-
-    Raises
-    ------
-    FileError
-        If it cannot be written.
-    InstallError
-        If VTK is not installed.
+    FileError if it cannot be written, InstallError if VTK is not installed.
     """
+    comm = functions[0].function_space().comm
     try:
-        together(functions[0].function_space().comm, lambda: VTKFile(
-            str(path), comm=functions[0].function_space().comm).write(*functions))
+        together(comm, lambda: VTKFile(str(path), comm=comm).write(*functions))
     except ModuleNotFoundError as error:
         raise InstallError(f"The samples are written to {path.parent}; files for viewing need VTK: "
                            "pip install 'fem_diffusion[vtk]'.") from error
     except OSError as error:
-        on_root(functions[0].function_space().comm, lambda: _remove(path))
+        on_root(comm, lambda: _remove(path))
         raise FileError(f"{path} cannot be written ({error}). Make room on the disk, or name another place.") from error
 
 

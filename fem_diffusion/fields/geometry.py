@@ -1,5 +1,7 @@
 """What a score network on fields has to know of the mesh: modes at points, and integrals through the mass matrix."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from firedrake import Function, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, grad, inner
@@ -69,8 +71,7 @@ def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
     """
     if not isinstance(denoiser.network, FieldNetwork):
         return denoiser
-    network = denoiser.network.on(field_geometry(basis), denoiser.base)
-    return Denoiser(denoiser.base, network, denoiser.spectrum, denoiser.support)
+    return replace(denoiser, network=denoiser.network.on(field_geometry(basis)))
 
 
 def _gradients(V, values: np.ndarray) -> list[np.ndarray]:

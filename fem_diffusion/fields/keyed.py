@@ -1,12 +1,14 @@
 """Coefficients of a function space in files: told apart by geometry, whatever the numbering and the number of ranks.
 
-Rows of owned coefficients are gathered on rank 0, beside a key for every degree of freedom; reading picks this rank's
-columns by the keys of the user's own space. No mesh is stored and no element is made from a file.
+Rows of coefficients are gathered on rank 0, beside a key for every degree of freedom; reading picks this rank's columns
+by the keys of the user's own space. No mesh is stored and no element is made from a file.
 """
 
 import os
 
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
+from mpi4py import MPI
 
 from fem_diffusion import files
 from fem_diffusion.checks import together
@@ -18,19 +20,19 @@ __all__ = ["element_of", "gather_keys", "gather_rows", "own_columns", "read_ever
 _MESSAGE = 2**28    # bytes
 
 
-def element_of(V) -> str:
+def element_of(V: WithGeometry) -> str:
     """The element of a space in words; compared before coefficients are."""
     return str(V.ufl_element())
 
 
-def gather_keys(V) -> np.ndarray | None:
-    """Keys of all degrees of freedom, shape (n_global, c), on rank 0; None elsewhere (collective)."""
+def gather_keys(V: WithGeometry) -> np.ndarray | None:
+    """Keys of all degrees of freedom, shape (n_global, c), on rank 0; None elsewhere."""
     key = gather_rows(V, geometric_key(V).T)
     return None if key is None else np.ascontiguousarray(key.T)
 
 
-def gather_rows(V, rows: np.ndarray) -> np.ndarray | None:
-    """Rows of owned coefficients (B, n_owned) as (B, n_global) on rank 0; None elsewhere (collective)."""
+def gather_rows(V: WithGeometry, rows: np.ndarray) -> np.ndarray | None:
+    """Rows of coefficients (B, n_owned) as (B, n_global) on rank 0; None elsewhere."""
     if V.comm.size == 1:
         return np.array(rows)
     # In parts, because a message holds less than 2 GiB.
@@ -39,29 +41,11 @@ def gather_rows(V, rows: np.ndarray) -> np.ndarray | None:
     return None if V.comm.rank else np.concatenate([np.concatenate(part, axis=1) for part in parts])
 
 
-def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarray:
-    """Where this rank's degrees of freedom are among those of a file (collective).
+def own_columns(content: files.Content, keys: str, element: str, V: WithGeometry) -> np.ndarray:
+    """Where this rank's degrees of freedom of V are among those of a file, shape (n_owned,).
 
-    Parameters
-    ----------
-    content : Content
-        The same on all ranks.
-    keys : str
-        Name of the array that `gather_keys` made.
-    element : str
-        Name of the value that `element_of` made.
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space on the mesh of the file.
-
-    Returns
-    -------
-    numpy.ndarray
-        Indices, shape (n_owned,).
-
-    Raises
-    ------
-    FileError
-        If the file belongs to another mesh or space.
+    `keys` and `element` name the array that `gather_keys` made and the value that `element_of` made. FileError if the
+    file belongs to another mesh or space.
     """
     stored = content.value(element, str)
     remedy = "Pass the space that it was written with, on the same mesh."
@@ -77,6 +61,6 @@ def own_columns(content: files.Content, keys: str, element: str, V) -> np.ndarra
     return columns
 
 
-def read_everywhere(comm, path: str | os.PathLike, kind: str, remedy: str) -> files.Content:
-    """As `files.read`; an error of one rank is one of all (collective)."""
+def read_everywhere(comm: MPI.Comm, path: str | os.PathLike, kind: str, remedy: str) -> files.Content:
+    """As `files.read`; an error of one rank is one of all."""
     return together(comm, lambda: files.read(path, kind, remedy))

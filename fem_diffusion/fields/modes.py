@@ -1,13 +1,11 @@
-"""Eigenpairs of a covariance in the mass inner product, matrix-free, on any number of ranks.
-
-All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
+"""Eigenpairs of a covariance in the mass inner product, matrix-free, on any number of ranks."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from firedrake import Constant, TestFunction, TrialFunction, assemble, dx, inner
+from firedrake import Constant, DirichletBC, TestFunction, TrialFunction, assemble, dx, inner
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
@@ -17,12 +15,14 @@ from fem_diffusion.fields.coefficients import (
 
 __all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "without_conditions"]
 
+Rows = Callable[[np.ndarray], np.ndarray]
+
 _MAX_SWEEPS = 60
 _TOLERANCE = 1e-9
 
 
-def mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
-    """The mass matrix as a map of owned coefficients (B, n_owned) to owned dual coefficients (B, n_owned).
+def mass_action(V: WithGeometry, weights: Sequence[float] | None = None) -> Rows:
+    """The mass matrix as a map of coefficients (B, n_owned) to dual coefficients (B, n_owned).
 
     Of a mixed space one matrix for each component (they may be on different meshes), times its weight.
     """
@@ -37,14 +37,14 @@ def mass_action(V, weights=None) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: multiply(matrix, x)
 
 
-def free_dofs(V, bcs) -> int:
+def free_dofs(V: WithGeometry, bcs: Sequence[DirichletBC]) -> int:
     """Degrees of freedom of V that no condition of `bcs` fixes."""
     ones = without_conditions(V, bcs, np.ones((1, owned_size(V))))
-    return int(V.comm.allreduce(float(ones.sum()), MPI.SUM))
+    return int(V.comm.allreduce(float(ones.sum())))
 
 
-def without_conditions(V, bcs, x: np.ndarray) -> np.ndarray:
-    """Owned coefficients (B, n_owned) with zeros where `bcs` fix the field."""
+def without_conditions(V: WithGeometry, bcs: Sequence[DirichletBC], x: np.ndarray) -> np.ndarray:
+    """Coefficients (B, n_owned) with zeros where `bcs` fix the field."""
     if not bcs:
         return x
     mask = field(V, np.ones(x.shape[1]))
@@ -53,10 +53,11 @@ def without_conditions(V, bcs, x: np.ndarray) -> np.ndarray:
     return x * coefficients(mask)
 
 
-def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def leading_modes(covariance: Rows, V: WithGeometry, bcs: Sequence[DirichletBC], r: int,
+                  fewer: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Leading eigenpairs of C M φ = λ φ by subspace iteration with Rayleigh-Ritz (Halko, Martinsson, Tropp 2011).
 
-    `covariance` maps owned dual coefficients (B, n_owned) to primal ones. Returns modes (r, n_owned), orthonormal in
+    `covariance` maps dual coefficients (B, n_owned) to primal ones. Returns modes (r, n_owned), orthonormal in
     the mass inner product with a sign fixed by the geometry alone, and variances (r,). A covariance of lower rank is an
     error, unless `fewer` modes will do.
     """
@@ -70,12 +71,12 @@ def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.n
     modes = _orthonormalise(without_conditions(V, bcs, modes), mass, comm)
     for _ in range(_MAX_SWEEPS):
         image = without_conditions(V, bcs, covariance(mass(modes)))
-        projected = comm.allreduce(modes @ mass(image).T, MPI.SUM)
+        projected = comm.allreduce(modes @ mass(image).T)
         values, rotation = np.linalg.eigh((projected + projected.T) / 2)
         values, rotation = values[::-1], rotation[:, ::-1]
         modes, image = rotation.T @ modes, rotation.T @ image
         defect = image[:r] - values[:r, None] * modes[:r]
-        residual = np.sqrt(comm.allreduce((defect * mass(defect)).sum(axis=1), MPI.SUM))
+        residual = np.sqrt(comm.allreduce((defect * mass(defect)).sum(axis=1)))
         if (residual <= _TOLERANCE * values[0]).all():
             break
         modes = _orthonormalise(image, mass, comm)
@@ -86,25 +87,27 @@ def leading_modes(covariance, V, bcs, r: int, fewer: bool = False) -> tuple[np.n
     if rank < r and not fewer:
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
     modes, values = modes[:min(r, rank)], values[:min(r, rank)].copy()
-    return modes * _signs(V, modes)[:, None], values
+    # The integral of each mode against a fixed function is positive.
+    signs = np.where(V.comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
+    return modes * signs[:, None], values
 
 
-def sample_covariance(V, centred: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+def sample_covariance(V: WithGeometry, centred: np.ndarray) -> tuple[Rows, float]:
     """The covariance of centred samples (n, n_owned), as `leading_modes` takes it, and its total variance."""
     comm = V.comm
 
-    def covariance(x):
-        return comm.allreduce(x @ centred.T, MPI.SUM) @ centred / (len(centred) - 1)
-    return covariance, comm.allreduce(float((centred * mass_action(V)(centred)).sum()), MPI.SUM) / (len(centred) - 1)
+    def covariance(x: np.ndarray) -> np.ndarray:
+        return comm.allreduce(x @ centred.T) @ centred / (len(centred) - 1)
+    return covariance, comm.allreduce(float((centred * mass_action(V)(centred)).sum())) / (len(centred) - 1)
 
 
-def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:
+def _orthonormalise(x: np.ndarray, mass: Rows, comm: MPI.Comm) -> np.ndarray:
     """Basis of the span of the rows of `x` (B, n_owned), orthonormal in the mass inner product.
 
     The Gram matrix squares the condition number, so its inverse square root is applied until nothing is left to do.
     """
     for _ in range(5):
-        gram = comm.allreduce(x @ mass(x).T, MPI.SUM)
+        gram = comm.allreduce(x @ mass(x).T)
         scale = 1 / np.sqrt(np.diag(gram))
         gram = gram * scale * scale[:, None]
         values, vectors = np.linalg.eigh(gram)
@@ -112,9 +115,3 @@ def _orthonormalise(x: np.ndarray, mass, comm) -> np.ndarray:
         if np.abs(gram - np.eye(len(gram))).max() < 1e-8:
             break
     return x
-
-
-def _signs(V, modes: np.ndarray) -> np.ndarray:
-    """Signs that make the integral of each mode against a fixed generic function positive, shape (r,)."""
-    overlap = V.comm.allreduce(modes @ generic_integrals(V), MPI.SUM)
-    return np.where(overlap < 0, -1.0, 1.0)

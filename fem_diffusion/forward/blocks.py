@@ -1,255 +1,239 @@
-"""Blocks of owned coefficient vectors, one vector a row, and the solves that many of them share."""
+"""What the problem classes share: blocks of parameters in, blocks of states out, products with the derivative, a tape.
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+Blocks hold owned coefficients, one vector a row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
-from firedrake import (Cofunction, Function, LinearSolver, LinearVariationalProblem, LinearVariationalSolver,
-                       NonlinearVariationalProblem, NonlinearVariationalSolver, action, adjoint, derivative, replace)
-from firedrake.assemble import get_assembler
-from firedrake.petsc import PETSc
+from firedrake import Cofunction, Function
+from firedrake.adjoint import annotate_tape
+from firedrake.functionspaceimpl import WithGeometry
+from pyadjoint import Block, get_working_tape, no_annotations, stop_annotating
+from scipy.sparse import spmatrix
 from ufl.core.expr import Expr
 
-from fem_diffusion.checks import check_array, together
+from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.fields.coefficients import coefficients, owned_size, solve
-from fem_diffusion.fields.doors import petsc_reason
+from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
+from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_rows, check_solver
+from fem_diffusion.forward.adjoint import Backward
+from fem_diffusion.forward.equation import Equation, equation
+from fem_diffusion.forward.march import March
+from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
+from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, write
+from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
 
-CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
-CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
-CHORD_SWEEPS = 25
-NEWTON = {"snes_type": "newtonls", "snes_linesearch_type": "bt", "snes_max_it": 50,
-          "snes_rtol": 1e-10, "snes_stol": 1e-10}
+__all__ = ["BlockForward", "check_parameter"]
+
+LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
+MEMORY = 500_000_000   # bytes of these responses, on this rank
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What blocks are solved with: a parameter, its state, and the Jacobian J there, factorised."""
+class BlockForward:
+    """A forward problem that solves for many parameters together wherever it can."""
 
-    m: np.ndarray                     # (n_owned_M,)
-    u: np.ndarray                     # (n_owned_V,)
-    solver: LinearVariationalSolver   # its ksp solves with J
-    A: PETSc.Mat | None               # ∂F/∂u without its part from N, where it is needed
-    C: list | None                    # ∂F/∂m by unknown that is no Dirichlet value, where they are constant
-    D: list | None                    # ∂g/∂m by unknown Dirichlet value, where they are constant
-    N: np.ndarray | None              # the nonlinear part at u, (n_owned_V,)
-    P: np.ndarray | None              # the integrals with m at m, (n_owned_V,), where C is not there
+    @no_annotations
+    def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
+                 solver: tuple[str | Mapping, str | None], steps: TimeSteps | None = None, **given: object) -> None:
+        require_real()
+        check_spaces(V, M)
+        given = check_coefficients(V.mesh(), **vars(check_options(physics, Physics, "physics")),
+                                   **vars(check_options(bcs, Boundary, "bcs")), **given)
+        parameters, prefix = check_solver(*solver, V.comm), solver[1]
+        self.V, self.M, self.m = V, M, Function(M, name="parameter")
+        self._unknowns = read(unknown, V, M, self.m, given, steps)
+        advective = physics.velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
+        options = linear_options(parameters, V, advective)
+        self._march = self._engine(equation(V, self._unknowns, given, steps), options, prefix)
+        self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
 
-    @property
-    def ksp(self):
-        return self.solver.snes.ksp
+    def _engine(self, e: Equation, options: dict, prefix: str | None) -> March:
+        return March(e, self.M, options, prefix)
+
+    def __repr__(self) -> str:
+        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._unknowns]
+        return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
+                f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
+
+    def __call__(self, m: Function) -> Function:
+        """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
+
+        A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
+        derivatives.
+
+        Raises
+        ------
+        InputError
+            If m is not a Function in M.
+        SolveError
+            If the solver fails.
+        """
+        check_parameter(m, self.M)
+        if not annotate_tape() or (self._march.e.steps is None and len(self.M) == 1):
+            return self._alone(m)
+        with stop_annotating():
+            state = self._alone(m)
+        block = _ForwardBlock(self, m)
+        get_working_tape().add_block(block)
+        block.add_output(state.create_block_variable())
+        return state
+
+    def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64) -> np.ndarray:
+        """Solve for many parameters, in blocks that share one factorisation wherever the problem allows.
+
+        Parameters
+        ----------
+        ms : sequence of Function, or ndarray
+            Parameters in `M`, or their owned coefficients of shape (n, n_owned of M), as in ``m.dat.vec_ro``.
+        block : int
+            Samples solved together.
+
+        Returns
+        -------
+        ndarray
+            Owned coefficients of the states, of shape (n, n_owned of U), as in ``u.dat.vec_ro``.
+
+        Raises
+        ------
+        InputError
+            If ms or block has the wrong kind or shape, on any rank.
+        SolveError
+            If a sample has no solution that Newton's method finds; the message names it.
+        """
+        ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
+        out = np.empty((len(ms), owned_size(self.U)))
+        with stop_annotating():
+            few = self._march.affine and ("_response" in vars(self) or self._pays(len(ms)))
+            for first in range(0, len(ms), block):
+                part = slice(first, first + block)
+                out[part] = self._superposed(ms[part]) if few else self._states(ms[part], first)
+                bad = np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))
+                if len(bad):
+                    raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
+        return out
+
+    def _states(self, ms: np.ndarray, first: int = 0) -> np.ndarray:
+        """States (n, n_owned of U) of one block, `first` the number of its first sample."""
+        size = 1 if self._march.by_member else len(ms)
+        states = [self._march.run(ms[i:i + size], first + i) for i in range(0, len(ms), size)]
+        return np.concatenate(states).reshape(len(ms), -1)
+
+    def _pays(self, n: int) -> bool:
+        """Whether n samples are enough to keep the responses to each coefficient of the parameter."""
+        comm, size = self.M.comm, owned_size(self.U)
+        return self.M.dim() <= min(n, LARGEST) and comm.allreduce(self.M.dim() * size * 8) / comm.size <= MEMORY
+
+    @cached_property
+    def _response(self) -> tuple[np.ndarray, np.ndarray]:
+        """State at zero (1, n_owned of U), and what a unit of each coefficient adds (dim of M, n_owned of U)."""
+        owned, comm = owned_size(self.M), self.M.comm
+        first = sum(comm.allgather(owned)[:comm.rank])
+        base = self._states(np.zeros((1, owned)))
+        return base, self._states(np.eye(self.M.dim(), owned, -first)) - base
+
+    def _superposed(self, ms: np.ndarray) -> np.ndarray:
+        """States that are affine in parameters (n, n_owned of M), as sums of responses."""
+        base, rows = self._response
+        return base + np.concatenate(self.M.comm.allgather(ms), axis=1) @ rows
+
+    @no_annotations
+    def sensitivity(self, m: Function, rows: spmatrix | np.ndarray, state: Function | None = None) -> np.ndarray:
+        """Derivative of observations of the state with respect to the parameter, by the adjoint of all rows together.
+
+        Parameters
+        ----------
+        m : Function
+            Parameter in `M`.
+        rows : scipy sparse matrix or ndarray
+            Observation rows of shape (k, n_owned of U): this rank's columns of the global rows.
+        state : Function, optional
+            ``problem(m)`` where it is known already; saves a steady problem a solve.
+
+        Returns
+        -------
+        ndarray
+            ``d(rows·u)/dm``, this rank's columns of it, of shape (k, n_owned of M).
+
+        Raises
+        ------
+        InputError
+            If m, state or rows do not fit their spaces, or hold values that are not finite.
+        SolveError
+            If the state is needed and cannot be solved for.
+        """
+        check_parameter(m, self.M)
+        check_finite(m, "the parameter")
+        rows = _observation_rows(rows, self.U)
+        if state is not None:
+            check_function(state, self.U, "state", "pass problem(m)")
+        rows = rows.reshape(len(rows), owned_size(self.V), -1)
+        return self._backward.rows(coefficients(m)[None], rows, self._path(m, state))
+
+    @cached_property
+    def _backward(self) -> Backward:
+        return Backward(self._march)
+
+    def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
+        """States at all steps, where they are known already; the march back finds those that it needs."""
 
 
-def write(f, values):
-    """Set the owned coefficients of a Function from an array of shape (n_owned,)."""
-    with f.dat.vec_wo as x:
-        x.array[:] = values
+class _ForwardBlock(Block):
+    """The map from parameter to state on the tape; its adjoint is `sensitivity` with one row."""
+
+    def __init__(self, problem: BlockForward, m: Function) -> None:
+        super().__init__()
+        self.problem = problem
+        self.add_dependency(m)
+
+    def recompute_component(self, inputs: list, block_variable: object, idx: int, prepared: object) -> Function:
+        """The state for a new parameter."""
+        with stop_annotating():
+            return self.problem(inputs[0])
+
+    def evaluate_adj_component(self, inputs: list, adj_inputs: list, block_variable: object, idx: int,
+                               prepared: object = None) -> Cofunction:
+        """The derivative with respect to the parameter."""
+        gradient = Cofunction(self.problem.M.dual())
+        write(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
+        return gradient
 
 
-def check_parameter(m, M):
+def check_parameter(m: Function, M: WithGeometry) -> None:
     """Refuse what is no Function in M."""
     if not isinstance(m, Function) or m.function_space() != M:
         what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
-        raise InputError(f"the parameter must be a Function in {M}, got {what}; "
-                         "make one with Function(problem.M).interpolate(...).")
+        raise InputError(f"the parameter must be a Function in {M}, got {what}: make one with "
+                         "Function(problem.M).interpolate(...).")
 
 
-def parameter_rows(ms, M):
-    """Owned coefficients (n, n_owned_M) of Functions or of an array, checked on all ranks together."""
+def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.ndarray:
+    """Owned coefficients (n, n_owned of M) of Functions or of an array, checked on all ranks together."""
     if isinstance(ms, Function):
-        raise InputError("solve_many takes a sequence of parameters; put the single Function in a list.")
+        raise InputError("solve_many takes a sequence of parameters: put the single Function in a list.")
     if not isinstance(ms, np.ndarray):
         ms = list(ms) if isinstance(ms, Iterable) and not isinstance(ms, (Expr, Mapping)) else [None]
         if not all(isinstance(m, Function) and m.function_space() == M for m in ms):
-            raise InputError(f"every parameter must be a Function in {M}; "
-                             "make them with Function(problem.M).interpolate(...).")
+            raise InputError(f"every parameter must be a Function in {M}: make them with "
+                             "Function(problem.M).interpolate(...).")
         ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
     good = ms.ndim == 2 and ms.shape[1] == owned_size(M) and ms.dtype.kind in "fiu"
     everywhere = M.comm.allgather((good, ms.shape[:1]))
     if not all(ok for ok, _ in everywhere) or len(set(n for _, n in everywhere)) > 1:
-        raise InputError(f"parameters must be an array (n, {owned_size(M)}) of real numbers on this rank, with the "
-                         "same n on every rank (owned coefficients, as in m.dat.vec_ro), got "
-                         f"{ms.shape} of {ms.dtype}.")
+        raise InputError(f"the parameters are {ms.shape} of {ms.dtype}: give an array (n, {owned_size(M)}) of real "
+                         "numbers here, with the same n on every rank (owned coefficients, as in m.dat.vec_ro).")
     return ms
 
 
-def observation_rows(rows, V):
-    """Observation rows as a dense array (k, n_owned_V), checked on all ranks together."""
-    def check():
-        if isinstance(rows, Observation):
-            raise InputError("rows is an Observation: pass its rows, observation.rows.")
-        return check_array(rows.toarray() if hasattr(rows, "toarray") else rows,
-                           "rows (owned coefficients of the state)", ("k", owned_size(V)))
-    array = together(V.comm, check)
-    if len(set(V.comm.allgather(len(array)))) > 1:
-        raise InputError(f"rows must have shape (k, {owned_size(V)}) on this rank (owned coefficients of the state), "
-                         f"with the same k on every rank, got {array.shape}.")
+def _observation_rows(rows: spmatrix | np.ndarray, U: WithGeometry) -> np.ndarray:
+    """Observation rows as a dense array (k, n_owned of U), checked on all ranks together."""
+    if isinstance(rows, Observation):
+        raise InputError("rows is an Observation: pass its rows, observation.rows.")
+    dense = rows.toarray() if hasattr(rows, "toarray") else rows
+    array = check_rows(dense, U, "rows (owned coefficients of the state)")
+    if len(set(U.comm.allgather(len(array)))) > 1:
+        raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
+                         f"{owned_size(U)}) here, with the same k on every rank.")
     return array
-
-
-def centre(rows, comm):
-    """Mean (n_owned,) of the finite rows of an array (k, n_owned), zero if there are none."""
-    finite = np.isfinite(norms(rows, comm))
-    return rows[finite].mean(axis=0) if finite.any() else np.zeros(rows.shape[1])
-
-
-def make_solver(F, w, bcs, linear, constant, options):
-    """The reused solver of F(w) = 0; ``constant`` keeps its factorisation, where it is linear."""
-    if not linear:
-        options = options | {"solver_parameters": NEWTON | options["solver_parameters"]}
-        return NonlinearVariationalSolver(NonlinearVariationalProblem(F, w, bcs=bcs), **options)
-    problem = LinearVariationalProblem(derivative(F, w), -replace(F, {w: Function(w.function_space())}), w,
-                                       bcs=bcs, constant_jacobian=constant)
-    return LinearVariationalSolver(problem, **options)
-
-
-class Factorised:
-    """A bilinear form with homogeneous Dirichlet conditions, assembled, factorised, ready for more of it.
-
-    Parameters
-    ----------
-    form : ufl.Form
-        Two-form; its coefficients are read at construction and at every `update`.
-    bcs : list of DirichletBC
-        Their rows and columns become those of the identity.
-    options : dict
-        PETSc options; those of SNES are left out.
-    prefix : str or None
-        Options prefix.
-    """
-
-    def __init__(self, form, bcs, options, prefix):
-        options = {key: value for key, value in options.items() if not key.startswith("snes_")}
-        self._assembler = get_assembler(form, bcs=bcs, mat_type=options.get("mat_type", "aij"))
-        self._matrix = self._assembler.assemble()
-        self.solver = LinearSolver(self._matrix, solver_parameters=options, options_prefix=prefix)
-        self._factorise()
-
-    def update(self):
-        """Assemble again and factorise again."""
-        self._assembler.assemble(tensor=self._matrix)
-        self._factorise()
-
-    def _factorise(self):
-        V = self._matrix.arguments()[0].function_space()
-        # A solve, because that sets up while the options are in place.
-        try:
-            self.solver.solve(Function(V), Cofunction(V.dual()))
-        except PETSc.Error as error:
-            raise SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take "
-                             "'direct'.") from error
-
-
-class Pull:
-    """Products ``pᵀ∂F`` of rows p over V with a two-form, at the present values of its coefficients.
-
-    Parameters
-    ----------
-    form : ufl.Form
-        Two-form, rows over V and columns over W.
-    V, W : FunctionSpace
-    """
-
-    def __init__(self, form, V, W):
-        self._p, self._out, self._zero = Function(V), Cofunction(W.dual()), not form.integrals()
-        self._assembler = None if self._zero else get_assembler(action(adjoint(form), self._p))
-
-    def __call__(self, rows):
-        """Shape (k, n_owned_V) to (k, n_owned_W)."""
-        result = np.zeros((len(rows), owned_size(self._out.function_space())))
-        for row, line in zip(rows, result):
-            if not self._zero:
-                write(self._p, row)
-                line[:] = coefficients(self._assembler.assemble(tensor=self._out))
-        return result
-
-
-class Response:
-    """An affine map from parameters to states, kept as its values: for few unknown numbers, cheaper than solves.
-
-    Parameters
-    ----------
-    states : callable
-        The map, (n, n_owned_M) to (n, n_owned of the states).
-    M : FunctionSpace
-        Parameter space.
-    """
-
-    LARGEST = 256        # coefficients of the parameter, on all ranks
-    MEMORY = 500_000_000   # bytes of the responses, on this rank
-
-    def __init__(self, states, M):
-        sizes = M.comm.allgather(owned_size(M))
-        units = np.zeros((sum(sizes), owned_size(M)))
-        first = sum(sizes[:M.comm.rank])
-        units[first:first + owned_size(M)] = np.eye(owned_size(M))
-        self._comm, self._base = M.comm, states(np.zeros((1, owned_size(M))))
-        self._rows = states(units) - self._base
-
-    @classmethod
-    def pays(cls, n, M, size):
-        """Whether n samples are enough to build it for states with so many owned coefficients."""
-        fits = M.comm.allreduce(M.dim() * size * 8) / M.comm.size <= cls.MEMORY
-        return M.dim() <= min(n, cls.LARGEST) and fits
-
-    def __call__(self, ms):
-        """States (n, n_owned) for parameters (n, n_owned_M)."""
-        return self._base + np.concatenate(self._comm.allgather(ms), axis=1) @ self._rows
-
-
-def dots(a, b, comm):
-    """Euclidean products (k,) over all ranks of the rows of two arrays (k, n_owned)."""
-    return comm.allreduce(np.einsum("ij,ij->i", a, b))
-
-
-def norms(rows, comm):
-    """Euclidean norms (k,) over all ranks of the rows of an array (k, n_owned)."""
-    return np.sqrt(dots(rows, rows, comm))
-
-
-def chord(residuals, ksp, u, comm):
-    """Iterate ``u_j -= J⁻¹ F(u_j)`` for the rows of u, all with one factorised J, in place.
-
-    A secant correction (Anderson acceleration of depth one, member by member) saves 10 to 30 % of the sweeps.
-
-    Parameters
-    ----------
-    residuals : callable
-        ``(members (l,), states (l, n_owned)) -> (l, n_owned)``, F of these members at these states.
-    ksp : PETSc.KSP
-        Solves with J.
-    u : ndarray
-        Start values, shape (k, n_owned).
-    comm : MPI communicator
-        Of the mesh.
-
-    Returns
-    -------
-    list of int
-        The members that stalled, diverged or ran out of sweeps.
-    """
-    left, last, lost = np.arange(len(u)), np.full(len(u), np.inf), []
-    before = first = None
-    for _ in range(CHORD_SWEEPS):
-        here = u[left]
-        F = residuals(left, here)
-        now = norms(F, comm)
-        first = now if first is None else first
-        sound = np.isfinite(now)[:, None]
-        step = np.where(sound, -solve(ksp, np.where(sound, F, 0.0)), np.nan)
-        size = norms(step, comm)
-        u[left] += step
-        total, shrinks = norms(u[left], comm), size < 0.9 * last   # false for NaN too
-        # A small step may only mean that J is too large: then the residual has not shrunk. At rounding it cannot.
-        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)) | (size <= 1e-13 * total)
-        keep = ~done & shrinks
-        if before is not None:
-            change = step - before[1]
-            weight = dots(change, step, comm) / np.maximum(dots(change, change, comm), np.finfo(float).tiny)
-            u[left[keep]] -= (weight[:, None] * (here - before[0] + change))[keep]
-        lost.extend(left[~done & ~keep])
-        left, last, first, before = left[keep], size[keep], first[keep], (here[keep], step[keep])
-        if not len(left):
-            break
-    return lost + list(left)

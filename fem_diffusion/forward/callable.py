@@ -9,14 +9,14 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion.checks import check_callable
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.fields.doors import check_space
+from fem_diffusion.fields.checks import check_space
 from fem_diffusion.forward.protocol import Forward
 
 __all__ = ["CallableForward", "as_forward"]
 
 
 class CallableForward:
-    """A forward problem made of a function that solves for one parameter.
+    """A forward problem made of a function that solves for one parameter; a block of them is a loop.
 
     Parameters
     ----------
@@ -33,12 +33,14 @@ class CallableForward:
         If `function` takes no single argument, or M or U is no function space.
     """
 
-    def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None):
+    def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None
+                 ) -> None:
         self.function = check_callable(function, "forward", "a function m -> u", 1)
         self.M, self.U = check_space(M, "M"), None if U is None else check_space(U, "U")
 
     def __repr__(self) -> str:
-        return f"CallableForward({getattr(self.function, '__name__', self.function)}, M={self.M}, U={self.U})"
+        name = getattr(self.function, "__name__", type(self.function).__name__)
+        return f"CallableForward({name}; parameter: {self.M.ufl_element()}, {self.M.dim()} coefficients)"
 
     def __call__(self, m: Function) -> Function:
         """What the function returns for a parameter."""

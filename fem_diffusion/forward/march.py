@@ -1,370 +1,349 @@
-"""The θ-scheme for many samples at once: they march together wherever the operator does not depend on them."""
+"""The θ-scheme for many samples at once: they march together wherever the operator does not depend on them.
 
-from dataclasses import dataclass
+A steady equation is one step without a past.
+"""
+
 from functools import cached_property
 
 import numpy as np
-from firedrake import (Cofunction, Constant, DirichletBC, Function, NonlinearVariationalProblem,
-                       NonlinearVariationalSolver, TrialFunction, assemble, derivative, interpolate, replace)
-from firedrake.assemble import get_assembler
+from firedrake import (Cofunction, Constant, DirichletBC, Function, NonlinearVariationalSolver, TrialFunction,
+                       assemble, derivative, interpolate, replace)
+from firedrake.assemble import OneFormAssembler, get_assembler
 from firedrake.exceptions import ConvergenceError
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
-from ufl import as_ufl
-from ufl.algorithms import expand_derivatives
+from ufl import Form, as_ufl
+from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
+from ufl.core.expr import Expr
 
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import coefficients, multiply, owned_size, solve
-from fem_diffusion.forward import blocks
-from fem_diffusion.forward.lift import Lift
+from fem_diffusion.forward.equation import Equation
+from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver, write
+from fem_diffusion.forward.unknowns import Unknown, derivative_by
 
-__all__ = ["Equation", "March"]
-
-
-@dataclass(frozen=True, eq=False)
-class Equation:
-    """A transient problem in UFL: the residual of one step is A + N with the scheme's state and rate put in."""
-
-    u: Function          # stands for the state in A and N
-    change: Function     # stands for ∂u/∂t
-    A: object            # the part affine in both, a one-form
-    N: object            # the rest, or None
-    values: dict         # strong Dirichlet values by marker
-    initial: object      # initial state, a UFL scalar
-    unknowns: list
-    t: Constant
-    steps: np.ndarray    # times of all steps, from 0
-    saved: np.ndarray    # indices into steps of the saved states
-    theta: float
+__all__ = ["March"]
 
 
-def contains(form, things):
-    """Whether a form or expression contains one of these Functions or Constants."""
+def contains(form: Form | Expr, things: list[Function | Constant]) -> bool:
+    """Whether a form or expression contains one of these."""
     return not set(things).isdisjoint(extract_type(form, (Function, Constant)))
 
 
-def _is_real(x):
-    return x.space.ufl_element().family() == "Real"
-
-
 class March:
-    """All steps of a transient problem, for blocks of parameters.
+    """All steps of an equation, for blocks of parameters in M; `options` and `prefix` are those of PETSc."""
 
-    Parameters
-    ----------
-    equation : Equation
-    V, M : FunctionSpace
-        Of the state at one time, and of the parameter.
-    options : dict
-        PETSc options.
-    prefix : str or None
-        Options prefix.
-    """
-
-    def __init__(self, equation, V, M, options, prefix):
-        self.e, self.V, self.M, self.options, self.prefix = equation, V, M, options, prefix
-        e = equation
-        self.new, self.old = Function(V, name="state"), Function(V, name="former state")
-        dt = float(e.steps[1])
-        theta = Constant(e.theta)
-        step = {e.u: theta * self.new + (1 - theta) * self.old, e.change: (self.new - self.old) / Constant(dt)}
-        self.A, self.N = expand_derivatives(replace(e.A, step)), e.N and expand_derivatives(replace(e.N, step))
+    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None) -> None:
+        self.e, self.M, self.options, self.prefix = equation, M, options, prefix
+        e, steps = equation, equation.steps
+        self.V = V = e.u.function_space()
+        self.old = Function(V, name="former state")
+        if steps is None:
+            self.t, self.times, self.saved, self.new = Constant(0.0), np.zeros(2), np.ones(1, dtype=int), e.u
+            self.between, self.A, self.N = np.zeros(1), e.A, e.N
+        else:
+            self.t, self.times, self.saved, self.new = steps.t, steps.all, steps.saved, Function(V, name="state")
+            # Forms are evaluated between two steps, boundary values at the later one.
+            self.between = self.times[:-1] + steps.theta * steps.time_step
+            theta = Constant(steps.theta)
+            step = {e.u: theta * self.new + (1 - theta) * self.old,
+                    e.change: (self.new - self.old) / Constant(steps.time_step)}
+            self.A, self.N = (form and expand_derivatives(replace(form, step)) for form in (e.A, e.N))
         self.R = self.A if self.N is None else self.A + self.N
         self.linear = self.N is None
-        # Forms are evaluated between two steps, boundary values at the later one.
-        self.between = e.steps[:-1] + e.theta * dt
+        self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
 
-        # Unknowns of the initial state, of strong boundary values, and those that the residual contains.
-        self.starts = [x for x in e.unknowns if x.kind == "initial"]
-        self.lifted = [x for x in e.unknowns if x.kind == "dirichlet" and x.marker in e.values]
-        self.loads = [x for x in e.unknowns if x not in self.starts + self.lifted]
-        self.weights = {x: x.weights(e.steps if x in self.lifted else self.between) for x in e.unknowns}
-
-        values, moving = [x.value for x in self.loads], [e.t, *(x.value for x in self.loads if x.moves)]
+        values, moving = [x.value for x in e.loads], [self.t, *(x.value for x in e.loads if x.moves)]
         self.J, self.J_old = (expand_derivatives(derivative(self.R, w)) for w in (self.new, self.old))
         direction = TrialFunction(V)
         affine = [expand_derivatives(derivative(self.A, w, direction)) for w in (self.new, self.old)]
+        affine = [form for form in affine if form.integrals()]   # a steady equation has no past
         self.by_member = any(contains(form, values) for form in (self.J, *affine))
         self.operator_moves = any(contains(form, moving) for form in (self.J, *affine))
-        self.zero_bcs = [DirichletBC(V, 0, key) for key in e.values]
-        nodes = np.unique(np.concatenate([bc.nodes for bc in self.zero_bcs] or [np.empty(0)])).astype(int)
-        self.fixed = nodes[nodes < owned_size(V)]
+        # States count in the derivative where the Jacobian or ∂R/∂m contains them.
+        self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form) for form in affine]
         self._matrices = self._factorised = None
         self._stale = True
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
-        self.load = Load(self)
-        self.boundary = Boundary(self)
+        self.load, self.boundary = Load(self), Boundary(self)
         # Whether the states are affine in the parameter.
-        self.affine = (self.linear and not self.by_member and self.load.affine and self.boundary.affine
+        self.affine = (not self.varying and self.load.affine and self.boundary.affine
                        and self._start_matrices is not None)
 
-    def vector(self, assembler):
-        """Coefficients (n_owned_V,) of a one-form at the present values, to be used before the next call."""
+    def vector(self, assembler: OneFormAssembler) -> np.ndarray:
+        """Coefficients (n_owned of V,) of a one-form at the present values, to be used before the next call."""
         return assembler.assemble(tensor=self._out).dat.data_ro
 
     # --- operators
 
-    def prepare(self, old, new):
-        """Forget the operators where they depend on the block; old, new: typical states (n_owned_V,)."""
-        if self.by_member or self.operator_moves or not self.linear or self._factorised is None:
+    def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
+        """Forget operators that are others at these states (n_owned of V,), where the next ones are taken."""
+        if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
-            blocks.write(self.old, old)
-            blocks.write(self.new, new)
+            write(self.old, old)
+            write(self.new, new)
 
-    def operators(self, k):
-        """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old, and the factorised Jacobian."""
-        self.e.t.assign(self.between[k])
+    def operators(self, k: int) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat | None, PETSc.KSP]:
+        """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
+        self.t.assign(self.between[k])
         if self._stale or self.operator_moves:
             if self._matrices is None:
                 self._matrices = [assembler.assemble() for assembler in self._assemblers]
-                self._K = self._matrices[0].petscmat.duplicate()
-                self._factorised = blocks.Factorised(self.J, self.zero_bcs, self.options, self.prefix)
+                self._K = self._matrices[0].petscmat
+                self._K = self._K.duplicate() if len(self._matrices) > 1 else self._K
+                self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
             else:
                 for assembler, matrix in zip(self._assemblers, self._matrices):
                     assembler.assemble(tensor=matrix)
                 self._factorised.update()
-            A, B = (matrix.petscmat for matrix in self._matrices)
-            A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-            self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+            if len(self._matrices) > 1:
+                A, B = (matrix.petscmat for matrix in self._matrices)
+                A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+                self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
             self._stale = False
-        return self._K, *(matrix.petscmat for matrix in self._matrices), self._factorised.solver.snes.ksp
+        A, B = [matrix.petscmat for matrix in self._matrices] + [None] * (2 - len(self._matrices))
+        return self._K, A, B, self._factorised.ksp
 
     # --- marching
 
-    def initial(self, ms):
-        """Initial states (n, n_owned_V), with the boundary values at time 0."""
-        self.e.t.assign(0.0)
+    def initial(self, ms: np.ndarray) -> np.ndarray:
+        """Initial states (n, n_owned of V) but for their boundary values."""
+        self.t.assign(0.0)
         f = Function(self.V)
-        at = {x: x.at(ms, None) for x in self.starts}
+        at = {x: x.at(ms, None) for x in self.e.starts}
         if self._start_matrices is None:
             u = np.empty((len(ms), owned_size(self.V)))
             for i, row in enumerate(u):
                 for x, rows in at.items():
                     x.write(rows(0)[i])
                 row[:] = coefficients(f.interpolate(self.e.initial))
-        else:
-            for x in self.starts:
-                x.value.assign(0)
-            u = np.tile(coefficients(f.interpolate(self.e.initial)), (len(ms), 1))
-            for x, E in zip(self.starts, self._start_matrices):
-                u += multiply(E, at[x](0))
+            return u
+        for x in self.e.starts:
+            x.value.assign(0)
+        u = np.tile(coefficients(f.interpolate(self.e.initial)), (len(ms), 1))
+        for (x, rows), E in zip(at.items(), self._start_matrices):
+            u += multiply(E, rows(0))
         return u
 
     @cached_property
-    def _start_matrices(self):
+    def _start_matrices(self) -> list[PETSc.Mat] | None:
         """∂(initial state)/∂m by unknown, or None where they are not constant."""
-        self.e.t.assign(0.0)
-        forms = [self.start_derivative(x) for x in self.starts]
-        if any(contains(form, [x.value for x in self.starts]) for form in forms) or any(map(_is_real, self.starts)):
+        self.t.assign(0.0)
+        starts = self.e.starts
+        forms = [self.start_derivative(x) for x in starts]
+        if any(contains(form, [x.value for x in starts]) for form in forms) or any(x.real for x in starts):
             return None
         return [assemble(form).petscmat for form in forms]
 
-    def start_derivative(self, x):
+    def start_derivative(self, x: Unknown) -> Expr:
         """∂(initial state)/∂m, a two-form."""
-        direction = TrialFunction(x.value.function_space())
-        return interpolate(expand_derivatives(derivative(self.e.initial, x.value, direction)), self.V)
+        return interpolate(derivative_by(self.e.initial, x), self.V)
 
-    def run(self, ms, first=0, path=None):
-        """March a block of parameters that share the operator.
-
-        Parameters
-        ----------
-        ms : ndarray
-            Owned coefficients, shape (n, n_owned_M); a single one where the operator depends on the parameter.
-        first : int
-            Number of the first of them, for messages.
-        path : list, optional
-            Takes the states (n, n_owned_V) at all steps.
-
-        Returns
-        -------
-        ndarray
-            The saved states, shape (n, n_owned_V, number of saved times).
-        """
-        e = self.e
-        u = self.initial(ms)
-        load, boundary = self.load.start(ms), self.boundary.start(ms)
-        if e.values:
-            u[:, self.fixed] = boundary(0)[:, self.fixed]
-        mean = blocks.centre(u, self.V.mesh().comm)
+    def typical(self, states: np.ndarray) -> None:
+        """Linearise for a block at its initial states (n, n_owned of V)."""
+        mean = centre(states, self.V.mesh().comm)
         self.prepare(mean, mean)
-        out = np.empty((*u.shape, len(e.saved)))
-        for k in range(len(e.steps)):
+
+    def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
+        """Saved states (n, n_owned of V, number of saved times) of a block of parameters (n, n_owned of M).
+
+        Where the operator depends on the parameter n is one. `first` is the number of the first of them, for messages;
+        `path` takes the states (n, n_owned of V) at all steps.
+        """
+        u = self.initial(ms)
+        load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
+        if self.e.values:
+            u[:, self.e.fixed] = boundary(0)[:, self.e.fixed]
+        self.typical(u)
+        out = np.empty((*u.shape, len(self.saved)))
+        for k in range(len(self.times)):
             if k:
                 u = self._step(k - 1, u, load, boundary, first)
             if path is not None:
                 path.append(u)
-            for j in np.flatnonzero(e.saved == k):
-                out[:, :, j] = u
+            out[:, :, self.saved == k] = u[:, :, None]
         return out
 
-    def _step(self, k, u, load, boundary, first):
-        """States (n, n_owned_V) at step k + 1 from those at step k."""
-        start = u
+    def _step(self, k: int, u: np.ndarray, load: "Rows", boundary: "Rows", first: int) -> np.ndarray:
+        """States (n, n_owned of V) at step k + 1 from those at step k."""
+        start, fixed = u, self.e.fixed
         if self.boundary.moves:
             start = u.copy()
-            start[:, self.fixed] = boundary(k + 1)[:, self.fixed]
+            start[:, fixed] = boundary(k + 1)[:, fixed]
         b = load(k)
         K, A, _, ksp = self.operators(k)
         base = multiply(K, u) + b
         if self.linear:
             if self.boundary.moves:
                 base += multiply(A, start - u)
-            base[:, self.fixed] = 0
+            base[:, fixed] = 0
             return start - solve(ksp, base)
 
-        def residuals(members, states):
+        def residuals(members: np.ndarray, states: np.ndarray) -> np.ndarray:
             rows = base[members] + multiply(A, states - u[members])
             for row, new, old in zip(rows, states, u[members]):
-                blocks.write(self.new, new)
-                blocks.write(self.old, old)
+                write(self.new, new)
+                if self.e.change is not None:
+                    write(self.old, old)
                 row += self.vector(self._nonlinear)
-            rows[:, self.fixed] = 0
+            rows[:, fixed] = 0
             return rows
 
         new = start.copy()
-        lost = blocks.chord(residuals, ksp, new, self.V.mesh().comm)
+        lost = chord(residuals, ksp, new, self.V.mesh().comm)
         for i in lost:
-            new[i] = self._newton(k, u[i], start[i], load, i, first + i)
-        if lost:   # a Jacobian at the present states serves the next steps better
-            mean = blocks.centre(new, self.V.mesh().comm)
-            self.prepare(mean, mean)
+            new[i] = self.newton(k, u[i], start[i], load, i, first + i)
+        if lost and k + 2 < len(self.times):   # a Jacobian at the present states serves the next steps better
+            self.typical(new)
         return new
 
     @cached_property
-    def _newton_solver(self):
-        """Newton's method for one step, its boundary values, and the Function that holds them."""
+    def _newton_solver(self) -> tuple[NonlinearVariationalSolver, Function]:
+        """Newton's method for one step, and the Function that holds its boundary values."""
         g = Function(self.V)
         bcs = [DirichletBC(self.V, g, key) for key in self.e.values]
-        options = {"solver_parameters": blocks.NEWTON | self.options, "options_prefix": self.prefix}
-        return NonlinearVariationalSolver(NonlinearVariationalProblem(self.R, self.new, bcs=bcs), **options), g
+        return variational_solver(self.R, self.new, bcs, False, False, self.options, self.prefix), g
 
-    def _newton(self, k, old, start, load, i, sample):
+    def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int, sample: int) -> np.ndarray:
         """One step of member i by Newton's method, as owned coefficients."""
         solver, g = self._newton_solver
         load.write(k, i)
-        self.e.t.assign(self.between[k])
+        self.t.assign(self.between[k])
         for f, values in ((self.old, old), (self.new, start), (g, start)):
-            blocks.write(f, values)
+            write(f, values)
         try:
             solver.solve()
         except ConvergenceError as error:
-            raise SolveError(f"sample {sample}, step to t = {self.e.steps[k + 1]:g}: {' '.join(str(error).split())}; "
+            raise SolveError(f"sample {sample}, step to t = {self.times[k + 1]:g}: {' '.join(str(error).split())}: "
                              "check the range of the parameter, or take a smaller time_step.") from error
         return coefficients(self.new)
 
 
-class _Rows:
-    """What a block of members contributes at each step: callable k -> rows, shape (n or 1, columns)."""
+class Rows:
+    """What a block of members (n, n_owned of M) contributes at each step: k -> rows, shape (n or 1, columns)."""
 
-    def __init__(self, make, write, moves):
-        self._make, self.write, self._moves, self._kept = make, write, moves, None
+    def __init__(self, part: "Part", ms: np.ndarray) -> None:
+        self.part, self.ms, self._kept = part, ms, None
+        self._at = {x: x.at(ms, part.march.weights[x]) for x in part.unknowns}
 
-    def __call__(self, k):
-        if self._kept is None or self._moves:
-            self._kept = self._make(k)
+    def __call__(self, k: int) -> np.ndarray:
+        if self._kept is None or self.part.moves:
+            self._kept = self._together(k) if self.part.affine else self._one_by_one(k)
         return self._kept
 
+    def write(self, k: int, i: int) -> None:
+        """Set the unknowns to those of member i at step k."""
+        for x, rows in self._at.items():
+            x.write(rows(k)[i])
 
-class _Part:
-    """A quantity that depends on some unknowns and on time: what `Load` and `Boundary` share.
+    def _one_by_one(self, k: int) -> np.ndarray:
+        result = np.empty((len(self.ms), owned_size(self.part.march.V)))
+        for i, row in enumerate(result):
+            self.write(k, i)
+            row[:] = self.part.value(k)
+        return result
 
-    Parameters
-    ----------
-    march : March
-    unknowns : list of Unknown
-    derivatives : list
-        The derivative of the quantity with respect to each, a form.
-    moves : bool
-        Whether it depends on time.
-    forbidden : list
-        Coefficients that a derivative must not contain to count as constant.
+    def _together(self, k: int) -> np.ndarray:
+        for x in self._at:
+            x.value.assign(0)
+        result = self.part.value(k)[None]
+        for (x, rows), column in zip(self._at.items(), self.part.columns()):
+            result = result + (rows(k) * column if x.strength else multiply(column, rows(k)))
+        return result
+
+
+class Part:
+    """A quantity (n_owned of V,) that depends on some unknowns and on time: what `Load` and `Boundary` share.
+
+    `derivatives` are forms, by each of the unknowns; they count as constant unless they contain what is `forbidden`.
     """
 
-    def __init__(self, march, unknowns, derivatives, moves, forbidden):
+    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr], moves: bool,
+                 forbidden: list[Function]) -> None:
         self.march, self.unknowns, self.derivatives, self.moves = march, unknowns, derivatives, moves
-        # PETSc's products do not take the dense columns of the Real space.
-        self.affine = not any(map(_is_real, unknowns)) and not any(contains(form, forbidden) for form in derivatives)
-        self.columns_move = any(contains(form, [march.e.t]) for form in derivatives)
+        self.affine = not any(x.real for x in unknowns) and not any(contains(form, forbidden) for form in derivatives)
+        self.columns_move = any(contains(form, [march.t]) for form in derivatives)
         self._columns = None
 
-    def columns(self):
-        """Matrices, and for functions of time alone columns (n_owned_V,), at the present time."""
+    def columns(self) -> list[PETSc.Mat | np.ndarray]:
+        """Matrices, and for functions of time alone columns (n_owned of V,), at the present time."""
         if self._columns is None or self.columns_move:
-            forms = (assemble(form) for form in self.derivatives)
-            self._columns = [coefficients(f) if isinstance(f, (Function, Cofunction)) else f.petscmat for f in forms]
+            self._columns = [column(form) for form in self.derivatives]
         return self._columns
 
-    def start(self, ms):
-        """`_Rows` for a block of parameters, shape (n, n_owned_M)."""
-        at = {x: x.at(ms, self.march.weights[x]) for x in self.unknowns}
-
-        def write(k, i):
-            for x, rows in at.items():
-                x.write(rows(k)[i])
-
-        def one_by_one(k):
-            result = []
-            for i in range(len(ms)):
-                write(k, i)
-                result.append(self.value(k))
-            return np.array(result)
-
-        def together(k):
-            for x in self.unknowns:
-                x.value.assign(0)
-            rows = self.value(k)[None]
-            for x, column in zip(self.unknowns, self.columns()):
-                p = at[x](k)
-                rows = rows + (p * column if x.strength else multiply(column, p))
-            return rows
-
-        return _Rows(together if self.affine else one_by_one, write, self.moves)
+    def value(self, k: int) -> np.ndarray:
+        """At the present values and step k."""
+        raise NotImplementedError
 
 
-class Load(_Part):
-    """The residual of zero states, (n, n_owned_V)."""
+def column(form: Form | Expr) -> PETSc.Mat | np.ndarray:
+    """An assembled derivative: a matrix, or by a function of time alone owned coefficients."""
+    f = assemble(form)
+    return coefficients(f) if isinstance(f, (Function, Cofunction)) else f.petscmat
 
-    def __init__(self, march):
-        zero = {march.new: as_ufl(0), march.old: as_ufl(0)}
-        values = [x.value for x in march.loads]
-        form = replace(march.A, zero)
-        self._assembler = get_assembler(form) if form.integrals() else None
-        moving = [march.e.t, *(x.value for x in march.loads if x.moves)]
+
+class Load(Part):
+    """The residual of zero states."""
+
+    def __init__(self, march: March) -> None:
+        loads = march.e.loads
+        values = [x.value for x in loads]
+        form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
+        # Integrals without unknowns are the same for all members.
+        split = {True: [], False: []}
+        for integral in form.integrals():
+            split[not set(values).isdisjoint(extract_coefficients(integral.integrand()))].append(integral)
+        self._own, self._shared = (get_assembler(Form(split[key])) if split[key] else None for key in (True, False))
+        self._kept = None
+        moving = [march.t, *(x.value for x in loads if x.moves)]
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
-        super().__init__(march, march.loads, [derivative_by(march.R, x) for x in march.loads],
+        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads],
                          march.operator_moves or contains(form, moving), [march.new, march.old, *values])
 
-    def value(self, k):
-        """At the present values and step k, (n_owned_V,)."""
-        self.march.e.t.assign(self.march.between[k])
-        if self._assembler is None:
-            return np.zeros(owned_size(self.march.V))
-        return self.march.vector(self._assembler).copy()   # it outlives the next call
+    def value(self, k: int) -> np.ndarray:
+        """At the present values and step k."""
+        march = self.march
+        march.t.assign(march.between[k])
+        if self._kept is None or (self.moves and self._kept[0] != k):
+            self._kept = k, 0.0 if self._shared is None else march.vector(self._shared).copy()
+        own = np.zeros(owned_size(march.V)) if self._own is None else march.vector(self._own)
+        return own + self._kept[1]
 
 
-class Boundary(_Part):
-    """The strong boundary values, (n, number of fixed nodes)."""
+class Boundary(Part):
+    """The strong boundary values as a Function g that is zero at free nodes.
 
-    def __init__(self, march):
-        e, lifted = march.e, march.lifted
-        self.lift = Lift(march.V, e.values, lifted) if e.values else None
-        moving = [e.t, *(x.value for x in lifted if x.moves)]
-        super().__init__(march, lifted, [self.lift.derivative(x) for x in lifted],
-                         any(contains(g, moving) for g in e.values.values()), [x.value for x in lifted])
+    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational solver, so
+    unknown ones enter the residual through g and the solver sees homogeneous ones.
+    """
 
-    def value(self, k):
-        """At the present values and step k, (n_owned_V,)."""
-        self.march.e.t.assign(self.march.e.steps[k])
-        self.lift.refresh()
-        if not self.unknowns:
-            return coefficients(self.lift.known)
-        self.lift.update()
-        return coefficients(self.lift.g)
+    def __init__(self, march: March) -> None:
+        e, V = march.e, march.V
+        self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), as_ufl(0)
+        markers = [x.marker for x in e.lifted]   # the last ones in their table
+        self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in e.values.items()]
+        for i, marker in enumerate(markers):
+            mask = Function(V)
+            DirichletBC(V, 1, marker).apply(mask)
+            for later in markers[i + 1:]:
+                DirichletBC(V, 0, later).apply(mask)
+            self._masked += mask * e.values[marker]
+        moving = [march.t, *(x.value for x in e.lifted if x.moves)]
+        super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
+                         any(contains(g, moving) for g in e.values.values()), [x.value for x in e.lifted])
+        self.value(0)
 
+    def update(self) -> None:
+        """Interpolate the current parameter (recorded if a tape is running)."""
+        self.g.interpolate(self._masked + self._known)
 
-def derivative_by(F, x):
-    """∂F/∂(value of x): a two-form, or for a function of time alone the one-form that is its only column."""
-    return expand_derivatives(derivative(F, x.value, Constant(1.0) if x.strength else None))
+    def value(self, k: int) -> np.ndarray:
+        """At the present values and step k."""
+        self.march.t.assign(self.march.times[k])
+        for bc in self._bcs:
+            bc.apply(self._known)
+        self.update()
+        return coefficients(self.g)

@@ -1,7 +1,7 @@
 """What a user says of a problem: its coefficients, its boundary conditions and its steps in time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from firedrake import Constant, Function
@@ -18,8 +18,19 @@ Scalar = Expr | float
 Marker = int | str | tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Physics:
+class _Group:
+    """Arguments that belong together."""
+
+    def __repr__(self) -> str:
+        given = {field.name: getattr(self, field.name) for field in fields(self)
+                 if getattr(self, field.name) is not field.default}
+        words = {name: f"<{type(value).__name__}>" if len(repr(value)) > 40 else repr(value)
+                 for name, value in given.items()}
+        return f"{type(self).__name__}({', '.join(map('='.join, words.items()))})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Physics(_Group):
     """Coefficients of ``v·∇u - ∇·(κ∇u) + r(u) = f``, checked by the problem that takes them.
 
     Parameters
@@ -40,8 +51,8 @@ class Physics:
     source: Scalar | Callable[[Function], Expr] = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Boundary:
+@dataclass(frozen=True, eq=False, repr=False)
+class Boundary(_Group):
     """Boundary conditions: ``u = g``, ``n·κ∇u = q``, ``n·κ∇u = h (u_ext - u)`` or ``n·κ∇u = 0``.
 
     A marker is an integer, a tuple of integers, ``"on_boundary"``, or ``"top"`` and ``"bottom"`` of an extruded mesh.
@@ -60,8 +71,8 @@ class Boundary:
     outflow: Sequence[Marker] | Marker | None = ()
 
 
-@dataclass(frozen=True, eq=False)
-class TimeSteps:
+@dataclass(frozen=True, eq=False, repr=False)
+class TimeSteps(_Group):
     """Constant steps of the θ-scheme, and the times whose states are saved.
 
     Parameters

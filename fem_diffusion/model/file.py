@@ -1,1 +1,67 @@
-"""A trained model as a file: fields by keys of the mesh, tensors and settings, and checks that they make up a model."""
+"""A trained model as one file: bases by keys of the mesh, tensors and settings, checked to make up a model."""
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from fem_diffusion import files
+from fem_diffusion.diffusion import TrainingRange
+from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
+from fem_diffusion.errors import FileError
+from fem_diffusion.fields.basis import pack_basis, unpack_basis
+from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.keyed import read_everywhere
+from fem_diffusion.problem import InverseProblem
+
+if TYPE_CHECKING:
+    from fem_diffusion.model.model import Model
+
+__all__ = ["read_model", "write_model"]
+
+
+def write_model(path: str | os.PathLike, model: "Model") -> None:
+    """Write all of a model but its problem; see `Model.save` (collective)."""
+    arrays, values = pack_basis(model.basis, "basis")
+    if model.states is not None:
+        parts = pack_basis(model.states, "states")
+        arrays, values = arrays | parts[0], values | parts[1]
+
+    def write() -> None:
+        tensors, settings = pack_denoiser(model.denoiser, model.history)
+        seen, shown = pack({"range": model.range})
+        files.write(path, "model", arrays | tensors | seen,
+                    values | settings | shown | {"family": model.problem.family})
+    on_root(model.problem.comm, write)
+
+
+def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
+    """The parts of a model by their names in `Model`; see `load_model` (collective)."""
+    content = read_everywhere(problem.comm, path, "model", REMEDY)
+    denoiser, history = unpack_denoiser(content)
+    basis = unpack_basis(content, "basis", problem.V, problem.prior)
+    if basis.r != denoiser.base.r:
+        raise content.error("holds a basis and a model of different sizes")
+    if content.value("family", bool) != problem.family or (problem.k or denoiser.base.k) != denoiser.base.k:
+        raise FileError(f"{path} was trained for other sensors: pass the problem of its training.")
+    parts = {"basis": basis, "denoiser": denoiser, "history": history}
+    if not problem.family:
+        return parts
+    states = unpack_basis(content, "states", problem.U)
+    if states.r != denoiser.base.k:
+        raise content.error("holds states and a model of different sizes")
+    return parts | {"states": states, "range": _range(content, states.r)}
+
+
+def _range(content: files.Content, s: int) -> TrainingRange:
+    """What training has seen of sensors."""
+    seen = unpack(content, "range", TrainingRange, {"signals": (None, s)}, dtype=torch.float32)
+    if seen is None:
+        raise content.error("does not hold what training has seen of sensors")
+    pair = isinstance(seen.std, list) and len(seen.std) == 2
+    numbers = [*seen.std, seen.strongest, seen.most] if pair else [None]
+    if not all(type(x) in (int, float) and 0 < x < np.inf for x in numbers):
+        raise content.error("does not hold what training has seen of sensors")
+    return replace(seen, std=tuple(seen.std))

@@ -2,22 +2,24 @@
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from fem_diffusion.checks import check_choice, check_count, check_flag, check_kind, check_options
-from fem_diffusion.diffusion import GaussianNoise, LayoutFamily, TrainingOptions, TrainingRange, fit_denoiser
+from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.diffusion import (
+    Denoiser, History, LayoutFamily, TrainingOptions, TrainingRange, fit_denoiser,
+)
 from fem_diffusion.diffusion.base.visible import visible_modes
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
-from fem_diffusion.model.families import layout_family
+from fem_diffusion.model.families import layout_family, sample_basis
 from fem_diffusion.model.model import Model
-from fem_diffusion.model.tail import linear_tail
-from fem_diffusion.prior.expansion import karhunen_loeve, pod
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
@@ -25,7 +27,8 @@ from fem_diffusion.simulation.simulate import DataSet
 
 __all__ = ["fit"]
 
-_RETAINED, _FEW_PAIRS = 0.999, 4
+# POD modes that are looked at, at most, and pairs that each mode wants.
+_MOST_POD, _PAIRS_A_MODE = 128, 4
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
@@ -78,28 +81,52 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     if not len(data) or len(data.coefficients) != len(data):
         raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
     states = shown = None
+    noise, seen = problem.noise, torch.as_tensor(data.readings)
     if problem.family:
-        states, coordinates, family = layout_family(problem.observation, data, state_modes)
-        shown = TrainingRange.of(family)
+        states, seen, noise = layout_family(problem.observation, data, state_modes)
+        shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
     if basis is None:
-        basis = _visible(problem, data, family if problem.family else None, coordinates if problem.family else None)
+        basis = _visible(problem, data, seen, noise)
     check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior) or pod(...)")
     with event("encode"):
         z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
     geometry = field_geometry(basis) if network == "field" else None
-    seen = coordinates if problem.family else torch.as_tensor(data.readings)
 
-    def run():
-        return fit_denoiser(torch.from_numpy(z), seen, family if problem.family else problem.noise,
-                            standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
-                            progress=progress)
+    def run() -> tuple[Denoiser, History]:
+        return fit_denoiser(torch.from_numpy(z), seen, noise, standard_prior=standard_prior, options=options,
+                            checkpoint=checkpoint, geometry=geometry, progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
-    tail = None if problem.family else linear_tail(problem, basis, denoiser.base)
-    model = Model(problem, basis, denoiser, history, states, shown, tail)
+    model = Model(problem, basis, denoiser, history, states, shown)
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
+
+
+def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
+    """Whether latents (n, r) of training fields are N(0, I); DataError where they should be and are not."""
+    basis.check_draws(z, len(data.skipped) / (len(data) + len(data.skipped)))
+    # Where solves have failed, the solver has chosen among the prior's samples.
+    return basis.standard_prior and not data.skipped
+
+
+def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor, noise) -> ModalBasis:
+    """As many leading modes of the prior as readings, or coordinates of the state, can tell from their noise."""
+    most = max(1, len(data) // _PAIRS_A_MODE)
+    if isinstance(problem.prior.core, GaussianCore):
+        basis = karhunen_loeve(problem.prior)
+    else:
+        basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
+    basis = basis.leading(min(most, basis.r))
+    covariance = None
+    if isinstance(noise, LayoutFamily):
+        # In units in which errors of all coordinates count alike.
+        seen = seen * noise.weights
+        covariance = torch.eye(seen.shape[1], dtype=seen.dtype)
+    elif noise is not None:
+        covariance = noise.covariance(seen.double())
+    z = torch.from_numpy(basis.encode(data.coefficients))
+    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance)))

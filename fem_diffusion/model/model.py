@@ -3,22 +3,24 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from fem_diffusion.checks import check_readings
+from fem_diffusion.checks import check_kind, check_readings
 from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
+from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
-from fem_diffusion.model.tail import LinearTail
+from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
 
-__all__ = ["Model"]
+__all__ = ["Model", "load_model"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,8 +44,6 @@ class Model:
         Coordinates of the states, for a family.
     range : TrainingRange or None
         What training has seen of sensors, for a family.
-    tail : LinearTail or None
-        What readings tell of modes past those of the basis, for a linear problem.
     """
 
     problem: InverseProblem
@@ -52,18 +52,22 @@ class Model:
     history: History
     states: ModalBasis | None = None
     range: TrainingRange | None = None
-    tail: LinearTail | None = None
 
     def __post_init__(self):
         if self.basis.V != self.problem.V:
-            raise InputError(f"The basis is on {self.basis.V} and the fields of the problem are in {self.problem.V}: pass "
-                             "a basis of the problem's prior.")
+            raise InputError(f"The basis is on {self.basis.V} and the fields of the problem are in {self.problem.V}: "
+                             "pass a basis of the problem's prior.")
         if self.basis.r != self.denoiser.base.r:
             raise InputError(f"The basis has {self.basis.r} modes and the model {self.denoiser.base.r} latents: pass a "
                              "basis of the same size, of the prior of the training.")
         if self.problem.family != (self.states is not None):
             raise InputError("A family and a basis of its states belong together: give both or neither.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
+
+    @cached_property
+    def tail(self) -> LinearTail | None:
+        """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
+        return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base)
 
     def condition(self, y: Sequence[float], observation: Observation | None = None,
                   noise: GaussianNoise | float | Sequence[float] | None = None) -> Posterior:
@@ -87,8 +91,8 @@ class Model:
         Raises
         ------
         InputError
-            If the measurement is of the wrong length or not finite (the message names the sensors), sensors or noise are
-            given for a model of fixed sensors, or are missing or do not fit for a family.
+            If the measurement is of the wrong length or not finite (the message names the sensors), sensors or noise
+            are given for a model of fixed sensors, or are missing or do not fit for a family.
 
         Warns
         -----
@@ -117,7 +121,8 @@ class Model:
             covariance = noise.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
         rows, offset, reading = rows[there], offset[there], torch.tensor(y[there])
         # Where noise is correlated, the sensors of the family are recognised before they are mixed.
-        seen = Layout(rows[None], offset[None], covariance.diagonal()[None], torch.ones(1, len(there), dtype=torch.bool))
+        present = torch.ones(1, len(there), dtype=torch.bool)
+        seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
         layout, reading = decorrelated(rows, offset, covariance, reading)
         problem = replace(self.problem, observation=observation, noise=noise)
@@ -136,8 +141,6 @@ class Model:
         FileError
             If it cannot be written.
         """
-        from fem_diffusion.model.file import write_model
-
         write_model(path, self)
 
     @property
@@ -152,8 +155,10 @@ class Model:
             network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
-        elif self.denoiser.known:
+        elif base.emulator.head is None:
             network += ", which is exact"
+        else:
+            network += ", from which moves under the emulator's density reach the posterior"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
                 f"{network}")
 
@@ -162,3 +167,26 @@ class Model:
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("A Model holds a mesh and cannot be copied or pickled: use its save, and load_model.")
+
+
+def load_model(path: str | os.PathLike, problem: InverseProblem) -> Model:
+    """Read what `Model.save` wrote; no code in the file is run.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    problem : InverseProblem
+        The problem of the training, on the same mesh, on any number of ranks.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileError
+        If the file is damaged, foreign, or belongs to another mesh, space, prior or set of sensors.
+    """
+    check_kind(problem, "problem", InverseProblem, "the InverseProblem of the training")
+    return Model(problem, **read_model(path, problem))

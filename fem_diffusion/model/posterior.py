@@ -35,8 +35,8 @@ class Posterior:
         The denoiser with the measurement built in.
     tail : LinearTail or None
         What the readings tell of modes past those of the basis, where the problem is linear.
-    missed : numpy.ndarray or None
-        With a tail: the measurement minus the readings of the basis's mean, shape (k,).
+    y : numpy.ndarray or None
+        The measurement, shape (k,), where there is a tail.
     """
 
     problem: InverseProblem
@@ -89,13 +89,13 @@ class Posterior:
                                   progress=progress)[0].cpu().numpy()
         with event("sample"):
             z = on_root(self.problem.comm, draw)
-            coefficients = self.basis.decode(z)
-            if refill:
-                # A stream of its own, apart from that of the latents and from those of the training pairs.
-                stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
-                rest = self.basis.rest(n, stream)
-                coefficients += rest if self.tail is None else self.tail.given(rest, self.y, z, stream)
-            return Samples(self.problem.M, self.basis.transformed(coefficients), z)
+            # A stream of its own, apart from that of the latents and from those of the training pairs.
+            stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
+            values = self.basis.decode(z, stream if refill else None)
+            if refill and self.tail is not None:
+                part = self.basis.decode(z)
+                values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
+            return Samples(self.problem.M, self.problem.prior.transform_many(values), z)
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more.

@@ -1,8 +1,7 @@
 r"""What readings tell of the modes past those of the basis, where the problem is linear.
 
-A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where readings are :math:`y = b + G z + H t + e`,
-the law of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's
-rule),
+A field is the modes' part and the rest, :math:`m = \bar m + \Phi z + t`. Where :math:`y = b + G z + H t + e`, the law
+of t given z and y is Gaussian, and a prior draw of t becomes a draw of it by the draw's own update (Matheron's rule),
 
 .. math:: t + K (y - b - G z - H t - e), \qquad K = C_t H^T (H C_t H^T + R)^{-1} .
 
@@ -83,7 +82,8 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) 
         return None
     # All ranks hold the same base, so they go on together.
     rows = np.array(forward.sensitivity(problem.prior.mean.copy(deepcopy=True), problem.observation.rows))
-    cross = problem.prior.apply_covariance(rows) - problem.comm.allreduce(rows @ basis.scaled_modes.T) @ basis.scaled_modes
+    seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
+    cross = problem.prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)
     signal = np.linalg.norm(seen / unit / unit[:, None], 2)
     if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:

@@ -1,9 +1,11 @@
-"""Families of observation operators: which sensors a measurement may hold, and how noisy each may be."""
+"""Families of sensors: which ones a measurement may hold, and how noisy each may be."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
+from firedrake.functionspaceimpl import WithGeometry
+from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_array, check_count
 from fem_diffusion.errors import InputError
@@ -39,14 +41,14 @@ class SensorKind:
     """
 
     observation: Observation
-    std: object
+    std: ArrayLike
     count: tuple[int, int]
     series: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.observation, Observation):
             raise InputError(f"A kind of sensor is an Observation, not {type(self.observation).__name__}: a family "
-                             "needs linear sensors; for others train a model of one fixed operator with `fit`.")
+                             "needs linear sensors; for others fit a model of one fixed observation.")
         rows = len(self.observation)
         series = check_count(self.series, "series")
         if rows % series:
@@ -73,10 +75,17 @@ class SensorKind:
         std, k = self.std, len(self.observation)
         return np.broadcast_to(std[:, None] if std.shape == (2,) and k != 2 else std, (2, k))
 
+    def __repr__(self) -> str:
+        low, high = self.std_range.min(), self.std_range.max()
+        std = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        of = f" of {self.series} rows" if self.series > 1 else ""
+        return (f"SensorKind: {self.count[0]} to {self.count[1]} of {len(self.observation) // self.series} sensors"
+                f"{of}, std {std}")
+
 
 @dataclass(frozen=True, eq=False)
 class SensorFamily:
-    """Random observation operators: some sensors of every kind, together in one measurement.
+    """Some sensors of every kind, together in one measurement.
 
     Parameters
     ----------
@@ -91,16 +100,19 @@ class SensorFamily:
 
     kinds: tuple[SensorKind, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         kinds = (self.kinds,) if isinstance(self.kinds, SensorKind) else self.kinds
         kinds = tuple(kinds) if isinstance(kinds, (Sequence, Iterator)) else ()
         if not kinds or not all(isinstance(kind, SensorKind) for kind in kinds):
             raise InputError(f"A SensorFamily is made of SensorKinds: give at least one, not {self.kinds!r}.")
         if any(kind.observation.U != kinds[0].observation.U for kind in kinds):
-            raise InputError("All kinds of a family must observe the same state space.")
+            raise InputError("Kinds of a family observe different spaces: build all of them on that of the state.")
         object.__setattr__(self, "kinds", kinds)
 
     @property
-    def U(self):
+    def U(self) -> WithGeometry:
         """The state space."""
         return self.kinds[0].observation.U
+
+    def __repr__(self) -> str:
+        return f"SensorFamily: {'; '.join(map(repr, self.kinds))}"

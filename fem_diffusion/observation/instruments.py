@@ -4,23 +4,27 @@ The integrals become sums over points: quadrature points of every cell for patch
 lines. So thousands of rows cost a few matrix products, and no form is assembled for each of them.
 """
 
+from collections.abc import Sequence
+
 import finat.ufl
 import numpy as np
 from firedrake import (
-    Constant, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, exp, interpolate,
+    Constant, Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, exp, interpolate,
 )
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mesh import MeshGeometry
-from mpi4py import MPI
+from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 from pyadjoint import no_annotations
 from scipy.sparse import csr_matrix, identity, kron, vstack
 
-from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
+from fem_diffusion.checks import check_array, check_count, check_kind, check_number, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, multiply, on_root
-from fem_diffusion.observation.points import locate, sensor_rows
+from fem_diffusion.fields.coefficients import bounding_box, coefficients, multiply, on_root
 from fem_diffusion.observation.linear import (
-    Observation, check_tolerance, checked_names, checked_points, compare_row, component_space, labels,
+    Observation, checked_names, checked_points, compare_row, component_space, labels,
 )
+from fem_diffusion.observation.points import locate, sensor_rows
 
 __all__ = ["line_averages", "patch_averages", "random_points"]
 
@@ -30,21 +34,20 @@ _CANDIDATES = 20000  # random points that are looked for in the mesh at once
 
 
 @no_annotations
-def patch_averages(U, centres, radii, names=None, *, component=None):
+def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names: Sequence[str] | None = None, *,
+                   component: int | None = None) -> Observation:
     """Sensors that average the state around points, with the weight exp(-|x - c|²/(2 ρ²)).
 
     Parameters
     ----------
     U : firedrake.functionspaceimpl.WithGeometry
         The state space; the state, or the component, is scalar.
-    centres : numpy.ndarray
-        Global, those of rank 0 count, shape (k, gdim).
-    radii : float | numpy.ndarray
+    centres : array_like
+        Shape (k, gdim); those of rank 0 count.
+    radii : float | array_like
         The ρ of all footprints, or of each, shape (k,), in the units of the mesh.
-    names : sequence of str | None
-        One name for each row; default the centres.
-    component : int | None
-        Index of the component of a mixed U.
+    names, component
+        As for `point_sensors`.
 
     Returns
     -------
@@ -55,8 +58,8 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
     Raises
     ------
     InputError
-        If U is mixed and no component is named, the state is not scalar, a radius is not positive, the centres have
-        the wrong shape or are not finite, or a footprint is too small for the mesh (or outside of it).
+        As for `point_sensors`, and if the state is not scalar, a radius is not positive, or a footprint is too small
+        for the mesh or outside of it.
     """
     W, embed = component_space(U, component)
     _check_scalar(W)
@@ -65,7 +68,7 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
     radii = on_root(mesh.comm, lambda: check_array(radii, "radii", (), (len(centres),)))
     if not (radii > 0).all():
         raise InputError("radii must be one positive number or one for each centre, not "
-                         f"{np.array2string(radii, threshold=5)}")
+                         f"{np.array2string(radii, threshold=5)}.")
     radii = np.broadcast_to(radii, len(centres))
     degree = 2 * max(2, W.ufl_element().embedded_superdegree)
     (at_points, weights, places), (_, fine_weights, fine_places) = (_quadrature(W, d) for d in (degree, degree + 2))
@@ -74,16 +77,15 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
         part = slice(start, start + _BLOCK)
         footprints = weights * _footprints(places, centres[part], radii[part])
         fine = fine_weights * _footprints(fine_places, centres[part], radii[part])
-        volume, check = mesh.comm.allreduce(np.stack([footprints.sum(axis=1), fine.sum(axis=1)]), MPI.SUM)
+        volume, check = mesh.comm.allreduce(np.stack([footprints.sum(axis=1), fine.sum(axis=1)]))
         unseen = ~(np.abs(volume - check) <= _AGREE * check) | (check < 1e-200)
         if unseen.any():
             i = start + int(np.argmax(unseen))
             raise InputError(f"the mesh does not resolve patch {i} at {tuple(centres[i].tolist())} of radius "
                              f"{radii[i]:g}: make the radius as large as a cell, refine the mesh there, move the "
-                             "centre inside, or use point_sensors")
+                             "centre inside, or use point_sensors.")
         rows = multiply(at_points, footprints / volume[:, None], transpose=True)
-        largest = np.abs(rows).max(axis=1, initial=0.0)
-        mesh.comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
+        largest = np.max(mesh.comm.allgather(np.abs(rows).max(axis=1, initial=0.0)), axis=0)
         rows[np.abs(rows) < 1e-12 * largest[:, None]] = 0.0
         blocks.append(csr_matrix(rows))
     compare_row(W, blocks[0][:1], "patch 0", lambda u: _direct_average(u, centres[0], radii[0], degree))
@@ -92,23 +94,21 @@ def patch_averages(U, centres, radii, names=None, *, component=None):
 
 
 @no_annotations
-def line_averages(U, starts, ends, points=8, names=None, *, component=None, tolerance=1e-6):
+def line_averages(U: WithGeometry, starts: ArrayLike, ends: ArrayLike, points: int = 8,
+                  names: Sequence[str] | None = None, *, component: int | None = None,
+                  tolerance: float = 1e-6) -> Observation:
     """Sensors that average the state along straight segments, as a beam of light does.
 
     Parameters
     ----------
     U : firedrake.functionspaceimpl.WithGeometry
         The state space; the state, or the component, is scalar.
-    starts, ends : numpy.ndarray
-        Ends of the segments; global, those of rank 0 count, shape (k, gdim) each.
+    starts, ends : array_like
+        Ends of the segments, shape (k, gdim) each; those of rank 0 count.
     points : int
         Gauss points of a segment; more than the cells it crosses times the degree of the state are of little use.
-    names : sequence of str | None
-        One name for each row; default the ends.
-    component : int | None
-        Index of the component of a mixed U.
-    tolerance : float
-        How far outside the mesh a segment may be, as a fraction of the size of a cell.
+    names, component, tolerance
+        As for `point_sensors`.
 
     Returns
     -------
@@ -118,16 +118,15 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
     Raises
     ------
     InputError
-        If U is mixed and no component is named, the state is not scalar, the ends have the wrong shape or are not
-        finite, points is no positive integer, or an end or a Gauss point of a segment is outside the mesh.
+        As for `point_sensors`, and if the state is not scalar or a segment leaves the mesh.
     """
     W, embed = component_space(U, component)
     _check_scalar(W)
     mesh, count = W.mesh(), check_count(points, "points")
-    tolerance = check_tolerance(tolerance)
+    tolerance = check_number(tolerance, "tolerance", above=0)
     starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
     if starts.shape != ends.shape:
-        raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment")
+        raise InputError(f"there are {len(starts)} starts and {len(ends)} ends: give one of each for a segment.")
     nodes, weights = np.polynomial.legendre.leggauss(count)
     nodes, weights = np.concatenate([[0.0, 1.0], (nodes + 1) / 2]), np.concatenate([[0.0, 0.0], weights / 2])
     places = starts[:, None] + nodes[:, None] * (ends - starts)[:, None]
@@ -136,7 +135,7 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
     if len(outside):
         first = ", ".join(f"{i} from {tuple(starts[i].tolist())} to {tuple(ends[i].tolist())}" for i in outside[:5])
         raise InputError(f"{len(outside)} of {len(starts)} segments leave the mesh (segment {first}): move their ends, "
-                         "cut them at the boundary, or give a larger tolerance")
+                         "cut them at the boundary, or give a larger tolerance.")
     rows = kron(identity(len(starts)), weights[None], format="csr") @ sensor_rows(W, vom, index, found.size)
     rows.eliminate_zeros()
     default = [f"{start} to {end}" for start, end in zip(labels(starts), labels(ends))]
@@ -144,7 +143,7 @@ def line_averages(U, starts, ends, points=8, names=None, *, component=None, tole
 
 
 @no_annotations
-def random_points(mesh, n, seed, *, tolerance=1e-6):
+def random_points(mesh: MeshGeometry, n: int, seed: int, *, tolerance: float = 1e-6) -> np.ndarray:
     """Points spread evenly over the volume of a mesh, for sensors at random places.
 
     Parameters
@@ -157,27 +156,26 @@ def random_points(mesh, n, seed, *, tolerance=1e-6):
     seed : int
         Non-negative; the same points on any number of ranks, and the first ones do not depend on n.
     tolerance : float
-        How far outside the mesh a point may be, as a fraction of the size of a cell.
+        As for `point_sensors`.
 
     Returns
     -------
     numpy.ndarray
-        Global, shape (n, gdim).
+        Shape (n, gdim).
 
     Raises
     ------
     InputError
-        If n is no positive or seed no non-negative integer, or the mesh is a surface or a curve in space.
+        If a number is out of range, or the mesh is a surface or a curve in space.
     """
-    n, rng, tolerance = check_count(n), np.random.default_rng(check_seed(seed)), check_tolerance(tolerance)
+    n, rng = check_count(n), np.random.default_rng(check_seed(seed))
+    tolerance = check_number(tolerance, "tolerance", above=0)
     check_kind(mesh, "mesh", MeshGeometry, "a mesh")
-    gdim, comm = mesh.geometric_dimension, mesh.comm
+    gdim = mesh.geometric_dimension
     if mesh.topological_dimension != gdim:
         raise InputError(f"the mesh is {mesh.topological_dimension}-dimensional in {gdim} dimensions: a random point "
-                         "of space is not on it; choose among its nodes, mesh.coordinates.dat.data_ro")
-    nodes = mesh.coordinates.dat.data_ro.reshape(-1, gdim)
-    low = np.min(comm.allgather(nodes.min(axis=0, initial=np.inf)), axis=0)
-    high = np.max(comm.allgather(nodes.max(axis=0, initial=-np.inf)), axis=0)
+                         "of space is not on it; choose among its nodes, mesh.coordinates.dat.data_ro.")
+    low, high = bounding_box(mesh)
     if mesh.ufl_coordinate_element().embedded_subdegree > 1:
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)  # curved cells bulge past their nodes
     share = float(assemble(Constant(1.0) * dx(mesh))) / np.prod(high - low)
@@ -189,7 +187,7 @@ def random_points(mesh, n, seed, *, tolerance=1e-6):
     return chosen[:n]
 
 
-def _direct_average(u, centre, radius, degree):
+def _direct_average(u: Function, centre: np.ndarray, radius: float, degree: int) -> float:
     """Average of a Function with the weight of `patch_averages`."""
     x = SpatialCoordinate(u.function_space().mesh())
     # Constants, so that the forms are compiled once for all places.
@@ -198,19 +196,20 @@ def _direct_average(u, centre, radius, degree):
     return assemble(weight * u * over) / assemble(weight * over)
 
 
-def _check_scalar(W):
+def _check_scalar(W: WithGeometry) -> None:
+    """Refuse a vector."""
     if W.value_shape:
         raise InputError(f"the state has value shape {W.value_shape}: averages are of scalars; use functionals for "
-                         "an entry of a vector")
+                         "an entry of a vector.")
 
 
-def _footprints(places, centres, radii):
+def _footprints(places: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
     """Weights exp(-|x - c|²/(2 ρ²)), shape (k, n) for places (gdim, n), centres (k, gdim) and radii (k,)."""
     square = sum((x - c[:, None])**2 for x, c in zip(places, centres.T))
     return np.exp(-square / (2 * radii[:, None]**2))
 
 
-def _quadrature(W, degree):
+def _quadrature(W: WithGeometry, degree: int) -> tuple[PETSc.Mat, np.ndarray, np.ndarray]:
     """Quadrature points of this rank's cells: matrix of the values there, weights (n,) and coordinates (gdim, n)."""
     mesh = W.mesh()
     element = finat.ufl.FiniteElement("Quadrature", mesh.ufl_cell(), degree=degree, quad_scheme="default")

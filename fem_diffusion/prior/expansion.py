@@ -1,7 +1,4 @@
-"""Bases of fields: Karhunen-Loeve modes of Gaussian priors, and proper orthogonal decomposition of samples.
-
-All coefficient arrays are owned coefficients: float64, this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
+"""Bases of fields: Karhunen-Loeve modes of Gaussian priors, and proper orthogonal decomposition of samples."""
 
 from collections.abc import Sequence
 from numbers import Integral
@@ -9,12 +6,12 @@ from numbers import Integral
 import numpy as np
 from firedrake import DirichletBC, Function
 from firedrake.functionspaceimpl import WithGeometry
-from mpi4py import MPI
 
-from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.checks import check_all, check_count, check_kind, check_number
+from fem_diffusion.checks import check_all, check_count, check_number
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import by_component, coefficients, field, owned_size
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.checks import check_rows, check_space
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, largest, owned_size
 from fem_diffusion.fields.modes import free_dofs, leading_modes, mass_action, sample_covariance, without_conditions
 from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
@@ -27,6 +24,9 @@ _TAIL_DRAWS = 64
 def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
     """Leading modes of a Gaussian prior's covariance, matrix-free through its covariance operator.
 
+    How many modes a posterior needs is for the readings to say, not for the prior: `fit` without a basis takes as many
+    as they can tell from their noise, ``karhunen_loeve(prior).leading(r)``, and draws the rest from the prior.
+
     Parameters
     ----------
     prior : Prior
@@ -36,10 +36,6 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
         variance (of each component).
     retained : float
         Share of the total variance to keep where `r` is left out.
-
-    Returns
-    -------
-    ModalBasis
 
     Raises
     ------
@@ -57,15 +53,14 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     if not isinstance(core, GaussianCore):
         raise InputError(f"A {type(core).__name__} has no covariance operator: use pod with samples of it.")
     r = None if r is None else check_count(r, "r, one number of modes for one unknown,")
-    mean = coefficients(core.mean)
-    mass = mass_action(core.V)
-    draws = core.sample_many(_TAIL_DRAWS, seed=0) - mean
-    size = r if r is not None else min(16, free_dofs(core.V, core.bcs))
+    V, mass, free = core.V, mass_action(core.V), free_dofs(core.V, core.bcs)
+    draws = core.sample_many(_TAIL_DRAWS, seed=0) - coefficients(core.mean)
+    size = min(16, free) if r is None else r
     while True:
-        modes, variances = leading_modes(core.apply_covariance, core.V, core.bcs, size)
+        modes, variances = leading_modes(core.apply_covariance, V, core.bcs, size)
         # The tail is the mean square of what prior draws keep outside the modes.
-        outside = draws - core.V.comm.allreduce(draws @ mass(modes).T, MPI.SUM) @ modes
-        tail = core.V.comm.allreduce(float((outside * mass(outside)).sum()), MPI.SUM) / len(draws)
+        outside = draws - V.comm.allreduce(draws @ mass(modes).T) @ modes
+        tail = V.comm.allreduce(float((outside * mass(outside)).sum())) / len(draws)
         total = float(variances.sum() + max(tail, 0.0))
         if r is not None:
             break
@@ -73,8 +68,8 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
         if len(enough):
             modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
             break
-        size = min(2 * size, free_dofs(core.V, core.bcs))
-    return ModalBasis(core.V, core.mean, modes, variances, total, prior, standard_prior=True)
+        size = min(2 * size, free)
+    return ModalBasis(V, core.mean, modes, variances, total, prior, standard_prior=True)
 
 
 def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequence[int],
@@ -86,7 +81,7 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     V : firedrake.functionspaceimpl.WithGeometry
         Space of the fields.
     samples : sequence of Functions, or numpy.ndarray of shape (n, n_owned)
-        Samples of the prior, before any transform.
+        Samples of the prior, before any transform; `total_variance` of the basis is theirs.
     r : int or sequence of int
         Number of modes; with one for each component of a mixed V, each is expanded by itself, in its own units.
     bcs : sequence of DirichletBC
@@ -94,36 +89,25 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     prior : Prior, optional
         The prior, for its transform; needed where it has one.
 
-    Returns
-    -------
-    ModalBasis
-        Its `total_variance` is that of the samples.
-
     Raises
     ------
     InputError
         If there are too few samples, a sample is not finite or violates a condition, or `r` is not one number for each
         component.
     """
-    check_kind(V, "V", WithGeometry, "the space of the fields")
+    check_space(V)
     if prior is not None and check_prior(prior).core.V != V:
         raise InputError("The fields of prior are not in V: give the prior of the samples.")
     if not isinstance(samples, np.ndarray):
         samples = coefficients(list(check_all(samples, "samples", Function)))
     counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
-    if None in counts:
-        raise InputError(f"r is {r!r}: give the number of modes.")
-    bcs = (bcs,) if isinstance(bcs, DirichletBC) else bcs
-    if not isinstance(bcs, Sequence) or not all(isinstance(bc, DirichletBC) for bc in bcs):
-        raise InputError(f"bcs is {bcs!r}: give a sequence of DirichletBC objects, () where there are none.")
-    if not V.comm.allreduce(samples.ndim == 2 and samples.shape[1] == owned_size(V), MPI.LAND):
-        raise InputError(f"The samples have shape {samples.shape}: give (n, {owned_size(V)}), owned coefficients.")
+    if r is None:
+        raise InputError("r is None: give the number of modes.")
+    bcs = check_all((bcs,) if isinstance(bcs, DirichletBC) else bcs, "bcs", DirichletBC, "DirichletBC objects")
+    samples = check_rows(samples, V, "samples")
     if len(samples) <= max(counts):
         raise InputError(f"{len(samples)} samples cannot give {r} modes: simulate more or ask for fewer modes.")
-    if samples.dtype.kind not in "biuf" or not V.comm.allreduce(bool(np.isfinite(samples).all()), MPI.LAND):
-        raise InputError("The samples hold values that are not finite real numbers.")
-    average = samples.mean(axis=0)
-    mean = field(V, average, name="mean")
+    mean = field(V, samples.mean(axis=0), name="mean")
     for bc in bcs:
         bc.apply(mean)
     centred = samples - coefficients(mean)
@@ -131,9 +115,9 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     centred = centred - outside
     # Each component in its own units.
     for wrong, right in zip(by_component(V, outside), by_component(V, centred)):
-        violation, scale = (V.comm.allreduce(float(np.abs(x).max(initial=0.0)), MPI.MAX) for x in (wrong, right))
-        if violation > 1e-8 * max(scale, 1e-300):
-            raise InputError(f"The samples violate the boundary conditions by {violation:.2g}; pass the bcs they "
+        violation = largest(V.comm, wrong)
+        if violation > 1e-8 * max(largest(V.comm, right), 1e-300):
+            raise InputError(f"The samples violate the boundary conditions by {violation:.2g}: pass the bcs they "
                              "satisfy.")
     if isinstance(r, Integral):
         return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), prior)
@@ -142,13 +126,14 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     return _joined(V, mean, parts, prior, standard=False)
 
 
-def _sample_modes(V, bcs, centred: np.ndarray, r: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _sample_modes(V: WithGeometry, bcs: Sequence[DirichletBC], centred: np.ndarray,
+                  r: int) -> tuple[np.ndarray, np.ndarray, float]:
     """Modes, their variances and the total variance of centred samples (n, n_owned)."""
     covariance, total = sample_covariance(V, centred)
     return *leading_modes(covariance, V, bcs, r), total
 
 
-def _counts(r, components: int) -> list:
+def _counts(r: Sequence[int] | None, components: int) -> list[int | None]:
     """A number of modes for each component, or None for each."""
     counts = [None] * components if r is None else r
     if not isinstance(counts, Sequence) or len(counts) != components:

@@ -1,15 +1,30 @@
 r"""Gaussian priors: Whittle-Matérn fields, fields that are constant along an extrusion, and numbers.
 
-The mathematics is in prior.py.  Every coefficient array holds *owned* coefficients: this rank's part of
-``with f.dat.vec_ro as v: v.array``.
+A Gaussian prior is a Whittle-Matérn field: the solution of ``(1 - L² Δ)^(m/2) w = white noise`` has, on an
+unbounded domain of dimension d, the Matérn correlation of smoothness ``ν = m - d/2`` and length
+``ℓ = L sqrt(2ν)`` (Lindgren, Rue and Lindström 2011, eq. 1 to 3).  In matrices, with mass ``M``,
+``K = M + L² A + Robin`` and ``b ~ N(0, M)`` (Croci et al. 2018; Weaver and Mirouze 2013; as in
+``firedrake.adjoint.AutoregressiveCovariance``):
+
+    draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹
+    covariance  C = D R M Rᵀ D,   D = diag(std / sqrt(diag(R₀ M R₀ᵀ)))
+
+``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet
+condition, so near Dirichlet parts the variance of ``C`` goes to zero as it should.  The Robin term
+``(L/1.42) u v ds`` (Daon and Stadler 2018) keeps the correlation near a boundary close to the one inside.
+The operator and its factorisation are Firedrake's; added here are many right-hand sides at once, white noise
+that does not depend on the numbering of a distributed mesh, and the pointwise variance.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 from firedrake import (
     Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, dx, grad, inner, solve,
 )
+from firedrake.adjoint import AutoregressiveCovariance
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from pyadjoint import no_annotations
 from ufl.core.expr import Expr
@@ -19,14 +34,15 @@ from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, ch
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, require_real
 from fem_diffusion.fields.checks import (
-    check_reproduced, exterior_measures, interpolated, matern_space, root_space,
+    check_finite, check_reproduced, check_rows, check_solver, check_space, exterior_measures, interpolated,
+    matern_space, root_space,
 )
-from fem_diffusion.forward.forms import linear_options
-from fem_diffusion.fields.doors import check_finite, check_rows, check_solver, check_space
-from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.prior.matern import (
-    NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance, variance_is_exact,
+    MaternOperator, NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance,
+    variance_is_exact,
 )
+from fem_diffusion.prior.protocol import GaussianCore
 
 __all__ = ["GaussianPrior"]
 
@@ -68,8 +84,10 @@ class GaussianPrior(GaussianCore):
     """
 
     @no_annotations
-    def __init__(self, V, std, correlation_length=None, *, mean=0.0, bcs=(), smoothness=None, normalise=True,
-                 solver_parameters="direct"):
+    def __init__(self, V: WithGeometry, std: float | Expr, correlation_length: float | None = None, *,
+                 mean: float | Expr = 0.0, bcs: DirichletBC | Sequence[DirichletBC] | None = (),
+                 smoothness: float | None = None, normalise: bool = True,
+                 solver_parameters: str | dict = "direct") -> None:
         require_real()
         self.V, self._normalise = check_space(V), check_flag(normalise, "normalise")
         solver_parameters = check_solver(solver_parameters, None, V.comm)
@@ -79,28 +97,32 @@ class GaussianPrior(GaussianCore):
         for bc in self.bcs:
             if root_space(bc.function_space()) != V:
                 raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
-                                 "components of it")
+                                 "components of it.")
         self._std = self._given(std, "std")
-        if not V.comm.allreduce(bool((self._std >= 0).all()), op=MPI.LAND):
-            raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation")
+        # Collective, which __repr__ must not be.
+        self._range = (V.comm.allreduce(self._std.min(initial=np.inf), MPI.MIN),
+                       V.comm.allreduce(self._std.max(initial=0.0), MPI.MAX))
+        if not self._range[0] >= 0:
+            raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation.")
         mean = self._given(mean, "mean")
         if is_real(V):
             if self.bcs or correlation_length is not None or smoothness is not None or solver_parameters != "direct":
                 raise InputError('numbers (family "R") have a mean and a standard deviation alone: leave out '
-                                 "correlation_length, smoothness, bcs and solver_parameters")
+                                 "correlation_length, smoothness, bcs and solver_parameters.")
             self.correlation_length = self.smoothness = None
         else:
             self._set_operator(correlation_length, smoothness, solver_parameters)
             mean = self._lifted(mean)
-        self.mean, self._mean = field(V, mean), mean
+        self.mean, self._mean, self._variances = field(V, mean), mean, {}
 
-    def _given(self, value, name):
-        """Owned coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
+    def _given(self, value: float | Expr, name: str) -> np.ndarray:
+        """Coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
         on_base = isinstance(value, Expr) and self._space.mesh() in extract_domains(value)
         space = self._space if on_base else self.V
         return coefficients(interpolated(space, value, name, (space.mesh(),)))
 
-    def _set_operator(self, correlation_length, smoothness, solver_parameters):
+    def _set_operator(self, correlation_length: float | None, smoothness: float | None,
+                      solver_parameters: str | dict) -> None:
         """Check and keep what the operator of a field needs."""
         ends = set(exterior_measures(self.V.mesh()))
         for bc in self.bcs:
@@ -112,7 +134,7 @@ class GaussianPrior(GaussianCore):
                 known = False
             if not known:
                 raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
-                                 "name its markers")
+                                 "name its markers.")
         self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
         self._order = operator_order(smoothness, d)
@@ -120,13 +142,13 @@ class GaussianPrior(GaussianCore):
         self._L = self.correlation_length / np.sqrt(2 * self.smoothness)
         self._solver_parameters = linear_options(solver_parameters, self._space, advective=False)
 
-    def _conditions(self, f):
+    def _conditions(self, f: np.ndarray) -> list[DirichletBC]:
         """The bcs on the operator's space, with the values of f (n_owned,)."""
         values, conditions = field(self._space, f), []
         for bc in self.bcs:
             if self._space != self.V and {"top", "bottom"} & set(np.atleast_1d(bc.sub_domain)):
                 raise InputError("a condition at the top or bottom fixes a field that is constant along the extrusion "
-                                 "everywhere: name markers of the sides")
+                                 "everywhere: name markers of the sides.")
             component = bc.function_space().component
             target, g, W = (x if component is None else x.sub(component) for x in (self._space, values, self.V))
             value = getattr(bc, "_original_arg", None)
@@ -135,7 +157,7 @@ class GaussianPrior(GaussianCore):
             conditions.append(DirichletBC(target, g, bc.sub_domain))
         return conditions
 
-    def _lifted(self, mean):
+    def _lifted(self, mean: np.ndarray) -> np.ndarray:
         """The mean (n_owned,) plus the Helmholtz extension of its mismatch with the bcs: it satisfies them exactly."""
         if not self.bcs:
             return mean
@@ -146,9 +168,9 @@ class GaussianPrior(GaussianCore):
         K = inner(u, v) * dx + Constant(self._L**2) * inner(grad(u), grad(v)) * dx
         solve(K == inner(Constant(np.zeros(space.value_shape)), v) * dx, lift, bcs=self._conditions(fixed - mean),
               solver_parameters=self._solver_parameters)
-        return self._applied(mean + coefficients(lift))  # the sum has rounding errors
+        return self._applied(mean + coefficients(lift))    # the sum has rounding errors
 
-    def _applied(self, values):
+    def _applied(self, values: np.ndarray) -> np.ndarray:
         """Values (n_owned,) with those of the bcs where they hold."""
         f = field(self.V, values)
         for bc in self.bcs:
@@ -157,7 +179,7 @@ class GaussianPrior(GaussianCore):
 
     @cached_property
     @no_annotations
-    def _operator(self):
+    def _operator(self) -> MaternOperator | NumberOperator:
         """The operator with the Dirichlet conditions, factorised."""
         if is_real(self.V):
             return NumberOperator(self.V)
@@ -166,8 +188,8 @@ class GaussianPrior(GaussianCore):
 
     @cached_property
     @no_annotations
-    def _scale(self):
-        """Diagonal of ``D``, owned, shape (n_owned,)."""
+    def _scale(self) -> np.ndarray:
+        """Diagonal of ``D``, shape (n_owned,)."""
         if is_real(self.V):
             return self._std
         # An entry that stands twice in a tensor has twice the mass, and half the variance under the same operator.
@@ -184,30 +206,15 @@ class GaussianPrior(GaussianCore):
         return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
 
     @property
-    def covariance(self):
-        """Firedrake's AutoregressiveCovariance, without the normalisation ``D``; None for numbers."""
-        return self._operator.covariance
+    def covariance(self) -> AutoregressiveCovariance | None:
+        """Firedrake's operator, without the normalisation ``D``; None for numbers."""
+        return None if is_real(self.V) else self._operator.covariance
 
     @no_annotations
-    def sample_many(self, n, seed):
-        """Draw n samples, a block of right-hand sides at a time (collective).
+    def sample_many(self, n: int, seed: int) -> np.ndarray:
+        """As `Prior.sample_many`, a block of right-hand sides at a time.
 
-        Parameters
-        ----------
-        n : int
-            Number of samples.
-        seed : int
-            Non-negative; the first samples do not depend on n.
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
+        The same up to rounding on any number of ranks; the first samples do not depend on n.
         """
         n, op = check_count(n), self._operator
         rng = np.random.default_rng(check_seed(seed))
@@ -218,24 +225,8 @@ class GaussianPrior(GaussianCore):
         return samples
 
     @no_annotations
-    def apply_covariance(self, x):
-        """Apply the covariance ``C`` to dual coefficients (collective).
-
-        Parameters
-        ----------
-        x : numpy.ndarray
-            Owned dual coefficients (of a Cofunction), shape (k, n_owned).
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned primal coefficients of ``C x``, shape (k, n_owned).
-
-        Raises
-        ------
-        InputError
-            If x has another shape, or is not real and finite.
-        """
+    def apply_covariance(self, x: np.ndarray) -> np.ndarray:
+        """As `GaussianCore.apply_covariance`."""
         x, op = check_rows(x, self.V, "x"), self._operator
         block, y = op.block(), np.empty(x.shape)
         for start in range(0, len(x), block):
@@ -243,57 +234,30 @@ class GaussianPrior(GaussianCore):
             y[rows] = self._scale * op.action(self._scale * x[rows])
         return y
 
-    def covariance_matrix(self):
-        """Dense covariance of the coefficients, for small problems on one rank.
-
-        Returns
-        -------
-        numpy.ndarray
-            Symmetric, shape (n, n).
-
-        Raises
-        ------
-        InputError
-            If the mesh is distributed.
-        """
+    def covariance_matrix(self) -> np.ndarray:
+        """Dense covariance of the coefficients, shape (n, n), for small problems; InputError on a distributed mesh."""
         if self.V.comm.size > 1:
-            raise InputError("covariance_matrix needs the whole mesh on one rank: use apply_covariance")
+            raise InputError("covariance_matrix needs the whole mesh on one rank: use apply_covariance.")
         C = self.apply_covariance(np.eye(self._std.size))
         return (C + C.T) / 2
 
-    @cached_property
     @no_annotations
-    def _pointwise_std(self):
-        """Owned, shape (n_owned,)."""
-        if self._normalise and not self.bcs:
-            return self._std
-        return self._scale * np.sqrt(pointwise_variance(self._operator))
+    def pointwise_std(self, exact: bool = False) -> Function:
+        """Standard deviation of the samples at the nodes, in ``V``: ``std``, falling to zero at Dirichlet conditions.
 
-    @cached_property
-    @no_annotations
-    def _exact_std(self):
-        """As `_pointwise_std`, without an estimate for large spaces."""
-        if is_real(self.V) or variance_is_exact(self._operator):
-            return self._pointwise_std
-        return self._scale * np.sqrt(exact_variance(self._operator))
-
-    def pointwise_std(self, exact=False):
-        """Standard deviation of the samples at the nodes: ``std``, falling to zero at Dirichlet conditions.
-
-        Parameters
-        ----------
-        exact : bool
-            Whether to solve once for each unknown, however many there are.
-
-        Returns
-        -------
-        firedrake.Function
-            In ``V``; exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked
-            to be `exact`.
-
-        Raises
-        ------
-        InputError
-            If `exact` is neither True nor False.
+        It is exact up to 8,000 unknowns, beyond that with a relative error of about one per cent, unless asked to be
+        `exact`: that takes one solve for each unknown.
         """
-        return field(self.V, self._exact_std if check_flag(exact, "exact") else self._pointwise_std)
+        # What is exact in any case is kept once.
+        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._operator)
+        if is_real(self.V) or self._normalise and not self.bcs and not exact:
+            return field(self.V, self._std)
+        if exact not in self._variances:
+            self._variances[exact] = (exact_variance if exact else pointwise_variance)(self._operator)
+        return field(self.V, self._scale * np.sqrt(self._variances[exact]))
+
+    def __repr__(self) -> str:
+        low, high = self._range
+        std = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+        length = "" if is_real(self.V) else f", correlation_length={self.correlation_length:g}, ν={self.smoothness:g}"
+        return f"GaussianPrior({self.V.dim()} unknowns, {self.V.ufl_element()}, std={std}{length}, bcs={len(self.bcs)})"

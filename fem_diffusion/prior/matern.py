@@ -1,25 +1,25 @@
-"""Firedrake's Whittle-Matérn covariance operator, opened for blocks of vectors; mathematics in prior.py.
+"""Firedrake's Whittle-Matérn covariance operator, opened for blocks of vectors; mathematics in gaussian.py."""
 
-Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
-
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from firedrake import (
-    BrokenElement, Constant, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
+    BrokenElement, Constant, DirichletBC, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
     assemble, dx, grad, homogenize, inner, interpolate,
 )
 from firedrake.adjoint import AutoregressiveCovariance
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 from scipy.sparse import bsr_matrix, csr_matrix
 from scipy.special import gamma, kv
 
 from fem_diffusion.checks import check_array, check_number
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import multiply, owned_size, solve
 from fem_diffusion.fields.checks import exterior_measures
+from fem_diffusion.fields.coefficients import coefficients, largest, multiply, owned_size, solve
 
 __all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
            "pointwise_variance"]
@@ -30,60 +30,30 @@ _VARIANCE_ERROR = 0.015  # relative standard error of the estimated pointwise va
 _BLOCK_BYTES = 2**26     # memory for one block of right-hand sides
 
 
-def matern_correlation(r, correlation_length, smoothness):
-    """Matérn correlation at distance r (Lindgren et al. 2011, eq. 1, with ``κ = sqrt(2ν)/ℓ``).
+def matern_correlation(r: ArrayLike, correlation_length: float, smoothness: float) -> np.ndarray:
+    """Matérn correlation at distances r of any shape (Lindgren et al. 2011, eq. 1, with ``κ = sqrt(2ν)/ℓ``).
 
-    Parameters
-    ----------
-    r : float | numpy.ndarray
-        Distances, of any shape.
-    correlation_length : float
-        The length ℓ; the correlation at ``r = ℓ`` is 0.42 (ν = 1/2: 0.37) to 0.61 (ν to infinity).
-    smoothness : float
-        The smoothness ν.
-
-    Returns
-    -------
-    numpy.ndarray
-        Correlations of the shape of ``r``.
-
-    Raises
-    ------
-    InputError
-        If a distance is negative, or an argument no finite number, or length or smoothness not positive.
+    At ``r = ℓ`` it is 0.42 (ν = 1/2: 0.37) to 0.61 (ν to infinity). InputError if an argument is out of range.
     """
     r, smoothness = check_array(r, "r"), check_number(smoothness, "smoothness", above=0, most=100)
     if (r < 0).any():
-        raise InputError("r holds negative numbers: give distances")
+        raise InputError("r holds negative numbers: give distances.")
     x = np.sqrt(2 * smoothness) * r / check_number(correlation_length, "correlation_length", above=0)
     safe = np.where(x > 0, x, 1.0)  # the Bessel function is infinite at zero
     values = 2**(1 - smoothness) / gamma(smoothness) * safe**smoothness * kv(smoothness, safe)
     return np.where(x > 0, values, 1.0)
 
 
-def operator_order(smoothness, d):
-    """Even order m of the operator with smoothness ν = m - d/2; for None the smallest with ν of at least one.
-
-    Raises
-    ------
-    InputError
-        If no even m >= 2 gives this smoothness in d dimensions.
-    """
+def operator_order(smoothness: float | None, d: int) -> int:
+    """Even order m of the operator with smoothness ν = m - d/2; for None the smallest with ν of at least one."""
     m = 2 if d < 3 else 4
     if smoothness is not None:
         # Weights of higher orders leave the range of double precision.
         m = check_number(smoothness, "smoothness", above=0, most=100) + d / 2
     if m < 2 or m % 2:
         choices = ", ".join(str(order - d / 2) for order in (2, 4, 6))
-        raise InputError(f"smoothness is {smoothness!r}: on a mesh of dimension {d} choose {choices}, ...")
+        raise InputError(f"smoothness is {smoothness!r}: on a mesh of dimension {d} choose one of {choices}, ...")
     return int(m)
-
-
-def _global_sum(comm, x):
-    """Sum of equally shaped arrays over all ranks."""
-    total = np.ascontiguousarray(x)
-    comm.Allreduce(MPI.IN_PLACE, total)
-    return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +67,9 @@ class MaternOperator:
     mass, noise : PETSc.Mat
         Mass matrix ``M`` (n, n), and ``S`` (n, n_broken) with ``S z ~ N(0, M)`` for ``z ~ N(0, I)``.
     places : numpy.ndarray
-        Owned, shape (n_cells,): place of each cell in an order that no partition changes.
+        Place of each owned cell in an order that no partition changes, shape (n_cells,).
     free : numpy.ndarray
-        Owned, shape (n_owned,): one at free coefficients, zero at those a Dirichlet condition fixes.
+        One at free coefficients, zero at those a Dirichlet condition fixes, shape (n_owned,).
     weight : float
         Scale that makes the variance one on an unbounded domain.
     """
@@ -112,30 +82,31 @@ class MaternOperator:
     weight: float
 
     @property
-    def comm(self):
+    def comm(self) -> MPI.Comm:
         """The communicator of the function space."""
         return self.covariance.function_space().comm
 
-    def solve(self, x):
+    def solve(self, x: np.ndarray) -> np.ndarray:
         """``K⁻¹`` applied to every row of x (k, n_owned), with zero at the fixed coefficients."""
         return solve(self.covariance.solver.snes.ksp, x * self.free) * self.free
 
-    def root(self, x):
+    def root(self, x: np.ndarray) -> np.ndarray:
         """``R`` applied to every row of the dual coefficients x (k, n_owned)."""
-        y = self.solve(x)
-        for _ in range(self.covariance.iterations // 2 - 1):
-            y = self.solve(multiply(self.mass, y))
-        return self.weight * y
+        return self.weight * self._solves(x, self.covariance.iterations // 2)
 
-    def action(self, x):
+    def action(self, x: np.ndarray) -> np.ndarray:
         """``R M Rᵀ`` applied to every row of the dual coefficients x (k, n_owned)."""
-        y = self.solve(x)
-        for _ in range(self.covariance.iterations - 1):
-            y = self.solve(multiply(self.mass, y))
-        return self.weight**2 * y
+        return self.weight**2 * self._solves(x, self.covariance.iterations)
 
-    def white_noise(self, rng, k):
-        """k draws of ``b ~ N(0, M)``, owned dual coefficients of shape (k, n_owned).
+    def _solves(self, x: np.ndarray, count: int) -> np.ndarray:
+        """``(K⁻¹ M)^(count - 1) K⁻¹`` applied to every row of x (k, n_owned)."""
+        y = self.solve(x)
+        for _ in range(count - 1):
+            y = self.solve(multiply(self.mass, y))
+        return y
+
+    def white_noise(self, rng: np.random.Generator, k: int) -> np.ndarray:
+        """k draws of ``b ~ N(0, M)``, dual coefficients of shape (k, n_owned).
 
         Every rank draws the numbers of all cells and keeps its own: a sample does not depend on the ranks.
         """
@@ -144,48 +115,39 @@ class MaternOperator:
         z = rng.standard_normal((k, total // per_cell, per_cell))[:, self.places]
         return multiply(self.noise, z.reshape(k, owned))
 
-    def block(self):
-        """Number of vectors to treat at once, the same on every rank."""
+    def block(self) -> int:
+        """Number of vectors to treat at once."""
         return int(np.clip(_BLOCK_BYTES / (8 * self.noise.getSizes()[1][1]), 1, 256))
 
 
 class NumberOperator:
     """Independent standard normals for a space of family "R", with the methods of `MaternOperator` that draws need."""
 
-    covariance = None
-
-    def __init__(self, V):
+    def __init__(self, V: WithGeometry) -> None:
         start = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
         self._total, self._owned = V.dim(), slice(start, start + owned_size(V))
 
-    def root(self, x):
+    def root(self, x: np.ndarray) -> np.ndarray:
         """The numbers x (k, n_owned) themselves."""
         return x
 
     action = root
 
-    def white_noise(self, rng, k):
+    def white_noise(self, rng: np.random.Generator, k: int) -> np.ndarray:
         """k draws, shape (k, n_owned); every rank draws all numbers and keeps its own."""
         return rng.standard_normal((k, self._total))[:, self._owned]
 
-    def block(self):
+    def block(self) -> int:
         """As `MaternOperator.block`."""
         return 256
 
 
-def _white_noise_matrix(V):
-    """White noise on V from independent numbers that belong to cells, not to their numbering.
+def _white_noise_matrix(V: WithGeometry) -> tuple[PETSc.Mat, np.ndarray]:
+    """White noise on V from independent numbers that belong to cells: `noise` and `places` of `MaternOperator`.
 
     Cholesky factors of the cells' mass matrices, gathered from the broken space into V, as Firedrake's
     ``WhiteNoiseGenerator`` does it (Croci et al. 2018).  Firedrake's numbering of a distributed mesh changes
     from run to run, so here cells, and the nodes of a cell, are ordered by their place instead.
-
-    Returns
-    -------
-    PETSc.Mat
-        ``S`` with ``S z ~ N(0, M)`` for ``z ~ N(0, I)``, its columns those of the owned cells.
-    numpy.ndarray
-        Place of each owned cell in an order of all cells that no partition changes, shape (n_cells,).
     """
     Vb, mesh = V.broken_space(), V.mesh()
     scalar = V.ufl_element().sub_elements[0] if V.value_shape else V.ufl_element()
@@ -202,8 +164,7 @@ def _white_noise_matrix(V):
 
     # In each direction by itself, as cells may be thin; a direction without extent has rounding errors alone.
     lowest = x.min(axis=1, keepdims=True)
-    noise = 1e-11 * V.comm.allreduce(np.abs(x).max(initial=0.0), op=MPI.MAX)
-    extent = np.maximum(np.ptp(x, axis=1, keepdims=True), noise)
+    extent = np.maximum(np.ptp(x, axis=1, keepdims=True), 1e-11 * largest(V.comm, x))
     keys = np.rint((x - lowest) / extent * 1e3)
     order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int)
     order = order.reshape(-1, nodes)  # also where a rank has no cell
@@ -225,7 +186,7 @@ def _white_noise_matrix(V):
     return noise, place[offset // size:offset // size + len(x)]
 
 
-def _levels(x):
+def _levels(x: np.ndarray) -> np.ndarray:
     """Integers in the order of numbers (n,), the same for those that differ by rounding errors, as of cells in line."""
     order = np.argsort(x)
     steps = np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0)
@@ -234,7 +195,8 @@ def _levels(x):
     return levels
 
 
-def matern_operator(V, L, m, bcs, solver_parameters):
+def matern_operator(V: WithGeometry, L: float, m: int, bcs: Sequence[DirichletBC],
+                    solver_parameters: dict) -> MaternOperator:
     """Build the operator on V with scale L, order m and homogeneous bcs."""
     mesh = V.mesh()
     u, v = TrialFunction(V), TestFunction(V)
@@ -248,23 +210,21 @@ def matern_operator(V, L, m, bcs, solver_parameters):
     free = Function(V).assign(1)
     for bc in bcs:
         bc.zero(free)
-    with free.dat.vec_ro as vec:
-        free = vec.array.copy()
     mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
-    return MaternOperator(covariance, mass, *_white_noise_matrix(V), free, float(weight))
+    return MaternOperator(covariance, mass, *_white_noise_matrix(V), coefficients(free), float(weight))
 
 
-def pointwise_variance(op):
-    """Diagonal of ``R M Rᵀ``, owned, shape (n_owned,): exact, or estimated for large spaces."""
+def pointwise_variance(op: MaternOperator) -> np.ndarray:
+    """Diagonal of ``R M Rᵀ``, shape (n_owned,): exact, or estimated for large spaces."""
     return exact_variance(op) if variance_is_exact(op) else _estimated_variance(op)
 
 
-def variance_is_exact(op):
+def variance_is_exact(op: MaternOperator) -> bool:
     """Whether the space is small enough for `pointwise_variance` to be exact."""
     return op.mass.getSizes()[0][1] <= _EXACT_LIMIT
 
 
-def exact_variance(op):
+def exact_variance(op: MaternOperator) -> np.ndarray:
     """Diagonal of ``R M Rᵀ`` from one solve per unknown: ``diag_i = |Rᵀ e_i|²_M``."""
     total, (first, last) = op.mass.getSizes()[0][1], op.mass.getOwnershipRange()
     result, block = np.zeros(last - first), op.block()
@@ -273,15 +233,13 @@ def exact_variance(op):
         unit = np.zeros((stop - start, last - first))
         mine = np.arange(max(start, first), min(stop, last))
         unit[mine - start, mine - first] = 1.0
-        y = op.solve(unit)
-        for _ in range(op.covariance.iterations // 2 - 1):
-            y = op.solve(multiply(op.mass, y))
-        squares = _global_sum(op.comm, np.einsum("ki,ki->k", y, multiply(op.mass, y)))
+        y = op.root(unit)
+        squares = op.comm.allreduce(np.einsum("ki,ki->k", y, multiply(op.mass, y)))
         result[mine - first] = squares[mine - start]
-    return op.weight**2 * result
+    return result
 
 
-def _estimated_variance(op, rank=256, most=4096):
+def _estimated_variance(op: MaternOperator, rank: int = 256, most: int = 4096) -> np.ndarray:
     """Diagonal of ``C = R M Rᵀ``: exact for a low-rank part, plus the spread of draws given that part.
 
     With a random ``Ω`` of ``rank`` columns, a draw x splits into its regression on ``Ωᵀ x``, whose
@@ -292,16 +250,15 @@ def _estimated_variance(op, rank=256, most=4096):
     block = op.block()
     omega = np.concatenate([op.white_noise(rng, block) for _ in range(-(-rank // block))])
     image = np.concatenate([op.action(omega[i:i + block]) for i in range(0, len(omega), block)])
-    values, vectors = np.linalg.eigh(_global_sum(op.comm, image @ omega.T))
+    values, vectors = np.linalg.eigh(op.comm.allreduce(image @ omega.T))
     keep = values > 1e-10 * values[-1]
     vectors = vectors[:, keep] / np.sqrt(values[keep])
     omega, image = vectors.T @ omega, vectors.T @ image  # now Ωᵀ x ~ N(0, I)
     known, rest, count, error = np.sum(image**2, axis=0), 0.0, 0, np.inf
     while count < most and error > _VARIANCE_ERROR:
         x = op.root(op.white_noise(rng, block))
-        x -= _global_sum(op.comm, x @ omega.T) @ image
+        x -= op.comm.allreduce(x @ omega.T) @ image
         rest, count = rest + np.sum(x**2, axis=0), count + block
         estimate = known + rest / count
-        share = rest / count / np.where(estimate > 0, estimate, 1.0)
-        error = np.sqrt(2 / count) * op.comm.allreduce(share.max(initial=0.0), op=MPI.MAX)
+        error = np.sqrt(2 / count) * largest(op.comm, rest / count / np.where(estimate > 0, estimate, 1.0))
     return estimate

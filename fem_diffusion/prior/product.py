@@ -1,8 +1,4 @@
-"""Several unknowns at once: independent priors as one prior on a mixed space.
-
-Every coefficient array holds *owned* coefficients, those of the first component first, then those of the second, ...:
-this rank's part of ``with f.dat.vec_ro as v: v.array`` for a mixed ``f``.
-"""
+"""Several unknowns at once: independent priors as one prior on a mixed space."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +10,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion.checks import check_all, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import by_component, coefficients, field
-from fem_diffusion.fields.doors import check_rows
+from fem_diffusion.fields.checks import check_rows
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 
 __all__ = ["ProductPrior", "is_gaussian"]

@@ -8,7 +8,7 @@ from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.fields.doors import check_rows
+from fem_diffusion.fields.checks import check_rows
 
 __all__ = ["GaussianCore", "Prior", "check_prior"]
 
@@ -36,7 +36,7 @@ class Prior(Protocol):
         return self
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
-        """Draw n samples (collective).
+        """Draw n samples.
 
         Parameters
         ----------
@@ -48,7 +48,7 @@ class Prior(Protocol):
         Returns
         -------
         numpy.ndarray
-            Owned coefficients in ``V``, shape (n, n_owned).
+            Coefficients in ``V``, shape (n, n_owned).
 
         Raises
         ------
@@ -58,38 +58,30 @@ class Prior(Protocol):
         ...
 
     def sample(self, seed: int) -> Function:
-        """Draw one sample, a new Function in ``V``; arguments as for `sample_many`."""
+        """Draw one sample, a new Function in ``V``; the seed is as for `sample_many`."""
         return field(self.V, self.sample_many(1, seed)[0])
 
     def transform_many(self, values: np.ndarray) -> np.ndarray:
-        """Parameters of fields (collective); InputError unless `values` are finite coefficients of fields.
+        """Parameters of fields: coefficients in ``core.V``, shape (n, n_owned), to those in ``V``, (n, n_owned of V).
 
-        Parameters
-        ----------
-        values : numpy.ndarray
-            Owned coefficients in ``core.V``, shape (n, n_owned of core.V).
-
-        Returns
-        -------
-        numpy.ndarray
-            Owned coefficients in ``V``, shape (n, n_owned).
+        InputError if `values` are of another shape, or not real and finite.
         """
         return check_rows(values, self.core.V, "values")
 
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Derivative of the transform at a field, transposed, times rows: the chain rule for gradients (collective).
+        """Derivative of the transform at a field, transposed, times rows: the chain rule for gradients.
 
         Parameters
         ----------
         rows : numpy.ndarray
-            Owned dual coefficients in ``V``, shape (k, n_owned of V).
+            Dual coefficients in ``V``, shape (k, n_owned of V).
         at : numpy.ndarray
-            Owned coefficients of the field, shape (n_owned of core.V,).
+            Coefficients of the field, shape (n_owned of core.V,).
 
         Returns
         -------
         numpy.ndarray
-            Owned dual coefficients, shape (k, n_owned of core.V).
+            Dual coefficients in ``core.V``, shape (k, n_owned of core.V).
 
         Raises
         ------
@@ -99,22 +91,9 @@ class Prior(Protocol):
         return check_rows(rows, self.V, "rows")
 
     def slope_many(self, values: np.ndarray) -> np.ndarray:
-        """Derivative of a pointwise transform between fields of one space (collective).
+        """Derivative of a pointwise transform between fields of one space, of each coefficient: shape (n, n_owned).
 
-        Parameters
-        ----------
-        values : numpy.ndarray
-            As for `transform_many`.
-
-        Returns
-        -------
-        numpy.ndarray
-            Derivative of each coefficient of the parameter by that of the field, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If the transform is not pointwise: use `pull_back`.
+        `values` are as for `transform_many`; InputError if the transform is not pointwise, where `pull_back` serves.
         """
         return np.ones_like(check_rows(values, self.core.V, "values"))
 
@@ -135,7 +114,7 @@ class GaussianCore(Prior, Protocol):
     bcs: tuple[DirichletBC, ...]
 
     def apply_covariance(self, x: np.ndarray) -> np.ndarray:
-        """Apply the covariance to owned dual coefficients (k, n_owned): owned coefficients of that shape (collective).
+        """Apply the covariance to dual coefficients (k, n_owned): coefficients of that shape.
 
         InputError if x has another shape, or is not real and finite.
         """

@@ -1,22 +1,4 @@
-r"""Prior distributions of an unknown field, as random Functions on the user's own mesh.
-
-A Gaussian prior is a Whittle-Matérn field: the solution of ``(1 - L² Δ)^(m/2) w = white noise`` has, on an
-unbounded domain of dimension d, the Matérn correlation of smoothness ``ν = m - d/2`` and length
-``ℓ = L sqrt(2ν)`` (Lindgren, Rue and Lindström 2011, eq. 1 to 3).  In matrices, with mass ``M``,
-``K = M + L² A + Robin`` and ``b ~ N(0, M)`` (Croci et al. 2018; Weaver and Mirouze 2013; as in
-``firedrake.adjoint.AutoregressiveCovariance``):
-
-    draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹
-    covariance  C = D R M Rᵀ D,   D = diag(std / sqrt(diag(R₀ M R₀ᵀ)))
-
-``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet
-condition, so near Dirichlet parts the variance of ``C`` goes to zero as it should.  The Robin term
-``(L/1.42) u v ds`` (Daon and Stadler 2018) keeps the correlation near a boundary close to the one inside.
-The operator and its factorisation are Firedrake's; added here are many right-hand sides at once, white noise
-that does not depend on the numbering of a distributed mesh, and the pointwise variance.
-
-Every coefficient array holds *owned* coefficients: this rank's part of ``with f.dat.vec_ro as v: v.array``.
-"""
+"""Priors of transformed fields, and priors of users' own samplers."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -28,25 +10,23 @@ from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
-from ufl.algorithms.apply_algebra_lowering import apply_algebra_lowering
 from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 from ufl.differentiation import Derivative
 
 from fem_diffusion.checks import check_array, check_callable, check_count, check_seed
 from fem_diffusion.errors import InputError
+from fem_diffusion.fields.checks import (
+    check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
+)
 from fem_diffusion.fields.coefficients import coefficients, field, is_real, multiply, owned_size
-from fem_diffusion.fields.checks import check_reproduced, prepared_interpolation
-from fem_diffusion.prior.gaussian import GaussianPrior
-from fem_diffusion.fields.doors import check_expression, check_rows, check_space
-from fem_diffusion.prior.matern import matern_correlation
 from fem_diffusion.prior.protocol import Prior, check_prior
 
-__all__ = ["GaussianPrior", "TransformedPrior", "CallablePrior", "level_set", "matern_correlation"]
+__all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 
 
 def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[[Expr], Expr]:
-    """Transform that takes one of several values, by the level of the field.
+    """Transform for `TransformedPrior` that takes one of several values, by the level of a scalar field.
 
     Parameters
     ----------
@@ -55,25 +35,20 @@ def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[
     thresholds : sequence of float
         The n thresholds, strictly increasing.
 
-    Returns
-    -------
-    callable
-        Maps a scalar UFL expression to a UFL expression; for `TransformedPrior`.
-
     Raises
     ------
     InputError
-        If they are not finite numbers, the thresholds do not increase, or there is not one value more than thresholds.
+        If they are not finite, the thresholds do not increase, or there is not one value more than thresholds.
     """
     values, thresholds = check_array(values, "values", ("n",)), check_array(thresholds, "thresholds", ("n",))
     if len(values) != len(thresholds) + 1 or not len(thresholds):
-        raise InputError(f"got {len(values)} values and {len(thresholds)} thresholds: give one value more")
+        raise InputError(f"got {len(values)} values and {len(thresholds)} thresholds: give one value more.")
     if not np.all(np.diff(thresholds) > 0):
-        raise InputError(f"thresholds are {thresholds}: give them strictly increasing")
+        raise InputError(f"thresholds are {thresholds}: give them strictly increasing.")
 
     def transform(f: Expr) -> Expr:
         if not isinstance(f, Expr) or f.ufl_shape:
-            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component")
+            raise InputError("level_set takes levels of a scalar field: give a scalar UFL expression, or a component.")
         expression = Constant(values[-1])
         for value, threshold in reversed(list(zip(values, thresholds))):
             expression = conditional(lt(f, threshold), Constant(value), expression)
@@ -134,8 +109,12 @@ class TransformedPrior(Prior):
         return field(self.V, self.transform_many(coefficients(self.core.sample(seed))[None])[0])
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
-        """Draw n samples: owned coefficients in ``V``, shape (n, n_owned)."""
+        """As `Prior.sample_many`."""
         return self.transform_many(self.core.sample_many(n, seed))
+
+    def __repr__(self) -> str:
+        name = getattr(self.transform, "__name__", "transform")
+        return f"TransformedPrior({name} of {self._inner}, {self.V.dim()} unknowns)"
 
     def transform_many(self, values: np.ndarray) -> np.ndarray:
         """As `Prior.transform_many`: one interpolation for each field."""
@@ -166,42 +145,31 @@ class TransformedPrior(Prior):
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
         """As `Prior.pull_back`, by the UFL derivative."""
         rows = check_rows(rows, self.V, "rows")
-        at = check_rows(np.asarray(at)[None], self.core.V, "at")
-        inner = self._inner.transform_many(at)[0]
-        self._set(inner)
-        return self._inner.pull_back(self._transposed(rows), at[0])
+        self._set(self._inner.transform_many(np.asarray(at)[None])[0])
+        return self._inner.pull_back(self._transposed(rows), at)
 
     def _transposed(self, rows: np.ndarray) -> np.ndarray:
         """Transposed derivative of this transform alone, at the field that is set, times rows (k, n_owned of V)."""
-        V = self._inner.V
-        if any(is_real(W) for W in (*V, *self.V)):
-            return self._by_directions(rows)
-        slope = self._derivative(TrialFunction(V))
+        V, numbers = self._inner.V, any(is_real(W) for W in (*self._inner.V, *self.V))
+        direction = Function(V) if numbers else TrialFunction(V)
+        slope = self._derivative(direction)
         if isinstance(slope, Zero):
             return np.zeros((len(rows), owned_size(V)))
-        matrix = assemble(interpolate(slope, self.V), mat_type="aij").petscmat
-        result = multiply(matrix, rows, transpose=True)
-        matrix.destroy()
-        return result
-
-    def _by_directions(self, rows: np.ndarray) -> np.ndarray:
-        """As `_transposed`, one direction after the other: Firedrake has no matrix to or from numbers."""
-        V, change = self._inner.V, Function(self.V)
-        direction = Function(V)
-        slope, n = self._derivative(direction), owned_size(V)
-        result = np.zeros((len(rows), n))
-        if isinstance(slope, Zero):
+        if not numbers:
+            matrix = assemble(interpolate(slope, self.V), mat_type="aij").petscmat
+            result = multiply(matrix, rows, transpose=True)
+            matrix.destroy()
             return result
-        run = prepared_interpolation(slope, change)
-        start, total = sum(V.comm.allgather(n)[:V.comm.rank]), V.dim()
-        for i in range(total):
+        # Firedrake has no matrix to or from numbers: one direction after the other.
+        change, columns = Function(self.V), np.zeros((V.dim(), len(rows)))
+        run, n = prepared_interpolation(slope, change), owned_size(V)
+        mine = sum(V.comm.allgather(n)[:V.comm.rank]) + np.arange(n)
+        for i in range(len(columns)):
             with direction.dat.vec_wo as vec:
-                vec.array[:] = np.arange(start, start + n) == i
+                vec.array[:] = mine == i
             run()
-            column = V.comm.allreduce(rows @ coefficients(change))
-            if start <= i < start + n:
-                result[:, i - start] = column
-        return result
+            columns[i] = rows @ coefficients(change)
+        return V.comm.allreduce(columns)[mine].T
 
     def slope_many(self, values: np.ndarray) -> np.ndarray:
         """As `Prior.slope_many`, by interpolation of the UFL derivative."""
@@ -215,8 +183,7 @@ class TransformedPrior(Prior):
         V = self._inner.V
         pointwise = V == self.V and len(V) == 1 and not V.value_shape and (
             is_real(V) or V.finat_element.has_pointwise_dual_basis)
-        if not pointwise or any(self._field in extract_coefficients(e) for e in extract_type(
-                apply_algebra_lowering(self._expression), Derivative)):
+        if not pointwise or extract_type(self._expression, Derivative):
             raise InputError("The transform is not pointwise between scalar fields of one space: use pull_back.")
         slope, result = self._derivative(Constant(1.0)), Function(V)
         return None if isinstance(slope, Zero) else prepared_interpolation(slope, result), result
@@ -231,11 +198,6 @@ class CallablePrior(Prior):
         Space of the parameter.
     sample : callable
         Maps an integer seed to a Function in V; the same seed must give the same Function.
-
-    Raises
-    ------
-    InputError
-        If V is no space, or sample no function of one argument.
     """
 
     def __init__(self, V: WithGeometry, sample: Callable[[int], Function]) -> None:
@@ -248,10 +210,13 @@ class CallablePrior(Prior):
         got = f.function_space() if isinstance(f, Function) else type(f).__name__
         if got != self.V:
             raise InputError(f"the sampler returned {got}, expected a Function in {self.V}: interpolate it "
-                             "into the prior's space")
+                             "into the prior's space.")
         return field(self.V, coefficients(f))
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
-        """Draw n samples with seeds derived from seed: owned coefficients, shape (n, n_owned)."""
+        """As `Prior.sample_many`, with seeds derived from seed."""
         seeds = np.random.SeedSequence(check_seed(seed)).generate_state(check_count(n))
         return np.array([coefficients(self.sample(int(s))) for s in seeds])
+
+    def __repr__(self) -> str:
+        return f"CallablePrior({self.V.dim()} unknowns, {self.V.ufl_element()})"

@@ -57,13 +57,7 @@ class ExactPosterior:
         return field(self.problem.M, np.sqrt(np.maximum(std**2 - (self.cross * self.gain).sum(axis=0), 0)), name="std")
 
     def sample(self, n: int, *, seed: int) -> Samples:
-        """Samples: prior draws plus their own update (Matheron's rule), so nothing dense is built, on any ranks.
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
-        """
+        """Prior draws plus their own update (Matheron's rule): nothing dense is built, and any ranks will do."""
         n, seed, prior = check_count(n), check_seed(seed), self.problem.prior
         draws = prior.sample_many(n, seed)
         noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))
@@ -77,9 +71,6 @@ class ExactPosterior:
     def __repr__(self) -> str:
         return f"ExactPosterior: Gaussian, given {len(self.rows)} readings\n{self.problem!r}"
 
-    def __reduce_ex__(self, protocol: int) -> None:
-        raise InputError("A posterior holds a mesh and cannot be copied or pickled: save its samples.")
-
 
 def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     """The posterior of a linear-Gaussian problem, by k adjoint solves.
@@ -91,10 +82,6 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
         affine in the parameter and has a derivative.
     y : array_like of shape (k,)
         The measurement.
-
-    Returns
-    -------
-    ExactPosterior
 
     Raises
     ------

@@ -60,32 +60,22 @@ class ChainPosterior:
 
     def mean_error(self) -> Function:
         """Monte Carlo standard error of `mean`, from the spread between chains."""
-        return self._error(self._by_chain(), "mean_error")
+        return self._error(self.draws.values, "mean_error")
 
     def std_error(self) -> Function:
         """Monte Carlo standard error of `std`, from the spread between chains."""
         std = self.draws.values.std(axis=0)
         # Where conditions fix the parameter there is no deviation, and no error of it.
         half = np.divide(0.5, std, out=np.zeros_like(std), where=std > 0)
-        return self._error((self._by_chain() - self.draws.values.mean(axis=0))**2 * half, "std_error")
-
-    def _by_chain(self) -> np.ndarray:
-        """Coefficients of the draws, shape (chains, draws of one, n_owned)."""
-        return self.draws.values.reshape(self.chains, -1, self.draws.values.shape[1])
+        return self._error((self.draws.values - self.draws.values.mean(axis=0))**2 * half, "std_error")
 
     def _error(self, values: np.ndarray, name: str) -> Function:
-        """Standard error of the mean of values (chains, draws, n_owned), of which only the chains are independent."""
-        error = values.mean(axis=1).std(axis=0, ddof=1) / np.sqrt(self.chains)
-        return field(self.problem.M, error, name=name)
+        """Standard error of the mean of values (n, n_owned), of which only the chains are independent."""
+        means = values.reshape(self.chains, -1, values.shape[1]).mean(axis=1)
+        return field(self.problem.M, means.std(axis=0, ddof=1) / np.sqrt(self.chains), name=name)
 
     def sample(self, n: int, *, seed: int) -> Samples:
-        """Some of the draws, at random and each at most once.
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer, or there are not so many draws.
-        """
+        """Some of the draws, at random and each at most once; InputError where there are not so many."""
         if check_count(n) > len(self.draws):
             raise InputError(f"n is {n} and the chains hold {len(self.draws)} draws: ask for less, or give hmc more "
                              "chains or draws.")
@@ -98,9 +88,6 @@ class ChainPosterior:
     def __repr__(self) -> str:
         return (f"ChainPosterior: {len(self.draws)} draws of {self.chains} chains, {self.acceptance:.0%} of the "
                 f"proposals accepted\n{self.problem!r}")
-
-    def __reduce_ex__(self, protocol: int) -> None:
-        raise InputError("A posterior holds a mesh and cannot be copied or pickled: save its draws.")
 
 
 def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = None, seed: int, chains: int = 100,
@@ -130,10 +117,6 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         step frees chains in its tails.
     progress : bool
         Show a progress bar on rank 0.
-
-    Returns
-    -------
-    ChainPosterior
 
     Raises
     ------
@@ -167,7 +150,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
             squares = (z**2).sum(axis=1) + (latent.misfit(np.where(inside[:, None], z, centre))**2).sum(axis=1)
             # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
             value = torch.from_numpy(comm.bcast(np.where(inside & ~np.isnan(squares), squares / 2, np.inf)))
-            memory[:] = [*memory[-1:], (x.clone(), value)]
+        memory[:] = [*memory[-1:], (x, value)]
         return value
 
     def force(x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +160,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(chains, r, dtype=torch.float64, generator=generator)
     # A chain that starts where the model fails would never leave.
-    x[~torch.isfinite(energy(x))] = 0
+    x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
     kept, accepted = np.empty((chains, draws, r)), 0.0
     with bar(_WARMUP + draws, "hmc", progress and not comm.rank) as shown:
         for i in range(-_WARMUP, draws):
@@ -188,7 +171,8 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
                 kept[:, i] = centre + x.numpy() @ root
                 accepted += float(accept.double().mean()) / draws
     if accepted < 0.1:
-        raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step.")
+        raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step, "
+                         "unless the transform has no derivative, as a level set.")
     z = kept.reshape(-1, r)
     tail = int(np.random.SeedSequence([seed, _TAIL_STREAM]).generate_state(1)[0])
     values = problem.prior.transform_many(latent.basis.decode(z, tail))

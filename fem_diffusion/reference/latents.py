@@ -14,7 +14,7 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 
 __all__ = ["LatentProblem", "check_measurement", "map_point", "sensitivity"]
 
@@ -27,7 +27,7 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
     InputError
         If the problem has no derivative, no linear sensors or no constant Gaussian noise, or y does not fit them.
     """
-    check_kind(problem, "problem", InverseProblem, "an InverseProblem(prior, forward, observation, noise)")
+    check_problem(problem)
     if not isinstance(problem.observation, Observation):
         raise InputError(f"The observation is of type {type(problem.observation).__name__}: references take an "
                          "Observation, such as point_sensors(U, points).")
@@ -42,13 +42,11 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
     covariance = noise.covariance(torch.zeros(1, problem.k, dtype=torch.float64)).numpy()
     # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
     std = np.sqrt(np.diag(covariance))
+    scaled = covariance / np.outer(std, std) if std.all() else covariance
     try:
-        root = np.linalg.cholesky(covariance / np.outer(std, std)) if std.all() else None
+        return y, np.linalg.inv(np.linalg.cholesky(scaled)) / std
     except np.linalg.LinAlgError:
-        root = None
-    if root is None:
-        raise InputError("The noise covariance is singular, so the posterior has no density: add a std to it.")
-    return y, np.linalg.inv(root) / std
+        raise InputError("The noise covariance is singular, so the posterior has no density: add a std to it.") from None
 
 
 def sensitivity(problem: InverseProblem, m: np.ndarray) -> np.ndarray:
@@ -62,17 +60,10 @@ class LatentProblem:
 
     Parameters
     ----------
-    problem : InverseProblem
-        Differentiable, with constant Gaussian noise.
-    y : numpy.ndarray
-        Measurement, shape (k,).
+    problem, y
+        As for `check_measurement`.
     basis : ModalBasis
         Karhunen-Loève basis of the prior.
-
-    Raises
-    ------
-    InputError
-        If the problem or y is none for references, or the basis is no Karhunen-Loève basis of the prior's space.
     """
 
     def __init__(self, problem: InverseProblem, y: np.ndarray, basis: ModalBasis):

@@ -46,25 +46,16 @@ class DataSet:
         return len(self.readings)
 
     def __repr__(self) -> str:
-        states = "no states" if self.states is None else "states"
-        return f"DataSet: {len(self)} pairs with {self.readings.shape[1]} readings and {states}" + (
-            f", {len(self.skipped)} skipped" * bool(self.skipped))
+        states, skipped = "no states" if self.states is None else "states", len(self.skipped)
+        return (f"DataSet: {len(self)} pairs with {self.readings.shape[1]} readings and {states}"
+                + f", {skipped} skipped" * bool(skipped))
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Results of the samples of one block.
+    """Results of the samples of one block, as in a `DataSet`.
 
-    Parameters
-    ----------
-    coefficients, readings : numpy.ndarray
-        Of those that were solved, shape (m, n_owned) and (m, k).
-    states : numpy.ndarray or None
-        Shape (m, n_owned of U).
-    count : int
-        Number of samples that have had their turn: m, and those that failed.
-    failed : dict of int to str
-        Position of those that failed, to the reason.
+    Of `count` samples that have had their turn all are there but those that `failed`: position to reason.
     """
 
     coefficients: np.ndarray
@@ -72,6 +63,11 @@ class Block:
     states: np.ndarray | None
     count: int
     failed: dict[int, str]
+
+    @property
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Coefficients, readings and states."""
+        return self.coefficients, self.readings, self.states
 
     @property
     def rows(self) -> list[int]:
@@ -82,14 +78,7 @@ class Block:
 class Folder:
     """Blocks of one data set, on any number of ranks; every method but `file`, `clean` and `lock` is collective.
 
-    Parameters
-    ----------
-    path : path
-        The folder.
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the fields.
-    U : firedrake.functionspaceimpl.WithGeometry or None
-        Space of the states, where it is known.
+    V is the space of the fields, U that of the states, where it is known.
     """
 
     def __init__(self, path: str | os.PathLike, V: WithGeometry, U: WithGeometry | None):

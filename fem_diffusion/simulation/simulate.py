@@ -13,7 +13,7 @@ from fem_diffusion.checks import check_count, check_flag, check_kind, check_numb
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.fields.events import event
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.progress import bar
 from fem_diffusion.simulation.data_set import Block, DataSet, Folder
 from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths
@@ -84,14 +84,13 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         If samples are missing.
     """
     require_real()
-    _check_problem(problem)
+    check_problem(problem)
     n, block, seed = check_count(n), check_count(block, "block"), check_seed(seed)
     skip, progress = check_number(skip, "skip", least=0, most=1), check_flag(progress, "progress")
     keep_states = problem.family if keep_states is None else check_flag(keep_states, "keep_states")
     if (keep_states or problem.family) and problem.U is None:
         raise InputError("The space of the states is not known: give the solver as CallableForward(solver, M, U).")
-    if not isinstance(ensemble, (Ensemble, type(None))):
-        raise InputError(f"ensemble is of type {type(ensemble).__name__}: give a firedrake.Ensemble.")
+    check_kind(ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
@@ -130,8 +129,6 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
 
     Raises
     ------
-    InputError
-        If n is no positive integer.
     DataError
         If the folder is no data set, is empty or incomplete, or holds readings of other sensors.
     FileError
@@ -142,7 +139,7 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
     SkippedWarning
         If samples are missing because their solves failed.
     """
-    _check_problem(problem)
+    check_problem(problem)
     n = None if n is None else check_count(n)
     folder = Folder(path, problem.V, problem.U)
     folder.open()
@@ -174,34 +171,20 @@ def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, bloc
         Of the sample, from 0 on, as in `DataSet.skipped` and in error messages.
     seed, block : int
         As for the simulation.
-
-    Returns
-    -------
-    firedrake.Function
-        In the space of the parameter.
-
-    Raises
-    ------
-    InputError
-        If a number is out of range.
     """
-    _check_problem(problem)
+    check_problem(problem)
     number, block = check_count(number, "number", least=0), check_count(block, "block")
     index, position = divmod(number, block)
     fields = problem.prior.core.sample_many(position + 1, block_seed(check_seed(seed), index))
     return field(problem.M, problem.prior.transform_many(fields[position:])[0])
 
 
-def _check_problem(problem: InverseProblem) -> None:
-    check_kind(problem, "problem", InverseProblem, "an InverseProblem(prior, forward, observation, noise)")
-
-
 def _check_former(folder: Folder, job: Job, block: int) -> None:
     """Raise DataError unless the folder holds this very data set."""
     folder.open()
-    former = {"seed": folder.seed, "block": folder.size, "keep_states": folder.states}
-    wanted = {"seed": job.seed, "block": block, "keep_states": job.keep_states}
-    changed = [name for name in wanted if former[name] != wanted[name]]
+    changed = [name for name, former, wanted in (
+        ("seed", folder.seed, job.seed), ("block", folder.size, block), ("keep_states", folder.states, job.keep_states))
+        if former != wanted]
     if changed:
         raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
                         "delete this one.")
@@ -275,18 +258,16 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
 def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
     """New results as a block, with those of a former run."""
     rows = sorted(found.results)
+    states, readings = ([found.results[i][part] for i in rows] for part in (0, 1))
     known = [] if folder is None else [folder.readings[0]]
-    check_lengths([found.results[i][1] for i in rows] + known)
-    k = len(([found.results[i][1] for i in rows] + known or [()])[0])
-    sizes = {1: k} | ({0: owned_size(job.problem.U)} if job.keep_states else {})
-    states, readings = (np.array([found.results[i][part] for i in rows]).reshape(len(rows), sizes[part])
-                        if part in sizes else None for part in (0, 1))
+    check_lengths(readings + known)
+    k = len((readings + known or [()])[0])
+    new = [fields[rows], np.array(readings).reshape(len(rows), k),
+           np.array(states).reshape(len(rows), owned_size(job.problem.U)) if job.keep_states else None]
     failed, count = dict(found.failed), max([*rows, *found.failed, -1]) + 1
-    new = [fields[rows], readings, states]
     if former is not None:
         order = np.argsort(former.rows + rows)
-        new = [None if old is None else np.concatenate([old, part])[order]
-               for old, part in zip((former.coefficients, former.readings, former.states), new)]
+        new = [None if old is None else np.concatenate([old, part])[order] for old, part in zip(former.parts, new)]
         failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
         count = max(count, former.count)
     return Block(*new, count, failed)
@@ -300,8 +281,7 @@ def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
         inside = [i for i, position in enumerate(block.rows) if start + position < n]
         skipped += [(start + i, reason) for i, reason in sorted(block.failed.items()) if start + i < n]
         if inside:
-            kept.append([None if part is None else part[inside]
-                         for part in (block.coefficients, block.readings, block.states)])
+            kept.append([None if part is None else part[inside] for part in block.parts])
     tally.check([reason for _, reason in skipped], n)
     if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "

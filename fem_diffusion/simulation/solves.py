@@ -4,6 +4,7 @@ What a failure is: the user's code raises, or parameter, state or readings are n
 mistake, such as a state in another space (`InputError`), which every sample would repeat.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -41,18 +42,22 @@ def block_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Solved:
-    """Results of some samples of a block.
+    """Results of some samples of a block, by position.
 
     Parameters
     ----------
     results : dict of int to tuple
-        Position to state (n_owned of U,), or None, and readings (k,) of those that are solved.
+        State (n_owned of U,), or None, and readings (k,) of those that are solved.
     failed : dict of int to str
-        Position to reason of those that failed.
+        Reasons of those that failed.
     """
 
     results: dict[int, tuple[np.ndarray | None, np.ndarray]] = dataclass_field(default_factory=dict)
     failed: dict[int, str] = dataclass_field(default_factory=dict)
+
+
+class _Failed(Exception):
+    """A sample has no state or no readings, and why."""
 
 
 class Job:
@@ -74,15 +79,15 @@ class Job:
     def probe(self) -> tuple[np.ndarray, np.ndarray]:
         """Fields (p, n_owned) and readings (p, k) of a few samples, each by one call; NaN where there are none."""
         fields, parameters = self.draw(0, _CANDIDATES)
-        readings, reason = {}, None
+        readings, reasons = {}, []
         for i, values in enumerate(parameters):
-            if len(readings) < _PROBES:
-                result, why = self._solve_one(values)
-                readings |= {} if result is None else {i: result[1]}
-                reason = reason or why
+            try:
+                readings |= {i: self._solve_one(values)[1]} if len(readings) < _PROBES else {}
+            except _Failed as error:
+                reasons.append(error)
         if not readings:
             raise SolveError(f"The forward problem failed for each of the first {_CANDIDATES} samples; the first: "
-                             f"{reason}. Mend the solver or the prior.")
+                             f"{reasons[0]}. Mend the solver or the prior.")
         check_lengths(readings.values())
         nothing = np.full(len(next(iter(readings.values()))), np.nan)
         return fields, np.array([readings.get(i, nothing) for i in range(_CANDIDATES)])
@@ -90,87 +95,70 @@ class Job:
     def draw(self, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Fields before any transform and parameters of the first samples of a block, shape (size, n_owned) each."""
         prior = self.problem.prior
-
-        # Copies: a prior of the user's own may hand out the same array again, and a solver may write into it.
-        fields, reason = self._together(lambda: np.array(
-            prior.core.sample_many(size, block_seed(self.seed, index)), dtype=float))
-        if reason is None:
+        try:
+            # Copies: a prior of the user's own may hand out the same array again, and a solver may write into it.
+            fields = self._together(lambda: np.array(
+                prior.core.sample_many(size, block_seed(self.seed, index)), dtype=float))
             broken = self._watch.allreduce((~np.isfinite(fields).all(axis=1)).astype(int))
             if broken.any():
                 raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
                                 "not finite as they come from the prior: mend the prior.")
-            parameters, reason = self._together(lambda: np.array(prior.transform_many(fields.copy()), dtype=float))
-        if reason is not None:
-            raise DataError(f"The prior failed for block {index} (seed {self.seed}): {reason}. Mend the prior.")
-        return fields, parameters
+            return fields, self._together(lambda: np.array(prior.transform_many(fields.copy()), dtype=float))
+        except _Failed as error:
+            raise DataError(f"The prior failed for block {index} (seed {self.seed}): {error}. Mend it.") from None
 
     def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
               enough: Callable[[Solved], bool]) -> None:
-        """States and readings of parameters (n, n_owned), added to `found` as they come, which holds them whatever is
-        raised, until `enough` finds too many failures."""
-        # A whole block at once is fast, but does not tell who fails.
-        together = self._solve_many(parameters)[0] if self._blocks and len(parameters) else None
+        """Solve for parameters (n, n_owned), until `enough` finds too many failures; `found` has what is solved even
+        where something is raised.
+        """
+        together = None
+        if self._blocks and len(parameters):
+            # A whole block at once is fast, but does not tell who fails.
+            with contextlib.suppress(_Failed):
+                together = self._solve_many(parameters)
         for row, i in enumerate(positions):
-            if together is not None:
-                result, reason = (together[0][row], together[1][row]), None
-            elif self._blocks:
-                result, reason = self._solve_many(parameters[row:row + 1])
-                result = result and (result[0][0], result[1][0])
-            else:
-                result, reason = self._solve_one(parameters[row])
-            if result is None:
-                found.failed[i] = reason
+            try:
+                if together is None and not self._blocks:
+                    kept, readings = self._solve_one(parameters[row])
+                else:
+                    place, parts = (row, together) if together else (0, self._solve_many(parameters[row:row + 1]))
+                    kept, readings = (part[place] for part in parts)
+            except _Failed as error:
+                found.failed[i] = str(error)
                 if enough(found):
                     return
             else:
-                found.results[i] = result if self.keep_states else (None, result[1])
+                found.results[i] = kept if self.keep_states else None, readings
 
-    def _solve_many(self, parameters: np.ndarray) -> tuple[tuple | None, str | None]:
-        """States and readings of parameters (n, n_owned) as one block, or None and the reason."""
+    def _solve_many(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
         # A copy: these parameters are asked one by one where the block fails.
-        states, reason = self._solved(parameters, lambda: np.array(
-            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x)
-        return (None, reason) if reason is not None else self._read(states, self._observation.apply, states)
+        return self._solve(parameters, lambda: np.array(
+            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x, self._observation.apply)
 
-    def _solve_one(self, values: np.ndarray) -> tuple[tuple | None, str | None]:
-        """State and readings of one parameter (n_owned,) by a call, or None and the reason."""
-        states = []
+    def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""
+        return self._solve(values, lambda: self.problem.forward(field(self.problem.M, values)),
+                           lambda u: coefficients(u) if isinstance(u, Function) else None, self._observed)
 
-        def run() -> None:
-            states.append(self.problem.forward(field(self.problem.M, values)))
-
-        def coefficients_of(_: None) -> np.ndarray | None:
-            # Before it is observed, because an observation of the user's own may change the state.
-            return coefficients(states[0]) if isinstance(states[0], Function) else None
-        kept, reason = self._solved(values, run, coefficients_of)
-        return (None, reason) if reason is not None else self._read(kept, self._observed, states[0])
-
-    # Each step ends with word from all ranks before the next one starts: steps hold sums over ranks, where the others
-    # would wait for a rank that has stopped.
-
-    def _solved(self, parameters: np.ndarray, run: Callable, coefficients_of: Callable) -> tuple[Any, str | None]:
-        """Coefficients of what `run` solves for finite parameters, or None and the reason."""
-        _, reason = self._together(lambda: _finite(parameters, "parameter"))
-        if reason is None:
-            state, reason = self._together(run)
-        if reason is None:
-            state, reason = self._together(lambda: coefficients_of(state))
-        if reason is None:
-            state, reason = self._together(lambda: state if state is None else _finite(state, "state"))
-        return (None, reason) if reason is not None else (state, None)
-
-    def _read(self, kept: np.ndarray | None, observe: Callable, state: Any) -> tuple[tuple | None, str | None]:
-        """What is kept of a state, and its readings, or None and the reason."""
-        readings, reason = self._together(lambda: observe(state))
-        if reason is None:
-            all_ranks = self._watch.allgather(readings) if self._watch.size > 1 else [readings]
-            tolerance = 1e-6 * np.abs(np.nan_to_num(readings)).max(initial=0.0)
-            same = all(x.shape == readings.shape and np.allclose(x, readings, 0, tolerance, True) for x in all_ranks)
-            if not self._watch.allreduce(same, MPI.LAND):
-                raise InputError("The observation gives other readings on other ranks: let it sum over ranks, as "
-                                 "assemble and Observation do.")
-            readings, reason = self._together(lambda: _finite(readings, "reading"))
-        return (None, reason) if reason is not None else ((kept, readings), None)
+    def _solve(self, parameters: np.ndarray, run: Callable, kept_of: Callable, observe: Callable) -> tuple:
+        """What is kept of a state, and its readings; _Failed where one of these steps fails."""
+        # Each step ends with word from all ranks before the next one starts: steps hold sums over ranks, where the
+        # others would wait for a rank that has stopped.
+        self._together(lambda: _finite(parameters, "parameter"))
+        state = self._together(run)
+        # Before it is observed, because an observation of the user's own may change the state.
+        kept = self._together(lambda: kept_of(state))
+        self._together(lambda: kept is None or _finite(kept, "state"))
+        readings = self._together(lambda: observe(state))
+        all_ranks = self._watch.allgather(readings) if self._watch.size > 1 else [readings]
+        tolerance = 1e-6 * np.abs(np.nan_to_num(readings)).max(initial=0.0)
+        same = all(x.shape == readings.shape and np.allclose(x, readings, 0, tolerance, True) for x in all_ranks)
+        if not self._watch.allreduce(same, MPI.LAND):
+            raise InputError("The observation gives other readings on other ranks: let it sum over ranks, as assemble "
+                             "and Observation do.")
+        return kept, self._together(lambda: _finite(readings, "reading"))
 
     def _observed(self, state: Function) -> np.ndarray:
         """Readings (k,) of a state."""
@@ -180,15 +168,15 @@ class Job:
                              "it return k real numbers.")
         return np.atleast_1d(readings).astype(float)
 
-    def _together(self, run: Callable) -> tuple[Any, str | None]:
-        """Result of `run` on this rank and None, or None and why one rank has none; mistakes are raised on all."""
+    def _together(self, run: Callable) -> Any:
+        """Result of `run` on this rank; _Failed on all where one rank has none, mistakes are raised on all."""
         start = time.monotonic()
         result = outcome = None
         try:
             result = run()
         except (InputError, FileError, InstallError) as error:
             outcome = portable(error)
-        except _NotFinite as error:
+        except _Failed as error:
             outcome = str(error)
         except Exception as error:
             # PETSc turns what is raised in its callbacks into errors of its own.
@@ -199,7 +187,9 @@ class Job:
         for found in everywhere:
             if isinstance(found, Exception):
                 raise found
-        return (None, min(everywhere)) if everywhere else (result, None)
+        if everywhere:
+            raise _Failed(min(everywhere))
+        return result
 
     def _gathered(self, mine: Exception | str | None, spent: float) -> list:
         """What all ranks have to say, in order; the run ends where one of them never comes."""
@@ -226,29 +216,15 @@ def _interrupted(error: BaseException | None) -> bool:
     return error is not None
 
 
-class _NotFinite(Exception):
-    """An array holds NaN or infinity."""
-
-
 def _finite(x: np.ndarray, what: str) -> np.ndarray:
-    """The array, or _NotFinite, also where squares of its numbers would not be."""
+    """The array, or _Failed where its numbers or their squares are not finite."""
     if not (np.abs(x) <= LARGEST).all():
-        raise _NotFinite(f"the {what} is not finite, or beyond {LARGEST:g}")
+        raise _Failed(f"the {what} is not finite, or beyond {LARGEST:g}")
     return x
 
 
 class Tally:
-    """Counts failures and stops where there are too many.
-
-    Parameters
-    ----------
-    seed, size : int
-        Seed of the simulation and samples in a block, for messages.
-    n : int
-        Samples wanted.
-    most : float
-        Share of failures that is tolerated.
-    """
+    """Counts failures among n samples in blocks of a size, and stops where more than a share of them are."""
 
     def __init__(self, seed: int, size: int, n: int, most: float):
         self.seed, self.size, self.n, self.most = seed, size, n, most

@@ -1,48 +1,45 @@
 """Calibration on held-out pairs: are the truths where the draws say they are?
 
 Nothing exact is needed here. If (z, y) is a joint sample and x_1..x_n are draws of p(z | y), the rank of z among
-the draws is uniform on 0..n in every coordinate (Talts et al. 2018, theorem 1).
+the draws is uniform on 0..n in every coordinate (Talts et al. 2018, theorem 1). Functions of draws (m, n, r) and truths
+(m, r) raise InputError if shapes disagree or a value is not finite and real.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from scipy.spatial.distance import pdist
 from scipy.stats import chisquare
 
-from fem_diffusion.checks import check_array, check_count, check_number, check_seed
-from fem_diffusion.diffusion.noise import as_noise
+from fem_diffusion.checks import check_all, check_array, check_count, check_kind, check_number, check_seed
+from fem_diffusion.diffusion import Sampler, sample_latents
 from fem_diffusion.errors import InputError
+
+if TYPE_CHECKING:
+    from fem_diffusion.model.model import Model
+    from fem_diffusion.simulation.data_set import DataSet
 
 __all__ = ["Calibration", "calibrate", "calibrate_model", "energy_score", "sbc_p_values", "sbc_ranks"]
 
 
 def sbc_ranks(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Rank of each truth among its draws, coordinate by coordinate.
+    """Rank (m, r) of each truth among its n independent draws, whole numbers in 0..n, coordinate by coordinate."""
+    draws, truth = _pair(draws, truth)
+    return (draws < truth[:, None]).sum(axis=1)
 
-    Parameters
-    ----------
-    draws : numpy.ndarray
-        n independent draws for each of m truths, shape (m, n, r).
-    truth : numpy.ndarray
-        Shape (m, r).
 
-    Returns
-    -------
-    numpy.ndarray
-        Whole numbers in 0..n, shape (m, r).
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree or a value is not finite and real.
-    """
+def _pair(draws: np.ndarray, truth: np.ndarray, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Draws (m, n, r) with n >= least, and truths (m, r)."""
     draws = check_array(draws, "draws", ("m", "n", "r"))
     truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
-    if not draws.size:
-        raise InputError(f"Draws (m, n, r) and truths (m, r) are needed, not {draws.shape} and {truth.shape}.")
-    return (draws < truth[:, None]).sum(axis=1)
+    if not draws.size or draws.shape[1] < least:
+        raise InputError(f"Draws (m, n, r) with n >= {least} and truths (m, r) are needed, not {draws.shape} and "
+                         f"{truth.shape}.")
+    return draws, truth
 
 
 def sbc_p_values(ranks: np.ndarray, n: int, bins: int | None = None) -> np.ndarray:
@@ -66,7 +63,7 @@ def sbc_p_values(ranks: np.ndarray, n: int, bins: int | None = None) -> np.ndarr
     Raises
     ------
     InputError
-        If ranks are no integers in 0..n, or there are fewer than two bins or more bins than ranks.
+        If ranks are no integers in 0..n, or there are fewer than two bins or more bins than ranks 0..n.
     """
     n, ranks = check_count(n, "n"), check_array(ranks, "ranks", ("m", "r"))
     m = len(ranks)
@@ -103,7 +100,7 @@ class Calibration:
 
     ranks: np.ndarray
     p_values: np.ndarray
-    coverage: dict
+    coverage: dict[float, float]
     energy_score: np.ndarray
     draws: int
 
@@ -130,31 +127,10 @@ class Calibration:
 def energy_score(draws: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Energy score of an ensemble for each truth, E|x - z| - E|x - x'| / 2 (Gneiting and Raftery 2007, eq. 21).
 
-    It is proper: its mean over many pairs is least for the true conditional law. The estimate is unbiased in the
-    number of draws.
-
-    Parameters
-    ----------
-    draws : numpy.ndarray
-        n independent draws for each of m truths, shape (m, n, r), n >= 2.
-    truth : numpy.ndarray
-        Shape (m, r).
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (m,), in units of the latents.
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree or a value is not finite and real.
+    It is proper: its mean over many pairs is least for the true conditional law. The estimate, of shape (m,) and in
+    units of the latents, is unbiased in the number n >= 2 of independent draws.
     """
-    draws = check_array(draws, "draws", ("m", "n", "r"))
-    truth = check_array(truth, "truth", (len(draws), draws.shape[2]))
-    if draws.shape[1] < 2 or not draws.size:
-        raise InputError(f"Draws (m, n, r) with n >= 2 and truths (m, r) are needed, not {draws.shape} and "
-                         f"{truth.shape}.")
+    draws, truth = _pair(draws, truth, 2)
     distance = np.linalg.norm(draws - truth[:, None], axis=2).mean(axis=1)
     return distance - np.array([pdist(ensemble).mean() for ensemble in draws]) / 2
 
@@ -164,13 +140,7 @@ def _inside(ranks: np.ndarray, n: int, level: float) -> np.ndarray:
     return np.abs((ranks + 0.5) / (n + 1) - 0.5) <= level / 2
 
 
-def _levels(levels) -> tuple[float, ...]:
-    if not isinstance(levels, (tuple, list, np.ndarray)):
-        raise InputError(f"levels is {levels!r}: give several levels, such as (0.5, 0.9).")
-    return tuple(check_number(level, "A level", above=0, below=1) for level in levels)
-
-
-def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.5, 0.9)) -> Calibration:
+def calibrate(draws: np.ndarray, truth: np.ndarray, levels: Sequence[float] = (0.5, 0.9)) -> Calibration:
     """Ranks, coverage and energy score of draws for held-out pairs.
 
     An interval of level p is made of the ranks whose centre (rank + 1/2) / (n + 1) lies within p / 2 of one half; where
@@ -182,47 +152,40 @@ def calibrate(draws: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = 
         n independent draws of the sampler for the measurement of each of m pairs, shape (m, n, r), n >= 2.
     truth : numpy.ndarray
         Latents of the pairs, shape (m, r).
-    levels : tuple of float
-        Of the central intervals.
+    levels : sequence of float
+        Of the central intervals, between 0 and 1.
 
     Returns
     -------
     Calibration
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree, a value is not finite and real, or a level does not lie between 0 and 1.
     """
-    levels = _levels(levels)
-    ranks = sbc_ranks(draws, truth)
+    levels = [check_number(level, "A level", above=0, below=1) for level in check_all(levels, "levels", Real, "levels")]
+    ranks, score = sbc_ranks(draws, truth), energy_score(draws, truth)
     n = np.shape(draws)[1]
     coverage = {level: float(_inside(ranks, n, level).mean()) for level in levels}
-    return Calibration(ranks, sbc_p_values(ranks, n), coverage, energy_score(draws, truth), n)
+    return Calibration(ranks, sbc_p_values(ranks, n), coverage, score, n)
 
 
-def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: int | None = None,
-                    levels: tuple[float, ...] = (0.5, 0.9), **sampling) -> Calibration:
-    """Calibration of a trained model in its latents, on pairs that were not used in training.
+def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 99, leading: int | None = None,
+                    levels: Sequence[float] = (0.5, 0.9), sampler: Sampler = Sampler()) -> Calibration:
+    """Calibration of a trained model in its latents, on pairs that were not used in training (collective).
 
     Parameters
     ----------
-    model : ConditionalModel
-        The trained model.
+    model : Model
+        For fixed sensors. The noise is that of its problem; where that has none, the readings hold it already.
     data : DataSet
         Held-out pairs, from `simulate` with another seed.
-    noise : GaussianNoise, CallableNoise, float or None
-        Noise of the measurements, or its standard deviation; None where the observations hold it already.
     seed : int
         Of noise and draws.
     draws : int
         Draws a pair.
     leading : int, optional
         Look at the first latents only, those with the largest prior variance; all where left out.
-    levels : tuple of float
+    levels : sequence of float
         Of the central intervals.
-    **sampling
-        Passed to `Posterior.sample`, e.g. ``steps=8``.
+    sampler : Sampler
+        How to draw.
 
     Returns
     -------
@@ -231,15 +194,21 @@ def calibrate_model(model, data, noise, *, seed: int, draws: int = 99, leading: 
     Raises
     ------
     InputError
-        If a number is out of range.
+        If an argument is out of range, or the model is for a family, where every pair would need sensors of its own.
     """
-    seed, draws, levels = check_seed(seed), check_count(draws, "draws", least=2), _levels(levels)
+    from fem_diffusion.fields.coefficients import on_root
+
+    seed, draws = check_seed(seed), check_count(draws, "draws", least=2)
     leading = None if leading is None else check_count(leading, "leading")
-    y = torch.from_numpy(check_array(data.readings, "The readings", ("n", "k")))
-    noise = as_noise(noise, y.shape[1])
-    if noise is not None:
-        y = noise.sample(y, torch.Generator().manual_seed(seed))
-    latents = np.stack([model.condition(row).sample(draws, seed=seed + 1 + i, refill=False, **sampling).latents
-                        for i, row in enumerate(y.numpy())])
+    check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
+    if model.problem.family:
+        raise InputError("A family is calibrated for chosen sensors: draw from `model.condition(y, sensors, noise)` "
+                         "for each pair, and pass the draws to calibrate.")
+    y, noise = torch.from_numpy(check_array(data.readings, "The readings", ("n", "k"))), model.problem.noise
     truth = model.basis.encode(data.coefficients)
-    return calibrate(latents[:, :, :leading], truth[:, :leading], levels)
+
+    def run() -> Calibration:
+        measured = y if noise is None else noise.sample(y, torch.Generator().manual_seed(seed))
+        z = sample_latents(model.denoiser.at(measured), draws, sampler, seed=seed + 1).cpu().numpy()
+        return calibrate(z[:, :, :leading], truth[:, :leading], levels)
+    return on_root(model.problem.comm, run)

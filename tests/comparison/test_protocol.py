@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 from fem_diffusion import files
 from fem_diffusion.comparison import (
-    SAMPLERS, Sampler, Training, combine, compare, convergence, plot_costs, plot_overview,
-    run_protocol, summarise, write_markdown,
+    SAMPLERS, Plan, Training, combine, compare, convergence, plot_costs, plot_overview, run_protocol, summarise,
+    write_markdown,
 )
+from fem_diffusion.comparison.protocol import _Counter
 from fem_diffusion.diffusion import (
-    Denoiser, Formulation, Support, TrainingOptions, linear_base, straight_line, variance_exploding,
-    variance_preserving,
+    Denoiser, Formulation, Sampler, ScoreNetwork, Support, TrainingOptions, linear_base, straight_line,
+    variance_exploding, variance_preserving,
 )
 from fem_diffusion.errors import FileError, InputError
 
@@ -22,22 +24,37 @@ FAST = TrainingOptions(steps=60, batch=64, width=16, depth=1, evaluate_every=30)
 VARIANCE = 0.04
 
 
-def narrow(v, angle, features):
+class Narrow:
     """The exact N for w_0 ~ N(0, 0.04 I), where the base says N(0, I)."""
-    c, s = torch.cos(angle), torch.sin(angle)
-    return (VARIANCE - 1) * c * s * v / (VARIANCE * c**2 + s**2)
+
+    dtype = torch.float64
+
+    def see(self, base, layout, y, located):
+        return (y,)
+
+    def context(self, y):
+        return (y,)
+
+    def __call__(self, v, angle, y):
+        c, s = torch.cos(angle), torch.sin(angle)
+        return (VARIANCE - 1) * c * s * v / (VARIANCE * c**2 + s**2)
 
 
 class Fit:
     """A training that gives the exact denoiser and counts how often it is called."""
 
-    def __init__(self):
-        self.calls = 0
+    def __init__(self, **parts):
+        self.calls, self.parts = 0, parts
 
     def __call__(self, checkpoint):
         self.calls += 1
         base = linear_base(torch.zeros(1, 2, dtype=torch.float64), torch.eye(1, dtype=torch.float64))
-        return Denoiser(base, narrow)
+        return Denoiser(base, Narrow(), **self.parts)
+
+
+def few(*names):
+    """Some of the samplers, by name."""
+    return {name: SAMPLERS[name] for name in names}
 
 
 def _score(z, combination):
@@ -46,35 +63,52 @@ def _score(z, combination):
 
 def _training(fit, score=_score, seed=0, budgets=(2, 8), samplers=SAMPLERS, formulations=None, problem="narrow"):
     cells = combine(formulations or (variance_exploding(), variance_preserving()), samplers, budgets)
-    return Training(problem, "gaussian", seed, fit, torch.zeros(200, 1, dtype=torch.float64), score, cells)
+    return Training(problem, "gaussian", seed, fit, torch.zeros(4, 1, dtype=torch.float64), 50, score, cells)
 
 
 def _run(trainings, folder, settings={}):
     return run_protocol(trainings, folder, settings, progress=False)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.name)
-def test_cost_is_within_the_budget_and_one_more_step_is_not(sampler, tmp_path):
-    if sampler.method == "adaptive":
-        rows = _run([_training(Fit(), samplers=[sampler])], tmp_path)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_cost_is_within_the_budget_and_one_more_step_is_not(name, tmp_path):
+    if name == "adaptive":
+        rows = _run([_training(Fit(), samplers=few(name))], tmp_path)
         assert len(rows) == 1 and 20 < int(rows[0]["evaluations"]) < 500
         return
     # The counter in the network tells the cost, not the formula.
-    for row in _run([_training(Fit(), samplers=[sampler], budgets=(3, 9, 10))], tmp_path):
+    for row in _run([_training(Fit(), samplers=few(name), budgets=(3, 9, 10))], tmp_path):
         assert int(row["budget"]) - 2 <= int(row["evaluations"]) <= int(row["budget"])
 
 
+def test_the_counter_is_a_network_like_others():
+    network = _Counter(Narrow())
+    assert isinstance(network, ScoreNetwork)
+    v, angle = torch.ones(3, 4, 2, dtype=torch.float64), torch.full((3, 4, 1), 0.5, dtype=torch.float64)
+    assert (network(v, angle, v) == Narrow()(v, angle, v)).all() and network.rows == 12
+
+
+def test_samples_come_by_measurement(tmp_path):
+    seen = []
+    _run([_training(Fit(), lambda z, c: seen.append(z.shape) or {"error": 1.0}, samplers=few("adaptive"))], tmp_path)
+    assert seen == [(4, 50, 2)]
+
+
 def test_a_hard_support_costs_nothing(tmp_path):
-    class Bounded(Fit):
-        def __call__(self, checkpoint):
-            denoiser = super().__call__(checkpoint)
-            # Three quarters of all samples lie outside, where sample_latents draws again.
-            denoiser.support = Support(torch.zeros(2).double(), torch.ones(2).double())
-            return denoiser
-    heun = [s for s in SAMPLERS if s.name == "whitened Heun ODE"]
-    row, = _run([_training(Bounded(), samplers=heun, budgets=(8,))], tmp_path / "bounded")
-    free, = _run([_training(Fit(), samplers=heun, budgets=(8,))], tmp_path / "free")
+    # Three quarters of all samples lie outside, where sample_latents draws again.
+    support = Support(torch.zeros(2).double(), torch.ones(2).double())
+    row, free = (_run([_training(fit, samplers=few("whitened Heun ODE"), budgets=(8,))], tmp_path / name)[0]
+                 for name, fit in (("bounded", Fit(support=support)), ("free", Fit())))
     assert int(row["evaluations"]) <= 8 and row["mean"] == free["mean"]
+
+
+def test_the_emulator_corrects_nothing(tmp_path):
+    def fit(checkpoint):
+        # A density that cannot move anything.
+        return SimpleNamespace(at=lambda y: replace(Fit()(None).at(y), density=object()))
+    rows, free = (_run([_training(f, samplers=few("adaptive"))], tmp_path / name)
+                  for name, f in (("known", fit), ("free", Fit())))
+    assert rows[0]["mean"] == free[0]["mean"]
 
 
 def test_every_cell_runs_once():
@@ -83,8 +117,18 @@ def test_every_cell_runs_once():
 
 
 def test_budgets_below_the_smallest_are_left_out():
-    heun = Sampler("heun", "heun", 0.0, "plain", "time")
-    assert [c.budget for c in combine((variance_exploding(),), (heun,), (1, 2, 3, 8))] == [3, 8]
+    cells = combine((variance_exploding(),), few("Heun ODE"), (1, 2, 3, 8))
+    assert [(c.budget, c.sampler.steps) for c in cells] == [(3, 1), (8, 3)]
+
+
+def test_a_rate_that_varies_depends_on_the_formulation(tmp_path):
+    varying = {"varying": Sampler(lambda t: 2 * t)}
+    cells = combine((variance_exploding(), straight_line()), varying, (4,))
+    assert [c.formulation.name for c in cells] == ["VE", "straight"]
+    rows = _run([_training(Fit(), samplers=varying, budgets=(4,))], tmp_path)
+    assert [row["alpha"] for row in rows] == ["varies"] * 2 and summarise(rows)[0]["seeds"] == 1
+    with pytest.raises(InputError, match="samplers as 'varying'"):
+        _run([_training(Fit(), samplers={"varying": Sampler(lambda t: 3 * t)}, budgets=(4,))], tmp_path)
 
 
 def test_all_samplers_approach_the_truth(tmp_path):
@@ -152,59 +196,51 @@ def test_other_settings_are_refused(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"formulations": (variance_exploding(sigma_max=50.0), variance_preserving())}, "formulations as 'VE'"),
     ({"formulations": (replace(variance_exploding(), scaling=lambda t: 1 + t),)}, "formulations as 'VE'"),
-    ({"samplers": (replace(SAMPLERS[0], alpha=0.5),)}, "samplers as 'Euler-Maruyama'"),
-    ({"samplers": (replace(SAMPLERS[0], method="heun"),)}, "samplers as 'Euler-Maruyama'"),
+    ({"samplers": {"Euler-Maruyama": replace(SAMPLERS["Euler-Maruyama"], alpha=0.5)}}, "samplers as 'Euler-Maruyama'"),
+    ({"samplers": {"Euler-Maruyama": SAMPLERS["Heun SDE"]}}, "samplers as 'Euler-Maruyama'"),
 ])
 def test_another_formulation_or_sampler_of_a_known_name_is_refused(tmp_path, change, words):
-    first = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path)
+    first = _run([_training(Fit(), samplers=few("Euler-Maruyama"))], tmp_path)
     kept = (tmp_path / "settings.safetensors").read_bytes()
     with pytest.raises(InputError, match=f"{words}.*name another folder"):
-        _run([_training(Fit(), **{"samplers": SAMPLERS[:1]} | change)], tmp_path)
+        _run([_training(Fit(), **{"samplers": few("Euler-Maruyama")} | change)], tmp_path)
     assert (tmp_path / "settings.safetensors").read_bytes() == kept
-    assert _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path) == first
+    assert _run([_training(Fit(), samplers=few("Euler-Maruyama"))], tmp_path) == first
 
 
 def test_one_name_means_one_formulation_in_all_trainings(tmp_path):
     with pytest.raises(InputError, match="formulations as 'VE'"):
         _run([_training(Fit(), formulations=(variance_exploding(),)),
-              _training(Fit(), formulations=(variance_exploding(0.1),), seed=1)], tmp_path)
+              _training(Fit(), formulations=(variance_exploding(0.02),), seed=1)], tmp_path)
 
 
 def test_new_names_are_added(tmp_path):
-    few = _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
+    one = _run([_training(Fit(), samplers=few("Euler-Maruyama"))], tmp_path, {"pairs": 1})
     path = tmp_path / "settings.safetensors"
     mine = Formulation("mine", lambda t: 2500 * t**2, lambda t: 1 + 50 * t)
-    more = _run([_training(Fit(), samplers=SAMPLERS[:2], formulations=(
+    more = _run([_training(Fit(), samplers=few("Euler-Maruyama", "Euler ODE"), formulations=(
         variance_exploding(), variance_preserving(), mine))], tmp_path, {"pairs": 1})
-    assert all(row in more for row in few)
+    assert all(row in more for row in one)
     signatures = files.read(path, "settings", "").values["signatures"]
     assert list(signatures["formulations"]) == ["VE", "VP", "mine"]
     assert list(signatures["samplers"]) == ["Euler-Maruyama", "Euler ODE"]
     # What is left out of a call stays known.
-    _run([_training(Fit(), samplers=SAMPLERS[:1])], tmp_path, {"pairs": 1})
+    _run([_training(Fit(), samplers=few("Euler-Maruyama"))], tmp_path, {"pairs": 1})
     assert files.read(path, "settings", "").values["signatures"] == signatures
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"formulations": (variance_exploding(), variance_exploding(0.1))}, "formulations share"),
-    ({"samplers": (SAMPLERS[0], SAMPLERS[0])}, "samplers share"), ({"budgets": (0, 4)}, "budget is 0"),
+    ({"formulations": (variance_exploding(), variance_exploding(0.02))}, "formulations share"),
+    ({"formulations": (variance_exploding(0.1),)}, "ends, in plain coordinates"), ({"budgets": (0, 4)}, "budget is 0"),
     ({"budgets": (4.0,)}, "budget is 4.0"), ({"budgets": 4}, "budgets is 4"),
-    ({"samplers": ("heun",)}, "of Sampler"), ({"samplers": 3}, "samplers is 3"),
+    ({"samplers": {"heun": "heun"}}, "of Sampler"), ({"samplers": 3}, "give a dict of names and Samplers"),
+    ({"samplers": {3: Sampler()}}, "names of samplers holds int"),
     ({"formulations": ("VE",)}, "of Formulation"), ({"seed": None}, "seed is None"), ({"seed": 1.0}, "seed is 1.0"),
-    ({"problem": 3}, "problem is 3"), ({"score": None}, "score is None"),
+    ({"problem": 3}, "problem is of type int"), ({"score": None}, "score is None"),
 ])
 def test_senseless_combinations_are_refused(change, words):
     with pytest.raises(InputError, match=words):
         _training(Fit(), **change)
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"method": "magic"}, "'magic'"), ({"coordinates": "polar"}, "'polar'"), ({"nodes": "even"}, "'even'"),
-    ({"alpha": -1.0}, "alpha is -1.0"), ({"alpha": "1"}, "alpha is '1'"), ({"name": None}, "name of a sampler"),
-])
-def test_senseless_samplers_are_refused(change, words):
-    with pytest.raises(InputError, match=words):
-        replace(SAMPLERS[0], **change)
 
 
 @pytest.mark.parametrize("trainings, folder, settings, words", [
@@ -324,9 +360,9 @@ def _pairs(n=600):
 
 def test_compare_on_joint_samples(tmp_path):
     z, y = _pairs()
-    few = [s for s in SAMPLERS if s.name in ("Euler-Maruyama", "whitened multistep", "adaptive")]
-    settings = {"held_out": 150, "draws": 19, "samplers": few, "evaluations": (2, 8), "seeds": (0, 1), "options": FAST,
-                "formulations": (variance_preserving(),), "progress": False}
+    plan = Plan((variance_preserving(),), few("Euler-Maruyama", "whitened multistep", "adaptive"), budgets=(2, 8),
+                seeds=(0, 1), held_out=150, draws=19)
+    settings = {"plan": plan, "options": FAST, "progress": False}
     lines = compare(z, y, tmp_path, **settings)
     assert len(lines) == 2 + 2 + 1 and all(line["seeds"] == 2 for line in lines)
     best = [x for x in lines if x["sampler"] == "whitened multistep" and x["budget"] == 8][0]
@@ -347,23 +383,31 @@ def test_compare_on_joint_samples(tmp_path):
 def test_scores_of_compare_know_no_units(tmp_path):
     z, y = _pairs()
     unit = torch.tensor([1e-6, 1e6], dtype=torch.float64)
-    settings = {"held_out": 50, "draws": 19, "samplers": SAMPLERS[-2:-1], "evaluations": (2,), "seeds": (0,),
+    settings = {"plan": Plan(samplers=few("whitened Heun SDE"), budgets=(2,), seeds=(0,), held_out=50, draws=19),
                 "options": FAST, "progress": False}
     one, = compare(z, y, tmp_path / "one", **settings)
     other, = compare(z * unit, 1e8 * y, tmp_path / "other", **settings)
     assert other["energy_score"] == pytest.approx(one["energy_score"], rel=1e-4)
 
 
-@pytest.mark.parametrize("change, words", [({"held_out": 600}, "held_out"), ({"draws": 1}, "draws"),
-                                           ({"held_out": 1}, "held_out"), ({"seeds": ()}, "at least one seed"),
-                                           ({"bases": ()}, "one base"), ({"samplers": ()}, "a sampler"),
-                                           ({"evaluations": (1,), "samplers": SAMPLERS[2:3]}, "buys it a step"),
-                                           ({"draws": 19.0}, "draws is 19.0"), ({"seeds": (-1,)}, "seed is -1"),
-                                           ({"seeds": 3}, "seeds is 3"), ({"bases": "plain"}, "bases is 'plain'"),
-                                           ({"bases": ("flat",)}, "base is 'flat'"), ({"noise": -1.0}, "negative"),
-                                           ({"noise": [0.1, 0.2]}, r"\[2\] sensors, the observations have 1"),
-                                           ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)")])
-def test_compare_refuses_senseless_numbers(tmp_path, change, words):
+@pytest.mark.parametrize("change, words", [
+    ({"draws": 1}, "draws"), ({"held_out": 1}, "held_out"), ({"seeds": ()}, "at least one seed"),
+    ({"bases": ()}, "one base"), ({"samplers": {}}, "a sampler"),
+    ({"budgets": (1,), "samplers": few("Heun ODE")}, "buys it a step"), ({"draws": 19.0}, "draws is 19.0"),
+    ({"seeds": (-1,)}, "seed is -1"), ({"seeds": 3}, "seeds is 3"), ({"bases": "plain"}, "bases is 'plain'"),
+    ({"bases": ("flat",)}, "base is 'flat'"),
+])
+def test_senseless_plans_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        Plan(**change)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"plan": Plan(held_out=600)}, "held_out"), ({"plan": {"draws": 3}}, r"Plan\(\*\*plan\)"),
+    ({"noise": -1.0}, "negative"), ({"noise": [0.1, 0.2]}, r"\[2\] sensors, the observations have 1"),
+    ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)"),
+])
+def test_compare_refuses_senseless_arguments(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         compare(*_pairs(), tmp_path, **change)
 

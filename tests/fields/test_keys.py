@@ -7,7 +7,7 @@ from firedrake import (COMM_SELF, COMM_WORLD, ExtrudedMesh, Function, FunctionSp
                        UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_matrix, as_vector, cos, pi, sin)
 
 from fem_diffusion.fields.coefficients import coefficients, geometric_key, owned_columns
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 
 
 def square(comm, nx=6, ny=5, height=lambda y: y, **options):

@@ -16,6 +16,7 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.density_pde import GaussianMixture, forward_density, noise_times, reverse_density
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
+from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion
 
 MESH, OTHER = UnitSquareMesh(3, 3), UnitSquareMesh(3, 3)
@@ -153,6 +154,19 @@ def test_bad_known_sources(source, words):
 def test_bad_arguments_of_transient_problems(given, words):
     with pytest.raises(InputError, match=words):
         transient(**given)
+
+
+def test_groups_of_arguments_are_no_dicts_and_all_print_in_a_line():
+    for make, words in ((lambda: AdvectionDiffusion(V, V, "source", bcs={"dirichlet": {1: 0}}), "pass Boundary"),
+                        (lambda: AdvectionDiffusion(V, V, "source", {"velocity": (1, 0)}), "pass Physics"),
+                        (lambda: TransientAdvectionDiffusion(V, V, "initial", [0.5]), "steps is of type list")):
+        with pytest.raises(InputError, match=words):
+            make()
+    physics, bcs = Physics(velocity=(1.0, 0.0), source=X[0]), Boundary(dirichlet={1: 0})
+    steps = TimeSteps(times=np.arange(1, 99), time_step=1.0)
+    for what in (physics, bcs, steps, AdvectionDiffusion(V, V, "source", physics=Physics(), bcs=bcs),
+                 TransientAdvectionDiffusion(V, V, "initial", steps, physics, bcs), MIX):
+        assert repr(what).startswith(type(what).__name__) and "\n" not in repr(what) and len(repr(what)) < 160
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from firedrake import COMM_SELF, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, VectorFunctionSpace
+from firedrake import COMM_SELF, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, VectorFunctionSpace, exp
 from mpi4py import MPI
+from scipy.sparse import csr_matrix
 
-from fem_diffusion import DataSet, GaussianNoise, GaussianPrior, TrainingOptions, fit, karhunen_loeve, load_model, pod
-from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, linear_base
+from fem_diffusion import (
+    DataSet, GaussianPrior, InverseProblem, Observation, Sampler, TrainingOptions, fit, karhunen_loeve, load_model, pod,
+)
+from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, Layout, linear_base
 from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields.geometry import field_geometry
@@ -20,6 +23,13 @@ R, K = 10, 3
 def _basis(comm=MPI.COMM_WORLD, degree=1):
     V = FunctionSpace(RectangleMesh(14, 14, 1.7, 1.0, comm=comm), "CG", degree)
     return karhunen_loeve(GaussianPrior(V, 0.7, 0.6, mean=0.3), R)
+
+
+def _problem(basis):
+    V = basis.V
+    rows = csr_matrix(np.eye(V.dim())[::70])
+    observation = Observation(V, rows, tuple(map(str, range(rows.shape[0]))), np.full((rows.shape[0], 2), np.nan))
+    return InverseProblem(basis.prior, lambda m: Function(V).interpolate(exp(m)), observation)
 
 
 def _arrays(geometry):
@@ -33,12 +43,9 @@ def basis():
 
 @pytest.fixture(scope="module")
 def network(basis):
-    generator = torch.Generator().manual_seed(0)
-    operator = torch.randn(K, R, generator=generator, dtype=torch.float64)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        raw = FieldNetwork(R, K, width=16, depth=1, channels=3)
-    return raw.on(field_geometry(basis), linear_base(operator, 0.1 * torch.eye(K, dtype=torch.float64)))
+        return FieldNetwork(R, K, width=16, depth=1, channels=3).on(field_geometry(basis))
 
 
 @pytest.mark.parametrize("degree", [1, 2])
@@ -49,7 +56,7 @@ def test_projection_is_that_of_the_mass_matrix(degree):
     assert geometry.modes.shape == (R, 3 * R)
     np.testing.assert_allclose(geometry.modes @ geometry.projector, np.eye(R), atol=1e-10)
     # Of squares of fields, which are no combinations of modes, up to the error of the quadrature.
-    values, total = basis.decode(torch.as_tensor(z)), basis.variances.sum()
+    values, total = basis.decode(z), basis.variances.sum()
     exact = mass_action(basis.V)(values**2) @ basis.modes.T * np.sqrt(1.7) / total
     at_points = geometry.mean + z * geometry.std @ geometry.modes
     error = at_points**2 @ geometry.projector - exact
@@ -73,10 +80,16 @@ def test_gradients_of_a_linear_field():
 
 
 def test_what_the_network_sees_of_a_measurement_knows_no_units(basis, network):
-    operator = torch.randn(K, R, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    unit = torch.tensor([1e-12, 1.0, 1e12], dtype=torch.float64)
-    base = linear_base(operator * unit[:, None], 0.1 * torch.diag(unit**2))
-    torch.testing.assert_close(network.on(field_geometry(basis), base).gain, network.gain)
+    generator = torch.Generator().manual_seed(0)
+    operator, y = (torch.randn(K, n, generator=generator, dtype=torch.float64) for n in (R, 5))
+    seen = []
+    for unit in (torch.ones(K).double(), torch.tensor([1e-12, 1.0, 1e12]).double()):
+        base = linear_base(operator * unit[:, None], 0.1 * torch.diag(unit**2))
+        layout = Layout.readings(K, base.mean)
+        seen.append(network.see(base, layout, y.T * unit, base.locate(layout, y.T * unit)))
+    assert [len(part) for part in seen[0]] == [5, 5, 1]
+    for one, other in zip(*seen, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parallel([1, 2])
@@ -88,27 +101,36 @@ def test_geometry_does_not_depend_on_the_ranks():
 
 def test_zero_before_training_and_every_weight_learns(network):
     g = torch.Generator().manual_seed(2)
-    v, features, angle = torch.randn(5, R, generator=g), torch.randn(5, K, generator=g), torch.full((5, 1), 0.7)
-    assert not network(v, angle, features).any()
+    v, angle = torch.randn(4, 5, R, generator=g), torch.full((1, 1, 1), 0.7)
+    seen = torch.randn(5, K, generator=g), torch.randn(5, R, generator=g), torch.randn(5, R, R, generator=g)
+    assert not network(v, angle, *seen).any()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2, generator=g)
-    network(v, angle, features).square().sum().backward()
+    network(v, angle, *seen).square().sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
-    torch.testing.assert_close(network(v, angle, features)[:2], network(v[:2], angle[:2], features[:2]))
+    whole = network(v, angle, *seen)
+    torch.testing.assert_close(network(v[:, 1:3], angle, *(x[1:3] for x in seen)), whole[:, 1:3])
+    # What all measurements share need not be repeated.
+    one = seen[2][:1]
+    torch.testing.assert_close(network(v, angle, *seen[:2], one), network(v, angle, *seen[:2], one.expand(5, R, R)))
 
 
 def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
     samples = basis.prior.sample_many(600, seed=1)
-    data = DataSet(samples, np.exp(samples[:, ::70]))
+    # Readings that hold noise of an unknown law: the network has all to do.
+    readings = np.exp(samples[:, ::70])
+    data = DataSet(samples, readings + 0.1 * np.random.default_rng(0).standard_normal(readings.shape))
+    problem = _problem(basis)
     options = TrainingOptions(steps=150, evaluate_every=75, width=16, depth=1)
-    settings = {"options": options, "checkpoint": tmp_path / "training.pt", "progress": False}
-    model = fit(data, basis, GaussianNoise(std=0.1), network="field", **settings)
+    settings = {"basis": basis, "options": options, "checkpoint": tmp_path / "training.pt", "progress": False}
+    model = fit(problem, data, network="field", **settings)
     with pytest.raises(FileError, match="other data"):
-        fit(data, basis, GaussianNoise(std=0.1), **settings)
+        fit(problem, data, **settings)
     assert isinstance(model.denoiser.network, FieldNetwork)
     model.save(tmp_path / "model.safetensors")
-    again = load_model(tmp_path / "model.safetensors", basis)
-    first, second = (m.condition(data.readings[0]).sample(20, seed=1, steps=4).values for m in (model, again))
+    again = load_model(tmp_path / "model.safetensors", problem)
+    first, second = (m.condition(data.readings[0]).sample(20, seed=1, sampler=Sampler(steps=4)).values
+                     for m in (model, again))
     np.testing.assert_allclose(first, second, atol=1e-5)
     assert "modes" not in model.denoiser.network.state_dict()
 
@@ -116,13 +138,13 @@ def test_file_keeps_the_law_and_no_mesh(basis, tmp_path):
 def test_what_does_not_fit_is_told(basis, network):
     data = DataSet(np.zeros((5, basis.V.dim())), np.zeros((5, K)))
     with pytest.raises(InputError, match="'latents', 'field'"):
-        fit(data, basis, None, network="fourier")
+        fit(_problem(basis), data, basis=basis, network="fourier")
     V = VectorFunctionSpace(basis.V.mesh(), "CG", 1)
     with pytest.raises(InputError, match="fully connected"):
         field_geometry(pod(V, np.random.default_rng(0).standard_normal((10, V.dim())), 4))
     with pytest.raises(InputError, match="more points"):
         field_geometry(basis, points=5)
     with pytest.raises(InputError, match="10 latents"):
-        network.on(field_geometry(karhunen_loeve(basis.prior, 4)), linear_base(torch.eye(K, R), torch.eye(K)))
+        network.on(field_geometry(karhunen_loeve(basis.prior, 4)))
     with pytest.raises(InputError, match="positive"):
         FieldNetwork(R, K, channels=0)

@@ -14,7 +14,7 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.observation.instruments import line_averages, random_points
 from fem_diffusion.observation.linear import functionals, point_sensors
-from fem_diffusion.prior.transformed import GaussianPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
 
 POINTS = np.random.default_rng(1).random((9, 3))
 

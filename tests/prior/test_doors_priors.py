@@ -13,9 +13,9 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
 from fem_diffusion.forward.physics import Boundary, Physics
 from fem_diffusion.observation.instruments import line_averages, patch_averages, random_points
 from fem_diffusion.observation.linear import functionals, no_sensors, point_sensors
-from fem_diffusion.prior.transformed import (
-    CallablePrior, GaussianPrior, TransformedPrior, level_set, matern_correlation,
-)
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.matern import matern_correlation
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior, level_set
 from fem_diffusion.prior.product import ProductPrior
 
 MESH, OTHER = UnitSquareMesh(3, 3), UnitSquareMesh(3, 3)

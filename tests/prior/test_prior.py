@@ -12,9 +12,9 @@ from mpi4py import MPI
 from fem_diffusion.errors import InputError
 from fem_diffusion.prior import matern as _matern
 from fem_diffusion.fields.coefficients import coefficients
-from fem_diffusion.prior.transformed import (
-    CallablePrior, GaussianPrior, TransformedPrior, level_set, matern_correlation,
-)
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.matern import matern_correlation
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior, level_set
 
 
 def coordinates(V):
@@ -318,7 +318,7 @@ def test_input_errors(square):
         (lambda: GaussianPrior(square, np.inf, 0.3), "std is inf"),
         (lambda: GaussianPrior(square, "big", 0.3), "give real numbers"),
         (lambda: GaussianPrior(square, 1.0, 0.3, mean=[1.0, 2.0]), r"mean has the shape \(2,\): give \(\)"),
-        (lambda: GaussianPrior(square, 1.0, 0.3, smoothness=1.5), "choose 1.0, 3.0"),
+        (lambda: GaussianPrior(square, 1.0, 0.3, smoothness=1.5), "choose one of 1.0, 3.0"),
         (lambda: GaussianPrior(square, 1.0, 0.3, smoothness="rough"), "smoothness"),
         (lambda: GaussianPrior(square, 1.0, 0.3, bcs=[DirichletBC(other, 0, 1)]), "bcs"),
         (lambda: GaussianPrior(square, 1.0, 0.3, bcs=[1]), "bcs"),

@@ -14,7 +14,8 @@ from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.observation.linear import functionals, point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 
 

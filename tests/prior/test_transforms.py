@@ -1,5 +1,7 @@
 """Derivatives of transforms against finite differences, in spaces of every kind; priors of users' own."""
 
+import re
+
 import numpy as np
 import pytest
 from firedrake import (
@@ -9,10 +11,13 @@ from firedrake import (
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import owned_size
+from fem_diffusion.observation.family import SensorFamily, SensorKind
+from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.product import ProductPrior, is_gaussian
 from fem_diffusion.prior.protocol import GaussianCore, Prior
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior, level_set
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior, level_set
 
 MESH = UnitSquareMesh(4, 3)
 V, CELLS, NUMBER = (FunctionSpace(MESH, *element) for element in (("CG", 1), ("DG", 0), ("R", 0)))
@@ -76,6 +81,9 @@ def test_slopes_follow_from_one_transform_to_the_next():
     squared = TransformedPrior(LOG, lambda f: f**2)
     values = FIELD.sample_many(3, 1)
     np.testing.assert_allclose(squared.slope_many(values), 2 * np.exp(2 * values), rtol=1e-12)
+    for transform in (lambda f: f + f.dx(0), lambda f: f + dot(grad(f), grad(f))):
+        with pytest.raises(InputError, match="not pointwise"):
+            TransformedPrior(FIELD, transform).slope_many(values)
     joint = ProductPrior([squared, SCALE])
     np.testing.assert_allclose(joint.slope_many(joint.core.sample_many(3, 1))[:, -1], 1.0)
 
@@ -129,9 +137,10 @@ def test_a_prior_of_the_users_own_needs_a_space_and_draws():
 def test_modes_of_twice_transformed_fields_are_those_of_the_core():
     basis, plain = karhunen_loeve(TRANSFORMED["twice"], 4), karhunen_loeve(FIELD, 4)
     np.testing.assert_allclose(basis.modes, plain.modes)
-    assert basis.parameter_space == CELLS and basis.standard_prior and basis.parameters(np.zeros((1, 4))).shape[1] == 24
+    assert basis.functions(np.zeros((1, 4)))[0].function_space() == CELLS and basis.standard_prior
     joint = karhunen_loeve(TRANSFORMED["of a product of transformed ones"], (2, 2))
-    assert joint.r == 4 and joint.V == MixedFunctionSpace([V, VECTOR]) and joint.parameter_space == V
+    assert joint.r == 4 and joint.V == MixedFunctionSpace([V, VECTOR])
+    assert joint.functions(np.zeros((1, 4)))[0].function_space() == V
 
 
 def test_a_leading_part_of_a_basis():
@@ -155,3 +164,17 @@ def test_what_has_no_derivative_is_told():
         for prior in (LOG, PAIR):
             with pytest.raises(InputError):
                 prior.pull_back(rows, at)
+
+
+def test_representations_are_a_line():
+    sensors = point_sensors(V, [(0.2, 0.2), (0.5, 0.5)])
+    for thing, words in [
+        (FIELD, "GaussianPrior(20 unknowns, .*std=0.5, correlation_length=0.4, ν=1, bcs=0"), (SCALE, "std=0.3, bcs"),
+        (LOG, "TransformedPrior(exp of GaussianPrior(20"), (PAIR, r"ProductPrior\(\[GaussianPrior\(20"),
+        (karhunen_loeve(LOG, 6), "ModalBasis: 6 Karhunen-Loeve modes with [0-9.]+% of the variance, 20 unknowns"),
+        (pod(V, FIELD.sample_many(9, 0), 3), "3 POD modes"),
+        (sensors, r"2 rows \(\(0.2, 0.2\), \(0.5, 0.5\)\) of states"),
+        (SensorFamily(SensorKind(sensors, (0.1, 0.2), (1, 2))), "SensorKind: 1 to 2 of 2 sensors, std 0.1 to 0.2"),
+    ]:
+        pattern = words if "\\(" in words else words.replace("(", r"\(")
+        assert re.search(pattern, repr(thing)) and "\n" not in repr(thing), repr(thing)

@@ -16,7 +16,8 @@ from mpi4py import MPI
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import SkippedWarning, load_pairs, simulate, simulated_parameter
 

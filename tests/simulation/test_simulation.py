@@ -11,7 +11,8 @@ from fem_diffusion.fields import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
-from fem_diffusion.prior.transformed import CallablePrior, GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
@@ -197,8 +198,8 @@ def test_two_runs_on_one_folder(tmp_path):
 @pytest.mark.parametrize("change, words", [
     ({"n": 0}, "n is 0"), ({"n": 2.5}, "n is 2.5"), ({"n": True}, "n is True"), ({"seed": -1}, "seed is -1"),
     ({"seed": 1.5}, "seed is 1.5"), ({"seed": None}, "seed is None"), ({"block": 0}, "block is 0"),
-    ({"skip": 1.5}, "skip is 1.5"), ({"skip": "none"}, "skip is 'none'"), ({"keep_states": "no"}, "keep_states is 'no'"),
-    ({"progress": 1}, "progress is 1"), ({"ensemble": Ensemble(MPI.COMM_SELF, 1)}, "give `path`"),
+    ({"skip": 1.5}, "skip is 1.5"), ({"skip": "none"}, "skip is 'none'"), ({"progress": 1}, "progress is 1"),
+    ({"keep_states": "no"}, "keep_states is 'no'"), ({"ensemble": Ensemble(MPI.COMM_SELF, 1)}, "give `path`"),
     ({"problem": None}, "problem is of type NoneType: give an InverseProblem"),
 ])
 def test_bad_arguments_are_refused_before_any_work(change, words, tmp_path):

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mpi4py import MPI
 
-from fem_diffusion.trust import calibrate, calibrate_model, sbc_p_values, sbc_ranks
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion import CallableNoise, Denoiser, GaussianNoise, Sampler, linear_base
 from fem_diffusion.errors import InputError
+from fem_diffusion.trust import calibrate, calibrate_model, sbc_p_values, sbc_ranks
 
 M, N, R = 600, 99, 3
 
@@ -95,40 +96,46 @@ def test_wrong_levels_are_refused(levels):
         calibrate(*_pairs()[:2], levels)
 
 
-class _ExactModel:
-    """z ~ N(0, I) and y = z + e with e ~ N(0, I / 4): the posterior is N(0.8 y, 0.2 I)."""
+def _model(variance=0.25, noise=GaussianNoise(std=0.5), family=False):
+    """z ~ N(0, I) and y = z + e: with e ~ N(0, variance I) in mind, where the problem's noise may be another one."""
+    eye = torch.eye(5, dtype=torch.float64)
+    problem = SimpleNamespace(noise=noise, family=family, comm=MPI.COMM_SELF)
+    return SimpleNamespace(problem=problem, basis=SimpleNamespace(encode=lambda fields: 2 * fields),
+                           denoiser=Denoiser(linear_base(eye, variance * eye), known=True))
 
-    basis = SimpleNamespace(encode=torch.as_tensor)
 
-    def __init__(self, std=np.sqrt(0.2)):
-        self.std = std
-
-    def condition(self, y):
-        def sample(n, *, seed, refill):
-            assert refill is False
-            noise = np.random.default_rng(seed).standard_normal((n, len(y)))
-            return SimpleNamespace(latents=torch.as_tensor(0.8 * y + self.std * noise))
-        return SimpleNamespace(sample=sample)
+def _data(n=400):
+    z = np.random.default_rng(0).standard_normal((n, 5))
+    return SimpleNamespace(coefficients=z / 2, readings=z)
 
 
 def test_a_model_is_calibrated_on_held_out_pairs():
-    z = np.random.default_rng(0).standard_normal((400, 5))
-    data, noise = SimpleNamespace(fields=z, observations=z), GaussianNoise(std=0.5)
-    right = calibrate_model(_ExactModel(), data, noise, seed=1)
+    right = calibrate_model(_model(), _data(), seed=1)
     assert right.p_value > 1e-3 and right.ranks.shape == (400, 5) and right.draws == 99
     for level, share in right.coverage.items():
         error = right.coverage_error(level)
         # Latents are independent here, so the error is that of 2,000 coins.
         assert error == pytest.approx(np.sqrt(level * (1 - level) / 2000), rel=0.2) and abs(share - level) < 4 * error
-    # A number is the standard deviation; a noise of the user's own may write into what it gets.
+    # A noise of the user's own may write into what it gets.
     rude = CallableNoise(lambda y, g: y.add_(0.5 * torch.randn(y.shape, generator=g, dtype=y.dtype)))
-    for same in (0.5, rude):
-        np.testing.assert_array_equal(calibrate_model(_ExactModel(), data, same, seed=1).ranks, right.ranks)
-    for change, words in (({"seed": None}, "seed"), ({"draws": 9.0}, "draws"), ({"leading": 0}, "leading"),
-                          ({"noise": [0.5, 0.5]}, r"\[2\] sensors"), ({"levels": 0.9}, "levels")):
-        with pytest.raises(InputError, match=words):
-            calibrate_model(_ExactModel(), data, **{"noise": noise, "seed": 1, **change})
-    wrong = calibrate_model(_ExactModel(0.3), data, noise, seed=1, leading=2)
+    data = _data()
+    for _ in range(2):
+        np.testing.assert_array_equal(calibrate_model(_model(noise=rude), data, seed=1).ranks, right.ranks)
+    wrong = calibrate_model(_model(0.1), _data(), seed=1, leading=2)
     assert wrong.ranks.shape == (400, 2) and wrong.coverage[0.9] < 0.9 - 4 * wrong.coverage_error(0.9)
-    blind = calibrate_model(_ExactModel(), SimpleNamespace(fields=z, observations=z), None, seed=1)
-    assert blind.p_value < 1e-3  # without the noise that the posterior expects
+    # Without the noise that the posterior expects.
+    assert calibrate_model(_model(noise=None), _data(), seed=1).p_value < 1e-3
+
+
+def test_a_sampler_of_the_users_choice_draws():
+    ode, sde = (calibrate_model(_model(), _data(), seed=1, sampler=Sampler(alpha)) for alpha in (0.0, 1.0))
+    assert sde.p_value > 1e-3 and (sde.ranks != ode.ranks).any()
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"seed": None}, "seed"), ({"draws": 9.0}, "draws"), ({"leading": 0}, "leading"), ({"levels": 0.9}, "levels"),
+    ({"sampler": 8}, "give a Sampler"), ({"model": _model(family=True)}, "chosen sensors"),
+])
+def test_senseless_arguments_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        calibrate_model(**{"model": _model(), "data": _data(20), "seed": 1} | change)

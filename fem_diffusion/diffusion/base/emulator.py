@@ -23,14 +23,14 @@ from fem_diffusion.errors import InputError
 
 __all__ = ["Emulator", "affine_emulator", "fit_emulator"]
 
-# A regression gains from more width and less decay than a score network (docs/training.md).
-_WIDER, _DECAY = 2, 0.1
+# A regression gains from more width than a score network does (docs/training.md).
+_WIDER = 2
 # What the affine map leaves is nothing to learn below this share of the noise's variance, and below rounding.
 _SMALL, _ROUNDING = 1e-3, 1e-9
 
 
 class Emulator(nn.Module):
-    """f(z): an affine map, and a multilayer perceptron where there is one.
+    """f(z): an affine map, and a residual multilayer perceptron where there is one.
 
     Parameters
     ----------
@@ -81,9 +81,9 @@ class Emulator(nn.Module):
 
     def correction(self, z: Tensor) -> Tensor:
         """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
-        x = self._input(z)
-        for layer in self.hidden:
-            x = nn.functional.silu(layer(x))
+        x = nn.functional.silu(self.hidden[0](self._input(z)))
+        for layer in self.hidden[1:]:
+            x = x + nn.functional.silu(layer(x))
         return self.head(x)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -93,23 +93,23 @@ class Emulator(nn.Module):
 
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
-        x, gates = self._input(z), []
-        for layer in self.hidden:
+        affine = self.offset + z.double() @ self.matrix.T
+        if self.head is None:
+            return affine, lambda covector: covector @ self.matrix
+        x, slopes = self._input(z), []
+        for number, layer in enumerate(self.hidden):
             before = layer(x)
             gate = torch.sigmoid(before)
-            x = before * gate
-            gates.append(gate * (1 + before * (1 - gate)))   # slope of silu
-        affine = self.offset + z.double() @ self.matrix.T
+            x = before * gate + (x if number else 0.0)
+            slopes.append(gate * (1 + before * (1 - gate)))   # of silu
 
         def pull(covector: Tensor) -> Tensor:
-            result = covector @ self.matrix
-            if self.head is None:
-                return result
             back = (covector * self.scale).float() @ self.head.weight
-            for layer, gate in zip(reversed(self.hidden), reversed(gates)):
-                back = (back * gate) @ layer.weight
-            return result + back.double() / self.unit
-        return affine if self.head is None else affine + self.scale * self.head(x).double(), pull
+            for number in reversed(range(len(self.hidden))):
+                through = (back * slopes[number]) @ self.hidden[number].weight
+                back = back + through if number else through
+            return covector @ self.matrix + back.double() / self.unit
+        return affine + self.scale * self.head(x).double(), pull
 
 
 class _Regression(Task):
@@ -156,7 +156,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
         Errors of each coordinate that count alike, positive, shape (s,): standard deviations of the readings' noise;
         of state modes one over their standard deviation, such that errors count as they do in the state.
     options : TrainingOptions
-        Of the network, which is twice as wide, one layer less deep, and decays at a tenth of the rate.
+        Of the network, which is twice as wide.
     checkpoint : path, optional
         Training writes its state there and resumes from it.
     progress : bool
@@ -192,8 +192,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     network, history = None, History()
     if float(rest[training].square().mean(0).max()) > _SMALL and (
             float(size) > _ROUNDING * float((c[training].std(0) / noise).norm())):
-        options = replace(options, width=_WIDER * options.width, depth=max(1, options.depth - 1),
-                          weight_decay=_DECAY * options.weight_decay)
+        options = replace(options, width=_WIDER * options.width)
         with threads(options.threads):
             device = torch.device(options.device)
             centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))

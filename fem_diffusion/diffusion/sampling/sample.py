@@ -40,9 +40,9 @@ from fem_diffusion.diffusion.sampling.scheme import Run, Scheme
 from fem_diffusion.errors import InputError
 from fem_diffusion.progress import bar
 
-__all__ = ["METHODS", "Sampler", "churn", "sample_latents"]
+__all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "sample_latents"]
 
-_REDRAWS, _CORRECTIONS = 20, 15
+_REDRAWS, CORRECTIONS = 20, 10
 # Between these noise levels a formulation has to run.
 _SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": whitened.METHODS, "plain": plain.METHODS}
@@ -72,7 +72,7 @@ class Sampler:
         left out: "time" if a formulation is given, otherwise "spectrum".
     corrections : int, optional
         Hamiltonian moves at the end, under the density of the emulator, where there is one: they take samples to the
-        emulator's posterior, wherever base and network put them. 15 where there is one and this is left out.
+        emulator's posterior, wherever base and network put them. 10 where there is one and this is left out.
     formulation : Formulation, optional
         Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
 
@@ -246,7 +246,7 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     w = sampler.scheme.run(Run(conditioned, rows, normal, sampler.formulation or variance_preserving(),
                                sampler.angles(conditioned), rate, report))
     if density is not None:
-        for _ in range(_CORRECTIONS if sampler.corrections is None else sampler.corrections):
+        for _ in range(CORRECTIONS if sampler.corrections is None else sampler.corrections):
             w = density.move(w, generator)[0]
     return conditioned.located.colour(w)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from scipy.stats import chisquare
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
@@ -28,6 +29,7 @@ from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
+from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
@@ -41,6 +43,8 @@ _RATE = 0.25
 _DRAWS, _VALIDATION_DRAWS = 8, 16
 _HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
 _SPECTRUM_ANGLES = 48
+# Held-out latents whose ranks among samples are looked at, at least so many; bins of ranks, and what chance may do.
+_TRUTHS, _FEWEST_TRUTHS, _RANKED, _BINS, _CHANCE = 256, 100, 19, 5, 1e-3
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
 _NEGLIGIBLE = 1e-2
 
@@ -55,9 +59,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
 
     A network for the emulator is kept where it helps on held-out pairs; then the base may follow the posterior, if it
     gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
-    by more than two standard errors; where the base is known to be exact none is trained. At the end the spectrum is
-    measured from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning`
-    tells.
+    by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
+    exact, and where Hamiltonian moves from the base under the emulator's density give samples among which held-out
+    latents rank evenly. At the end the spectrum is measured from which samplers place their steps, and collapse onto
+    the training pairs, of which a `CollapseWarning` tells.
 
     Parameters
     ----------
@@ -126,6 +131,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         tasks = [_Denoising(z.to(device), y.to(device), replace(parts, geometry=geometry).to(device),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
         task = min(tasks, key=lambda task: task.surprise)
+        if task.settled():
+            return task.denoiser.to("cpu"), History()
         loop = Loop(task, options, checkpoint)
         network = loop.run(progress)
         if network is None:
@@ -280,6 +287,25 @@ class _Denoising(Task):
                 surprise.append(chain[0][0].square().sum(1) / 2 + located.log_determinant)
         inputs = tuple(parts[0] if len(parts[0]) == 1 != len(surprise[0]) else torch.cat(parts) for parts in zip(*seen))
         return _Seen(inputs, torch.cat(chains, 1)), torch.cat(surprise)
+
+    def settled(self) -> bool:
+        """Whether moves from the base reach the posterior, so that held-out latents rank evenly among samples."""
+        z, c = (x[:_TRUTHS] for x in self.held_out)
+        if not self.denoiser.known or self.denoiser.base.emulator.head is None or len(z) < _FEWEST_TRUTHS:
+            return False
+        generator = torch.Generator(z.device).manual_seed(self.options.seed + 3)
+        layout, y = self.source.measure(c, generator)
+        conditioned = self.denoiser.at(y, layout if self.source.network == "sensors" else None)
+        w = torch.randn(_RANKED, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
+        for _ in range(CORRECTIONS):
+            w = conditioned.density.move(w, generator)[0]
+        found = torch.cat([conditioned.located.whiten(z)[None], w])
+        # The energy and the distance from the base tell of all latents together.
+        more = torch.stack([conditioned.density.energy(found), found.square().sum(2)], 2)
+        found = torch.cat([found, more], 2)
+        bins = (found[1:] < found[0]).sum(0) * _BINS // (_RANKED + 1)
+        counts = torch.stack([(bins == i).sum(0) for i in range(_BINS)]).cpu().numpy()
+        return bool(chisquare(counts).pvalue.min() * counts.shape[1] > _CHANCE)
 
     def prepare(self, generator: torch.Generator) -> None:
         index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)

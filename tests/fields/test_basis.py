@@ -2,19 +2,18 @@
 
 import numpy as np
 import pytest
-import torch
 from firedrake import (
-    DirichletBC, FunctionSpace, MixedFunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, TestFunction,
+    DirichletBC, Function, FunctionSpace, MixedFunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, TestFunction,
     TrialFunction, VectorFunctionSpace, assemble, cos, dx, exp, inner, sin,
 )
-from firedrake import Function
 from mpi4py import MPI
 
 from fem_diffusion.fields.basis import load_basis
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.prior.transformed import GaussianPrior, TransformedPrior
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
 
 COMM = MPI.COMM_WORLD
@@ -56,14 +55,14 @@ def _boundary_error(basis, fields):
 @pytest.mark.parallel([1, 2, 3])
 def test_karhunen_loeve_round_trip_boundary_and_parseval():
     basis = karhunen_loeve(_prior(FunctionSpace(_mesh(), "CG", 1)), 12)
-    z = torch.as_tensor(np.random.default_rng(0).standard_normal((5, 12)))
+    z = np.random.default_rng(0).standard_normal((5, 12))
     fields = basis.decode(z)
     np.testing.assert_allclose(basis.encode(fields), z, rtol=0, atol=1e-10)
     np.testing.assert_allclose(basis.encode([field(basis.V, f) for f in fields]), z, rtol=0, atol=1e-10)
     np.testing.assert_allclose(_gram(basis), np.eye(12), atol=1e-10)
     assert _boundary_error(basis, fields) < 1e-12
     assert _boundary_error(basis, basis.decode(z, refill_seed=1)) < 1e-12
-    for values, latents in zip(fields, z.numpy()):
+    for values, latents in zip(fields, z):
         fluctuation = field(basis.V, values - coefficients(basis.mean))
         norm = assemble(inner(fluctuation, fluctuation) * dx)
         assert abs(norm - (basis.variances * latents**2).sum()) < 1e-10 * norm
@@ -122,7 +121,7 @@ def test_prior_draws_have_standard_normal_latents_and_refill_the_rest():
     z = basis.encode(prior.sample_many(n, seed=5))
     # Largest of 55 entries of a sample covariance: five standard errors sqrt(2/n).
     assert np.abs(np.cov(z.T) - np.eye(10)).max() < 5 * np.sqrt(2 / n)
-    z = torch.randn(n, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = np.random.default_rng(0).standard_normal((n, 10))
     cut, full = basis.decode(z).var(axis=0), basis.decode(z, refill_seed=9).var(axis=0)
     assert cut.max() < 0.49 and basis.retained < 0.99
     np.testing.assert_allclose(full, 0.49, rtol=5.5 * np.sqrt(2 / n))
@@ -139,10 +138,10 @@ def test_retained_variance_chooses_the_number_of_modes():
     assert basis.retained >= 0.95 > (basis.variances[:-1].sum() / basis.total_variance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_floating_types(dtype):
     basis = karhunen_loeve(_prior(FunctionSpace(_mesh(6), "CG", 1)), 5)
-    z = torch.ones(2, 5, dtype=dtype)
+    z = np.ones((2, 5), dtype=dtype)
     found = basis.encode(basis.decode(z))
     assert found.dtype == np.float64
     np.testing.assert_allclose(found, z, rtol=0, atol=1e-5)
@@ -152,7 +151,7 @@ def test_transform_on_a_boundary_part():
     wall = Submesh(_mesh(10), 1, 3)
     prior = TransformedPrior(GaussianPrior(FunctionSpace(wall, "CG", 1), 0.5, 0.4), exp)
     basis = karhunen_loeve(prior, 6)
-    z = torch.randn(3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = np.random.default_rng(0).standard_normal((3, 6))
     np.testing.assert_allclose(basis.parameters(z), np.exp(basis.decode(z)), rtol=1e-12)
     assert all(f.function_space() == prior.V for f in basis.functions(z))
 
@@ -165,7 +164,7 @@ def test_a_basis_reads_back(tmp_path_factory):
     # Another mesh object, whose numbering on two ranks may differ.
     again = load_basis(f"{folder}/basis", FunctionSpace(_mesh(6), "CG", 1))
     np.testing.assert_allclose(again.variances, basis.variances)
-    z = torch.ones(1, 5)
+    z = np.ones((1, 5))
     norms = [assemble(inner(f, f) * dx) for f in (basis.functions(z)[0], again.functions(z)[0])]
     assert abs(norms[0] - norms[1]) < 1e-12 * norms[0]
     np.testing.assert_allclose(_gram(again), np.eye(5), atol=1e-10)
@@ -203,11 +202,11 @@ def test_a_basis_of_a_transformed_prior_needs_it_again(tmp_path):
     prior = TransformedPrior(gaussian, exp)
     basis = karhunen_loeve(prior, 4)
     basis.save(tmp_path / "basis")
-    with pytest.raises(InputError, match="pass prior=, the TransformedPrior"):
+    with pytest.raises(InputError, match="pass the TransformedPrior"):
         load_basis(tmp_path / "basis", V)
-    again, z = load_basis(tmp_path / "basis", V, prior), torch.ones(1, 4)
+    again, z = load_basis(tmp_path / "basis", V, prior), np.ones((1, 4))
     np.testing.assert_allclose(again.parameters(z, 3), basis.parameters(z, 3), rtol=1e-12)
-    assert again.standard_prior and again.parameter_space == prior.V
+    assert again.standard_prior and again.prior is prior
     for std, length, mean in ((0.5, 0.5, 1.0), (0.6, 0.5, 0.0), (0.5, 0.6, 0.0)):
         with pytest.raises(FileError, match="belongs to another prior"):
             load_basis(tmp_path / "basis", V, TransformedPrior(GaussianPrior(V, std, length, mean=mean), exp))
@@ -244,13 +243,13 @@ def test_wrong_input_is_refused():
     for make, words in [
         (lambda: basis.encode(Function(other)), "cannot be encoded"),
         (lambda: basis.encode(np.zeros((2, 7))), "do not fit"),
-        (lambda: basis.decode(torch.zeros(2, 4)), r"\(B, 3\)"),
+        (lambda: basis.decode(np.zeros((2, 4))), r"\(B, 3\)"),
         (lambda: karhunen_loeve(prior, 1000), "free degrees of freedom"),
         (lambda: karhunen_loeve(prior, retained=1.0), "above 0 and below 1"),
         (lambda: pod(V, samples, 5), "more or ask for fewer"),
         (lambda: pod(V, samples, 2, [DirichletBC(V, 7.0, 1)]), "violate"),
         (lambda: pod(V, samples * np.nan, 2), "not finite"),
-        (lambda: pod(V, samples, 2, prior.bcs).decode(torch.zeros(1, 2), refill_seed=0), "refilled"),
+        (lambda: pod(V, samples, 2, prior.bcs).decode(np.zeros((1, 2)), refill_seed=0), "refilled"),
     ]:
         with pytest.raises(InputError, match=words):
             make()

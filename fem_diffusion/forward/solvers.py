@@ -1,0 +1,165 @@
+"""Solvers that many right-hand sides share: PETSc options, factorised forms, and chord iterations for blocks."""
+
+from collections.abc import Callable
+
+import numpy as np
+from firedrake import (Cofunction, DirichletBC, Function, LinearSolver, LinearVariationalProblem,
+                       LinearVariationalSolver, NonlinearVariationalProblem, NonlinearVariationalSolver, action,
+                       adjoint, derivative, replace)
+from firedrake.assemble import get_assembler
+from firedrake.functionspaceimpl import WithGeometry
+from firedrake.petsc import DEFAULT_DIRECT_SOLVER, PETSc
+from mpi4py import MPI
+from ufl import Form
+
+from fem_diffusion.errors import SolveError
+from fem_diffusion.fields.coefficients import coefficients, owned_size, solve
+from fem_diffusion.fields.checks import petsc_reason
+
+__all__ = ["NOT_FINITE", "Factorised", "Pull", "centre", "chord", "linear_options", "norms", "refused",
+           "variational_solver", "write"]
+
+# Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
+PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
+NOT_FINITE = ("the state is not finite: look for NaN in the parameter and coefficients, a diffusivity that is not "
+              "positive, and a singular operator.")
+CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
+CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
+CHORD_SWEEPS = 25
+NEWTON = {"snes_type": "newtonls", "snes_linesearch_type": "bt", "snes_max_it": 50,
+          "snes_rtol": 1e-10, "snes_stol": 1e-10}
+
+
+def linear_options(given: str | dict, V: WithGeometry, advective: bool) -> dict:
+    """PETSc options from what `check_solver` returns: the words "direct" and "iterative", or a dict."""
+    if isinstance(given, dict):
+        return given
+    if given == "direct":
+        own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
+        return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
+                "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
+    # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.
+    asm = {"pc_type": "asm", "sub_pc_type": "ilu", "sub_pc_factor_levels": 1}
+    return {"mat_type": "aij", "ksp_type": "gmres", "ksp_gmres_restart": 100, "ksp_rtol": 1e-11,
+            "ksp_max_it": 1000, **(asm if advective else {"pc_type": "gamg"})}
+
+
+def refused(error: PETSc.Error) -> SolveError:
+    """What is to be raised where PETSc stops."""
+    return SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take 'direct'.")
+
+
+def variational_solver(F: Form, w: Function, bcs: list[DirichletBC], linear: bool, constant: bool, options: dict,
+                       prefix: str | None) -> LinearVariationalSolver | NonlinearVariationalSolver:
+    """The reused solver of F(w) = 0; `constant` keeps its factorisation, where it is linear."""
+    if not linear:
+        return NonlinearVariationalSolver(NonlinearVariationalProblem(F, w, bcs=bcs), options_prefix=prefix,
+                                          solver_parameters=NEWTON | options)
+    problem = LinearVariationalProblem(derivative(F, w), -replace(F, {w: Function(w.function_space())}), w,
+                                       bcs=bcs, constant_jacobian=constant)
+    return LinearVariationalSolver(problem, solver_parameters=options, options_prefix=prefix)
+
+
+class Factorised:
+    """A two-form with homogeneous Dirichlet conditions, assembled, factorised, ready for more of it.
+
+    Its coefficients are read at construction and at every `update`; options of SNES are left out.
+    """
+
+    def __init__(self, form: Form, bcs: list[DirichletBC], options: dict, prefix: str | None) -> None:
+        options = {key: value for key, value in options.items() if not key.startswith("snes_")}
+        self._assembler = get_assembler(form, bcs=bcs, mat_type=options.get("mat_type", "aij"))
+        self._matrix = self._assembler.assemble()
+        self._solver = LinearSolver(self._matrix, solver_parameters=options, options_prefix=prefix)
+        self._factorise()
+
+    @property
+    def ksp(self) -> PETSc.KSP:
+        """Solves with it."""
+        return self._solver.snes.ksp
+
+    def update(self) -> None:
+        """Assemble again and factorise again."""
+        self._assembler.assemble(tensor=self._matrix)
+        self._factorise()
+
+    def _factorise(self) -> None:
+        V = self._matrix.arguments()[0].function_space()
+        # A solve, because that sets up while the options are in place.
+        try:
+            self._solver.solve(Function(V), Cofunction(V.dual()))
+        except PETSc.Error as error:
+            raise refused(error) from error
+
+
+class Pull:
+    """Products ``pᵀ∂F`` of rows p over V with a two-form, columns over W, at the present values of its coefficients."""
+
+    def __init__(self, form: Form, V: WithGeometry, W: WithGeometry) -> None:
+        self._p, self._out = Function(V), Cofunction(W.dual())
+        self._assembler = get_assembler(action(adjoint(form), self._p)) if form.integrals() else None
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Shape (k, n_owned of V) to (k, n_owned of W)."""
+        result = np.zeros((len(rows), owned_size(self._out.function_space())))
+        for row, line in zip(rows, result):
+            if self._assembler is not None:
+                write(self._p, row)
+                line[:] = coefficients(self._assembler.assemble(tensor=self._out))
+        return result
+
+
+def write(f: Function | Cofunction, values: np.ndarray) -> None:
+    """Set the owned coefficients of a (Co)Function from an array of shape (n_owned,)."""
+    with f.dat.vec_wo as x:
+        x.array[:] = values
+
+
+def _dots(a: np.ndarray, b: np.ndarray, comm: MPI.Comm) -> np.ndarray:
+    """Euclidean products (k,) over all ranks of the rows of two arrays (k, n_owned)."""
+    return comm.allreduce(np.einsum("ij,ij->i", a, b))
+
+
+def norms(rows: np.ndarray, comm: MPI.Comm) -> np.ndarray:
+    """Euclidean norms (k,) over all ranks of the rows of an array (k, n_owned)."""
+    return np.sqrt(_dots(rows, rows, comm))
+
+
+def centre(rows: np.ndarray, comm: MPI.Comm) -> np.ndarray:
+    """Mean (n_owned,) of the finite rows of an array (k, n_owned), zero if there are none."""
+    finite = np.isfinite(norms(rows, comm))
+    return rows[finite].mean(axis=0) if finite.any() else np.zeros(rows.shape[1])
+
+
+def chord(residuals: Callable[[np.ndarray, np.ndarray], np.ndarray], ksp: PETSc.KSP, u: np.ndarray,
+          comm: MPI.Comm) -> list[int]:
+    """Iterate ``u_j -= J⁻¹ F(u_j)`` for the rows of u, shape (k, n_owned), all with one factorised J, in place.
+
+    ``residuals(members (l,), states (l, n_owned)) -> (l, n_owned)`` is F of these members at these states. A secant
+    correction (Anderson acceleration of depth one, member by member) saves 10 to 30 % of the sweeps. Returns the
+    members that stalled, diverged or ran out of sweeps.
+    """
+    left, last, lost = np.arange(len(u)), np.full(len(u), np.inf), []
+    before = first = None
+    for _ in range(CHORD_SWEEPS):
+        here = u[left]
+        F = residuals(left, here)
+        now = norms(F, comm)
+        first = now if first is None else first
+        sound = np.isfinite(now)[:, None]
+        step = np.where(sound, -solve(ksp, np.where(sound, F, 0.0)), np.nan)
+        size = norms(step, comm)
+        u[left] += step
+        total, shrinks = norms(u[left], comm), size < 0.9 * last   # false for NaN too
+        # A small step may only mean that J is too large: then the residual has not shrunk. At rounding it cannot.
+        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)) | (size <= 1e-13 * total)
+        keep = ~done & shrinks
+        if before is not None:
+            change = step - before[1]
+            weight = _dots(change, step, comm) / np.maximum(_dots(change, change, comm), np.finfo(float).tiny)
+            u[left[keep]] -= (weight[:, None] * (here - before[0] + change))[keep]
+        lost.extend(left[~done & ~keep])
+        left, last, first, before = left[keep], size[keep], first[keep], (here[keep], step[keep])
+        if not len(left):
+            break
+    return lost + list(left)
