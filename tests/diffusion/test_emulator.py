@@ -102,6 +102,15 @@ def test_corrections_of_many_measurements_are_those_of_each(fixed):
         torch.testing.assert_close(found(many)[4990:], found(many[4990:]), rtol=1e-4, atol=1e-4)
 
 
+def test_bases_of_many_measurements_are_those_of_each(fixed):
+    y = _seen_twice(torch.randn(600, 2, generator=random(7), dtype=torch.float64))   # more than are located at once
+    many = fixed.at(y).located
+    for i in (0, 300, 599):
+        one = fixed.at(y[i:i + 1]).located
+        torch.testing.assert_close(many.mean[i], one.mean[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(many.factor[i], one.factor[0], rtol=1e-6, atol=1e-6)
+
+
 def test_noise_that_grows_with_the_readings_gets_no_density():
     z = torch.randn(500, 2, generator=random(), dtype=torch.float64)
     noise = GaussianNoise(std=0.1, relative=0.3)
