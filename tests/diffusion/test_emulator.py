@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fem_diffusion.diffusion import (
-    Denoiser, Emulator, GaussianNoise, Layout, TrainingOptions, fit_denoiser, fit_emulator,
+    Denoiser, Emulator, GaussianNoise, Layout, Sampler, TrainingOptions, fit_denoiser, fit_emulator,
 )
-from truths import bent_map, errors, quadrature, random
+from truths import bent_map, draw, errors, quadrature, random
 
 STD, UNIT = torch.tensor([0.3, 0.3]).double(), torch.tensor([1e-6, 1e6]).double()
 QUICK = TrainingOptions(steps=600, evaluate_every=100, width=32, depth=2, batch=128)
@@ -81,7 +81,7 @@ def test_posteriors_of_fixed_sensors_are_those_of_quadrature(fixed):
         return np.array([errors(model.select(torch.tensor([i])), truth) for i, truth in enumerate(exact)]).max(0)
     assert (found(conditioned) < 0.2).all()
     assert found(joint)[1] > 1
-    # Corrections take samples of the base alone to the emulator's posterior, where many are made.
+    # Corrections take samples of the base alone to the emulator's posterior.
     moved = np.array([errors(Denoiser(fixed.base, known=True).at(row[None]), truth, corrections=40)
                       for row, truth in zip(y, exact)]).max(0)
     assert (moved < 0.2).all()
@@ -103,12 +103,32 @@ def test_corrections_of_many_measurements_are_those_of_each(fixed):
 
 
 def test_bases_of_many_measurements_are_those_of_each(fixed):
-    y = _seen_twice(torch.randn(600, 2, generator=random(7), dtype=torch.float64))   # more than are located at once
-    many = fixed.at(y).located
-    for i in (0, 300, 599):
-        one = fixed.at(y[i:i + 1]).located
-        torch.testing.assert_close(many.mean[i], one.mean[0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(many.factor[i], one.factor[0], rtol=1e-6, atol=1e-6)
+    y = _seen_twice(torch.randn(513, 2, generator=random(7), dtype=torch.float64))   # more than are located at once
+    for updates in (1, 6):
+        denoiser = Denoiser(replace(fixed.base, updates=updates))
+        many = denoiser.at(y)
+        assert len(many.located.factor) == (1 if updates == 1 else 513)
+        for i in (0, 300, 512):
+            one, part = denoiser.at(y[i:i + 1]).located, many.select(torch.tensor([i])).located
+            for name in ("mean", "factor", "whitener", "sensitivity"):
+                torch.testing.assert_close(getattr(part, name), getattr(one, name), rtol=1e-6, atol=1e-6)
+
+
+def test_moves_that_miss_a_mode_call_for_a_network():
+    z = torch.randn(3000, 1, generator=random(), dtype=torch.float64)
+    options = TrainingOptions(steps=1000, evaluate_every=250, width=32, depth=3)
+    denoiser, history = fit_denoiser(z, z**2, 0.3, standard_prior=True, options=options)
+    assert denoiser.known and denoiser.network is not None and history.best_step
+    grid = np.linspace(-4, 4, 4001)
+    exact = np.exp(-grid**2 / 2 - (grid**2 - 2)**2 / (2 * 0.3**2))
+    y, n = torch.full((1, 1), 2.0).double(), 2000
+
+    def distance(model):
+        """Kolmogorov-Smirnov distance."""
+        found = draw(model.at(y), n, Sampler()).numpy()
+        return np.abs((found <= grid).mean(0) - np.cumsum(exact) / exact.sum()).max()
+    # Twice the bound at level 1e-4: both modes have half of the samples.
+    assert distance(denoiser) < 2 * 2.23 / np.sqrt(n) < distance(replace(denoiser, network=None, known=False))
 
 
 def test_noise_that_grows_with_the_readings_gets_no_density():

@@ -22,6 +22,27 @@ def bent():
     return fit_denoiser(z, bent_map(z), turned_family(), standard_prior=True, options=replace(QUICK, depth=3))[0]
 
 
+def _rooted():
+    """Latents that are not Gaussian."""
+    w = torch.randn(800, 2, generator=random(), dtype=torch.float64)
+    return torch.sign(w) * w.abs()**0.5
+
+
+FEW = replace(QUICK, steps=160, evaluate_every=80)
+
+
+@pytest.fixture(scope="module")
+def rooted():
+    return fit_denoiser(_rooted(), bent_map(_rooted()), turned_family(), options=FEW)
+
+
+@pytest.fixture(params=["bent", "rooted"])
+def model(request):
+    """A model under whose base there is no network, and one with a network."""
+    found = request.getfixturevalue(request.param)
+    return found if request.param == "bent" else found[0]
+
+
 def _cases(seed):
     for number in range(4):
         layout = turned_family((2, 5)).draw(1, random(seed + number))
@@ -29,7 +50,7 @@ def _cases(seed):
         yield layout, layout.measure(bent_map(z), random(200 + seed + number))
 
 
-def test_order_and_padding_of_sensors_do_not_matter(bent):
+def test_order_and_padding_of_sensors_do_not_matter(model):
     layout, y = next(_cases(0))
     k = y.shape[1]
     order = torch.randperm(k, generator=random())
@@ -38,9 +59,9 @@ def test_order_and_padding_of_sensors_do_not_matter(bent):
     padded = Layout(*(torch.cat([x, extra], 1) for x, extra in (
         (layout.rows, torch.zeros(1, 2, 2, dtype=torch.float64)), (layout.offset, torch.zeros(1, 2).double()),
         (layout.variance, torch.ones(1, 2).double()), (layout.present, torch.zeros(1, 2, dtype=torch.bool)))))
-    one = bent.at(y, layout)
+    one = model.at(y, layout)
     for other, reading in ((shuffled, y[:, order]), (padded, torch.cat([y, y.new_zeros(1, 2)], 1))):
-        found = bent.at(reading, other)
+        found = model.at(reading, other)
         torch.testing.assert_close(found.located.mean, one.located.mean)
         torch.testing.assert_close(found.located.factor, one.located.factor)
         for a, b in zip(found.context, one.context):
@@ -48,22 +69,23 @@ def test_order_and_padding_of_sensors_do_not_matter(bent):
         torch.testing.assert_close(draw(found, 20, Sampler()), draw(one, 20, Sampler()), rtol=1e-3, atol=1e-3)
 
 
-def test_measurements_by_many_layouts_are_what_each_is_alone(bent):
+def test_measurements_by_many_layouts_are_what_each_is_alone(model):
     cases = list(_cases(7))
     # All of the cases have as many rows, with padding.
     layout = Layout(*(torch.cat([getattr(case[0], name) for case in cases]) for name in (
         "rows", "offset", "variance", "present")))
-    together = bent.at(torch.cat([y for _, y in cases]), layout)
+    together = model.at(torch.cat([y for _, y in cases]), layout)
     for i, (alone, y) in enumerate(cases):
-        one, part = bent.at(y, alone), together.select(torch.tensor([i]))
+        one, part = model.at(y, alone), together.select(torch.tensor([i]))
         torch.testing.assert_close(draw(part, 20, Sampler()), draw(one, 20, Sampler()), rtol=1e-3, atol=1e-3)
     # One layout of many measurements.
     layout, y = cases[0]
-    many = bent.at(torch.cat([y + 1, y]), layout).select(torch.tensor([1]))
-    torch.testing.assert_close(draw(many, 20, Sampler()), draw(bent.at(y, layout), 20, Sampler()), rtol=1e-3, atol=1e-3)
+    many = model.at(torch.cat([y + 1, y]), layout).select(torch.tensor([1]))
+    one = model.at(y, layout)
+    torch.testing.assert_close(draw(many, 20, Sampler()), draw(one, 20, Sampler()), rtol=1e-3, atol=1e-3)
 
 
-def test_no_sensors_leave_the_prior(bent):
+def test_no_sensors_leave_the_prior(bent, rooted):
     nothing = Layout(torch.zeros(1, 0, 2).double(), torch.zeros(1, 0).double(), torch.ones(1, 0).double(),
                      torch.ones(1, 0, dtype=torch.bool))
     conditioned = bent.at(torch.zeros(3, 0).double(), nothing)
@@ -71,8 +93,8 @@ def test_no_sensors_leave_the_prior(bent):
     z = draw(conditioned, 4000, Sampler(), seed=1).numpy()
     assert min(moment_p_values(z, np.zeros(2), np.eye(2))) > 1e-3
     # Where latents are not known to be Gaussian the network takes part.
-    free = replace(bent, known=False).at(torch.zeros(3, 0).double(), nothing)
-    assert free.network is not None and draw(free, 2, Sampler()).shape == (2, 2)
+    free = rooted[0].at(torch.zeros(3, 0).double(), nothing)
+    assert free.network is not None and torch.isfinite(draw(free, 20, Sampler())).all()
 
 
 def test_sensors_that_see_nothing_say_nothing(bent):
@@ -91,15 +113,13 @@ def test_posteriors_of_unseen_layouts_are_those_of_quadrature(bent):
 
     def all_errors(model):
         return np.array([errors(model.at(y, layout), truth) for (layout, y), truth in zip(_cases(0), exact)])
+    assert bent.network is None   # moves from the base find these posteriors
     found = all_errors(bent)
     # 4,000 samples miss mean and covariance by 0.02 and 0.04; the rest is the emulator's.
     assert found[:, 0].max() < 0.2 and found[:, 1].max() < 0.2
     # The base alone is another law, and the joint Gaussian of latents and measurement is further away.
     plain, joint = (all_errors(Denoiser(base)) for base in (bent.base, replace(bent.base, updates=1)))
     assert plain[:, 0].max() > 0.25 and joint[:, 1].max() > 2
-    # Corrections alone find the emulator's posterior from the base, and broken ones do not.
-    corrected = all_errors(Denoiser(bent.base, known=True))
-    assert corrected[:, 0].max() < 0.3
 
 
 def test_the_density_of_the_emulator_has_its_gradient_and_keeps_its_law(bent):
@@ -198,20 +218,6 @@ def _in_units(unit, shift=0.0):
 
 def _units(n=64):
     return torch.logspace(-8, 8, n, dtype=torch.float64)[torch.randperm(n, generator=random(9))]
-
-
-def _rooted():
-    """Latents that are not Gaussian."""
-    w = torch.randn(800, 2, generator=random(), dtype=torch.float64)
-    return torch.sign(w) * w.abs()**0.5
-
-
-FEW = replace(QUICK, steps=160, evaluate_every=80)
-
-
-@pytest.fixture(scope="module")
-def rooted():
-    return fit_denoiser(_rooted(), bent_map(_rooted()), turned_family(), options=FEW)
 
 
 @pytest.mark.parametrize("unit, shift, latents", [

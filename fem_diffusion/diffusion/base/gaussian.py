@@ -183,7 +183,8 @@ class GaussianBase:
         if not affine and len(y) > _TOGETHER:
             parts = [self.locate(layout.select(part), y[part])
                      for part in torch.arange(len(y), device=y.device).split(_TOGETHER)]
-            return Located(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Located)))
+            joined = ([getattr(part, f.name) for part in parts] for f in fields(Located))
+            return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in joined))   # shared by all, or apart
         identity, noise = torch.eye(self.r, dtype=y.dtype, device=y.device), self.noise(layout)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], None if affine else _points(self.r, y)
