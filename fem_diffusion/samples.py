@@ -155,13 +155,13 @@ class Samples:
         if len(W) > 1 or W.value_shape or not (is_real(W) or W.finat_element.has_pointwise_dual_basis):
             raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), "
                              "or return True or False.")
-        share, total = Function(W), 0
+        share, total = Function(W), np.zeros(owned_size(W))
         run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
         for row in self.values:
             with m.dat.vec_wo as vector:
                 vector.array[:] = row
             run()
-            total = total + coefficients(share)
+            total += coefficients(share)
         return field(W, total / len(self), name="probability")
 
     def to_arviz(self, chains: int = 1) -> Any:
@@ -177,7 +177,7 @@ class Samples:
             If ArviZ is not installed.
         """
         try:
-            import arviz
+            import arviz  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InstallError("ArviZ is not installed: pip install 'fem_diffusion[arviz]'.") from error
         self._check_some()
