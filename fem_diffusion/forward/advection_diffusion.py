@@ -55,10 +55,9 @@ class AdvectionDiffusion(BlockForward):
     bcs : Boundary
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
-    solver_parameters : "direct", "iterative" or dict
-        PETSc options of every linear solve (and of Newton's method, where there is one).
-    options_prefix : str, optional
-        Prefix of those options on the command line.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of every linear solve (and of Newton's method, where there is one), and their prefix on the
+        command line.
 
     Attributes
     ----------
@@ -67,21 +66,15 @@ class AdvectionDiffusion(BlockForward):
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
-        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several
-        unknowns, a Function for each).
-    bcs : list of DirichletBC
-        The Dirichlet conditions on ``u``.
-    linear : bool
-        Whether F is affine in u.
-    operator_depends_on_parameter : bool
-        Whether ∂F/∂u contains m.
+        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several unknowns, a
+        Function for each); `bcs` are the Dirichlet conditions on ``u``.
+    linear, operator_depends_on_parameter : bool
+        Whether F is affine in u, and whether ∂F/∂u contains m.
 
     Raises
     ------
-    InputError
-        Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined.
-    InstallError
-        On a complex PETSc build.
+    InputError, InstallError
+        Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined; a complex PETSc.
     """
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics = Physics(),
@@ -103,11 +96,7 @@ class AdvectionDiffusion(BlockForward):
         Without it single solves start from zero, and the first block keeps the Jacobian at the mean of its parameters,
         or at zero where that fails; blocks start from the state there. For a reaction with several solutions this
         choice may decide which one is found: then call this with a typical parameter first, such as the prior mean.
-
-        Raises
-        ------
-        InputError, SolveError
-            As for one solve.
+        It raises what one solve raises.
         """
         check_parameter(m, self.M)
         with stop_annotating():

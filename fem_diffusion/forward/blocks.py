@@ -17,7 +17,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
-from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_rows, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
 from fem_diffusion.forward.equation import Equation, equation
 from fem_diffusion.forward.march import March
@@ -30,6 +30,7 @@ __all__ = ["BlockForward", "check_parameter"]
 
 LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
 MEMORY = 500_000_000   # bytes of these responses, on this rank
+MAKE = "make one with Function(problem.M).interpolate(...)"
 
 
 class BlockForward:
@@ -62,14 +63,7 @@ class BlockForward:
         """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
 
         A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
-        derivatives.
-
-        Raises
-        ------
-        InputError
-            If m is not a Function in M.
-        SolveError
-            If the solver fails.
+        derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
         if not annotate_tape() or (self._march.e.steps is None and len(self.M) == 1):
@@ -98,10 +92,9 @@ class BlockForward:
 
         Raises
         ------
-        InputError
-            If ms or block has the wrong kind or shape, on any rank.
-        SolveError
-            If a sample has no solution that Newton's method finds; the message names it.
+        InputError, SolveError
+            If ms or block has the wrong kind or shape, on any rank; if Newton's method finds no state of a sample,
+            which the message names.
         """
         ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
         out = np.empty((len(ms), owned_size(self.U)))
@@ -110,8 +103,7 @@ class BlockForward:
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
                 out[part] = self._superposed(ms[part]) if few else self._states(ms[part], first)
-                bad = np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))
-                if len(bad):
+                if len(bad := np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))):
                     raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
         return out
 
@@ -159,13 +151,10 @@ class BlockForward:
 
         Raises
         ------
-        InputError
-            If m, state or rows do not fit their spaces, or hold values that are not finite.
-        SolveError
-            If the state is needed and cannot be solved for.
+        InputError, SolveError
+            If m, state or rows do not fit their spaces or are not finite; if a state that is needed is not found.
         """
-        check_parameter(m, self.M)
-        check_finite(m, "the parameter")
+        check_function(m, self.M, "the parameter", MAKE)
         rows = _observation_rows(rows, self.U)
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
@@ -202,11 +191,9 @@ class _ForwardBlock(Block):
 
 
 def check_parameter(m: Function, M: WithGeometry) -> None:
-    """Refuse what is no Function in M."""
+    """Refuse what is no Function in M; one that is not finite is left to the solver."""
     if not isinstance(m, Function) or m.function_space() != M:
-        what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
-        raise InputError(f"the parameter must be a Function in {M}, got {what}: make one with "
-                         "Function(problem.M).interpolate(...).")
+        check_function(m, M, "the parameter", MAKE)
 
 
 def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.ndarray:
@@ -216,8 +203,7 @@ def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.
     if not isinstance(ms, np.ndarray):
         ms = list(ms) if isinstance(ms, Iterable) and not isinstance(ms, (Expr, Mapping)) else [None]
         if not all(isinstance(m, Function) and m.function_space() == M for m in ms):
-            raise InputError(f"every parameter must be a Function in {M}: make them with "
-                             "Function(problem.M).interpolate(...).")
+            raise InputError(f"every parameter must be a Function in {M}: {MAKE}.")
         ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
     good = ms.ndim == 2 and ms.shape[1] == owned_size(M) and ms.dtype.kind in "fiu"
     everywhere = M.comm.allgather((good, ms.shape[:1]))

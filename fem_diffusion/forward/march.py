@@ -13,7 +13,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from ufl import Form, as_ufl
-from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms import expand_derivatives
 from ufl.algorithms.analysis import extract_type
 from ufl.core.expr import Expr
 
@@ -68,10 +68,9 @@ class March:
         self._stale = True
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
-        self.load, self.boundary = Load(self), Boundary(self)
+        self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
         # Whether the states are affine in the parameter.
-        self.affine = (not self.varying and self.load.affine and self.boundary.affine
-                       and self._start_matrices is not None)
+        self.affine = not self.varying and self.load.affine and self.boundary.affine and self.start.affine
 
     def vector(self, assembler: OneFormAssembler) -> np.ndarray:
         """Coefficients (n_owned of V,) of a one-form at the present values, to be used before the next call."""
@@ -99,48 +98,19 @@ class March:
                 for assembler, matrix in zip(self._assemblers, self._matrices):
                     assembler.assemble(tensor=matrix)
                 self._factorised.update()
-            if len(self._matrices) > 1:
-                A, B = (matrix.petscmat for matrix in self._matrices)
+            self._stale = False
+            A, *past = (matrix.petscmat for matrix in self._matrices)
+            for B in past:
                 A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
                 self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-            self._stale = False
-        A, B = [matrix.petscmat for matrix in self._matrices] + [None] * (2 - len(self._matrices))
+        A, B, *_ = *(matrix.petscmat for matrix in self._matrices), None
         return self._K, A, B, self._factorised.ksp
 
     # --- marching
 
     def initial(self, ms: np.ndarray) -> np.ndarray:
         """Initial states (n, n_owned of V) but for their boundary values."""
-        self.t.assign(0.0)
-        f = Function(self.V)
-        at = {x: x.at(ms, None) for x in self.e.starts}
-        if self._start_matrices is None:
-            u = np.empty((len(ms), owned_size(self.V)))
-            for i, row in enumerate(u):
-                for x, rows in at.items():
-                    x.write(rows(0)[i])
-                row[:] = coefficients(f.interpolate(self.e.initial))
-            return u
-        for x in self.e.starts:
-            x.value.assign(0)
-        u = np.tile(coefficients(f.interpolate(self.e.initial)), (len(ms), 1))
-        for (x, rows), E in zip(at.items(), self._start_matrices):
-            u += multiply(E, rows(0))
-        return u
-
-    @cached_property
-    def _start_matrices(self) -> list[PETSc.Mat] | None:
-        """∂(initial state)/∂m by unknown, or None where they are not constant."""
-        self.t.assign(0.0)
-        starts = self.e.starts
-        forms = [self.start_derivative(x) for x in starts]
-        if any(contains(form, [x.value for x in starts]) for form in forms) or any(x.real for x in starts):
-            return None
-        return [assemble(form).petscmat for form in forms]
-
-    def start_derivative(self, x: Unknown) -> Expr:
-        """∂(initial state)/∂m, a two-form."""
-        return interpolate(derivative_by(self.e.initial, x), self.V)
+        return np.broadcast_to(Rows(self.start, ms)(0), (len(ms), owned_size(self.V))).copy()
 
     def typical(self, states: np.ndarray) -> None:
         """Linearise for a block at its initial states (n, n_owned of V)."""
@@ -256,7 +226,7 @@ class Rows:
 
 
 class Part:
-    """A quantity (n_owned of V,) that depends on some unknowns and on time: what `Load` and `Boundary` share.
+    """A quantity (n_owned of V,) that depends on some unknowns and on time: what the three below share.
 
     `derivatives` are forms, by each of the unknowns; they count as constant unless they contain what is `forbidden`.
     """
@@ -295,8 +265,8 @@ class Load(Part):
         # Integrals without unknowns are the same for all members.
         split = {True: [], False: []}
         for integral in form.integrals():
-            split[not set(values).isdisjoint(extract_coefficients(integral.integrand()))].append(integral)
-        self._own, self._shared = (get_assembler(Form(split[key])) if split[key] else None for key in (True, False))
+            split[contains(integral.integrand(), values)].append(integral)
+        self._own, self._shared = (part and get_assembler(Form(part)) for part in split.values())
         self._kept = None
         moving = [march.t, *(x.value for x in loads if x.moves)]
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
@@ -308,9 +278,8 @@ class Load(Part):
         march = self.march
         march.t.assign(march.between[k])
         if self._kept is None or (self.moves and self._kept[0] != k):
-            self._kept = k, 0.0 if self._shared is None else march.vector(self._shared).copy()
-        own = np.zeros(owned_size(march.V)) if self._own is None else march.vector(self._own)
-        return own + self._kept[1]
+            self._kept = k, march.vector(self._shared).copy() if self._shared else np.zeros(owned_size(march.V))
+        return march.vector(self._own) + self._kept[1] if self._own else self._kept[1].copy()
 
 
 class Boundary(Part):
@@ -347,3 +316,17 @@ class Boundary(Part):
             bc.apply(self._known)
         self.update()
         return coefficients(self.g)
+
+
+class Start(Part):
+    """The initial state but for its boundary values."""
+
+    def __init__(self, march: March) -> None:
+        starts, self._f = march.e.starts, Function(march.V)
+        super().__init__(march, starts, [interpolate(derivative_by(march.e.initial, x), march.V) for x in starts],
+                         False, [x.value for x in starts])
+
+    def value(self, k: int) -> np.ndarray:
+        """At the present values."""
+        self.march.t.assign(0.0)
+        return coefficients(self._f.interpolate(self.march.e.initial))

@@ -62,20 +62,14 @@ class TransientAdvectionDiffusion(BlockForward):
     initial : UFL scalar or float
         u_0.
     supg, solver_parameters, options_prefix
-        As for `AdvectionDiffusion`.
+        As for `AdvectionDiffusion`, and so is what it raises, also where times do not fit.
 
     Attributes
     ----------
     V, M, U : FunctionSpace
         Of one state, of the parameter and of the states at all saved times.
-    m, linear, operator_depends_on_parameter
-        As for `AdvectionDiffusion`.
-    steps : TimeSteps
-
-    Raises
-    ------
-    InputError, InstallError
-        As for `AdvectionDiffusion`, and where times do not fit.
+    m, linear, operator_depends_on_parameter, steps
+        As for `AdvectionDiffusion`, and as given.
     """
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], steps: TimeSteps,
