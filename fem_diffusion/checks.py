@@ -79,11 +79,9 @@ def check_array(x: Any, name: str, *shapes: tuple, names: Sequence[str] | None =
     array = array.astype(float)   # first, because the bound is beyond single precision
     wild = ~(np.abs(array) <= LARGEST)
     if wild.any():
-        of = ""
+        of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}" if array.ndim == 2 and names is None else ""
         if names is not None and array.ndim:
             of = f" of {', '.join(str(names[i]) for i in np.unique(np.nonzero(wild)[-1]))}"
-        elif names is None and array.ndim == 2:
-            of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}"
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
                          "where they come from, or take other units.")
     return array
@@ -113,10 +111,11 @@ def check_number(x: Any, name: str, above: float = -np.inf, least: float = -np.i
         value = np.inf
     if value is None or not (np.isfinite(value) and above < value < below and least <= value <= most):
         # Bounds that keep arithmetic from overflowing are told to those alone who reach them.
-        reach = 0.0 if value is None else abs(value)
+        reach = max(LARGEST, abs(value or 0))
         words = {"above": above, "at least": least, "below": below, "at most": most}
-        bounds = [f"{word} {bound:g}" for word, bound in words.items() if abs(bound) < max(LARGEST, reach)]
-        raise InputError(f"{name} is {x if value is None else value!r}: give a number that is {' and '.join(bounds) or 'finite'}.")
+        bounds = [f"{word} {bound:g}" for word, bound in words.items() if abs(bound) < reach]
+        raise InputError(f"{name} is {x if value is None else value!r}: give a number that is "
+                         f"{' and '.join(bounds) or 'finite'}.")
     return value
 
 
@@ -147,8 +146,7 @@ def check_readings(y: Any, count: int, names: Sequence[str] | None = None, faile
         raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the "
                          f"{count} sensors.")
     y = array.astype(float)
-    bad = np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))
-    if len(bad):
+    if len(bad := np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))):
         which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
         repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"
         raise InputError(f"Readings are not finite or too large to calculate with: sensor {which}"

@@ -75,10 +75,7 @@ def forward_density(p: Function, formulation: "Formulation", times: Sequence[flo
     progress : bool
         Show a progress bar on rank 0.
 
-    Raises
-    ------
-    InputError, SolveError, InstallError
-        If an argument has the wrong kind, shape or range; a linear solve fails; PETSc is a complex build.
+    InputError where an argument does not fit, SolveError where a solve fails, InstallError for a complex PETSc.
     """
     times = _checked(p, formulation, times, direction=1)
 

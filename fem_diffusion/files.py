@@ -259,8 +259,8 @@ def _failed(what: str, path: Path, error: OSError) -> FileError:
                 errno.ENOENT: made, errno.EACCES: "Ask for permission there",
                 errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
                 errno.ENOTDIR: "A part of that path is a file", errno.EEXIST: "That is a file or a broken link"}
-    return FileError(f"{path} {what} ({error.strerror or error}). {remedies.get(error.errno or 0, 'Look at the disk')}, "
-                     "or name another place.")
+    remedy = remedies.get(error.errno or 0, "Look at the disk")
+    return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place.")
 
 
 def _checksum_place(data: bytes | memoryview) -> int | None:

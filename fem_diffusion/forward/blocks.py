@@ -102,7 +102,11 @@ class BlockForward:
             few = self._march.affine and ("_response" in vars(self) or self._pays(len(ms)))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
-                out[part] = self._superposed(ms[part]) if few else self._states(ms[part], first)
+                if few:   # sums of responses
+                    base, rows = self._response
+                    out[part] = base + np.concatenate(self.M.comm.allgather(ms[part]), axis=1) @ rows
+                else:
+                    out[part] = self._states(ms[part], first)
                 if len(bad := np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))):
                     raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
         return out
@@ -125,11 +129,6 @@ class BlockForward:
         first = sum(comm.allgather(owned)[:comm.rank])
         base = self._states(np.zeros((1, owned)))
         return base, self._states(np.eye(self.M.dim(), owned, -first)) - base
-
-    def _superposed(self, ms: np.ndarray) -> np.ndarray:
-        """States that are affine in parameters (n, n_owned of M), as sums of responses."""
-        base, rows = self._response
-        return base + np.concatenate(self.M.comm.allgather(ms), axis=1) @ rows
 
     @no_annotations
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray, state: Function | None = None) -> np.ndarray:
@@ -217,8 +216,8 @@ def _observation_rows(rows: spmatrix | np.ndarray, U: WithGeometry) -> np.ndarra
     """Observation rows as a dense array (k, n_owned of U), checked on all ranks together."""
     if isinstance(rows, Observation):
         raise InputError("rows is an Observation: pass its rows, observation.rows.")
-    dense = rows.toarray() if hasattr(rows, "toarray") else rows
-    array = check_rows(dense, U, "rows (owned coefficients of the state)")
+    rows = rows.toarray() if hasattr(rows, "toarray") else rows
+    array = check_rows(rows, U, "rows (owned coefficients of the state)")
     if len(set(U.comm.allgather(len(array)))) > 1:
         raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
                          f"{owned_size(U)}) here, with the same k on every rank.")

@@ -3,6 +3,7 @@
 A steady equation is one step without a past.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -50,8 +51,7 @@ class March:
             step = {e.u: theta * self.new + (1 - theta) * self.old,
                     e.change: (self.new - self.old) / Constant(steps.time_step)}
             self.A, self.N = (form and expand_derivatives(replace(form, step)) for form in (e.A, e.N))
-        self.R = self.A if self.N is None else self.A + self.N
-        self.linear = self.N is None
+        self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
         self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
 
         values, moving = [x.value for x in e.loads], [self.t, *(x.value for x in e.loads if x.moves)]
@@ -64,8 +64,7 @@ class March:
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form) for form in affine]
-        self._matrices = self._factorised = None
-        self._stale = True
+        self._matrices, self._factorised, self._stale = [None] * len(affine), None, True
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
         self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
@@ -89,17 +88,14 @@ class March:
         """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
         self.t.assign(self.between[k])
         if self._stale or self.operator_moves:
-            if self._matrices is None:
-                self._matrices = [assembler.assemble() for assembler in self._assemblers]
-                self._K = self._matrices[0].petscmat
-                self._K = self._K.duplicate() if len(self._matrices) > 1 else self._K
+            self._matrices = [x.assemble(tensor=matrix) for x, matrix in zip(self._assemblers, self._matrices)]
+            A, *past = (matrix.petscmat for matrix in self._matrices)
+            if self._factorised is None:
+                self._K = A.duplicate() if past else A
                 self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
             else:
-                for assembler, matrix in zip(self._assemblers, self._matrices):
-                    assembler.assemble(tensor=matrix)
                 self._factorised.update()
             self._stale = False
-            A, *past = (matrix.petscmat for matrix in self._matrices)
             for B in past:
                 A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
                 self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
@@ -228,13 +224,16 @@ class Rows:
 class Part:
     """A quantity (n_owned of V,) that depends on some unknowns and on time: what the three below share.
 
-    `derivatives` are forms, by each of the unknowns; they count as constant unless they contain what is `forbidden`.
+    It moves where one of the `forms` does. `derivatives` are forms, by each of the unknowns; they count as constant
+    unless they contain unknowns or `states`.
     """
 
-    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr], moves: bool,
-                 forbidden: list[Function]) -> None:
-        self.march, self.unknowns, self.derivatives, self.moves = march, unknowns, derivatives, moves
-        self.affine = not any(x.real for x in unknowns) and not any(contains(form, forbidden) for form in derivatives)
+    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr],
+                 forms: Iterable[Form | Expr] = (), states: Iterable[Function] = ()) -> None:
+        self.march, self.unknowns, self.derivatives = march, unknowns, derivatives
+        moving, forbidden = [x.value for x in unknowns if x.moves], [*states, *(x.value for x in unknowns)]
+        self.moves = any(contains(form, [march.t, *moving]) for form in forms)
+        self.affine = not any(x.real or contains(form, forbidden) for x, form in zip(unknowns, derivatives))
         self.columns_move = any(contains(form, [march.t]) for form in derivatives)
         self._columns = None
 
@@ -259,8 +258,7 @@ class Load(Part):
     """The residual of zero states."""
 
     def __init__(self, march: March) -> None:
-        loads = march.e.loads
-        values = [x.value for x in loads]
+        loads, values = march.e.loads, [x.value for x in march.e.loads]
         form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
         # Integrals without unknowns are the same for all members.
         split = {True: [], False: []}
@@ -268,10 +266,9 @@ class Load(Part):
             split[contains(integral.integrand(), values)].append(integral)
         self._own, self._shared = (part and get_assembler(Form(part)) for part in split.values())
         self._kept = None
-        moving = [march.t, *(x.value for x in loads if x.moves)]
+        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads], [form], [march.new, march.old])
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
-        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads],
-                         march.operator_moves or contains(form, moving), [march.new, march.old, *values])
+        self.moves |= march.operator_moves
 
     def value(self, k: int) -> np.ndarray:
         """At the present values and step k."""
@@ -300,9 +297,8 @@ class Boundary(Part):
             for later in markers[i + 1:]:
                 DirichletBC(V, 0, later).apply(mask)
             self._masked += mask * e.values[marker]
-        moving = [march.t, *(x.value for x in e.lifted if x.moves)]
         super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
-                         any(contains(g, moving) for g in e.values.values()), [x.value for x in e.lifted])
+                         e.values.values())
         self.value(0)
 
     def update(self) -> None:
@@ -323,8 +319,7 @@ class Start(Part):
 
     def __init__(self, march: March) -> None:
         starts, self._f = march.e.starts, Function(march.V)
-        super().__init__(march, starts, [interpolate(derivative_by(march.e.initial, x), march.V) for x in starts],
-                         False, [x.value for x in starts])
+        super().__init__(march, starts, [interpolate(derivative_by(march.e.initial, x), march.V) for x in starts])
 
     def value(self, k: int) -> np.ndarray:
         """At the present values."""

@@ -98,10 +98,7 @@ def _fix_quadrature(F: Form) -> Form:
 # --- SUPG
 
 def _cell_metric(cell: AbstractCell) -> np.ndarray:
-    """Metric in which the simplices of the reference cell are regular.
-
-    So τ does not depend on how vertices are numbered, which another partition of the mesh changes.
-    """
+    """Metric in which the reference cell's simplices are regular: so numberings of vertices do not matter to τ."""
     if isinstance(cell, TensorProductCell):
         return block_diag(*(_cell_metric(c) for c in cell.sub_cells))
     one = np.eye(cell.topological_dimension)
@@ -110,8 +107,7 @@ def _cell_metric(cell: AbstractCell) -> np.ndarray:
 
 def _supg_tau(V: WithGeometry, v: Expr, kappa: Expr, slope: Expr | None, rate: Expr | float) -> Expr:
     """The SUPG time scale of the module docstring of `advection_diffusion`, a UFL scalar."""
-    K = JacobianInverse(V.mesh())
-    degree = V.ufl_element().embedded_superdegree
+    K, degree = JacobianInverse(V.mesh()), V.ufl_element().embedded_superdegree
     G = 4 * degree**2 * dot(K.T, dot(as_matrix(_cell_metric(V.mesh().ufl_cell()).tolist()), K))
     D = dot(kappa, G) if kappa.ufl_shape else kappa * G
     return 1 / sqrt(dot(v, dot(G, v)) + 9 * inner(D, D.T) + (slope or 0)**2 + rate**2)
@@ -148,14 +144,10 @@ def _surface_over_volume(mesh: MeshGeometry) -> Function:
 
 
 def _across_facets(u: Function, v: Expr | None, kappa: Expr, boundary: Conditions) -> Form:
-    """What advection and diffusion of a discontinuous state add on facets, with weak Dirichlet conditions.
-
-    Elsewhere the boundary terms of diffusion are left to natural conditions.
-    """
+    """What advection and diffusion of a discontinuous state add on facets, also those of weak Dirichlet conditions."""
     V = u.function_space()
     mesh, w, n = V.mesh(), TestFunction(V), FacetNormal(V.mesh())
-    kappa_n = dot(n, dot(kappa, n)) if kappa.ufl_shape else kappa
-    k, jump_u, jump_w = kappa_n, u("+") - u("-"), w("+") - w("-")
+    k, jump_u, jump_w = dot(n, dot(kappa, n)) if kappa.ufl_shape else kappa, u("+") - u("-"), w("+") - w("-")
     if _degree(V) == 0:
         if mesh.ufl_cell().cellname in ("triangle", "tetrahedron"):
             warnings.warn("Diffusion of a discontinuous state of degree 0 does not converge on triangles and "
@@ -172,12 +164,10 @@ def _across_facets(u: Function, v: Expr | None, kappa: Expr, boundary: Condition
         return (q("+") - q("-")) / 2
 
     inside = sigma * jump_u * jump_w - normal_flux(u) * jump_w - normal_flux(w) * jump_u
-    inflow = None if v is None else (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
+    penalty = scale * k * size
     if v is not None:
+        inflow = (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
         inside += jump_u * (inflow("+") * w("+") - inflow("-") * w("-"))
-    F = inside * _interior(mesh)
-    for g, over in boundary:
-        q, p = dot(_flux(kappa, u), n), dot(_flux(kappa, w), n)
-        there = scale * k * size * (u - g) * w - q * w - p * (u - g)
-        F += (there if v is None else there + inflow * (u - g) * w) * over
-    return F
+        penalty += inflow
+    q, p = dot(_flux(kappa, u), n), dot(_flux(kappa, w), n)
+    return inside * _interior(mesh) + sum((penalty * (u - g) * w - q * w - p * (u - g)) * over for g, over in boundary)
