@@ -245,10 +245,7 @@ def together(comm: "Comm", run: Callable[[], T]) -> T:
 
 
 def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments of a script of which PETSc reads other options, with one dash; the folder `output` is made.
-
-    What begins with two dashes and is not known ends the script, as does a folder that cannot be made or written.
-    """
+    """Arguments of a script, but for PETSc's with one dash; the folder `output` is made, or the script ends."""
     arguments, rest = parser.parse_known_args()
     if unknown := [word for word in rest if word.startswith("--")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

@@ -77,11 +77,9 @@ def forward_density(p: Function, formulation: "Formulation", times: Sequence[flo
 
     InputError where an argument does not fit, SolveError where a solve fails, InstallError for a complex PETSc.
     """
-    times = _checked(p, formulation, times, direction=1)
-
-    def flux(p: Expr, xi: Expr, b: Constant, g: Constant, a: Constant, s: Constant) -> Expr:
-        return -b * xi * p - g / 2 * grad(p)
-    return _march(p, formulation, times, flux, theta, (solver_parameters, options_prefix), monitor, progress)
+    return _march(p, formulation, _checked(p, formulation, times, direction=1),
+                  lambda p, xi, b, g, a, s: -b * xi * p - g / 2 * grad(p), theta, (solver_parameters, options_prefix),
+                  monitor, progress)
 
 
 def reverse_density(p: Function, formulation: "Formulation", times: Sequence[float],
@@ -240,8 +238,7 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
     V = p.function_space()
     theta = check_number(theta, "theta", least=0.5, most=1)
     options = linear_options(check_solver(*solver, V.comm), V, advective=True)
-    if monitor is not None:
-        check_callable(monitor, "monitor", "a function of time and density", 2)
+    tell = (lambda t, p: None) if monitor is None else check_callable(monitor, "monitor", "a function of t and p", 2)
     show = check_flag(progress, "progress") and V.comm.rank == 0
     step, *coefficients = (Constant(0.0) for _ in range(5))
     old, trial, test = p.copy(deepcopy=True), TrialFunction(V), TestFunction(V)
@@ -253,8 +250,7 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
     problem = LinearVariationalProblem(lhs(form), rhs(form), new)
     step_solver = LinearVariationalSolver(problem, solver_parameters=options, options_prefix=solver[1])
     with stop_annotating(), bar(len(times) - 1, "density", show) as shown:
-        if monitor is not None:
-            monitor(float(times[0]), new.copy(deepcopy=True))
+        tell(float(times[0]), new.copy(deepcopy=True))
         for start, end in zip(times[:-1], times[1:]):
             time = _tensor((1 - theta) * start + theta * end)
             for constant, name in zip(coefficients, "bgas"):
@@ -267,7 +263,6 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
                 reason = petsc_reason(error) if isinstance(error, PETSc.Error) else error
                 raise SolveError(f"the step from t = {start:g} to {end:g} failed: {reason}; take smaller steps or "
                                  "solver_parameters='direct'.") from error
-            if monitor is not None:
-                monitor(float(end), new.copy(deepcopy=True))
+            tell(float(end), new.copy(deepcopy=True))
             shown.update()
     return new

@@ -72,12 +72,10 @@ class Backward:
 
     def _load_rows(self, i: int, multipliers: np.ndarray) -> np.ndarray:
         """Products of the multipliers with ∂R/∂(value of unknown i)."""
-        load = self.march.load
-        if load.affine:
-            return self._products(load.columns()[i], multipliers)
-        if self._pulls[i] is None:
-            return self._products(column(load.derivatives[i]), multipliers)
-        return self._pulls[i](multipliers)
+        load, pull = self.march.load, self._pulls[i]
+        if pull is not None and not load.affine:
+            return pull(multipliers)
+        return self._products(load.columns()[i] if load.affine else column(load.derivatives[i]), multipliers)
 
     def _products(self, matrix: PETSc.Mat | np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Rows times a matrix over V, or times one column (n_owned of V,)."""

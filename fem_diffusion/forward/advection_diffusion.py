@@ -26,9 +26,7 @@ from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.blocks import BlockForward, check_parameter
-from fem_diffusion.forward.equation import Equation
 from fem_diffusion.forward.physics import Boundary, Physics
-from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name
 
 __all__ = ["AdvectionDiffusion"]
@@ -50,9 +48,8 @@ class AdvectionDiffusion(BlockForward):
         ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a callable ``m -> UFL expression``, e.g.
         ``Physics(diffusivity=ufl.exp)``; with a callable, M may have any value shape.  Several unknowns: a list of
         these, with ``M = MixedFunctionSpace([...])`` in the same order.
-    physics : Physics
-        Taken as fixed after construction, as `bcs` is, because factorisations are kept.
-    bcs : Boundary
+    physics, bcs : Physics, Boundary
+        Taken as fixed after construction, because factorisations are kept.
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
     solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
@@ -82,9 +79,6 @@ class AdvectionDiffusion(BlockForward):
                  options_prefix: str | None = None) -> None:
         super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), supg=supg)
         self.U, self.u, self.F, self.bcs = V, self._march.u, self._march.R, self._march.bcs
-
-    def _engine(self, e: Equation, options: dict, prefix: str | None) -> Steady:
-        return Steady(e, self.M, options, prefix, self.m)
 
     def _alone(self, m: Function) -> Function:
         self._march.assign(m)

@@ -1,7 +1,4 @@
-"""What the problem classes share: blocks of parameters in, blocks of states out, products with the derivative, a tape.
-
-Blocks hold owned coefficients, one vector a row.
-"""
+"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, and tapes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,10 +16,11 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
 from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.forward.equation import Equation, equation
+from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, write
+from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
 
@@ -48,11 +46,9 @@ class BlockForward:
         self._unknowns = read(unknown, V, M, self.m, given, steps)
         advective = physics.velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
         options = linear_options(parameters, V, advective)
-        self._march = self._engine(equation(V, self._unknowns, given, steps), options, prefix)
+        e = equation(V, self._unknowns, given, steps)
+        self._march = March(e, M, options, prefix) if steps else Steady(e, M, options, prefix, self.m)
         self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
-
-    def _engine(self, e: Equation, options: dict, prefix: str | None) -> March:
-        return March(e, self.M, options, prefix)
 
     def __repr__(self) -> str:
         names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._unknowns]
@@ -76,7 +72,10 @@ class BlockForward:
         return state
 
     def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64) -> np.ndarray:
-        """Solve for many parameters, in blocks that share one factorisation wherever the problem allows.
+        """Owned coefficients (n, n_owned of U) of the states of many parameters, as in ``u.dat.vec_ro``.
+
+        Blocks share one factorisation wherever the problem allows. InputError if ms or block has the wrong kind or
+        shape, on any rank; SolveError if Newton's method finds no state of a sample, which the message names.
 
         Parameters
         ----------
@@ -84,17 +83,6 @@ class BlockForward:
             Parameters in `M`, or their owned coefficients of shape (n, n_owned of M), as in ``m.dat.vec_ro``.
         block : int
             Samples solved together.
-
-        Returns
-        -------
-        ndarray
-            Owned coefficients of the states, of shape (n, n_owned of U), as in ``u.dat.vec_ro``.
-
-        Raises
-        ------
-        InputError, SolveError
-            If ms or block has the wrong kind or shape, on any rank; if Newton's method finds no state of a sample,
-            which the message names.
         """
         ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
         out = np.empty((len(ms), owned_size(self.U)))
@@ -132,7 +120,10 @@ class BlockForward:
 
     @no_annotations
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray, state: Function | None = None) -> np.ndarray:
-        """Derivative of observations of the state with respect to the parameter, by the adjoint of all rows together.
+        """``d(rows·u)/dm``, this rank's columns of it, (k, n_owned of M), by the adjoint of all rows together.
+
+        InputError if m, state or rows do not fit their spaces or are not finite, SolveError if a state that is needed
+        is not found.
 
         Parameters
         ----------
@@ -142,23 +133,19 @@ class BlockForward:
             Observation rows of shape (k, n_owned of U): this rank's columns of the global rows.
         state : Function, optional
             ``problem(m)`` where it is known already; saves a steady problem a solve.
-
-        Returns
-        -------
-        ndarray
-            ``d(rows·u)/dm``, this rank's columns of it, of shape (k, n_owned of M).
-
-        Raises
-        ------
-        InputError, SolveError
-            If m, state or rows do not fit their spaces or are not finite; if a state that is needed is not found.
         """
         check_function(m, self.M, "the parameter", MAKE)
-        rows = _observation_rows(rows, self.U)
+        if isinstance(rows, Observation):
+            raise InputError("rows is an Observation: pass its rows, observation.rows.")
+        rows = rows.toarray() if hasattr(rows, "toarray") else rows
+        array = check_rows(rows, self.U, "rows (owned coefficients of the state)")
+        if len(set(self.U.comm.allgather(len(array)))) > 1:
+            raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
+                             f"{owned_size(self.U)}) here, with the same k on every rank.")
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
-        rows = rows.reshape(len(rows), owned_size(self.V), -1)
-        return self._backward.rows(coefficients(m)[None], rows, self._path(m, state))
+        array = array.reshape(len(array), owned_size(self.V), -1)
+        return self._backward.rows(coefficients(m)[None], array, self._path(m, state))
 
     @cached_property
     def _backward(self) -> Backward:
@@ -210,15 +197,3 @@ def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.
         raise InputError(f"the parameters are {ms.shape} of {ms.dtype}: give an array (n, {owned_size(M)}) of real "
                          "numbers here, with the same n on every rank (owned coefficients, as in m.dat.vec_ro).")
     return ms
-
-
-def _observation_rows(rows: spmatrix | np.ndarray, U: WithGeometry) -> np.ndarray:
-    """Observation rows as a dense array (k, n_owned of U), checked on all ranks together."""
-    if isinstance(rows, Observation):
-        raise InputError("rows is an Observation: pass its rows, observation.rows.")
-    rows = rows.toarray() if hasattr(rows, "toarray") else rows
-    array = check_rows(rows, U, "rows (owned coefficients of the state)")
-    if len(set(U.comm.allgather(len(array)))) > 1:
-        raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
-                         f"{owned_size(U)}) here, with the same k on every rank.")
-    return array

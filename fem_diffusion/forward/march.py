@@ -64,7 +64,7 @@ class March:
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form) for form in affine]
-        self._matrices, self._factorised, self._stale = [None] * len(affine), None, True
+        self._matrices, self._factorised, self._stale, self.prepared = [None] * len(affine), None, True, None
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
         self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
@@ -79,6 +79,7 @@ class March:
 
     def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
         """Forget operators that are others at these states (n_owned of V,), where the next ones are taken."""
+        self.prepared = new
         if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
             write(self.old, old)
@@ -196,29 +197,27 @@ class Rows:
         self._at = {x: x.at(ms, part.march.weights[x]) for x in part.unknowns}
 
     def __call__(self, k: int) -> np.ndarray:
-        if self._kept is None or self.part.moves:
-            self._kept = self._together(k) if self.part.affine else self._one_by_one(k)
-        return self._kept
+        part = self.part
+        if self._kept is not None and not part.moves:
+            return self._kept
+        if part.affine:   # all members together
+            for x in self._at:
+                x.value.assign(0)
+            result = part.value(k)[None]
+            for (x, rows), matrix in zip(self._at.items(), part.columns()):
+                result = result + (rows(k) * matrix if x.strength else multiply(matrix, rows(k)))
+        else:
+            result = np.empty((len(self.ms), owned_size(part.march.V)))
+            for i, row in enumerate(result):
+                self.write(k, i)
+                row[:] = part.value(k)
+        self._kept = result
+        return result
 
     def write(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
             x.write(rows(k)[i])
-
-    def _one_by_one(self, k: int) -> np.ndarray:
-        result = np.empty((len(self.ms), owned_size(self.part.march.V)))
-        for i, row in enumerate(result):
-            self.write(k, i)
-            row[:] = self.part.value(k)
-        return result
-
-    def _together(self, k: int) -> np.ndarray:
-        for x in self._at:
-            x.value.assign(0)
-        result = self.part.value(k)[None]
-        for (x, rows), column in zip(self._at.items(), self.part.columns()):
-            result = result + (rows(k) * column if x.strength else multiply(column, rows(k)))
-        return result
 
 
 class Part:

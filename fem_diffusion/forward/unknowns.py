@@ -126,10 +126,7 @@ def check_spaces(V: WithGeometry, M: WithGeometry) -> None:
 
 def read(unknown: Name | list[Name], V: WithGeometry, M: WithGeometry, m: Function, given: dict,
          steps: TimeSteps | None = None) -> list[Unknown]:
-    """Read the names of the unknowns and check their spaces.
-
-    `m` is the value of an unknown that is alone and does not depend on time, `given` from `check_coefficients`.
-    """
+    """The unknowns by their names, spaces checked; m is for one alone and not in time, `given` is checked already."""
     several = isinstance(unknown, list)
     names = unknown if several else [unknown]
     parsed = [_parse(name, V.mesh(), steps is not None) for name in names]
@@ -170,8 +167,7 @@ def _placed(x: Unknown, V: WithGeometry, free: bool, steps: TimeSteps | None) ->
         raise InputError("M must live on V's mesh; only a ('flux', marker) unknown may live on "
                          "Submesh(mesh, mesh.topological_dimension - 1, marker) of that same mesh"
                          + ("." if steps is None else ", and a function of time on an IntervalMesh."))
-    x = replace(x, submesh=None if there is here else mesh)
-    nodes = steps and steps.parameter_times
+    x, nodes = replace(x, submesh=None if there is here else mesh), steps and steps.parameter_times
     if nodes is not None and x.kind in IN_TIME and space.value_shape == (len(nodes),):
         W = FunctionSpace(mesh, space.ufl_element().sub_elements[0])
         return replace(x, value=Function(W, name=f"{x.kind} at one time"), nodes=nodes)

@@ -1,11 +1,10 @@
 r"""Weak forms of ``∂u/∂t + v·∇u - ∇·(κ∇u) + r(u) - f`` for continuous and for discontinuous states.
 
-Continuous ones have the SUPG terms of `advection_diffusion`.
-
-Discontinuous ones: advection is that of ``v·∇u``, which need not be divergence-free: a jump counts where a cell's
-velocity points inwards. Diffusion is the symmetric interior penalty method (Arnold, Brezzi, Cockburn & Marini 2002,
-doi:10.1137/S0036142901384162) with normals of the two sides taken separately, which on a surface are no opposites
-(Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The penalty is that of the discrete trace inequality
+Continuous ones have the SUPG terms of `advection_diffusion`. Of discontinuous ones advection is that of ``v·∇u``, where
+v need not be divergence-free: a jump counts where a cell's velocity points inwards. Diffusion is the symmetric interior
+penalty method (Arnold, Brezzi, Cockburn & Marini 2002, doi:10.1137/S0036142901384162) with normals of the two sides
+taken separately, which on a surface are no opposites (Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The
+penalty is that of the discrete trace inequality
 (Shahbazi 2005, doi:10.1016/j.jcp.2004.11.017), ``C κ_n |∂K|/|K|`` with C = (p+1)(p+d)/d on simplices and (p+1)² on
 tensor products, κ_n = n·κn, the larger of both sides. Degree 0 has the two-point flux instead, which is consistent
 where lines between the centres of neighbours are normal to their facets, as on rectangles.
