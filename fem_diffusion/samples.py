@@ -17,7 +17,7 @@ from fem_diffusion.checks import check_callable, check_count, check_kind, check_
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
-from fem_diffusion.fields.coefficients import coefficients, field, is_real, on_root, owned_size
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, is_real, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
@@ -79,9 +79,8 @@ class Samples:
         """
         if not isinstance(i, Integral) or not 0 <= i < len(self.V):
             raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
-        sizes = [owned_size(W) for W in self.V]
-        columns = slice(sum(sizes[:i]), sum(sizes[:i + 1]))
-        return Samples(self.V[i].collapse() if len(self.V) > 1 else self.V, self.values[:, columns], self.latents)
+        V = self.V[i].collapse() if len(self.V) > 1 else self.V
+        return Samples(V, by_component(self.V, self.values)[i], self.latents)
 
     def mean(self) -> Function:
         """Pointwise mean at the nodes."""
@@ -120,8 +119,7 @@ class Samples:
             raise InputError("f gives arrays of different shapes: let it give equally many numbers for each sample.")
         found = np.stack(rows)
         if found.dtype.kind not in "biufc":
-            raise InputError(f"f gives {found.dtype} values: let it return a number or an array, such as "
-                             "assemble(m * dx).")
+            raise InputError(f"f gives {found.dtype} values: let it return numbers, such as assemble(m * dx).")
         return found
 
     def probability(self, condition: Callable[[Function], Any]) -> "float | Function":

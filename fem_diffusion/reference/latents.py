@@ -46,7 +46,7 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
     try:
         return y, np.linalg.inv(np.linalg.cholesky(scaled)) / std
     except np.linalg.LinAlgError:
-        raise InputError("The noise covariance is singular, so the posterior has no density: add a std to it.") from None
+        raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None
 
 
 def sensitivity(problem: InverseProblem, m: np.ndarray) -> np.ndarray:

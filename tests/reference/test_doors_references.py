@@ -47,7 +47,7 @@ def chains(basis):
     ({"noise": None}, "The noise is of type NoneType: give GaussianNoise"),
     ({"noise": CallableNoise(lambda y, generator: y)}, "of type CallableNoise"),
     ({"noise": GaussianNoise(std=0.1, relative=0.1)}, "is relative"),
-    ({"noise": GaussianNoise(covariance=np.ones((4, 4)))}, "singular, so the posterior has no density: add a std"),
+    ({"noise": GaussianNoise(covariance=np.ones((4, 4)))}, "singular, so there is no density: add a std"),
     ({"noise": GaussianNoise(covariance=np.diag([1.0, 1.0, 1.0, 0.0]))}, "singular"),
     ({"forward": lambda m: Function(V)}, "CallableForward, without derivative: give an AdvectionDiffusion"),
     ({"observation": lambda u: np.zeros(4)}, "type function: references take an Observation"),
