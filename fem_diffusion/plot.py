@@ -295,15 +295,17 @@ def plot_history(history: History, axes: Axes | None = None) -> Axes:
     """
     check_kind(history, "history", History, "the history of a model, model.history")
     axes = _one(axes)
-    axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
-    axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
-    axes.axhline(history.base, color=REFERENCE, linestyle="--", label="Gaussian base alone")
-    if history.best_step:
-        axes.axvline(history.best_step, color=TRUTH, linewidth=0.8, linestyle=":", label="weights kept")
-    else:
-        axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept", fontsize="medium")
+    if history.step:
+        axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
+        axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
+        axes.axhline(history.base, color=REFERENCE, linestyle="--", label="Gaussian base alone")
+        if history.best_step:
+            axes.axvline(history.best_step, color=TRUTH, linewidth=0.8, linestyle=":", label="weights kept")
+        axes.legend(fontsize="small", frameon=False)
+    if not history.best_step:
+        axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept" if history.step else
+                       "nothing was trained: the Gaussian base needs no network", fontsize="medium")
     axes.set(xlabel="optimiser step", ylabel="denoising loss (1 = unit variance target)")
-    axes.legend(fontsize="small", frameon=False)
     return axes
 
 
