@@ -64,15 +64,14 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
         if space is None or space.mesh() is not V.mesh() or space.ufl_element() != V.ufl_element():
             raise InputError(f"truth is {truth!r}: give a Function in the space of the samples, {V}.")
         truth = together(comm, lambda: check_array(coefficients(truth), "truth", (owned_size(V),)))
-    if reference is not None:
-        reference = together(comm, lambda: _reference(reference, owned_size(V)))
+    band = None if reference is None else together(comm, lambda: _reference(reference, owned_size(V)))
     for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
         check_kind(label, name, (str, type(None)), "a string")
     V = _drawn_space(V)
     if V.ufl_element().family() == "Real":
         _refuse("numbers", curves=curves)
         together(comm, lambda: _axes_for(axes, V.dim()))
-        return _plot_numbers(V, values, axes, truth, reference, xlabel or "parameter", ylabel or "density")
+        return _plot_numbers(V, values, axes, truth, band, xlabel or "parameter", ylabel or "density")
     if V.value_size != 1:
         raise InputError("plot_samples draws scalar parameters and numbers in Real space; use save() and a viewer for "
                          "vectors and tensors.")
@@ -82,7 +81,7 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
     if V.mesh().topological_dimension == 1:
         curves = 20 if curves is None else check_count(curves, "curves", least=0)
         together(comm, lambda: _axes_for(axes, 1))
-        return _plot_lines(V, values, axes, truth, reference, curves, xlabel or "position", ylabel or "parameter")
+        return _plot_lines(V, values, axes, truth, band, curves, xlabel or "position", ylabel or "parameter")
     _refuse("maps", curves=curves, reference=reference, xlabel=xlabel)
     if V.mesh().geometric_dimension != 2 or comm.size > 1:
         raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
@@ -103,7 +102,7 @@ def _drawn_space(V: WithGeometry) -> WithGeometry:
     element, mesh = V.ufl_element(), V.mesh()
     if element.family() != "Real" and V.value_size == 1 and V.value_shape:
         element = element.sub_elements[0]
-    factors = element.factor_elements if isinstance(element, TensorProductElement) else ()
+    factors = list(element.factor_elements) if isinstance(element, TensorProductElement) else []
     if [factor.family() == "Real" for factor in factors] == [False, True]:
         element, mesh = factors[0], mesh._base_mesh
     return V if element == V.ufl_element() else FunctionSpace(mesh, element)
@@ -136,7 +135,7 @@ def _plot_lines(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarra
     summary = gather_rows(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
     truth = None if truth is None else gather_rows(V, truth[None])
     reference = None if reference is None else gather_rows(V, reference)
-    if V.comm.rank != 0:
+    if x is None or lines is None or summary is None:   # everywhere but on rank 0
         return None
     x, axes = x[np.argmax(np.ptp(x, axis=1))], _one(axes)
     order = np.argsort(x)
@@ -171,7 +170,7 @@ def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndar
                   reference: np.ndarray | None, xlabel: str, ylabel: str) -> Axes | np.ndarray | None:
     numbers, truth, reference = (None if part is None else gather_rows(V, np.atleast_2d(part))
                                  for part in (values, truth, reference))
-    if V.comm.rank != 0:
+    if numbers is None:   # everywhere but on rank 0
         return None
     count = numbers.shape[1]
     figure = None
@@ -208,7 +207,7 @@ def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndar
     return axes[0] if count == 1 else axes
 
 
-def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> Sequence[Axes]:
+def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> np.ndarray:
     if len(values) < 2:
         raise InputError("A map of the standard deviation needs at least 2 samples.")
     panels = ({} if truth is None else {"truth": truth}) | {"posterior mean": values.mean(

@@ -17,7 +17,7 @@ from fem_diffusion.checks import check_callable, check_count, check_kind, check_
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
-from fem_diffusion.fields.coefficients import by_component, coefficients, field, is_real, on_root
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, is_real, on_root, owned_size
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
@@ -133,13 +133,13 @@ class Samples:
         if len(W) > 1 or W.value_shape or not (is_real(W) or W.finat_element.has_pointwise_dual_basis):
             raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), "
                              "or return True or False.")
-        share, total = Function(W), 0
+        share, total = Function(W), np.zeros(owned_size(W))
         run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
         for row in self.values:
             with m.dat.vec_wo as vector:
                 vector.array[:] = row
             run()
-            total = total + coefficients(share)
+            total += coefficients(share)
         return field(W, total / len(self), name="probability")
 
     def to_arviz(self, chains: int = 1) -> Any:
@@ -149,7 +149,7 @@ class Samples:
         samples are no so many chains, InstallError if ArviZ is not installed.
         """
         try:
-            import arviz
+            import arviz  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InstallError("ArviZ is not installed: pip install 'fem_diffusion[arviz]'.") from error
         self._check_some()

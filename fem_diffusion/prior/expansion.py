@@ -1,7 +1,6 @@
 """Bases of fields: Karhunen-Loeve modes of Gaussian priors, and proper orthogonal decomposition of samples."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 from firedrake import DirichletBC, Function
@@ -46,7 +45,7 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     retained = check_number(retained, "retained", above=0, below=1)
     core = check_prior(prior).core
     if isinstance(core, ProductPrior):
-        counts = _counts(r, len(core.priors))
+        counts = [None] * len(core.priors) if r is None else _counts(r, len(core.priors))
         parts = [karhunen_loeve(part, count, retained) for part, count in zip(core.priors, counts)]
         expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
         return _joined(core.V, core.mean, expansions, prior, standard=True)
@@ -100,9 +99,7 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
         raise InputError("The fields of prior are not in V: give the prior of the samples.")
     if not isinstance(samples, np.ndarray):
         samples = coefficients(list(check_all(samples, "samples", Function)))
-    counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
-    if r is None:
-        raise InputError("r is None: give the number of modes.")
+    counts = _counts(r, len(V)) if isinstance(r, Sequence) else [check_count(r, "r")]
     bcs = check_all((bcs,) if isinstance(bcs, DirichletBC) else bcs, "bcs", DirichletBC, "DirichletBC objects")
     samples = check_rows(samples, V, "samples")
     if len(samples) <= max(counts):
@@ -119,8 +116,8 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
         if violation > 1e-8 * max(largest(V.comm, right), 1e-300):
             raise InputError(f"The samples violate the boundary conditions by {violation:.2g}: pass the bcs they "
                              "satisfy.")
-    if isinstance(r, Integral):
-        return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, r), prior)
+    if not isinstance(r, Sequence):
+        return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, counts[0]), prior)
     # The samples satisfy the conditions, and so do the modes, their combinations.
     parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, by_component(V, centred), counts)]
     return _joined(V, mean, parts, prior, standard=False)
@@ -133,12 +130,11 @@ def _sample_modes(V: WithGeometry, bcs: Sequence[DirichletBC], centred: np.ndarr
     return *leading_modes(covariance, V, bcs, r), total
 
 
-def _counts(r: Sequence[int] | None, components: int) -> list[int | None]:
-    """A number of modes for each component, or None for each."""
-    counts = [None] * components if r is None else r
-    if not isinstance(counts, Sequence) or len(counts) != components:
+def _counts(r: int | Sequence[int], components: int) -> list[int]:
+    """A number of modes for each component."""
+    if not isinstance(r, Sequence) or len(r) != components:
         raise InputError(f"r is {r!r}: there are {components} components, give a number of modes for each.")
-    return [None if count is None else check_count(count, "r") for count in counts]
+    return [check_count(count, "r") for count in r]
 
 
 def _joined(V: WithGeometry, mean: Function, parts: list, prior: Prior | None, standard: bool) -> ModalBasis:

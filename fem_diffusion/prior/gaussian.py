@@ -104,7 +104,7 @@ class GaussianPrior(GaussianCore):
                        V.comm.allreduce(self._std.max(initial=0.0), MPI.MAX))
         if not self._range[0] >= 0:
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation.")
-        mean = self._given(mean, "mean")
+        values = self._given(mean, "mean")
         if is_real(V):
             if self.bcs or correlation_length is not None or smoothness is not None or solver_parameters != "direct":
                 raise InputError('numbers (family "R") have a mean and a standard deviation alone: leave out '
@@ -112,8 +112,8 @@ class GaussianPrior(GaussianCore):
             self.correlation_length = self.smoothness = None
         else:
             self._set_operator(correlation_length, smoothness, solver_parameters)
-            mean = self._lifted(mean)
-        self.mean, self._mean, self._variances = field(V, mean), mean, {}
+            values = self._lifted(values)
+        self.mean, self._mean, self._variances = field(V, values), values, {}
 
     def _given(self, value: float | Expr, name: str) -> np.ndarray:
         """Coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
@@ -179,12 +179,15 @@ class GaussianPrior(GaussianCore):
 
     @cached_property
     @no_annotations
-    def _operator(self) -> MaternOperator | NumberOperator:
-        """The operator with the Dirichlet conditions, factorised."""
-        if is_real(self.V):
-            return NumberOperator(self.V)
+    def _matern(self) -> MaternOperator:
+        """The operator of a field with the Dirichlet conditions, factorised."""
         conditions = self._conditions(np.zeros_like(self._std))
         return matern_operator(self._space, self._L, self._order, conditions, self._solver_parameters)
+
+    @cached_property
+    def _operator(self) -> MaternOperator | NumberOperator:
+        """What draws samples."""
+        return NumberOperator(self.V) if is_real(self.V) else self._matern
 
     @cached_property
     @no_annotations
@@ -200,7 +203,7 @@ class GaussianPrior(GaussianCore):
         scalar = self._space
         if scalar.value_shape:
             scalar = FunctionSpace(scalar.mesh(), scalar.ufl_element().sub_elements[0])
-        op = self._operator
+        op = self._matern
         if self.bcs or self.V.value_shape:
             op = matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
         return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
@@ -208,7 +211,7 @@ class GaussianPrior(GaussianCore):
     @property
     def covariance(self) -> AutoregressiveCovariance | None:
         """Firedrake's operator, without the normalisation ``D``; None for numbers."""
-        return None if is_real(self.V) else self._operator.covariance
+        return None if is_real(self.V) else self._matern.covariance
 
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
@@ -249,11 +252,11 @@ class GaussianPrior(GaussianCore):
         `exact`: that takes one solve for each unknown.
         """
         # What is exact in any case is kept once.
-        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._operator)
+        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._matern)
         if is_real(self.V) or self._normalise and not self.bcs and not exact:
             return field(self.V, self._std)
         if exact not in self._variances:
-            self._variances[exact] = (exact_variance if exact else pointwise_variance)(self._operator)
+            self._variances[exact] = (exact_variance if exact else pointwise_variance)(self._matern)
         return field(self.V, self._scale * np.sqrt(self._variances[exact]))
 
     def __repr__(self) -> str:

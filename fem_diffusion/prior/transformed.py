@@ -1,12 +1,13 @@
 """Priors of transformed fields, and priors of users' own samplers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import ufl
 from firedrake import H1, Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
 from firedrake.functionspaceimpl import WithGeometry
+from numpy.typing import ArrayLike
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
@@ -25,7 +26,7 @@ from fem_diffusion.prior.protocol import Prior, check_prior
 __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 
 
-def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[[Expr], Expr]:
+def level_set(values: ArrayLike, thresholds: ArrayLike) -> Callable[[Expr], Expr]:
     """Transform for `TransformedPrior` that takes one of several values, by the level of a scalar field.
 
     Parameters
@@ -139,7 +140,9 @@ class TransformedPrior(Prior):
         """UFL derivative of the transform in a direction, which may be an argument."""
         if len(self._inner.V) > 1 and set(self._field.subfunctions) & set(extract_coefficients(self._expression)):
             raise InputError("The transform has no derivative: write the parts of a mixed field as split(field).")
-        return expand_derivatives(ufl.derivative(self._expression, self._field, direction))
+        # UFL's own types know derivatives of forms alone.
+        return expand_derivatives(ufl.derivative(  # pyright: ignore[reportReturnType]
+            self._expression, self._field, direction))
 
     @no_annotations
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:

@@ -97,9 +97,10 @@ class Folder:
         self.header = header = read_everywhere(
             self.comm, self.path / _HEADER, "data set",
             f"Delete that file and run simulate again, which keeps the blocks in {self.path} that are whole.")
-        if header.value("block", int) < 1:
+        self.seed: int = header.value("seed", int)
+        self.size: int = header.value("block", int)
+        if self.size < 1:
             raise header.error("holds a block size that is not positive")
-        self.seed, self.size = header.value("seed", int), header.value("block", int)
         self.states = header.value("states.element", str, type(None)) is not None
         parts = {"coefficients": self.V} | ({"states": self.U} if self.states and self.U is not None else {})
         self._columns = {name: own_columns(header, f"{name}.key", f"{name}.element", V) for name, V in parts.items()}

@@ -171,7 +171,7 @@ def _advance(job: Job, n: int, show: Callable, tally: Tally, folder: Folder | No
     for index in range(-(-n // tally.size)):
         wanted = min(tally.size, n - index * tally.size)
         if index % members == member:
-            block = folder.read(index) if index in there else None
+            block = folder.read(index) if folder is not None and index in there else None
             if block is None or block.count < wanted or (block.failed and tally.stops):
                 block = _turn(job, index, wanted, block, tally, folder)
             tally.add(index, block)
@@ -188,7 +188,8 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
     """
     done = 0 if former is None else former.count
     fields, parameters = job.draw(index, max(done, wanted))
-    if former is not None and not job.problem.comm.allreduce(_near(fields[former.rows], former.coefficients), MPI.LAND):
+    if former is not None and folder is not None and not job.problem.comm.allreduce(
+            _near(fields[former.rows], former.coefficients), MPI.LAND):
         raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
     again = sorted(former.failed) if former is not None and tally.stops else []
     turn, found = [*again, *range(done, wanted)], Solved()
@@ -218,19 +219,21 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
 def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
     """New results as a block, with those of a former run."""
     rows = sorted(found.results)
-    states, readings = ([found.results[i][part] for i in rows] for part in (0, 1))
+    states, readings = [found.results[i][0] for i in rows], [found.results[i][1] for i in rows]
     known = [] if folder is None else [folder.readings[0]]
     check_lengths(readings + known)
-    k = len((readings + known or [()])[0])
-    new = [fields[rows], np.array(readings).reshape(len(rows), k),
-           np.array(states).reshape(len(rows), owned_size(job.problem.U)) if job.keep_states else None]
-    failed, count = dict(found.failed), max([*rows, *found.failed, -1]) + 1
+    k = next((len(x) for x in readings + known), 0)
+    failed, count, order = dict(found.failed), max([*rows, *found.failed, -1]) + 1, np.arange(len(rows))
+    old = None, None, None
     if former is not None:
-        order = np.argsort(former.rows + rows)
-        new = [None if old is None else np.concatenate([old, part])[order] for old, part in zip(former.parts, new)]
+        old, order, count = former.parts, np.argsort(former.rows + rows), max(count, former.count)
         failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
-        count = max(count, former.count)
-    return Block(*new, count, failed)
+
+    def both(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
+        return (new if old is None else np.concatenate([old, new]))[order]
+    return Block(both(old[0], fields[rows]), both(old[1], np.array(readings).reshape(len(rows), k)),
+                 both(old[2], np.array(states).reshape(len(rows), owned_size(job.problem.U))) if job.keep_states
+                 else None, count, failed)
 
 
 def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
@@ -247,7 +250,9 @@ def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
     check_lengths([readings[0] for _, readings, _ in kept])
-    return DataSet(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*kept)), tuple(skipped))
+    coefficients, readings, states = zip(*kept)
+    return DataSet(np.concatenate(coefficients), np.concatenate(readings),
+                   None if states[0] is None else np.concatenate(states), tuple(skipped))
 
 
 def _told(data: DataSet) -> DataSet:
