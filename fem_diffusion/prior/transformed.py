@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
+from firedrake import H1, Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
 from firedrake.functionspaceimpl import WithGeometry
 from numpy.typing import ArrayLike
 from pyadjoint import no_annotations
@@ -159,6 +159,11 @@ class TransformedPrior(Prior):
         if isinstance(slope, Zero):
             return np.zeros((len(rows), owned_size(V)))
         if not numbers:
+            # Nodes that cells share would take the value of one cell in the field, and of another in the matrix.
+            if self.V.ufl_element() in H1 and self.V.mesh() is V.mesh() and (
+                    extract_type(slope, Derivative) or len(V) == 1 and V.ufl_element() not in H1):
+                raise InputError(f"The transform has several values at the nodes of {self.V.ufl_element()}, one for "
+                                 "each cell, and no derivative there: give TransformedPrior a V of DG elements.")
             matrix = assemble(interpolate(slope, self.V), mat_type="aij").petscmat
             result = multiply(matrix, rows, transpose=True)
             matrix.destroy()
