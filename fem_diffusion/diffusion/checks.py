@@ -17,6 +17,8 @@ _FAR = 1e12
 def check_tensor(x: Any, name: str, shape: tuple, columns: str = "columns") -> Tensor:
     """A tensor of finite real numbers whose squares do not overflow.
 
+    InputError if it is anything else; the message names the columns that hold bad values.
+
     Parameters
     ----------
     x : Tensor
@@ -30,11 +32,6 @@ def check_tensor(x: Any, name: str, shape: tuple, columns: str = "columns") -> T
     -------
     Tensor
         `x` itself.
-
-    Raises
-    ------
-    InputError
-        If it is anything else; the message names the columns that hold bad values.
     """
     if not isinstance(x, Tensor):
         raise InputError(f"{name} is of type {type(x).__name__}: pass torch.as_tensor(...) of an array of shape "

@@ -128,7 +128,7 @@ class Conditioned:
 
 @dataclass(frozen=True, eq=False)
 class Denoiser:
-    """Gaussian base and network together.
+    """Gaussian base and network together. InputError if a part is of the wrong kind.
 
     Parameters
     ----------
@@ -143,11 +143,6 @@ class Denoiser:
     known : bool
         Whether latents are N(0, I) and noise is Gaussian and known, so that the emulator gives the density of any
         posterior.
-
-    Raises
-    ------
-    InputError
-        If a part is of the wrong kind.
     """
 
     base: GaussianBase
@@ -169,6 +164,9 @@ class Denoiser:
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
 
+        InputError if shapes disagree, a number is not finite and real, a variance is not positive, or a reading is out
+        of all reach.
+
         Parameters
         ----------
         y : Tensor
@@ -180,12 +178,6 @@ class Denoiser:
         -------
         Conditioned
             No sensors at all leave the prior.
-
-        Raises
-        ------
-        InputError
-            If shapes disagree, a number is not finite and real, a variance is not positive, or a reading is out of all
-            reach.
         """
         base = self.base
         if layout is None:

@@ -42,6 +42,9 @@ __all__ = ["Formulation", "check_elementwise", "constant_moment", "straight_line
 class Formulation:
     """A forward process on the time interval [0, 1], given by its noise level and its scaling.
 
+    InputError if the name is no word, sigma^2 or the scaling is no elementwise function, sigma^2 is negative, not
+    finite or not increasing, or the scaling is not finite and positive.
+
     Parameters
     ----------
     name : str
@@ -50,12 +53,6 @@ class Formulation:
         sigma^2(t), elementwise, increasing on [0, 1]; in units of the base's variance. It gets a copy of the times.
     scaling : Callable[[Tensor], Tensor]
         The scaling at time t, elementwise and positive; 1 for variance exploding. It gets a copy, too.
-
-    Raises
-    ------
-    InputError
-        If the name is no word, sigma^2 or the scaling is no elementwise function, sigma^2 is negative, not finite or
-        not increasing, or the scaling is not finite and positive.
     """
 
     name: str
@@ -140,7 +137,7 @@ def _check_rate(beta_min: float, beta_max: float) -> tuple[float, float]:
 
 
 def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedule: str = "geometric") -> Formulation:
-    """Variance exploding formulation: scaling 1.
+    """Variance exploding formulation: scaling 1. InputError unless 0 < sigma_min < sigma_max and the schedule is known.
 
     Parameters
     ----------
@@ -148,15 +145,6 @@ def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedu
         Noise levels at t = 0 and t = 1, in units of the base's standard deviation.
     schedule : {"geometric", "linear"}
         sigma(t) = sigma_min (sigma_max / sigma_min)^t, or sigma(t) linear in t.
-
-    Returns
-    -------
-    Formulation
-
-    Raises
-    ------
-    InputError
-        Unless 0 < sigma_min < sigma_max and the schedule is known.
     """
     check_choice(schedule, "schedule", ("geometric", "linear"))
     sigma_min = check_number(sigma_min, "sigma_min", above=0)
@@ -171,6 +159,8 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule:
                         sigma_max: float = 100.0) -> Formulation:
     """Variance preserving formulation: scaling sqrt(1 + sigma^2), so a^2 + s^2 = 1 and g = 2 b.
 
+    InputError unless 0 < beta_min <= beta_max, sigma_max is positive and the schedule is known.
+
     Parameters
     ----------
     beta_min, beta_max : float
@@ -179,15 +169,6 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule:
         "cosine": a falls as a cosine, so arctan(sigma) is linear in t (Nichol and Dhariwal 2021, without offset).
     sigma_max : float
         Cosine schedule: noise level at t = 1.
-
-    Returns
-    -------
-    Formulation
-
-    Raises
-    ------
-    InputError
-        Unless 0 < beta_min <= beta_max, sigma_max is positive and the schedule is known.
     """
     check_choice(schedule, "schedule", ("linear", "cosine"))
     beta_min, beta_max = _check_rate(beta_min, beta_max)
@@ -201,6 +182,8 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule:
 def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Formulation:
     """Sub-VP formulation (Song et al. 2021, eq. 14): a = exp(-B/2) and s = 1 - exp(-B) with B the integral of beta.
 
+    InputError unless 0 < beta_min <= beta_max.
+
     Parameters
     ----------
     beta_min, beta_max : float
@@ -210,11 +193,6 @@ def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Fo
     -------
     Formulation
         sigma = 2 sinh(B/2) with scaling exp(B/2).
-
-    Raises
-    ------
-    InputError
-        Unless 0 < beta_min <= beta_max.
     """
     beta_min, beta_max = _check_rate(beta_min, beta_max)
     return Formulation("sub-VP", lambda t: 4 * torch.sinh(_integral(t, beta_min, beta_max) / 2) ** 2,
@@ -222,21 +200,12 @@ def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Fo
 
 
 def straight_line(sigma_max: float = 100.0) -> Formulation:
-    """Straight-line path a + s = 1, that of flow matching: scaling 1 + sigma.
+    """Straight-line path a + s = 1, that of flow matching: scaling 1 + sigma. InputError unless sigma_max is positive.
 
     Parameters
     ----------
     sigma_max : float
         Noise level at t = 1; s is linear in t up to sigma_max / (1 + sigma_max).
-
-    Returns
-    -------
-    Formulation
-
-    Raises
-    ------
-    InputError
-        Unless sigma_max is positive.
     """
     sigma_max = check_number(sigma_max, "sigma_max", above=0)
     end = sigma_max / (1 + sigma_max)
@@ -246,21 +215,14 @@ def straight_line(sigma_max: float = 100.0) -> Formulation:
 def constant_moment(variance: float, sigma_max: float = 100.0) -> Formulation:
     """Formulation under which data of the given variance keep it at all times: scaling sqrt(1 + sigma^2 / V).
 
+    InputError unless `variance` and sigma_max are positive.
+
     Parameters
     ----------
     variance : float
         V, variance of the data in each direction, in base coordinates.
     sigma_max : float
         Noise level at t = 1, in units of sqrt(V); arctan(sigma / sqrt(V)) is linear in t.
-
-    Returns
-    -------
-    Formulation
-
-    Raises
-    ------
-    InputError
-        Unless `variance` and sigma_max are positive.
     """
     sigma_max, variance = check_number(sigma_max, "sigma_max", above=0), check_number(variance, "variance", above=0)
     end = math.atan(sigma_max)

@@ -20,6 +20,10 @@ _ASYMMETRY, _NEGATIVE = 1e-8, 1e-10
 class GaussianNoise:
     """Gaussian noise, e ~ N(0, R(y)) with R(y) = std^2 I + relative^2 diag(y^2) + covariance.
 
+    InputError if an argument is not of finite real numbers, a standard deviation is negative, the parts are for
+    different numbers of sensors, the covariance is not symmetric positive semidefinite, or there is no noise (the
+    posterior then has no density).
+
     Parameters
     ----------
     std : float or array_like of shape (k,)
@@ -29,13 +33,6 @@ class GaussianNoise:
     covariance : array_like of shape (k, k), optional
         Covariance of correlated noise, symmetric positive semidefinite and not zero, in units of the measurement
         squared. Sensors may be of any units, and some may have none of this noise.
-
-    Raises
-    ------
-    InputError
-        If an argument is not of finite real numbers, a standard deviation is negative, the parts are for different
-        numbers of sensors, the covariance is not symmetric positive semidefinite, or there is no noise (the posterior
-        then has no density).
     """
 
     def __init__(self, std: ArrayLike = 0.0, relative: ArrayLike = 0.0, covariance: ArrayLike | None = None):
@@ -117,17 +114,12 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class CallableNoise:
-    """Noise of the user's own making.
+    """Noise of the user's own making. InputError if `function` cannot be called.
 
     Parameters
     ----------
     function : Callable[[Tensor, torch.Generator], Tensor]
         Maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
-
-    Raises
-    ------
-    InputError
-        If `function` cannot be called.
     """
 
     function: Callable[[Tensor, torch.Generator], Tensor]
@@ -138,10 +130,7 @@ class CallableNoise:
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements (B, k) for noise-free ones (B, k).
 
-        Raises
-        ------
-        InputError
-            If the user's callable returns another shape or values that are not finite.
+        InputError if the user's callable returns another shape or values that are not finite.
         """
         # The function may write into what it gets, and may return the same tensor in every call.
         noisy = self.function(y.clone(), generator)
@@ -167,7 +156,7 @@ class CallableNoise:
 
 def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
              k: int | None = None) -> GaussianNoise | CallableNoise | None:
-    """The noise model that is meant.
+    """The noise model that is meant. InputError if it is anything else, or for another number of sensors.
 
     Parameters
     ----------
@@ -175,15 +164,6 @@ def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
         Numbers are standard deviations in units of the measurement; None where the observations hold noise already.
     k : int, optional
         Number of sensors that it has to fit.
-
-    Returns
-    -------
-    GaussianNoise, CallableNoise or None
-
-    Raises
-    ------
-    InputError
-        If it is anything else, or for another number of sensors.
     """
     if isinstance(noise, dict) or callable(noise):
         raise InputError(f"noise is of type {type(noise).__name__}: pass "

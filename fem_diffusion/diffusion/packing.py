@@ -50,6 +50,8 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
            finite: bool = True) -> Any:
     """A part of a file as a dataclass, or None.
 
+    FileError if a tensor or number is missing, or is not of its shape and type.
+
     Parameters
     ----------
     content : Content
@@ -64,15 +66,6 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
         Of the tensors.
     finite : bool
         Whether tensors must be finite.
-
-    Returns
-    -------
-    object or None
-
-    Raises
-    ------
-    FileError
-        If a tensor or number is missing, or is not of its shape and type.
     """
     found = content.value(name, dict, type(None))
     if found is None:
@@ -89,7 +82,8 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
 def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
     """A network of a file, in evaluation mode, or None.
 
-    Nothing is allocated before the sizes in the settings have been compared with the tensors that are there.
+    Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
+    if class, sizes and tensors do not fit each other.
 
     Parameters
     ----------
@@ -101,15 +95,6 @@ def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: d
         Classes that it may be of.
     sizes : dict of int
         What some of its sizes must be.
-
-    Returns
-    -------
-    torch.nn.Module or None
-
-    Raises
-    ------
-    FileError
-        If class, sizes and tensors do not fit each other.
     """
     settings = content.value(name, dict, type(None))
     if settings is None:
@@ -162,10 +147,7 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
 def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
     """What `pack_denoiser` put into a file; a network on fields has yet to be put on its mesh.
 
-    Raises
-    ------
-    FileError
-        If the parts do not make up a denoiser.
+    FileError if the parts do not make up a denoiser.
     """
     k, r = content.array("emulator.matrix", None, None).shape
     mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (

@@ -85,10 +85,6 @@ def emulator_density(base: GaussianBase, layout: Layout, y: Tensor, located: Loc
         Measurements, shape (B, k).
     located : Located
         From ``base.locate(layout, y)``.
-
-    Returns
-    -------
-    EmulatorDensity
     """
     root, target = cholesky(base.noise(layout)), y - layout.offset
     rows = torch.linalg.solve_triangular(root, layout.rows.expand(len(root), -1, -1), upper=False)

@@ -32,6 +32,8 @@ _SMALL, _ROUNDING = 1e-3, 1e-9
 class Emulator(nn.Module):
     """f(z): an affine map, and a residual multilayer perceptron where there is one.
 
+    InputError if a size is not positive, or the depth negative.
+
     Parameters
     ----------
     r : int
@@ -53,11 +55,6 @@ class Emulator(nn.Module):
         What the network's output is multiplied by, shape (s,).
     residual : Tensor
         Covariance of c - f(z) on held-out pairs, shape (s, s).
-
-    Raises
-    ------
-    InputError
-        If a size is not positive, or the depth negative.
     """
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
@@ -146,6 +143,9 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
                  checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
     """Regress coordinates of what sensors see on latents.
 
+    InputError if shapes disagree, there are too few pairs, or a value is not finite; FileError and SolveError as for
+    `fit_denoiser`.
+
     Parameters
     ----------
     z : Tensor
@@ -168,13 +168,6 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
         On the CPU; affine where a network does not help on held-out pairs.
     History
         Training curve of the network; losses in units of what the affine map leaves.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, there are too few pairs, or a value is not finite.
-    FileError, SolveError
-        As for `fit_denoiser`.
     """
     check_options(options, TrainingOptions).check()
     check_flag(progress, "progress")

@@ -35,6 +35,8 @@ def law(z: Tensor, standard_prior: bool) -> tuple[Tensor, Tensor]:
 def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | None = None) -> GaussianBase:
     """Exact base of a linear-Gaussian problem y = offset + G z + e with z ~ N(0, I), e ~ N(0, R).
 
+    InputError if shapes disagree, a number is not finite and real, or G Gᵀ + R is not positive.
+
     Parameters
     ----------
     operator : Tensor
@@ -48,11 +50,6 @@ def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | Non
     -------
     GaussianBase
         In double precision; its law is the posterior.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, a number is not finite and real, or G Gᵀ + R is not positive.
     """
     k, r = check_tensor(operator, "The operator", ("k", "r"), "latents").shape
     offset = operator.new_zeros(k) if offset is None else check_tensor(offset, "The offset", (k,), "sensors")
@@ -66,7 +63,9 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
 
     The readings are regressed on the latents, y = ȳ + G (z - z̄) + residual, and the moments follow from G, the
     covariance of the residual and R. Where the forward map is linear this is exact for any number of pairs above r,
-    although sample covariances of z and y are not.
+    although sample covariances of z and y are not. InputError if the shapes disagree, there are not more pairs than
+    latents + 1, a latent does not vary, latents depend linearly on each other, or a reading does not vary and has no
+    noise.
 
     Parameters
     ----------
@@ -83,12 +82,6 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
     -------
     GaussianBase
         In double precision on the device of `z`.
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree, there are not more pairs than latents + 1, a latent does not vary, latents depend
-        linearly on each other, or a reading does not vary and has no noise.
     """
     n, r = check_pairs(z, y, 1)
     check_tensor(noise_covariance, "The noise covariance", (y.shape[1], y.shape[1]), "sensors")
@@ -100,6 +93,8 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
 
 def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     """Base that standardises latents and measurements and knows nothing of how they depend on each other.
+
+    InputError if the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
 
     Parameters
     ----------
@@ -114,11 +109,6 @@ def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     -------
     GaussianBase
         With an emulator of zero slope and a diagonal covariance.
-
-    Raises
-    ------
-    InputError
-        If the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
     """
     check_pairs(z, y)
     k, r = y.shape[1], z.shape[1]

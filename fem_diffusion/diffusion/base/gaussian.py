@@ -161,7 +161,7 @@ class GaussianBase:
         return covariance + torch.diag_embed(_FLOOR * signal)
 
     def locate(self, layout: Layout, y: Tensor) -> Located:
-        """Gaussian approximation of the posterior of each measurement.
+        """Gaussian approximation of the posterior of each measurement. SolveError if a covariance is not positive.
 
         Parameters
         ----------
@@ -169,15 +169,6 @@ class GaussianBase:
             Of B measurements, or one layout of them all.
         y : Tensor
             Measurements, shape (B, k).
-
-        Returns
-        -------
-        Located
-
-        Raises
-        ------
-        SolveError
-            If a covariance is not positive.
         """
         affine = self.emulator.head is None
         if not affine and len(y) > _TOGETHER:

@@ -83,6 +83,9 @@ class Layout:
 class LayoutKind:
     """Candidates of one kind, of which a layout holds some.
 
+    InputError if shapes disagree, a number is not finite and real, a standard deviation is not positive or the smallest
+    is not the first, or there are not so many candidates.
+
     Parameters
     ----------
     rows : Tensor
@@ -94,12 +97,6 @@ class LayoutKind:
         log-uniformly between them.
     count : tuple of int
         Fewest and most candidates in a layout; between them the logarithm of the number is uniform.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, a number is not finite and real, a standard deviation is not positive or the smallest is
-        not the first, or there are not so many candidates.
     """
 
     rows: Tensor
@@ -146,15 +143,12 @@ class LayoutKind:
 class LayoutFamily:
     """Random layouts: some sensors of each kind, all in one measurement.
 
+    InputError if there is no kind, or their numbers of state coordinates differ.
+
     Parameters
     ----------
     kinds : tuple of LayoutKind
         With the same state coordinates.
-
-    Raises
-    ------
-    InputError
-        If there is no kind, or their numbers of state coordinates differ.
     """
 
     kinds: tuple[LayoutKind, ...]

@@ -63,7 +63,7 @@ class FieldGeometry:
 class FieldNetwork(nn.Module):
     """Residual network with layers on the mesh for N(v, angle, features of y); zero before training.
 
-    It can be called once `on` has put it on a mesh.
+    It can be called once `on` has put it on a mesh. InputError if a size is not positive.
 
     Parameters
     ----------
@@ -77,11 +77,6 @@ class FieldNetwork(nn.Module):
         Fields that the layers on the mesh hold.
     dimension : int
         Components of a gradient.
-
-    Raises
-    ------
-    InputError
-        If a size is not positive.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
@@ -118,19 +113,12 @@ class FieldNetwork(nn.Module):
     def on(self, geometry: FieldGeometry) -> "FieldNetwork":
         """A copy with the same weights on a mesh.
 
+        InputError if the geometry has another number of latents or dimensions.
+
         Parameters
         ----------
         geometry : FieldGeometry
             Of the basis whose latents the network sees.
-
-        Returns
-        -------
-        FieldNetwork
-
-        Raises
-        ------
-        InputError
-            If the geometry has another number of latents or dimensions.
         """
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
         found, wanted = (len(geometry.std), len(geometry.gradients)), (self.config["r"], self.config["dimension"])

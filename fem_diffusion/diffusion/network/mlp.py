@@ -38,6 +38,8 @@ def harmonics(angle: Tensor) -> Tensor:
 class ResidualMLP(nn.Module):
     """Residual multilayer perceptron for N(v, angle, features of y); zero before training.
 
+    InputError if a size is not positive.
+
     Parameters
     ----------
     r : int
@@ -48,11 +50,6 @@ class ResidualMLP(nn.Module):
         Width of the residual stream.
     depth : int
         Number of residual blocks.
-
-    Raises
-    ------
-    InputError
-        If a size is not positive.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3):

@@ -26,7 +26,8 @@ class SensorNetwork(nn.Module):
     Every sensor is a token: what it sees of the state and of the base coordinates, its noise, its reading and how that
     misses the base. Learned queries attend to the tokens; what they gather, with mean and standard deviations of the
     base, conditions a residual network, which sees the noisy state both in base coordinates and as the latents that the
-    base makes of it, and answers in both: a law of the latents is the same in latents, whatever the sensors.
+    base makes of it, and answers in both: a law of the latents is the same in latents, whatever the sensors. InputError
+    if a size is not positive, or `tokens` no multiple of 4.
 
     Parameters
     ----------
@@ -40,11 +41,6 @@ class SensorNetwork(nn.Module):
         Width of a token.
     queries : int
         Number of learned queries.
-
-    Raises
-    ------
-    InputError
-        If a size is not positive, or `tokens` no multiple of 4.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):

@@ -28,6 +28,9 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
                 chunk: int = 256) -> Tensor:
     """Log density of latents given measurements, by the diffusion model without corrections.
 
+    InputError if shapes disagree, a value is not finite and real, or another argument is of the wrong kind; SolveError
+    if the flow cannot be integrated.
+
     Parameters
     ----------
     conditioned : Conditioned
@@ -47,13 +50,6 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     Tensor
         log p(z | y), shape (B, n), dtype and device of the base; minus infinity outside the support of the latents.
         Inside, the law is not divided by the mass that stays inside hard bounds, where there are any.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, a value is not finite and real, or another argument is of the wrong kind.
-    SolveError
-        If the flow cannot be integrated.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     located, r = conditioned.located, conditioned.r

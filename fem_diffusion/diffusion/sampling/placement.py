@@ -53,6 +53,8 @@ class Spectrum:
 def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
     """Spectrum from the mean square of the network at several angles.
 
+    InputError if the shapes differ, a mean square is negative or not finite, or an angle is out of range.
+
     Parameters
     ----------
     angles : Tensor
@@ -64,11 +66,6 @@ def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
     -------
     Spectrum
         With at most n variances of positive weight.
-
-    Raises
-    ------
-    InputError
-        If the shapes differ, a mean square is negative or not finite, or an angle is out of range.
     """
     check_tensor(angles, "angles", ("n",))
     check_tensor(speeds, "speeds", (len(angles),))
@@ -84,6 +81,8 @@ def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
 def place_angles(spectrum: Spectrum | None, steps: int, order: int = 2) -> Tensor:
     """Angles from pi/2, pure noise, down to 0 that share the error of a method evenly among its steps.
 
+    InputError if `steps` or `order` is no positive integer, or `spectrum` no Spectrum.
+
     Parameters
     ----------
     spectrum : Spectrum or None
@@ -97,11 +96,6 @@ def place_angles(spectrum: Spectrum | None, steps: int, order: int = 2) -> Tenso
     -------
     Tensor
         Shape (steps + 1,), double precision, decreasing, first entry pi/2, last entry 0.
-
-    Raises
-    ------
-    InputError
-        If `steps` or `order` is no positive integer, or `spectrum` no Spectrum.
     """
     steps, order = check_count(steps, "steps"), check_count(order, "order")
     if spectrum is not None:

@@ -52,6 +52,9 @@ METHODS = {"whitened": whitened.METHODS, "plain": plain.METHODS}
 class Sampler:
     """One way to sample: without arguments the probability-flow ODE in 20 steps placed by the posterior's spectrum.
 
+    InputError if `alpha` is negative, a number is out of range, a word is unknown, the method does not serve alpha > 0,
+    or the formulation's noise does not reach far enough.
+
     Parameters
     ----------
     alpha : float or Callable[[Tensor], Tensor]
@@ -75,12 +78,6 @@ class Sampler:
         emulator's posterior, wherever base and network put them. 10 where there is one and this is left out.
     formulation : Formulation, optional
         Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
-
-    Raises
-    ------
-    InputError
-        If `alpha` is negative, a number is out of range, a word is unknown, the method does not serve alpha > 0, or the
-        formulation's noise does not reach far enough.
     """
 
     alpha: float | Callable[[Tensor], Tensor] = 0.0
@@ -141,7 +138,8 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
 
     That algorithm raises the noise level before each of n steps by the factor 1 + strength / n while it lies in
     [sigma_min, sigma_max]. Its limit of many steps, equally spaced in the formulation's time, is the family's member
-    with alpha = strength / (d log sigma / dt).
+    with alpha = strength / (d log sigma / dt). InputError if the strength is negative, or another argument is of the
+    wrong kind.
 
     Parameters
     ----------
@@ -156,11 +154,6 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
     -------
     Callable[[Tensor], Tensor]
         alpha as a function of time, for a `Sampler`.
-
-    Raises
-    ------
-    InputError
-        If the strength is negative, or another argument is of the wrong kind.
     """
     check_formulation(formulation)
     strength, sigma_min = check_number(strength, "strength", least=0), check_number(sigma_min, "sigma_min", least=0)
@@ -179,6 +172,9 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
                    callback: Callable[[int, float, Tensor], None] | None = None, memory: int = 2**28,
                    progress: bool = False) -> Tensor:
     """Draw n latent vectors for each measurement.
+
+    InputError if corrections are asked for without a density, or another argument is of the wrong kind; SolveError if
+    the adaptive method fails.
 
     Parameters
     ----------
@@ -204,13 +200,6 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
     Tensor
         Latents z, shape (B, n, r), dtype and device of the base. Samples outside the support of the latents are drawn
         again, with evaluations of their own, up to 20 times; a warning tells if some are outside even then.
-
-    Raises
-    ------
-    InputError
-        If corrections are asked for without a density, or another argument is of the wrong kind.
-    SolveError
-        If the adaptive method fails.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     check_kind(sampler, "sampler", Sampler, "a Sampler")

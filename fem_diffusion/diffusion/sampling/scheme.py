@@ -84,6 +84,8 @@ class Scheme:
 def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, start: float, end: float) -> Tensor:
     """Solve d state / d clock = velocity from `start` to `end` with SciPy's Runge-Kutta 5(4) pair.
 
+    SolveError if the step size underflows.
+
     Parameters
     ----------
     velocity : Callable
@@ -97,11 +99,6 @@ def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, st
     -------
     Tensor
         The state at `end`.
-
-    Raises
-    ------
-    SolveError
-        If the step size underflows.
     """
     def right(clock: float, flat: np.ndarray) -> np.ndarray:
         return velocity(clock, torch.as_tensor(flat).to(state).view_as(state)).double().cpu().numpy().ravel()

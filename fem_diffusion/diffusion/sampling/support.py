@@ -41,11 +41,12 @@ class Support:
 def find_support(z: Tensor) -> Support | None:
     """Bounds at which the density of the latents jumps to zero.
 
-    Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the
-    last. In a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2
-    with a standard deviation of 1 / (2 sqrt(m)) at a jump, and 0.7 to 0.9 in the tails of gamma, lognormal, normal
-    and t laws. A small mode far away has few pairs, too, so the density next to the bound must be a tenth of that
-    between the quartiles. Bounds lie one mean spacing beyond the outermost pair.
+    Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the last.
+    In a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2 with a
+    standard deviation of 1 / (2 sqrt(m)) at a jump, and 0.7 to 0.9 in the tails of gamma, lognormal, normal and t laws.
+    A small mode far away has few pairs, too, so the density next to the bound must be a tenth of that between the
+    quartiles. Bounds lie one mean spacing beyond the outermost pair. InputError if `z` is no tensor of finite real
+    numbers of that shape.
 
     Parameters
     ----------
@@ -56,11 +57,6 @@ def find_support(z: Tensor) -> Support | None:
     -------
     Support or None
         None where no latent has a hard bound, or where there are fewer than 1,000 pairs, too few to tell.
-
-    Raises
-    ------
-    InputError
-        If `z` is no tensor of finite real numbers of that shape.
     """
     check_tensor(z, "z", ("n", "r"), "latents")
     m = max(_LEAST, round(_SHARE * len(z)))

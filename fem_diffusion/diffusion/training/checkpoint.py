@@ -22,7 +22,7 @@ _MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 def save_state(path: str | os.PathLike, loop: "Loop", values: dict) -> None:
-    """Write the state of a `Loop`, and `values`, to a file.
+    """Write the state of a `Loop`, and `values`, to a file. FileError if it cannot be written.
 
     Parameters
     ----------
@@ -32,11 +32,6 @@ def save_state(path: str | os.PathLike, loop: "Loop", values: dict) -> None:
         The run.
     values : dict
         What else belongs to it, in JSON types.
-
-    Raises
-    ------
-    FileError
-        If it cannot be written.
     """
     moving = [i for i, x in enumerate(loop.network.parameters()) if x in loop.optimiser.state]
     tensors = _tensors(loop, moving) | {"best_losses": loop.best_losses, "marks": loop.marks,
@@ -57,7 +52,7 @@ def read_state(path: str | os.PathLike, device: str) -> files.Content:
 
 
 def load_state(content: files.Content, loop: "Loop") -> None:
-    """Put the state in a file into a `Loop`.
+    """Put the state in a file into a `Loop`. FileError if the state is not one that this run can have.
 
     Parameters
     ----------
@@ -65,11 +60,6 @@ def load_state(content: files.Content, loop: "Loop") -> None:
         From `read_state`.
     loop : Loop
         A run of the same task and options.
-
-    Raises
-    ------
-    FileError
-        If the state is not one that this run can have.
     """
     step, stale, moving = content.value("step", int), content.value("stale", int), content.value("moving", list)
     parameters = list(loop.network.parameters())

@@ -57,6 +57,9 @@ def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Condi
                      seed: int = 0) -> Collapse:
     """Compare the model at measurements that it was trained on with others.
 
+    InputError if shapes disagree, a value is not finite and real, there are fewer than two pairs, held-out latents are
+    training latents, or the seed is none.
+
     Parameters
     ----------
     training, held_out : tuple of Conditioned and Tensor
@@ -65,16 +68,6 @@ def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Condi
         All latents of the training, shape (m, r).
     seed : int
         Of all draws.
-
-    Returns
-    -------
-    Collapse
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, a value is not finite and real, there are fewer than two pairs, held-out latents
-        are training latents, or the seed is none.
     """
     for name, (conditioned, z) in (("training", training), ("held_out", held_out)):
         check_kind(conditioned, f"{name}[0]", Conditioned, "what Denoiser.at returns")

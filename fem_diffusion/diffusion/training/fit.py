@@ -63,7 +63,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
     exact, and where Hamiltonian moves from the base under the emulator's density give samples among which held-out
     latents rank evenly. At the end the spectrum is measured from which samplers place their steps, and collapse onto
-    the training pairs, of which a `CollapseWarning` tells.
+    the training pairs, of which a `CollapseWarning` tells. InputError if shapes disagree, an option is out of range, a
+    value is not finite, pairs are too few, or the folder of `checkpoint` is missing; FileError if `checkpoint` is
+    unreadable or belongs to other data, noise or options; SolveError if training diverges.
 
     Parameters
     ----------
@@ -95,16 +97,6 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         On the CPU: base in double, network in single precision, in evaluation mode.
     History
         The training curve of the network under the base.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree, an option is out of range, a value is not finite, pairs are too few, or the folder of
-        `checkpoint` is missing.
-    FileError
-        If `checkpoint` is unreadable or belongs to other data, noise or options.
-    SolveError
-        If training diverges.
     """
     check_choice(base, "base", ("gaussian", "plain"))
     check_flag(standard_prior, "standard_prior")

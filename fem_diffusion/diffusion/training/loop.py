@@ -32,7 +32,7 @@ _LOG_SIGMA = 20.0
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Settings of the training loop.
+    """Settings of the training loop. InputError if a setting is out of its range.
 
     Parameters
     ----------
@@ -60,11 +60,6 @@ class TrainingOptions:
         Of the training, e.g. "cpu" or "cuda".
     threads : int or None
         Threads of torch while training on the CPU; None leaves torch's setting.
-
-    Raises
-    ------
-    InputError
-        If a setting is out of its range.
     """
 
     steps: int = 10000
@@ -164,6 +159,9 @@ class Task(Protocol):
 class Loop:
     """One training run; a checkpoint holds all of its state.
 
+    InputError if the folder of `checkpoint` is missing; FileError if `checkpoint` is unreadable or belongs to another
+    task or other options.
+
     Parameters
     ----------
     task : Task
@@ -172,13 +170,6 @@ class Loop:
         Settings.
     checkpoint : path or None
         File that is written atomically at each evaluation; the run resumes from it where it exists.
-
-    Raises
-    ------
-    InputError
-        If the folder of `checkpoint` is missing.
-    FileError
-        If `checkpoint` is unreadable or belongs to another task or other options.
     """
 
     def __init__(self, task: Task, options: TrainingOptions, checkpoint: str | os.PathLike | None):
@@ -312,13 +303,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
-    """Indices of the training pairs and of the held-out ones.
-
-    Raises
-    ------
-    InputError
-        If too few pairs are left to train on.
-    """
+    """Indices of the training pairs and of the held-out ones. InputError if too few pairs are left to train on."""
     held_out = max(1, round(options.validation_fraction * size))
     if held_out >= size:
         raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
