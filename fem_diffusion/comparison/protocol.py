@@ -35,8 +35,8 @@ from fem_diffusion.diffusion import (
     CallableNoise, Conditioned, Denoiser, GaussianNoise, Sampler, ScoreNetwork, TrainingOptions, as_noise, fit_denoiser,
     sample_latents,
 )
-from fem_diffusion.diffusion.base.regression import check_pairs, spread
-from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.base.emulator import spread
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.progress import bar
 from fem_diffusion.trust.calibration import calibrate

@@ -8,30 +8,17 @@ from torch import Tensor
 from fem_diffusion.checks import LARGEST, check_kind, shape_fits, shape_words
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_generator", "check_near", "check_tensor"]
+__all__ = ["check_generator", "check_near", "check_pairs", "check_tensor"]
 
 # Beyond so many standard deviations of the training measurements a network in single precision overflows.
 _FAR = 1e12
 
 
 def check_tensor(x: Any, name: str, shape: tuple, columns: str = "columns") -> Tensor:
-    """A tensor of finite real numbers whose squares do not overflow.
+    """The tensor itself, of any real dtype: finite numbers whose squares do not overflow; InputError otherwise.
 
-    InputError if it is anything else; the message names the columns that hold bad values.
-
-    Parameters
-    ----------
-    x : Tensor
-        Of any real dtype, on any device.
-    name, columns : str
-        What it is and what its last axis counts, for messages.
-    shape : tuple
-        Of numbers, and of words that each stand for one number: ("n", "r").
-
-    Returns
-    -------
-    Tensor
-        `x` itself.
+    Its shape is of numbers, and of words that each stand for one number: ("n", "r"). Messages say by `columns` what
+    its last axis counts, and name those that hold bad values.
     """
     if not isinstance(x, Tensor):
         raise InputError(f"{name} is of type {type(x).__name__}: pass torch.as_tensor(...) of an array of shape "
@@ -48,6 +35,27 @@ def check_tensor(x: Any, name: str, shape: tuple, columns: str = "columns") -> T
         raise InputError(f"{name} holds values that are not finite, or beyond {LARGEST:g}, at {columns} {where}: leave "
                          "those samples out, mend where they come from, or take other units.")
     return x
+
+
+def check_pairs(z: Tensor, y: Tensor, more: int | None = None) -> tuple[int, int]:
+    """Numbers n and r; InputError unless readings (n, k) can be regressed on latents (n, r): n > 1, or n > r + more."""
+    check_tensor(z, "z", ("n", "r"), "latents")
+    check_tensor(y, "y", ("n", "k"), "sensors")
+    (n, r), k = z.shape, y.shape[1]
+    if len(y) != n or not r or not k:
+        raise InputError(f"Latents (n, r) and readings (n, k) are needed for the same pairs, not {tuple(z.shape)} and "
+                         f"{tuple(y.shape)}: simulate again.")
+    if n <= (1 if more is None else r + more):
+        raise InputError(f"{n} pairs cannot determine a base for {r} latents: simulate more, or keep fewer modes.")
+    if not (z.amax(0) > z.amin(0)).all():
+        raise InputError("A latent takes the same value in all pairs: leave it out.")
+    for name, x in (("latents", z), ("sensors", y)):
+        size = x.abs().amax(0)
+        small = (size > 0) & (size < 1 / LARGEST)
+        if small.any():
+            raise InputError(f"All values of {name} {torch.where(small)[0].tolist()} are below {1 / LARGEST:g}, where "
+                             "squares vanish: take other units.")
+    return n, r
 
 
 def check_near(deviations: Tensor) -> None:

@@ -12,12 +12,10 @@ scalars), and the probability-flow equation is :math:`dv/d\theta = -N`.
 """
 
 import math
-from collections.abc import Callable
-from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fem_diffusion.checks import check_device, check_flag, check_kind
 from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_density
@@ -27,6 +25,7 @@ from fem_diffusion.diffusion.checks import check_near, check_tensor
 from fem_diffusion.diffusion.network import ScoreNetwork
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
+from fem_diffusion.diffusion.tensors import mapped, moved
 from fem_diffusion.errors import InputError
 
 __all__ = ["Conditioned", "Denoiser"]
@@ -40,14 +39,10 @@ class Conditioned:
     ----------
     located : Located
         Gaussian base of each measurement.
-    network : ScoreNetwork or None
-        None where the base is the answer.
-    context : tuple of Tensor
-        What the network has made of each measurement, shape (B, ...) each.
-    spectrum : Spectrum or None
-        Of the posterior covariance in base coordinates, from which samplers place their steps.
-    support : Support or None
-        Hard bounds of the latents, which samplers keep.
+    network, context : ScoreNetwork or None, tuple of Tensor
+        None where the base is the answer, and what it has made of each measurement, shape (B, ...) each.
+    spectrum, support : Spectrum or None, Support or None
+        As for `Denoiser`: samplers place their steps by the one and keep the other.
     density : EmulatorDensity or None
         Of the posterior by the emulator, with which samplers correct what base and network have missed.
     """
@@ -68,21 +63,10 @@ class Conditioned:
         return self.located.mean.shape[1]
 
     def residual(self, v: Tensor, angle: float, rows: int | None = None) -> Tensor:
-        """What the network adds to the base.
+        """N(v, angle, y), what the network adds to the base, of the shape and dtype of `v`.
 
-        Parameters
-        ----------
-        v : Tensor
-            Unit-variance states in base coordinates, n of each measurement, shape (n, B, r).
-        angle : float
-            arctan(sigma).
-        rows : int, optional
-            States that are evaluated at once; all where left out.
-
-        Returns
-        -------
-        Tensor
-            N(v, angle, y), shape (n, B, r), dtype of `v`.
+        The states `v` (n, B, r) are of unit variance, in base coordinates; `angle` is arctan(sigma). So many `rows` are
+        evaluated at once, or all of them.
         """
         if self.network is None:
             return torch.zeros_like(v)
@@ -104,26 +88,15 @@ class Conditioned:
     def select(self, index: Tensor) -> "Conditioned":
         """Some of the measurements, by their numbers."""
         # What all measurements share stays as it is.
-        part = self._mapped(lambda x: x[index] if len(x) == len(self) > 1 else x)
-        mean = self.located.mean[index]
-        return replace(part, located=replace(part.located, mean=mean),
-                       density=part.density and replace(part.density, located=replace(part.density.located, mean=mean)))
+        own = self.located, self.context, self.density and (self.density.rows, self.density.target)
+        located, context, seen = mapped(own, lambda x: x[index] if len(x) == len(self) > 1 else x)
+        located = replace(located, mean=self.located.mean[index])
+        density = self.density and replace(self.density, located=located, rows=seen[0], target=seen[1])
+        return replace(self, located=located, context=context, density=density)
 
     def to(self, device: str | torch.device) -> "Conditioned":
         """A copy on another device; this one stays where it is. InputError where torch has no such device."""
-        device = check_device(device)
-        moved = self._mapped(lambda x: x.to(device))
-        network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
-        return replace(moved, network=network,
-                       density=moved.density and replace(moved.density, base=moved.density.base.to(device)))
-
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Conditioned":
-        """The same with a function applied to every tensor that belongs to measurements."""
-        def part(x: Located) -> Located:
-            return replace(x, **{f.name: function(getattr(x, f.name)) for f in fields(x)})
-        density = self.density and replace(self.density, located=part(self.density.located),
-                                           rows=function(self.density.rows), target=function(self.density.target))
-        return replace(self, located=part(self.located), context=tuple(map(function, self.context)), density=density)
+        return moved(self, check_device(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,10 +109,8 @@ class Denoiser:
         Gaussian approximation of the posterior of any measurement.
     network : ScoreNetwork or None
         None where the base is the answer.
-    spectrum : Spectrum, optional
-        Of the posterior covariance in base coordinates, over training measurements.
-    support : Support, optional
-        Hard bounds of the latents.
+    spectrum, support : Spectrum or None, Support or None
+        Of the posterior covariance in base coordinates, over training measurements; hard bounds of the latents.
     known : bool
         Whether latents are N(0, I) and noise is Gaussian and known, so that the emulator gives the density of any
         posterior.
@@ -164,8 +135,8 @@ class Denoiser:
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
 
-        InputError if shapes disagree, a number is not finite and real, a variance is not positive, or a reading is out
-        of all reach.
+        No sensors at all leave the prior. InputError if shapes disagree, a number is not finite and real, a variance is
+        not positive, or a reading is out of all reach.
 
         Parameters
         ----------
@@ -173,21 +144,14 @@ class Denoiser:
             Measurements, shape (B, k).
         layout : Layout, optional
             Of each measurement or of all; where left out, the fixed sensors whose readings the emulator gives.
-
-        Returns
-        -------
-        Conditioned
-            No sensors at all leave the prior.
         """
-        base = self.base
-        if layout is None:
-            y = check_tensor(y, "The measurement", ("B", base.k), "sensors").to(base.mean)
-            check_near(base.features(y))
+        base, fixed = self.base, layout is None
+        y = check_tensor(y, "The measurement", ("B", base.k if fixed else "k"), "sensors").to(base.mean)
+        if fixed:
             layout = Layout.readings(base.k, base.mean)
         else:
-            y = check_tensor(y, "The measurement", ("B", "k"), "sensors").to(base.mean)
             _check_layout(layout, base.k, *y.shape)
-            check_near(layout.standardised(y)[1])
+        check_near(base.features(y) if fixed else layout.standardised(y)[1])
         located = base.locate(layout, y)
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
@@ -202,9 +166,7 @@ class Denoiser:
 
     def to(self, device: str | torch.device) -> "Denoiser":
         """A copy on another device; this one stays where it is. InputError where torch has no such device."""
-        device = check_device(device)
-        network = deepcopy(self.network).to(device) if isinstance(self.network, nn.Module) else self.network
-        return replace(self, base=self.base.to(device), network=network)
+        return moved(self, check_device(device))
 
 
 def _check_layout(layout: Layout, s: int, size: int, k: int) -> None:

@@ -49,10 +49,9 @@ class Formulation:
     ----------
     name : str
         Name for tables and files.
-    variance : Callable[[Tensor], Tensor]
-        sigma^2(t), elementwise, increasing on [0, 1]; in units of the base's variance. It gets a copy of the times.
-    scaling : Callable[[Tensor], Tensor]
-        The scaling at time t, elementwise and positive; 1 for variance exploding. It gets a copy, too.
+    variance, scaling : Callable[[Tensor], Tensor]
+        sigma^2(t), increasing on [0, 1], in units of the base's variance; the scaling at time t, positive; both
+        elementwise. They get copies of the times.
     """
 
     name: str
@@ -131,20 +130,11 @@ def _derivative(function: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
         return torch.autograd.grad(value.sum(), t)[0] if value.requires_grad else torch.zeros_like(t)
 
 
-def _check_rate(beta_min: float, beta_max: float) -> tuple[float, float]:
-    beta_min = check_number(beta_min, "beta_min", above=0)
-    return beta_min, check_number(beta_max, "beta_max", least=beta_min)
-
-
 def variance_exploding(sigma_min: float = 0.01, sigma_max: float = 100.0, schedule: str = "geometric") -> Formulation:
-    """Variance exploding formulation: scaling 1. InputError unless 0 < sigma_min < sigma_max and the schedule is known.
+    """Variance exploding formulation: scaling 1; sigma(t) = sigma_min (sigma_max / sigma_min)^t, or "linear" in t.
 
-    Parameters
-    ----------
-    sigma_min, sigma_max : float
-        Noise levels at t = 0 and t = 1, in units of the base's standard deviation.
-    schedule : {"geometric", "linear"}
-        sigma(t) = sigma_min (sigma_max / sigma_min)^t, or sigma(t) linear in t.
+    The noise levels at t = 0 and t = 1 are in units of the base's standard deviation. InputError unless 0 < sigma_min <
+    sigma_max and the schedule is "geometric" or "linear".
     """
     check_choice(schedule, "schedule", ("geometric", "linear"))
     sigma_min = check_number(sigma_min, "sigma_min", above=0)
@@ -171,41 +161,28 @@ def variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0, schedule:
         Cosine schedule: noise level at t = 1.
     """
     check_choice(schedule, "schedule", ("linear", "cosine"))
-    beta_min, beta_max = _check_rate(beta_min, beta_max)
+    integral = _integral(beta_min, beta_max)
     sigma_max = check_number(sigma_max, "sigma_max", above=0)
     if schedule == "cosine":
         return replace(constant_moment(1.0, sigma_max), name="VP-cosine")
-    return Formulation("VP", lambda t: torch.expm1(_integral(t, beta_min, beta_max)),
-                       lambda t: torch.exp(_integral(t, beta_min, beta_max) / 2))
+    return Formulation("VP", lambda t: torch.expm1(integral(t)), lambda t: torch.exp(integral(t) / 2))
 
 
 def sub_variance_preserving(beta_min: float = 0.1, beta_max: float = 20.0) -> Formulation:
     """Sub-VP formulation (Song et al. 2021, eq. 14): a = exp(-B/2) and s = 1 - exp(-B) with B the integral of beta.
 
+    So sigma = 2 sinh(B/2) with scaling exp(B/2); the rate beta is linear from beta_min at t = 0 to beta_max at t = 1.
     InputError unless 0 < beta_min <= beta_max.
-
-    Parameters
-    ----------
-    beta_min, beta_max : float
-        The rate beta at t = 0 and t = 1, linear between.
-
-    Returns
-    -------
-    Formulation
-        sigma = 2 sinh(B/2) with scaling exp(B/2).
     """
-    beta_min, beta_max = _check_rate(beta_min, beta_max)
-    return Formulation("sub-VP", lambda t: 4 * torch.sinh(_integral(t, beta_min, beta_max) / 2) ** 2,
-                       lambda t: torch.exp(_integral(t, beta_min, beta_max) / 2))
+    integral = _integral(beta_min, beta_max)
+    return Formulation("sub-VP", lambda t: 4 * torch.sinh(integral(t) / 2) ** 2, lambda t: torch.exp(integral(t) / 2))
 
 
 def straight_line(sigma_max: float = 100.0) -> Formulation:
-    """Straight-line path a + s = 1, that of flow matching: scaling 1 + sigma. InputError unless sigma_max is positive.
+    """Straight-line path a + s = 1, that of flow matching: scaling 1 + sigma.
 
-    Parameters
-    ----------
-    sigma_max : float
-        Noise level at t = 1; s is linear in t up to sigma_max / (1 + sigma_max).
+    The noise level is sigma_max at t = 1; s is linear in t up to sigma_max / (1 + sigma_max). InputError unless
+    sigma_max is positive.
     """
     sigma_max = check_number(sigma_max, "sigma_max", above=0)
     end = sigma_max / (1 + sigma_max)
@@ -215,14 +192,8 @@ def straight_line(sigma_max: float = 100.0) -> Formulation:
 def constant_moment(variance: float, sigma_max: float = 100.0) -> Formulation:
     """Formulation under which data of the given variance keep it at all times: scaling sqrt(1 + sigma^2 / V).
 
-    InputError unless `variance` and sigma_max are positive.
-
-    Parameters
-    ----------
-    variance : float
-        V, variance of the data in each direction, in base coordinates.
-    sigma_max : float
-        Noise level at t = 1, in units of sqrt(V); arctan(sigma / sqrt(V)) is linear in t.
+    V is the variance in each direction, in base coordinates, sigma_max the noise level at t = 1 in units of sqrt(V);
+    arctan(sigma / sqrt(V)) is linear in t. InputError unless `variance` and sigma_max are positive.
     """
     sigma_max, variance = check_number(sigma_max, "sigma_max", above=0), check_number(variance, "variance", above=0)
     end = math.atan(sigma_max)
@@ -230,6 +201,8 @@ def constant_moment(variance: float, sigma_max: float = 100.0) -> Formulation:
                        lambda t: 1 / torch.cos(end * t))
 
 
-def _integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """Integral from 0 to t of the rate beta, linear from beta_min to beta_max."""
-    return beta_min * t + 0.5 * (beta_max - beta_min) * t**2
+def _integral(beta_min: float, beta_max: float) -> Callable[[Tensor], Tensor]:
+    """Integral from 0 to t of the rate beta, linear from beta_min to beta_max; InputError unless it is one."""
+    low = check_number(beta_min, "beta_min", above=0)
+    high = check_number(beta_max, "beta_max", least=low)
+    return lambda t: low * t + 0.5 * (high - low) * t**2

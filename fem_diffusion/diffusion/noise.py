@@ -26,10 +26,8 @@ class GaussianNoise:
 
     Parameters
     ----------
-    std : float or array_like of shape (k,)
-        Absolute standard deviation of each sensor, in units of the measurement.
-    relative : float or array_like of shape (k,)
-        Standard deviation as a fraction of the noise-free value.
+    std, relative : float or array_like of shape (k,)
+        Standard deviation of each sensor, in units of the measurement and as a fraction of the noise-free value.
     covariance : array_like of shape (k, k), optional
         Covariance of correlated noise, symmetric positive semidefinite and not zero, in units of the measurement
         squared. Sensors may be of any units, and some may have none of this noise.
@@ -55,28 +53,13 @@ class GaussianNoise:
                              "pass noise=None where the observations hold noise already.")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Noisy measurements for noise-free ones.
-
-        Parameters
-        ----------
-        y : Tensor
-            Noise-free observations, shape (B, k).
-        generator : torch.Generator
-            Source of randomness, on the device of `y`.
-
-        Returns
-        -------
-        Tensor
-            Measurements, shape (B, k), dtype and device of `y`.
-        """
+        """Noisy measurements (B, k) for noise-free ones (B, k), of their dtype and on their device."""
         self._check_observations(y)
         check_generator(generator, y.device)
+        like = {"generator": generator, "dtype": y.dtype, "device": y.device}
         scale = torch.sqrt(self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2)
-        noisy = y + scale * torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-        if self._factor is not None:
-            white = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
-            noisy = noisy + white @ self._factor.to(y).T
-        return noisy
+        noisy = y + scale * torch.randn(y.shape, **like)
+        return noisy if self._factor is None else noisy + torch.randn(y.shape, **like) @ self._factor.to(y).T
 
     def mean(self, y: Tensor) -> Tensor:
         """Mean of the noise, zero, shape (k,)."""
@@ -116,10 +99,7 @@ class GaussianNoise:
 class CallableNoise:
     """Noise of the user's own making. InputError if `function` cannot be called.
 
-    Parameters
-    ----------
-    function : Callable[[Tensor, torch.Generator], Tensor]
-        Maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
+    It maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
     """
 
     function: Callable[[Tensor, torch.Generator], Tensor]
@@ -128,10 +108,7 @@ class CallableNoise:
         check_callable(self.function, "The noise", "a function of observations and generator, or GaussianNoise")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Noisy measurements (B, k) for noise-free ones (B, k).
-
-        InputError if the user's callable returns another shape or values that are not finite.
-        """
+        """Noisy measurements (B, k) for noise-free ones (B, k); InputError unless they are finite and of that shape."""
         # The function may write into what it gets, and may return the same tensor in every call.
         noisy = self.function(y.clone(), generator)
         real = isinstance(noisy, Tensor) and not noisy.is_complex()
@@ -156,14 +133,9 @@ class CallableNoise:
 
 def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
              k: int | None = None) -> GaussianNoise | CallableNoise | None:
-    """The noise model that is meant. InputError if it is anything else, or for another number of sensors.
+    """The noise model that is meant; InputError if it is none, or for another number of sensors than k.
 
-    Parameters
-    ----------
-    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
-        Numbers are standard deviations in units of the measurement; None where the observations hold noise already.
-    k : int, optional
-        Number of sensors that it has to fit.
+    Numbers are standard deviations in units of the measurement; None stays where the observations hold noise already.
     """
     if isinstance(noise, dict) or callable(noise):
         raise InputError(f"noise is of type {type(noise).__name__}: pass "

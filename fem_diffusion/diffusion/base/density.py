@@ -32,14 +32,8 @@ _ROWS = 4096
 class EmulatorDensity:
     """Posterior densities of B measurements in base coordinates; from `emulator_density`.
 
-    Parameters
-    ----------
-    base : GaussianBase
-        Law of the latents and emulator.
-    located : Located
-        The base at each measurement.
-    rows, target : Tensor
-        Sensors and readings in units of noise and emulator error, shape (B, k, s) and (B, k).
+    `base` holds the law of the latents and the emulator, `located` is the base at each measurement; `rows` (B, k, s)
+    and `target` (B, k) are sensors and readings in units of noise and emulator error.
     """
 
     base: GaussianBase
@@ -73,18 +67,9 @@ class EmulatorDensity:
 
 
 def emulator_density(base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> EmulatorDensity:
-    """The emulator's posterior of located measurements.
+    """The emulator's posterior of measurements `y` (B, k), which ``base.locate(layout, y)`` has located.
 
-    Parameters
-    ----------
-    base : GaussianBase
-        Whose latents are Gaussian.
-    layout : Layout
-        Of B measurements, or one layout of them all.
-    y : Tensor
-        Measurements, shape (B, k).
-    located : Located
-        From ``base.locate(layout, y)``.
+    The latents have to be Gaussian; there are B layouts, or one of them all.
     """
     root, target = cholesky(base.noise(layout)), y - layout.offset
     rows = torch.linalg.solve_triangular(root, layout.rows.expand(len(root), -1, -1), upper=False)

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count, check_flag, check_options
-from fem_diffusion.diffusion.base.regression import check_pairs, regress, spread
-from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
-__all__ = ["Emulator", "affine_emulator", "fit_emulator"]
+__all__ = ["Emulator", "affine_emulator", "fit_emulator", "regress", "spread"]
 
 # A regression gains from more width than a score network does (docs/training.md).
 _WIDER = 2
@@ -36,25 +35,19 @@ class Emulator(nn.Module):
 
     Parameters
     ----------
-    r : int
-        Number of latents.
-    s : int
-        Number of state coordinates.
+    r, s : int
+        Numbers of latents and state coordinates.
     width, depth : int
         Of the hidden layers; a depth of 0 leaves the affine map alone.
 
     Attributes
     ----------
-    matrix : Tensor
-        A, shape (s, r).
-    offset : Tensor
-        f_0, shape (s,).
+    matrix, offset : Tensor
+        A, shape (s, r), and f_0, shape (s,).
     centre, unit : Tensor
         What is taken from latents before the network sees them, and what they are divided by then, shape (r,) each.
-    scale : Tensor
-        What the network's output is multiplied by, shape (s,).
-    residual : Tensor
-        Covariance of c - f(z) on held-out pairs, shape (s, s).
+    scale, residual : Tensor
+        What the network's output is multiplied by, shape (s,); covariance of c - f(z) on held-out pairs, shape (s, s).
     """
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
@@ -132,6 +125,24 @@ class _Regression(Task):
         return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
 
 
+def spread(centred: Tensor) -> Tensor:
+    """Root mean square of each column, shape (r,); 1 where it is zero."""
+    size = centred.square().mean(0).sqrt()
+    return torch.where(size > 0, size, 1.0)
+
+
+def regress(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares c = offset + G z, n > r + 1: G (k, r), offset (k,), and covariance (k, k) of what is left."""
+    n, r = z.shape
+    z_mean, c_mean = z.mean(0), c.mean(0)
+    centred, response = z - z_mean, c - c_mean
+    # Each latent in units of its own spread: what counts as a rank must not depend on units.
+    unit = spread(centred)
+    matrix = torch.linalg.lstsq(centred / unit, response).solution.T / unit
+    rest = response - centred @ matrix.T
+    return matrix, c_mean - matrix @ z_mean, rest.T @ rest / (n - r - 1)
+
+
 def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
     """Emulator c = offset + G z of a matrix G (s, r) and an offset (s,), with the covariance (s, s) of its error."""
     emulator = Emulator(*matrix.shape[::-1], width=1, depth=0).to(matrix.device)
@@ -141,33 +152,23 @@ def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulato
 
 def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
                  checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
-    """Regress coordinates of what sensors see on latents.
+    """Regress coordinates of what sensors see on latents: emulator, on the CPU, and training curve of its network.
 
+    It is affine where a network does not help on held-out pairs; losses are in units of what the affine map leaves.
     InputError if shapes disagree, there are too few pairs, or a value is not finite; FileError and SolveError as for
     `fit_denoiser`.
 
     Parameters
     ----------
-    z : Tensor
-        Latents, shape (n, r).
-    c : Tensor
-        Coordinates, shape (n, s).
+    z, c : Tensor
+        Latents, shape (n, r), and coordinates, shape (n, s).
     noise : Tensor
         Errors of each coordinate that count alike, positive, shape (s,): standard deviations of the readings' noise;
         of state modes one over their standard deviation, such that errors count as they do in the state.
     options : TrainingOptions
         Of the network, which is twice as wide.
-    checkpoint : path, optional
-        Training writes its state there and resumes from it.
-    progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Emulator
-        On the CPU; affine where a network does not help on held-out pairs.
-    History
-        Training curve of the network; losses in units of what the affine map leaves.
+    checkpoint, progress : path, optional, and bool
+        As for `fit_denoiser`.
     """
     check_options(options, TrainingOptions).check()
     check_flag(progress, "progress")

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_flag
-from fem_diffusion.diffusion.base.emulator import affine_emulator
+from fem_diffusion.diffusion.base.emulator import affine_emulator, regress
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
-from fem_diffusion.diffusion.base.regression import check_pairs, regress
-from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.errors import InputError
 
 __all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base"]
@@ -39,17 +38,10 @@ def linear_base(operator: Tensor, noise_covariance: Tensor, offset: Tensor | Non
 
     Parameters
     ----------
-    operator : Tensor
-        G, shape (k, r).
-    noise_covariance : Tensor
-        R, shape (k, k).
+    operator, noise_covariance : Tensor
+        G, shape (k, r), and R, shape (k, k).
     offset : Tensor, optional
         Observation of the prior mean, shape (k,); zero where left out.
-
-    Returns
-    -------
-    GaussianBase
-        In double precision; its law is the posterior.
     """
     k, r = check_tensor(operator, "The operator", ("k", "r"), "latents").shape
     offset = operator.new_zeros(k) if offset is None else check_tensor(offset, "The offset", (k,), "sensors")
@@ -69,19 +61,12 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
 
     Parameters
     ----------
-    z : Tensor
-        Latents, shape (n, r).
-    y : Tensor
-        Noise-free readings, shape (n, k).
+    z, y : Tensor
+        Latents, shape (n, r), and noise-free readings, shape (n, k).
     noise_covariance : Tensor
         R, shape (k, k).
     standard_prior : bool
         Take the prior moments of z as known, N(0, I), as for a Karhunen-Loeve basis; otherwise from the pairs.
-
-    Returns
-    -------
-    GaussianBase
-        In double precision on the device of `z`.
     """
     n, r = check_pairs(z, y, 1)
     check_tensor(noise_covariance, "The noise covariance", (y.shape[1], y.shape[1]), "sensors")
@@ -94,21 +79,8 @@ def fit_base(z: Tensor, y: Tensor, noise_covariance: Tensor, standard_prior: boo
 def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     """Base that standardises latents and measurements and knows nothing of how they depend on each other.
 
-    InputError if the shapes disagree, there are fewer than two pairs, or a latent or measurement does not vary.
-
-    Parameters
-    ----------
-    z : Tensor
-        Latents, shape (n, r).
-    y : Tensor
-        Noise-free readings, shape (n, k).
-    noise_covariance : Tensor
-        R, shape (k, k).
-
-    Returns
-    -------
-    GaussianBase
-        With an emulator of zero slope and a diagonal covariance.
+    Its emulator has no slope. InputError if the shapes disagree, there are fewer than two pairs, or a latent or
+    measurement does not vary; parameters as for `fit_base`.
     """
     check_pairs(z, y)
     k, r = y.shape[1], z.shape[1]

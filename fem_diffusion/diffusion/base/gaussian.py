@@ -18,8 +18,7 @@ The diffusion runs in base coordinates :math:`w = P^{-1/2}(z - \mu)`, where the 
 posterior. Where the base is the truth, w is standard normal for every measurement and the network has nothing to learn.
 """
 
-from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.tensors import moved
 from fem_diffusion.errors import SolveError
 
 __all__ = ["UPDATES", "GaussianBase", "Located", "apply", "cholesky", "solve_lower"]
@@ -48,16 +48,11 @@ class Located:
 
     Parameters
     ----------
-    mean : Tensor
-        Shape (B, r).
-    factor : Tensor
-        M⁻ᵀ, upper triangular, shape (B, r, r): z = mean + factor w.
-    whitener : Tensor
-        Mᵀ, shape (B, r, r).
-    sensitivity : Tensor
-        Derivative of the readings by w, in units of their noise, shape (B, k, r).
-    misfit : Tensor
-        Readings minus what is expected at the mean, in units of their noise, shape (B, k).
+    mean, factor, whitener : Tensor
+        Shape (B, r); M⁻ᵀ, upper triangular, shape (B, r, r), so that z = mean + factor w; Mᵀ.
+    sensitivity, misfit : Tensor
+        Derivative of the readings by w, shape (B, k, r), and readings minus what is expected at the mean, shape (B, k),
+        in units of the readings' noise.
     """
 
     mean: Tensor
@@ -96,10 +91,8 @@ class GaussianBase:
 
     Parameters
     ----------
-    mean : Tensor
-        Of the latents, shape (r,).
-    factor : Tensor
-        F with F Fᵀ = C, the covariance of the latents, upper triangular, shape (r, r).
+    mean, factor : Tensor
+        Of the latents, shape (r,), and upper triangular F with F Fᵀ = C, their covariance, shape (r, r).
     emulator : Emulator
         Of the coordinates that sensors see.
     updates : int
@@ -123,8 +116,7 @@ class GaussianBase:
 
     def to(self, device: str | torch.device) -> "GaussianBase":
         """A copy on another device; this one stays where it is."""
-        return GaussianBase(self.mean.to(device), self.factor.to(device), deepcopy(self.emulator).to(device),
-                            self.updates)
+        return moved(self, device)
 
     @cached_property
     def precision(self) -> Tensor:
@@ -161,21 +153,12 @@ class GaussianBase:
         return covariance + torch.diag_embed(_FLOOR * signal)
 
     def locate(self, layout: Layout, y: Tensor) -> Located:
-        """Gaussian approximation of the posterior of each measurement. SolveError if a covariance is not positive.
-
-        Parameters
-        ----------
-        layout : Layout
-            Of B measurements, or one layout of them all.
-        y : Tensor
-            Measurements, shape (B, k).
-        """
+        """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
         affine = self.emulator.head is None
         if not affine and len(y) > _TOGETHER:
-            parts = [self.locate(layout.select(part), y[part])
-                     for part in torch.arange(len(y), device=y.device).split(_TOGETHER)]
-            joined = ([getattr(part, f.name) for part in parts] for f in fields(Located))
-            return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in joined))   # shared by all, or apart
+            indices = torch.arange(len(y), device=y.device).split(_TOGETHER)
+            parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]
+            return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in zip(*parts)))   # shared by all, or apart
         identity, noise = torch.eye(self.r, dtype=y.dtype, device=y.device), self.noise(layout)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], None if affine else _points(self.r, y)
@@ -204,19 +187,13 @@ class GaussianBase:
         return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
 
     def standardised(self, located: Located) -> Located:
-        """The same Gaussians of latents that are centred and divided by their prior standard deviations.
-
-        Base coordinates are the same, and what a network sees does not depend on the units of latents.
-        """
+        """The same Gaussians of latents in units of their prior spread: base coordinates stay, latents lose units."""
         std = self.factor.square().sum(1).sqrt()
         return replace(located, mean=(located.mean - self.mean) / std, factor=located.factor / std[:, None],
                        whitener=located.whitener * std)
 
     def _fit(self, rows: Tensor, mean: Tensor, factor: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Best affine fit over N(mean, factor factorᵀ) to readings without offset.
-
-        Returns the derivative by z (B, k, r), the mean (B, k), and the covariance of what is not affine (B, k, k).
-        """
+        """Of readings over N(mean, factor factorᵀ): slope by z (B, k, r), mean (B, k), covariance of the rest."""
         z = mean[:, None] + points @ factor.mT
         c = self.emulator(z.flatten(0, 1)).unflatten(0, z.shape[:2])
         readings = rows @ c.mT
@@ -251,11 +228,9 @@ def solve_lower(root: Tensor, x: Tensor) -> Tensor:
 
 
 def _points(r: int, like: Tensor) -> Tensor:
-    """Points (n, r) with the mean, covariance and third moments of a standard normal, in general position.
-
-    For few latents they lie on two shells, in several rotations, to come near the fourth moments as well, on which
-    depends what counts as not affine; for many latents a normal law is near one shell itself.
-    """
+    """Points (n, r) with the mean, covariance and third moments of a standard normal, in general position."""
+    # Two shells in several rotations come near the fourth moments as well, on which depends what counts as not affine.
+    # For many latents a normal law is near one shell itself.
     generator = torch.Generator().manual_seed(0)
     apart = 0.0 if r >= _FEW else min(1.0, (2 / r)**0.5)
     shells = [(r * (1 + sign * apart))**0.5 for sign in ((1, -1) if apart else (0,))]

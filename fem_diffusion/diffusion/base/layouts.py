@@ -5,14 +5,14 @@ fields on a mesh. A layout has any number of sensors. Layouts of a batch are pad
 row sees nothing and reads zero with unit noise, so it says nothing.
 """
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fem_diffusion.checks import check_all, check_count
 from fem_diffusion.diffusion.checks import check_tensor
+from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.errors import InputError
 
 __all__ = ["Layout", "LayoutFamily", "LayoutKind"]
@@ -26,10 +26,9 @@ class Layout:
     ----------
     rows : Tensor
         Over the s state coordinates c, shape (B, k, s).
-    offset : Tensor
-        Readings of the mean state, shape (B, k), in units of the measurement.
-    variance : Tensor
-        Of the noise, positive, shape (B, k), in units of the measurement squared.
+    offset, variance : Tensor
+        Readings of the mean state, and variance of the noise, positive, shape (B, k) each, in units of the measurement
+        and its square.
     present : Tensor
         False where a row is padding, shape (B, k), bool.
     """
@@ -56,7 +55,7 @@ class Layout:
 
     def select(self, index: Tensor) -> "Layout":
         """Layouts of some of the measurements; the one layout of all stays as it is."""
-        return self if len(self) == 1 else Layout(*(getattr(self, f.name)[index] for f in fields(self)))
+        return self if len(self) == 1 else mapped(self, lambda x: x[index])
 
     def measure(self, c: Tensor, generator: torch.Generator) -> Tensor:
         """Readings (B, k) with noise; zero where a row is padding."""
@@ -73,11 +72,6 @@ class Layout:
                         self.present)
         return layout, (y - self.offset) / spread
 
-    def to(self, *args: Any, **kwargs: Any) -> "Layout":
-        """Copy with every tensor moved by `torch.Tensor.to`; `present` stays a mask."""
-        moved = [getattr(self, f.name).to(*args, **kwargs) for f in fields(self)]
-        return Layout(*moved[:3], moved[3].bool())
-
 
 @dataclass(frozen=True, eq=False)
 class LayoutKind:
@@ -90,11 +84,9 @@ class LayoutKind:
     ----------
     rows : Tensor
         Of K candidates with g rows each (a time series has several), shape (K, g, s).
-    offset : Tensor
-        Shape (K, g).
-    std : Tensor
-        Smallest and largest standard deviation of the noise, shape (2, K, g); each sensor draws its own,
-        log-uniformly between them.
+    offset, std : Tensor
+        Shape (K, g), and the smallest and largest standard deviation of the noise, shape (2, K, g); each sensor draws
+        its own, log-uniformly between them.
     count : tuple of int
         Fewest and most candidates in a layout; between them the logarithm of the number is uniform.
     """
@@ -129,26 +121,16 @@ class LayoutKind:
         low, high = self.std[:, chosen]
         std = low**(1 - share) * high**share
         seen = present[:, :, None].expand_as(std)
-        flat = [torch.where(seen[..., None], self.rows[chosen], 0.0).flatten(1, 2),
-                torch.where(seen, self.offset[chosen], 0.0).flatten(1),
-                torch.where(seen, std**2, 1.0).flatten(1), seen.flatten(1)]
-        return Layout(*flat)
-
-    def to(self, *args: Any, **kwargs: Any) -> "LayoutKind":
-        """Copy with every tensor moved by `torch.Tensor.to`."""
-        return LayoutKind(*(x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std)), self.count)
+        return Layout(torch.where(seen[..., None], self.rows[chosen], 0.0).flatten(1, 2),
+                      torch.where(seen, self.offset[chosen], 0.0).flatten(1),
+                      torch.where(seen, std**2, 1.0).flatten(1), seen.flatten(1))
 
 
 @dataclass(frozen=True, eq=False)
 class LayoutFamily:
     """Random layouts: some sensors of each kind, all in one measurement.
 
-    InputError if there is no kind, or their numbers of state coordinates differ.
-
-    Parameters
-    ----------
-    kinds : tuple of LayoutKind
-        With the same state coordinates.
+    InputError unless the kinds are one or more, with the same number of state coordinates.
     """
 
     kinds: tuple[LayoutKind, ...]
@@ -169,9 +151,5 @@ class LayoutFamily:
 
     def draw(self, size: int, generator: torch.Generator) -> Layout:
         """Independent layouts, `size` of them."""
-        parts = [kind.draw(size, generator) for kind in self.kinds]
-        return Layout(*(torch.cat([getattr(part, f.name) for part in parts], dim=1) for f in fields(Layout)))
-
-    def to(self, *args: Any, **kwargs: Any) -> "LayoutFamily":
-        """Copy with every tensor moved by `torch.Tensor.to`."""
-        return LayoutFamily(tuple(kind.to(*args, **kwargs) for kind in self.kinds))
+        parts = [vars(kind.draw(size, generator)).values() for kind in self.kinds]
+        return Layout(*(torch.cat(x, dim=1) for x in zip(*parts)))

@@ -9,7 +9,7 @@ beside the regression is noise to a measurement.
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.base.regression import regress, spread
+from fem_diffusion.diffusion.base.emulator import regress, spread
 
 __all__ = ["visible_modes"]
 
@@ -23,21 +23,10 @@ _LOOKED_AT, _HELD_OUT, _POINTS, _ROUNDS, _RIDGES = 2000, 0.2, 200, 3, (1e-7, 1e-
 
 
 def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> int:
-    """The fewest leading modes with which the log density of held-out measurements is as good as with any number.
+    """The fewest leading modes, 1 to r, with which the log density of held-out measurements is as good as with any.
 
-    Parameters
-    ----------
-    z : Tensor
-        Latents, independent, those of the largest modes first, shape (n, r).
-    y : Tensor
-        Readings, shape (n, k).
-    noise_covariance : Tensor or None
-        Of noise that the readings do not hold yet, shape (k, k); None where they hold all of it.
-
-    Returns
-    -------
-    int
-        Between 1 and r.
+    Takes independent latents (n, r), those of the largest modes first, readings (n, k), and the covariance (k, k) of
+    noise that the readings do not hold yet, None where they hold all of it.
     """
     z, y = z[:_LOOKED_AT].double().cpu(), y[:_LOOKED_AT].double().cpu()
     unit = spread(y - y.mean(0))

@@ -24,7 +24,7 @@ from fem_diffusion.diffusion.base.emulator import fit_emulator
 from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
-from fem_diffusion.diffusion.base.regression import check_pairs
+from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
@@ -32,6 +32,7 @@ from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
+from fem_diffusion.diffusion.tensors import moved
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
@@ -157,7 +158,7 @@ class _Parts:
         """With layouts on a device."""
         if not isinstance(self.noise, LayoutFamily):
             return self
-        return replace(self, measure=_drawn(self.noise.to(device)))
+        return replace(self, measure=_drawn(moved(self.noise, device)))
 
 
 def _drawn(family: LayoutFamily) -> Measure:
@@ -177,7 +178,7 @@ def _family(c: Tensor, family: LayoutFamily) -> _Parts:
 
     def share(residual: Tensor) -> float:
         return float((((rows @ residual) * rows).sum(1) / std**2).max())
-    family = family.to("cpu", torch.float64)
+    family = moved(family, "cpu", torch.float64)
     return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
 
 
