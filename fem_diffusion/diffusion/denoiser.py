@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fem_diffusion.checks import check_device, check_flag, check_kind
+from fem_diffusion.checks import check_flag, check_kind
 from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_density
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
@@ -25,14 +25,14 @@ from fem_diffusion.diffusion.checks import check_near, check_tensor
 from fem_diffusion.diffusion.network import ScoreNetwork
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
-from fem_diffusion.diffusion.tensors import mapped, moved
+from fem_diffusion.diffusion.tensors import Tensors, mapped
 from fem_diffusion.errors import InputError
 
 __all__ = ["Conditioned", "Denoiser"]
 
 
 @dataclass(frozen=True, eq=False)
-class Conditioned:
+class Conditioned(Tensors):
     """A denoiser with B measurements built in: all that samplers, densities and corrections see.
 
     Parameters
@@ -94,13 +94,9 @@ class Conditioned:
         density = self.density and replace(self.density, located=located, rows=seen[0], target=seen[1])
         return replace(self, located=located, context=context, density=density)
 
-    def to(self, device: str | torch.device) -> "Conditioned":
-        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
-        return moved(self, check_device(device))
-
 
 @dataclass(frozen=True, eq=False)
-class Denoiser:
+class Denoiser(Tensors):
     """Gaussian base and network together. InputError if a part is of the wrong kind.
 
     Parameters
@@ -163,10 +159,6 @@ class Denoiser:
         with torch.no_grad():
             context = self.network.context(*self.network.see(base, layout, y, located))
         return Conditioned(located, self.network, tuple(context), self.spectrum, self.support, density)
-
-    def to(self, device: str | torch.device) -> "Denoiser":
-        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
-        return moved(self, check_device(device))
 
 
 def _check_layout(layout: Layout, s: int, size: int, k: int) -> None:

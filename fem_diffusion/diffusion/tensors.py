@@ -2,28 +2,35 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["mapped", "moved"]
+from fem_diffusion.checks import check_device
+
+__all__ = ["Tensors", "mapped"]
 
 T = TypeVar("T")
+Self = TypeVar("Self", bound="Tensors")
+
+
+class Tensors:
+    """Mixin of dataclasses that hold tensors, networks and further such parts."""
+
+    def to(self: Self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """A copy on another device; this one stays where it is. InputError where torch has no such device."""
+        to = {"device": check_device(device), "dtype": dtype}
+        return mapped(self, lambda x: deepcopy(x).to(**to) if isinstance(x, nn.Module) else x.to(**to))
 
 
 def mapped(part: T, function: Callable[[Any], Any]) -> T:
-    """A copy with a function applied to every tensor and network in a dataclass or tuple, however deep."""
+    """A copy with a function applied to every tensor and network in `Tensors` or in a tuple, however deep."""
     if isinstance(part, (Tensor, nn.Module)):
         return function(part)
     if isinstance(part, tuple):
         return tuple(mapped(x, function) for x in part)
-    if is_dataclass(part) and not isinstance(part, type):
+    if isinstance(part, Tensors):
         return replace(part, **{f.name: mapped(getattr(part, f.name), function) for f in fields(part)})
     return part
-
-
-def moved(part: T, *to: str | torch.device | torch.dtype) -> T:
-    """A copy moved by the `to` of tensors and networks; this one stays where it is."""
-    return mapped(part, lambda x: deepcopy(x).to(*to) if isinstance(x, nn.Module) else x.to(*to))

@@ -20,6 +20,7 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply, cholesky, solve_lower
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+from fem_diffusion.diffusion.tensors import Tensors
 
 __all__ = ["EmulatorDensity", "emulator_density"]
 
@@ -29,7 +30,7 @@ _ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class EmulatorDensity:
+class EmulatorDensity(Tensors):
     """Posterior densities of B measurements in base coordinates; from `emulator_density`.
 
     `base` holds the law of the latents and the emulator, `located` is the base at each measurement; `rows` (B, k, s)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.layouts import Layout
-from fem_diffusion.diffusion.tensors import moved
+from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.errors import SolveError
 
 __all__ = ["UPDATES", "GaussianBase", "Located", "apply", "cholesky", "solve_lower"]
@@ -41,7 +41,7 @@ _TOGETHER = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Located:
+class Located(Tensors):
     """Gaussians N(mean, P) of B measurements, with P⁻¹ = M Mᵀ, and what the sensors see there.
 
     A leading size of 1 in place of B says that all measurements share the tensor.
@@ -86,7 +86,7 @@ class Located:
 
 
 @dataclass(frozen=True, eq=False)
-class GaussianBase:
+class GaussianBase(Tensors):
     """Law of the latents and emulator: gives a Gaussian for every measurement by any sensors.
 
     Parameters
@@ -113,10 +113,6 @@ class GaussianBase:
     def k(self) -> int:
         """Number of coordinates that sensors see: of the readings, where the sensors are fixed."""
         return len(self.emulator.offset)
-
-    def to(self, device: str | torch.device) -> "GaussianBase":
-        """A copy on another device; this one stays where it is."""
-        return moved(self, device)
 
     @cached_property
     def precision(self) -> Tensor:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fem_diffusion.checks import check_all, check_count
 from fem_diffusion.diffusion.checks import check_tensor
-from fem_diffusion.diffusion.tensors import mapped
+from fem_diffusion.diffusion.tensors import Tensors, mapped
 from fem_diffusion.errors import InputError
 
 __all__ = ["Layout", "LayoutFamily", "LayoutKind"]
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Layout(Tensors):
     """Linear sensors of B measurements: reading = offset + rows · c + noise.
 
     Parameters
@@ -74,7 +74,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)
-class LayoutKind:
+class LayoutKind(Tensors):
     """Candidates of one kind, of which a layout holds some.
 
     InputError if shapes disagree, a number is not finite and real, a standard deviation is not positive or the smallest
@@ -127,7 +127,7 @@ class LayoutKind:
 
 
 @dataclass(frozen=True, eq=False)
-class LayoutFamily:
+class LayoutFamily(Tensors):
     """Random layouts: some sensors of each kind, all in one measurement.
 
     InputError unless the kinds are one or more, with the same number of state coordinates.

@@ -1,18 +1,16 @@
 """Score networks, interchangeable behind one protocol; a new one is a file here and a line in `NETWORKS`."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
-
-if TYPE_CHECKING:
-    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
-    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["NETWORKS", "ScoreNetwork", "build"]
 
@@ -31,7 +29,7 @@ class ScoreNetwork(Protocol):
     def dtype(self) -> torch.dtype:
         """Floating point type of its states."""
 
-    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+    def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """What it looks at of B measurements (B, k), in its own precision, shape (B, ...) each; no weights take part.
 
         The layout and parts of `located` may be shared, with a leading size of 1; so may the results. Nothing that it

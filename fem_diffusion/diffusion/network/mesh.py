@@ -13,19 +13,16 @@ matrix: another mesh of the same domain exchanges the geometry and keeps the wei
 """
 
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_count, check_kind
-from fem_diffusion.diffusion.network.mlp import Block, harmonics
+from fem_diffusion.checks import check_kind
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.network.mlp import Block, Network, harmonics
 from fem_diffusion.errors import InputError
-
-if TYPE_CHECKING:
-    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
-    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["FieldGeometry", "FieldNetwork"]
 
@@ -40,10 +37,9 @@ class FieldGeometry:
 
     Parameters
     ----------
-    modes : Tensor
-        Values of the modes at the points, orthonormal in L2, shape (r, q).
-    projector : Tensor
-        Maps values at the points to amplitudes of the modes, shape (q, r).
+    modes, projector : Tensor
+        Values of the modes at the points, orthonormal in L2, shape (r, q), and the map of values at the points to
+        amplitudes of the modes, shape (q, r).
     gradients : Tensor
         Of the modes at the points, in units of one over the distance between modes, shape (d, r, q).
     mean, mean_gradient : Tensor
@@ -60,29 +56,15 @@ class FieldGeometry:
     std: Tensor
 
 
-class FieldNetwork(nn.Module):
+class FieldNetwork(Network):
     """Residual network with layers on the mesh for N(v, angle, features of y); zero before training.
 
-    It can be called once `on` has put it on a mesh. InputError if a size is not positive.
-
-    Parameters
-    ----------
-    r : int
-        Number of latents.
-    k : int
-        Number of measurement features.
-    width, depth : int
-        Of the residual network between the layers on the mesh.
-    channels : int
-        Fields that the layers on the mesh hold.
-    dimension : int
-        Components of a gradient.
+    It can be called once `on` has put it on a mesh. Sizes are as for `ResidualMLP`, with the number of fields that the
+    layers on the mesh hold, `channels`, and of components of a gradient, `dimension`.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
-        super().__init__()
-        sizes = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels, "dimension": dimension}
-        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+        super().__init__(r=r, k=k, width=width, depth=depth, channels=channels, dimension=dimension)
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.lift = nn.Linear(_FIELDS + dimension, 2 * channels)
@@ -97,13 +79,8 @@ class FieldNetwork(nn.Module):
         for parameter in (*self.lift_condition.parameters(), *self.head.parameters(), self.head_field.weight):
             nn.init.zeros_(parameter)
         # Geometry is no state: it belongs to a mesh, the weights to all.
-        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
-            self.register_buffer(name, None, persistent=False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type of the weights."""
-        return self.head.weight.dtype
+        for f in fields(FieldGeometry):
+            self.register_buffer(f.name, None, persistent=False)
 
     @property
     def row_size(self) -> int:
@@ -111,14 +88,9 @@ class FieldNetwork(nn.Module):
         return 12 * self.config["channels"] * self.modes.shape[1]
 
     def on(self, geometry: FieldGeometry) -> "FieldNetwork":
-        """A copy with the same weights on a mesh.
+        """A copy with the same weights on a mesh, that of the basis whose latents the network sees.
 
         InputError if the geometry has another number of latents or dimensions.
-
-        Parameters
-        ----------
-        geometry : FieldGeometry
-            Of the basis whose latents the network sees.
         """
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
         found, wanted = (len(geometry.std), len(geometry.gradients)), (self.config["r"], self.config["dimension"])
@@ -126,24 +98,20 @@ class FieldNetwork(nn.Module):
             raise InputError(f"The network was made for {wanted[0]} latents in {wanted[1]} dimensions, the geometry "
                              f"has {found[0]} modes in {found[1]}: pass the basis of the training, or train anew.")
         network = deepcopy(self)
-        for name in ("modes", "projector", "gradients", "mean", "mean_gradient", "std"):
-            setattr(network, name, getattr(geometry, name).to(self.head.weight))
+        for name, x in vars(geometry).items():
+            setattr(network, name, x.to(self.head.weight))
         return network
 
-    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+    def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """Whitened measurements (B, k), and amplitudes of the base: means (B, r) and factors (B, r, r)."""
         seen = base.features(y), self.std * located.mean, self.std[:, None] * located.factor
         return tuple(x.to(self.dtype) for x in seen)
-
-    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
-        """The same; see `ScoreNetwork`."""
-        return seen
 
     def forward(self, v: Tensor, angle: Tensor, features: Tensor, centre: Tensor, factor: Tensor) -> Tensor:
         """Network output (n, B, r) for states (n, B, r), angles and what `see` gives; see `ScoreNetwork`."""
         shape, rows = v.shape, v.shape[0] * v.shape[1]
         features, centre, angle = (x.expand(*shape[:2], -1).reshape(rows, -1) for x in (features, centre, angle))
-        state, v = _apply(factor, v).reshape(rows, -1), v.reshape(rows, -1)
+        state, v = apply(factor, v).reshape(rows, -1), v.reshape(rows, -1)
         condition = self.embed_condition(torch.cat([features, harmonics(angle)], dim=-1))
         values, switches = self._pointwise(state, centre, angle, condition)
         amplitudes = (values * switches @ self.projector).transpose(0, 1).flatten(1)
@@ -153,7 +121,7 @@ class FieldNetwork(nn.Module):
         x = self.norm(x)
         decoded = self.write(x).view(rows, -1, shape[2]).transpose(0, 1) @ self.modes
         product = (decoded * _at_points(self.gate, torch.cat([values, switches]))).sum(0) @ self.projector
-        return self.head(x).view(shape) + self.head_field(_apply(factor.mT, product.view(shape)))
+        return self.head(x).view(shape) + self.head_field(apply(factor.mT, product.view(shape)))
 
     def _pointwise(self, state: Tensor, centre: Tensor, angle: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         """Two affine maps of the fields at every point, one of them squashed, each (channels, B, q)."""
@@ -163,11 +131,6 @@ class FieldNetwork(nn.Module):
         values = torch.cat([values[:2] + self.mean, values[2:], slopes])
         values, switches = (_at_points(self.lift, values) + self.lift_condition(condition).T[:, :, None]).chunk(2)
         return values, torch.tanh(switches)
-
-
-def _apply(matrix: Tensor, x: Tensor) -> Tensor:
-    """Products (n, B, r) of matrices (B, r, r), or of one for all, with vectors (n, B, r)."""
-    return x @ matrix[0].mT if len(matrix) == 1 else torch.einsum("bij,nbj->nbi", matrix, x)
 
 
 def _at_points(layer: nn.Linear, channels: Tensor) -> Tensor:

@@ -1,17 +1,34 @@
 """Score networks: residual networks with conditioning on noise level and measurement."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
+from fem_diffusion.diffusion.base.layouts import Layout
 
-if TYPE_CHECKING:
-    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
-    from fem_diffusion.diffusion.base.layouts import Layout
+__all__ = ["Block", "Network", "ResidualMLP", "harmonics"]
 
-__all__ = ["Block", "ResidualMLP", "harmonics"]
+
+class Network(nn.Module):
+    """What the networks here share; see `ScoreNetwork`. Sizes end up in `config`, from which files make it again."""
+
+    def __init__(self, **sizes: int):
+        super().__init__()
+        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the weights."""
+        return next(self.parameters()).dtype
+
+    def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
+        """Whitened measurements (B, k)."""
+        return base.features(y).to(self.dtype),
+
+    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
+        """The same."""
+        return seen
 
 
 class Block(nn.Module):
@@ -35,27 +52,15 @@ def harmonics(angle: Tensor) -> Tensor:
     return torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
 
 
-class ResidualMLP(nn.Module):
+class ResidualMLP(Network):
     """Residual multilayer perceptron for N(v, angle, features of y); zero before training.
 
-    InputError if a size is not positive.
-
-    Parameters
-    ----------
-    r : int
-        Number of latents.
-    k : int
-        Number of measurement features.
-    width : int
-        Width of the residual stream.
-    depth : int
-        Number of residual blocks.
+    It has r latents, k measurement features, and `depth` residual blocks around a stream of this width; InputError if
+    a size is not positive.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3):
-        super().__init__()
-        sizes = {"r": r, "k": k, "width": width, "depth": depth}
-        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+        super().__init__(r=r, k=k, width=width, depth=depth)
         self.embed_input = nn.Linear(r + k, width)
         self.embed_condition = nn.Sequential(nn.Linear(k + 6, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
@@ -63,19 +68,6 @@ class ResidualMLP(nn.Module):
         self.head = nn.Linear(width, r)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type of the weights."""
-        return self.head.weight.dtype
-
-    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
-        """Whitened measurements (B, k)."""
-        return base.features(y).to(self.dtype),
-
-    def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
-        """The same; see `ScoreNetwork`."""
-        return seen
 
     def forward(self, v: Tensor, angle: Tensor, features: Tensor) -> Tensor:
         """Network output (n, B, r) for states (n, B, r), angles and features (B, k); see `ScoreNetwork`."""

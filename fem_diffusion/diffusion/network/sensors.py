@@ -1,17 +1,12 @@
 """A score network that sees its measurement as a set of sensors, whatever their number and order."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion.network.mlp import ResidualMLP
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.network.mlp import Network, ResidualMLP
 from fem_diffusion.errors import InputError
-
-if TYPE_CHECKING:
-    from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
-    from fem_diffusion.diffusion.base.layouts import Layout
 
 __all__ = ["SensorNetwork"]
 
@@ -20,7 +15,7 @@ _SEEN = 32
 _HEADS = 4
 
 
-class SensorNetwork(nn.Module):
+class SensorNetwork(Network):
     """N(v, angle) for a located measurement: attention over sensors once, then a residual network at every noise level.
 
     Every sensor is a token: what it sees of the state and of the base coordinates, its noise, its reading and how that
@@ -31,22 +26,14 @@ class SensorNetwork(nn.Module):
 
     Parameters
     ----------
-    r : int
-        Number of latents.
-    k : int
-        Number of state coordinates.
-    width, depth : int
-        Of the residual network.
-    tokens : int
-        Width of a token.
-    queries : int
-        Number of learned queries.
+    r, k, width, depth : int
+        Numbers of latents and state coordinates, sizes of the residual network.
+    tokens, queries : int
+        Width of a token, number of learned queries.
     """
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
-        super().__init__()
-        sizes = {"r": r, "k": k, "width": width, "depth": depth, "tokens": tokens, "queries": queries}
-        self.config = {name: check_count(size, name) for name, size in sizes.items()}
+        super().__init__(r=r, k=k, width=width, depth=depth, tokens=tokens, queries=queries)
         if tokens % _HEADS:
             raise InputError(f"tokens is {tokens}: give a multiple of {_HEADS}.")
         self.seen = min(k, _SEEN)
@@ -59,12 +46,7 @@ class SensorNetwork(nn.Module):
         self.gather = nn.Sequential(nn.Linear(queries * tokens, tokens), nn.SiLU())
         self.flow = ResidualMLP(2 * r, 2 * r + tokens, width, depth)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type of the weights."""
-        return self.flow.dtype
-
-    def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
+    def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """Tokens (B, k, .), which are there (B, k), and of the base mean and log std (B, 2 r) and factor (B, r, r)."""
         (layout, y), located = layout.standardised(y), base.standardised(located)
         numbers = torch.stack([y, located.misfit, torch.log(layout.variance.sqrt()).expand_as(y)], 2)
@@ -88,7 +70,7 @@ class SensorNetwork(nn.Module):
     def forward(self, v: Tensor, angle: Tensor, summary: Tensor, factor: Tensor) -> Tensor:
         """Network output (n, B, r) for states (n, B, r), angles and what `context` gives; see `ScoreNetwork`."""
         r = v.shape[2]
-        latent = summary[:, :r] + torch.cos(angle) * torch.einsum("bij,nbj->nbi", factor, v)
+        latent = summary[:, :r] + torch.cos(angle) * apply(factor, v)
         output = self.flow(torch.cat([v, latent], 2), angle, summary)
         # A score of the latents becomes one of base coordinates by the transposed factor.
-        return output[..., :r] + torch.einsum("bij,nbi->nbj", factor, output[..., r:])
+        return output[..., :r] + apply(factor.mT, output[..., r:])

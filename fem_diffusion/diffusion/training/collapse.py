@@ -34,11 +34,9 @@ class Collapse:
 
     Parameters
     ----------
-    spread_ratio : float
-        Posterior standard deviation at training measurements over that at held-out ones, geometric means.
-    neighbour_ratio : float
-        Distance of samples at held-out measurements from the nearest training latents, over the distance of the
-        held-out latents themselves, medians.
+    spread_ratio, neighbour_ratio : float
+        Posterior standard deviation at training measurements over that at held-out ones, geometric means; distance of
+        samples at held-out measurements from the nearest training latents, over that of the held-out latents, medians.
     """
 
     spread_ratio: float
@@ -66,8 +64,6 @@ def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Condi
         Denoiser at measurements, and the latents (n, r) behind them; at least two of each.
     trained : Tensor
         All latents of the training, shape (m, r).
-    seed : int
-        Of all draws.
     """
     for name, (conditioned, z) in (("training", training), ("held_out", held_out)):
         check_kind(conditioned, f"{name}[0]", Conditioned, "what Denoiser.at returns")

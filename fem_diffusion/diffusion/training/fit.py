@@ -25,14 +25,14 @@ from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
-from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
-from fem_diffusion.diffusion.tensors import moved
+from fem_diffusion.diffusion.tensors import Tensors, mapped
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
@@ -50,8 +50,6 @@ _TRUTHS, _FEWEST_TRUTHS, _RANKED, _BINS, _CHANCE = 256, 100, 19, 5, 1e-3
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
 _NEGLIGIBLE = 1e-2
 
-Measure = Callable[[Tensor, torch.Generator], tuple[Layout, Tensor]]
-
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | float | LayoutFamily | None = None, *,
                  base: str = "gaussian", standard_prior: bool = False, options: TrainingOptions = TrainingOptions(),
@@ -64,17 +62,18 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
     exact, and where Hamiltonian moves from the base under the emulator's density give samples among which held-out
     latents rank evenly. At the end the spectrum is measured from which samplers place their steps, and collapse onto
-    the training pairs, of which a `CollapseWarning` tells. InputError if shapes disagree, an option is out of range, a
+    the training pairs, of which a `CollapseWarning` tells.
+
+    Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
+    the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a
     value is not finite, pairs are too few, or the folder of `checkpoint` is missing; FileError if `checkpoint` is
     unreadable or belongs to other data, noise or options; SolveError if training diverges.
 
     Parameters
     ----------
-    z : Tensor
-        Latents, shape (n, r); any scale.
-    y : Tensor
-        Noise-free readings, shape (n, k), or measurements where `noise` is None; any units. For a family coordinates of
-        the state, of unit variance, shape (n, s).
+    z, y : Tensor
+        Latents, shape (n, r), of any scale; noise-free readings, shape (n, k), or measurements where `noise` is None,
+        in any units; for a family coordinates of the state, of unit variance, shape (n, s).
     noise : GaussianNoise, CallableNoise, float, LayoutFamily or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
@@ -91,13 +90,6 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         Train a `FieldNetwork` on this mesh; for fixed sensors the fully connected `ResidualMLP` where left out.
     progress : bool
         Show progress bars.
-
-    Returns
-    -------
-    Denoiser
-        On the CPU: base in double, network in single precision, in evaluation mode.
-    History
-        The training curve of the network under the base.
     """
     check_choice(base, "base", ("gaussian", "plain"))
     check_flag(standard_prior, "standard_prior")
@@ -109,20 +101,19 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         if isinstance(noise, LayoutFamily):
             raise InputError("A network with layers on the mesh is for fixed sensors: leave geometry out for a family.")
     z, y = z.double().cpu(), y.double().cpu()
-    parts = (_family if isinstance(noise, LayoutFamily) else _fixed)(y, noise)
+    parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(y, noise)
     with threads(options.threads):
         bases = _bases(z, y, parts, base, standard_prior, options, checkpoint, progress)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
-        affine = bases[0].emulator.head is None
-        if denoiser.known and affine and parts.share(
-                bases[0].emulator.residual - parts.covariance) < _NEGLIGIBLE:
+        emulator = bases[0].emulator
+        if denoiser.known and emulator.head is None and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
             return denoiser, History()
-        if parts.network == "sensors":
+        if parts.family:
             options = replace(options, learning_rate=_RATE * options.learning_rate)
         device = torch.device(options.device)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
-        tasks = [_Denoising(z.to(device), y.to(device), replace(parts, geometry=geometry).to(device),
+        tasks = [_Denoising(z.to(device), y.to(device), parts.to(device), geometry,
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
         task = min(tasks, key=lambda task: task.surprise)
         if task.settled():
@@ -137,35 +128,30 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
 
 
 @dataclass(frozen=True)
-class _Parts:
+class _Parts(Tensors):
     """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
 
-    `measure` maps coordinates (B, s) and a generator to a layout and measurements (B, k), `covariance` (s, s) is the
-    noise that the base's residual has to hold, `weights` (s,) tells what errors of coordinates count, `share` how much
-    an emulator's error makes of the noise, `constant` whether the noise is Gaussian and known.
+    `covariance` (s, s) is the noise that the base's residual has to hold, `weights` (s,) tells what errors of
+    coordinates count, `share` how much an emulator's error makes of the noise, `constant` whether the noise is Gaussian
+    and known.
     """
 
-    network: str
-    measure: Measure
+    noise: GaussianNoise | CallableNoise | LayoutFamily | None
     covariance: Tensor
     weights: Tensor | None
     share: Callable[[Tensor], float]
     constant: bool
-    noise: GaussianNoise | CallableNoise | LayoutFamily | None
-    geometry: FieldGeometry | None = None
 
-    def to(self, device: torch.device) -> "_Parts":
-        """With layouts on a device."""
-        if not isinstance(self.noise, LayoutFamily):
-            return self
-        return replace(self, measure=_drawn(moved(self.noise, device)))
+    @property
+    def family(self) -> bool:
+        return isinstance(self.noise, LayoutFamily)
 
-
-def _drawn(family: LayoutFamily) -> Measure:
-    def measure(c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
-        layout = family.draw(len(c), generator)
-        return layout, layout.measure(c, generator)
-    return measure
+    def measure(self, c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
+        """A layout and measurements (B, k) of coordinates (B, s)."""
+        if isinstance(self.noise, LayoutFamily):
+            layout = self.noise.draw(len(c), generator)
+            return layout, layout.measure(c, generator)
+        return Layout.readings(c.shape[1], c), c if self.noise is None else self.noise.sample(c, generator)
 
 
 def _family(c: Tensor, family: LayoutFamily) -> _Parts:
@@ -178,8 +164,8 @@ def _family(c: Tensor, family: LayoutFamily) -> _Parts:
 
     def share(residual: Tensor) -> float:
         return float((((rows @ residual) * rows).sum(1) / std**2).max())
-    family = moved(family, "cpu", torch.float64)
-    return _Parts("sensors", _drawn(family), c.new_zeros(s, s), family.weights, share, True, family)
+    family = family.to("cpu", torch.float64)
+    return _Parts(family, c.new_zeros(s, s), family.weights, share, True)
 
 
 def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _Parts:
@@ -189,17 +175,13 @@ def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _P
     unit = covariance.diagonal().sqrt()
     known = isinstance(noise, GaussianNoise) and bool((unit > 0).all())
 
-    def measure(c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
-        return Layout.readings(k, c), c if noise is None else noise.sample(c, generator)
-
     def share(residual: Tensor) -> float:
         if not known:
             return math.inf
         values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
         axes = axes / values.clamp(min=_NEGLIGIBLE**2).sqrt()
         return float(torch.linalg.eigvalsh(axes.T @ (residual / unit / unit[:, None]) @ axes)[-1])
-    return _Parts("latents", measure, covariance, 1 / unit if known else None, share,
-                  known and noise.constant, noise)
+    return _Parts(noise, covariance, 1 / unit if known else None, share, known and noise.constant)
 
 
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
@@ -227,7 +209,7 @@ class _Seen:
 
     def select(self, index: Tensor) -> "_Seen":
         """Some of the measurements."""
-        return _Seen(tuple(x if len(x) == 1 else x[index] for x in self.inputs), self.w[:, index])
+        return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
 class _Denoising(Task):
@@ -235,9 +217,10 @@ class _Denoising(Task):
 
     name = "train"
 
-    def __init__(self, z: Tensor, c: Tensor, parts: _Parts, denoiser: Denoiser, options: TrainingOptions):
-        self.options, self.denoiser, self.source = options, denoiser, parts
-        shared = denoiser.base.emulator.head is None and parts.network != "sensors"
+    def __init__(self, z: Tensor, c: Tensor, parts: _Parts, geometry: FieldGeometry | None, denoiser: Denoiser,
+                 options: TrainingOptions):
+        self.options, self.denoiser, self.source, self.geometry = options, denoiser, parts, geometry
+        shared = denoiser.base.emulator.head is None and not parts.family
         self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
@@ -259,7 +242,8 @@ class _Denoising(Task):
 
     def network(self) -> nn.Module:
         base, options = self.denoiser.base, self.options
-        return build(self.source.network, base.r, base.k, options.width, options.depth, self.source.geometry)
+        return build("sensors" if self.source.family else "latents", base.r, base.k, options.width, options.depth,
+                     self.geometry)
 
     def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
         """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.
@@ -288,8 +272,7 @@ class _Denoising(Task):
         if not self.denoiser.known or self.denoiser.base.emulator.head is None or len(z) < _FEWEST_TRUTHS:
             return False
         generator = torch.Generator(z.device).manual_seed(self.options.seed + 3)
-        layout, y = self.source.measure(c, generator)
-        conditioned = self.denoiser.at(y, layout if self.source.network == "sensors" else None)
+        conditioned = self._conditioned(self.denoiser, c, generator)
         w = torch.randn(_RANKED, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
         for _ in range(CORRECTIONS):
             w = conditioned.density.move(w, generator)[0]
@@ -339,15 +322,17 @@ class _Denoising(Task):
                 speeds.append(torch.cat(squares).mean())
         return fit_spectrum(angles, torch.stack(speeds))
 
+    def _conditioned(self, denoiser: Denoiser, c: Tensor, generator: torch.Generator) -> Conditioned:
+        """The denoiser at measurements of coordinates (B, s), with fresh sensors and noise."""
+        layout, y = self.source.measure(c, generator)
+        return denoiser.at(y, layout if self.source.family else None)
+
     def collapse(self, denoiser: Denoiser, history: History) -> None:
         """Measure collapse, warn of it, and put it into the history."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
-
-        def conditioned(z: Tensor, c: Tensor) -> tuple:
-            layout, y = self.source.measure(c, generator)
-            return denoiser.at(y, layout if self.source.network == "sensors" else None), z
-        found = measure_collapse(conditioned(*(x[:_HELD_OUT] for x in (self.z, self.c))),
-                                 conditioned(*self.held_out), self.z, self.options.seed)
+        pairs = (self.z[:_HELD_OUT], self.c[:_HELD_OUT]), self.held_out
+        found = measure_collapse(*((self._conditioned(denoiser, c, generator), z) for z, c in pairs), self.z,
+                                 self.options.seed)
         found.warn()
         history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
 
