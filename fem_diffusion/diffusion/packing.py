@@ -22,17 +22,9 @@ REMEDY = "Copy it again, or train anew."
 
 
 def pack(parts: dict) -> tuple[dict, dict]:
-    """Arrays and values of a file that holds these parts.
+    """Arrays and values of a file, for `files.write`, by the names of its parts.
 
-    Parameters
-    ----------
-    parts : dict
-        Name to a dataclass of tensors and numbers, to a network with its sizes in `config`, or to None.
-
-    Returns
-    -------
-    dict of numpy.ndarray, dict
-        For `files.write`.
+    A part is a dataclass of tensors and numbers, a network with its sizes in `config`, or None.
     """
     arrays, values = {}, {}
     for name, part in parts.items():
@@ -48,24 +40,9 @@ def pack(parts: dict) -> tuple[dict, dict]:
 
 def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.dtype = torch.float64,
            finite: bool = True) -> Any:
-    """A part of a file as a dataclass, or None.
+    """A part of a file as a dataclass of tensors and numbers, or None; FileError unless all are there and fit.
 
-    FileError if a tensor or number is missing, or is not of its shape and type.
-
-    Parameters
-    ----------
-    content : Content
-        Of the file.
-    name : str
-        Of the part.
-    kind : type
-        Dataclass of tensors and numbers.
-    shapes : dict of tuple
-        Shape of each tensor, by field; None in place of a size that may be any.
-    dtype : torch.dtype
-        Of the tensors.
-    finite : bool
-        Whether tensors must be finite.
+    `shapes` gives the shape of each tensor, by field, with None in place of a size that may be any.
     """
     found = content.value(name, dict, type(None))
     if found is None:
@@ -80,21 +57,10 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
 
 
 def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
-    """A network of a file, in evaluation mode, or None.
+    """A network of a file, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
     if class, sizes and tensors do not fit each other.
-
-    Parameters
-    ----------
-    content : Content
-        Of the file.
-    name : str
-        Of the part.
-    kinds : sequence of type
-        Classes that it may be of.
-    sizes : dict of int
-        What some of its sizes must be.
     """
     settings = content.value(name, dict, type(None))
     if settings is None:
@@ -123,18 +89,6 @@ def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: d
     return network.eval().requires_grad_(False)
 
 
-def _unpack_sampling(content: Content, r: int) -> tuple[Spectrum | None, Support | None]:
-    """What samplers know of a model: spectrum, and bounds of its r latents; FileError where they are none."""
-    spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
-    support = unpack(content, "support", Support, {"lower": (r,), "upper": (r,)}, finite=False)
-    if spectrum is not None and not (len(spectrum.variances) == len(spectrum.weights) and (spectrum.variances > 0).all()
-                                     and (spectrum.weights >= 0).all()):
-        raise content.error("holds no spectrum of variances")
-    if support is not None and not (support.lower < support.upper).all():
-        raise content.error("holds bounds of the latents without room between them")
-    return spectrum, support
-
-
 def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh."""
     base = denoiser.base
@@ -145,10 +99,7 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
 
 
 def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
-    """What `pack_denoiser` put into a file; a network on fields has yet to be put on its mesh.
-
-    FileError if the parts do not make up a denoiser.
-    """
+    """What `pack_denoiser` put into a file, but for the mesh; FileError if the parts do not make up a denoiser."""
     k, r = content.array("emulator.matrix", None, None).shape
     mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (
         ("mean", (r,)), ("factor", (r, r))))
@@ -159,6 +110,12 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
     network = _unpack_network(content, "network", list(NETWORKS.values()), {"r": r, "k": k})
     if emulator is None:
         raise content.error("holds no emulator")
-    denoiser = Denoiser(GaussianBase(mean, factor, emulator, updates), network, *_unpack_sampling(content, r),
-                        content.value("known", bool))
-    return denoiser, unpack_history(content)
+    spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
+    support = unpack(content, "support", Support, {"lower": (r,), "upper": (r,)}, finite=False)
+    if spectrum is not None and not (len(spectrum.variances) == len(spectrum.weights) and (spectrum.variances > 0).all()
+                                     and (spectrum.weights >= 0).all()):
+        raise content.error("holds no spectrum of variances")
+    if support is not None and not (support.lower < support.upper).all():
+        raise content.error("holds bounds of the latents without room between them")
+    base, known = GaussianBase(mean, factor, emulator, updates), content.value("known", bool)
+    return Denoiser(base, network, spectrum, support, known), unpack_history(content)

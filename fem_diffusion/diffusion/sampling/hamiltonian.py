@@ -10,30 +10,22 @@ __all__ = ["hamiltonian_move"]
 
 def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
                      length: float, leaps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Move points by a leapfrog trajectory that is accepted or refused (Neal 2011, section 5.3).
+    """Move points by a leapfrog trajectory that is accepted or refused (Neal 2011, section 5.3): points, acceptance.
 
     The trajectory is reversible and keeps volume for any force that depends on the position alone, so the force may
-    come from a cheap approximation: the law stays exp(-energy) and only the acceptance suffers.
+    come from a cheap approximation: the law stays exp(-energy) and only the acceptance, shape (...), suffers.
 
     Parameters
     ----------
     position : Tensor
         Points, shape (..., r), in coordinates in which their law is near standard normal.
-    energy : Callable[[Tensor], Tensor]
-        Negative log density up to a constant, (..., r) to (...); points where it is not finite are refused.
-    force : Callable[[Tensor], Tensor]
-        Gradient of the energy or an approximation, (..., r) to (..., r).
-    length : float
-        Of a leapfrog step.
-    leaps : int
-        Number of steps.
+    energy, force : Callable[[Tensor], Tensor]
+        Negative log density up to a constant, (..., r) to (...); points where it is not finite are refused. Its
+        gradient or an approximation, (..., r) to (..., r).
+    length, leaps : float, int
+        Of a leapfrog step, and number of them.
     generator : torch.Generator
         Of momenta and acceptance, on the device of the points.
-
-    Returns
-    -------
-    tuple of Tensor
-        The new points, shape (..., r), and which of them were accepted, shape (...).
     """
     like = {"generator": generator, "dtype": position.dtype, "device": position.device}
     momentum = torch.randn(position.shape, **like)

@@ -26,10 +26,11 @@ _EXACT = 256
 
 def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = None, seed: int = 0,
                 chunk: int = 256) -> Tensor:
-    """Log density of latents given measurements, by the diffusion model without corrections.
+    """Log density (B, n) of latents given measurements, by the diffusion model without corrections.
 
-    InputError if shapes disagree, a value is not finite and real, or another argument is of the wrong kind; SolveError
-    if the flow cannot be integrated.
+    It is minus infinity outside the support of the latents; inside, the law is not divided by the mass that stays
+    inside hard bounds, where there are any. InputError if shapes disagree, a value is not finite and real, or another
+    argument is of the wrong kind; SolveError if the flow cannot be integrated.
 
     Parameters
     ----------
@@ -40,16 +41,8 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     probes : int, optional
         Random vectors of Hutchinson's estimate of the divergence; 0 takes the exact divergence, at the cost of r
         derivatives. Where left out: exact for r <= 256, otherwise 8 probes.
-    seed : int
-        Of the probes.
-    chunk : int
-        Rows that are integrated together.
-
-    Returns
-    -------
-    Tensor
-        log p(z | y), shape (B, n), dtype and device of the base; minus infinity outside the support of the latents.
-        Inside, the law is not divided by the mass that stays inside hard bounds, where there are any.
+    seed, chunk : int
+        Of the probes; rows that are integrated together.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     located, r = conditioned.located, conditioned.r

@@ -40,10 +40,8 @@ class Spectrum:
 
     Parameters
     ----------
-    variances : Tensor
-        Positive, shape (m,).
-    weights : Tensor
-        Share of the latents with that variance, >= 0, shape (m,).
+    variances, weights : Tensor
+        Positive, and the share of the latents with that variance, >= 0, shape (m,) each.
     """
 
     variances: Tensor
@@ -51,21 +49,15 @@ class Spectrum:
 
 
 def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
-    """Spectrum from the mean square of the network at several angles.
+    """Spectrum, of at most n variances, from the mean square of the network at n angles.
 
     InputError if the shapes differ, a mean square is negative or not finite, or an angle is out of range.
 
     Parameters
     ----------
-    angles : Tensor
-        arctan(sigma), between 0 and pi/2, shape (n,).
-    speeds : Tensor
-        Mean square of N a latent, over the law of v at each angle, shape (n,); 0 where the base is the truth.
-
-    Returns
-    -------
-    Spectrum
-        With at most n variances of positive weight.
+    angles, speeds : Tensor
+        arctan(sigma), between 0 and pi/2, shape (n,), and the mean square of N a latent, over the law of v at each
+        angle, shape (n,); 0 where the base is the truth.
     """
     check_tensor(angles, "angles", ("n",))
     check_tensor(speeds, "speeds", (len(angles),))
@@ -79,23 +71,10 @@ def fit_spectrum(angles: Tensor, speeds: Tensor) -> Spectrum:
 
 
 def place_angles(spectrum: Spectrum | None, steps: int, order: int = 2) -> Tensor:
-    """Angles from pi/2, pure noise, down to 0 that share the error of a method evenly among its steps.
+    """Angles (steps + 1,) from pi/2, pure noise, down to 0 that share the error of a method evenly among its steps.
 
-    InputError if `steps` or `order` is no positive integer, or `spectrum` no Spectrum.
-
-    Parameters
-    ----------
-    spectrum : Spectrum or None
-        Of the posterior; None spreads the angles evenly.
-    steps : int
-        Number of steps, at least 1.
-    order : int
-        Order of the method.
-
-    Returns
-    -------
-    Tensor
-        Shape (steps + 1,), double precision, decreasing, first entry pi/2, last entry 0.
+    They are spread evenly without a spectrum; `order` is that of the method. InputError if `steps` or `order` is no
+    positive integer, or `spectrum` no Spectrum.
     """
     steps, order = check_count(steps, "steps"), check_count(order, "order")
     if spectrum is not None:

@@ -106,7 +106,11 @@ class Sampler:
         if self.corrections is not None:
             object.__setattr__(self, "corrections", check_count(self.corrections, "corrections", least=0))
         if self.formulation is not None:
-            _check_reach(check_formulation(self.formulation), self.coordinates)
+            first, last = _checked(self.formulation).sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+            if last < _LARGE or (self.coordinates == "plain" and first > _SMALL):
+                raise InputError(f"Formulation {self.formulation.name} runs from sigma = {first:g} to {last:g}: "
+                                 f"sampling starts from noise alone, at {_LARGE:g} or more, and ends, in plain "
+                                 f"coordinates, at {_SMALL:g} or less.")
         if self.scheme.deterministic and not still:
             raise InputError(f"The method {self.method!r} in {self.coordinates} coordinates follows the ODE, "
                              "alpha = 0: take 'heun' for alpha > 0.")
@@ -145,17 +149,10 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
     ----------
     formulation : Formulation
         Whose time and steps are meant.
-    strength : float
-        S_churn, >= 0.
-    sigma_min, sigma_max : float
-        S_tmin and S_tmax, in units of the base's standard deviation.
-
-    Returns
-    -------
-    Callable[[Tensor], Tensor]
-        alpha as a function of time, for a `Sampler`.
+    strength, sigma_min, sigma_max : float
+        S_churn, >= 0, and S_tmin and S_tmax, in units of the base's standard deviation.
     """
-    check_formulation(formulation)
+    _checked(formulation)
     strength, sigma_min = check_number(strength, "strength", least=0), check_number(sigma_min, "sigma_min", least=0)
     if not (isinstance(sigma_max, float) and sigma_max == math.inf):
         sigma_max = check_number(sigma_max, "sigma_max", least=sigma_min)
@@ -171,40 +168,28 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
 def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(), *, seed: int,
                    callback: Callable[[int, float, Tensor], None] | None = None, memory: int = 2**28,
                    progress: bool = False) -> Tensor:
-    """Draw n latent vectors for each measurement.
+    """Draw n latent vectors for each measurement: z (B, n, r), of dtype and device of the base.
 
-    InputError if corrections are asked for without a density, or another argument is of the wrong kind; SolveError if
-    the adaptive method fails.
+    Samples outside the support of the latents are drawn again, with evaluations of their own, up to 20 times; a warning
+    tells if some are outside even then. InputError if corrections are asked for without a density, or another argument
+    is of the wrong kind; SolveError if the adaptive method fails.
 
     Parameters
     ----------
     conditioned : Conditioned
         From `Denoiser.at`.
-    n : int
-        Samples of each measurement.
-    sampler : Sampler
-        How to integrate the reverse process.
-    seed : int
-        Of all draws.
+    n, sampler, seed : int, Sampler, int
+        Samples of each measurement, how to integrate the reverse process, seed of all draws.
     callback : Callable, optional
         Called after each step with its number, the noise level it reached and the state in latent coordinates,
         shape (B, n, r); the adaptive method calls it once, at the end.
     memory : int
         Bound in bytes on what one evaluation of the network may hold; larger batches are evaluated in parts. Samples
         do not depend on it beyond rounding.
-    progress : bool
-        Show a progress bar.
-
-    Returns
-    -------
-    Tensor
-        Latents z, shape (B, n, r), dtype and device of the base. Samples outside the support of the latents are drawn
-        again, with evaluations of their own, up to 20 times; a warning tells if some are outside even then.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     check_kind(sampler, "sampler", Sampler, "a Sampler")
-    n, memory = check_count(n), check_count(memory, "memory")
-    check_flag(progress, "progress")
+    n, memory, progress = check_count(n), check_count(memory, "memory"), check_flag(progress, "progress")
     if callback is not None:
         check_callable(callback, "callback", "a function of step, noise level and latents")
     if sampler.corrections and conditioned.density is None:
@@ -256,17 +241,8 @@ def _redraw(z: Tensor, conditioned: Conditioned, sampler: Sampler, generator: to
                       "no hard bounds and the support of the denoiser should be None.", stacklevel=3)
 
 
-def check_formulation(formulation: Formulation) -> Formulation:
-    """The formulation itself; InputError where it is none."""
+def _checked(formulation: Formulation) -> Formulation:
     return check_kind(formulation, "formulation", Formulation, "a Formulation such as variance_preserving()")
-
-
-def _check_reach(formulation: Formulation, coordinates: str) -> None:
-    first, last = formulation.sigma(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-    if last < _LARGE or (coordinates == "plain" and first > _SMALL):
-        raise InputError(f"Formulation {formulation.name} runs from sigma = {first:g} to {last:g}: sampling starts "
-                         f"from noise alone, at {_LARGE:g} or more, and ends, in plain coordinates, at {_SMALL:g} or "
-                         "less.")
 
 
 def _row_bytes(conditioned: Conditioned) -> int:

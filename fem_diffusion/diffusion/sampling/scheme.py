@@ -24,30 +24,15 @@ _TOLERANCE = 1e-5
 class Run:
     """One call of a sampler, as the steps of a method see it.
 
-    Parameters
-    ----------
-    conditioned : Conditioned
-        Denoiser with B measurements.
-    rows : int
-        States that are evaluated at once.
-    normal : Callable[[], Tensor]
-        Draws standard normal numbers, shape (n, B, r).
-    formulation : Formulation
-        Whose time is meant.
-    angles : list of float
-        arctan(sigma) of the steps, falling to 0.
-    alpha : Callable[[Tensor], Tensor]
-        As a function of time.
-    report : Callable[[int, float, Tensor], None]
-        Takes the number of a step, the noise level that it reached and the state in base coordinates, up to scale.
+    `report` takes the number of a step, the noise level that it reached and the state in base coordinates, up to scale.
     """
 
-    conditioned: Conditioned
-    rows: int
-    normal: Callable[[], Tensor]
-    formulation: Formulation
-    angles: list[float]
-    alpha: Callable[[Tensor], Tensor]
+    conditioned: Conditioned              # denoiser with B measurements
+    rows: int                             # states that are evaluated at once
+    normal: Callable[[], Tensor]          # draws standard normal numbers, shape (n, B, r)
+    formulation: Formulation              # whose time is meant
+    angles: list[float]                   # arctan(sigma) of the steps, falling to 0
+    alpha: Callable[[Tensor], Tensor]     # as a function of time
     report: Callable[[int, float, Tensor], None]
 
     def residual(self, v: Tensor, angle: float) -> Tensor:
@@ -61,44 +46,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A method: how it runs, what it costs, its order.
+    """A method: how it runs, what it costs, its order."""
 
-    Parameters
-    ----------
-    run : Callable[[Run], Tensor]
-        Gives the state at sigma = 0 in base coordinates, shape (n, B, r).
-    evaluations : Callable[[int], int]
-        Network evaluations of so many steps.
-    order : int
-        Order of the error in the step.
-    deterministic : bool
-        Whether only alpha = 0 is served.
-    """
-
-    run: Callable[[Run], Tensor]
-    evaluations: Callable[[int], int]
-    order: int
-    deterministic: bool = False
+    run: Callable[[Run], Tensor]        # gives the state at sigma = 0 in base coordinates, shape (n, B, r)
+    evaluations: Callable[[int], int]   # of the network, for so many steps
+    order: int                          # of the error in the step
+    deterministic: bool = False         # whether only alpha = 0 is served
 
 
 def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, start: float, end: float) -> Tensor:
-    """Solve d state / d clock = velocity from `start` to `end` with SciPy's Runge-Kutta 5(4) pair.
+    """State at `end` of d state / d clock = velocity(clock, state), by SciPy's Runge-Kutta 5(4) pair.
 
-    SolveError if the step size underflows.
-
-    Parameters
-    ----------
-    velocity : Callable
-        Maps the clock and a state to a tensor of the state's shape.
-    state : Tensor
-        Any shape; the error is controlled in the root mean square over all entries.
-    start, end : float
-        Of the clock, in either order.
-
-    Returns
-    -------
-    Tensor
-        The state at `end`.
+    The clock may run backwards; the error is controlled in the root mean square over all entries of the state, which is
+    of any shape. SolveError if the step size underflows.
     """
     def right(clock: float, flat: np.ndarray) -> np.ndarray:
         return velocity(clock, torch.as_tensor(flat).to(state).view_as(state)).double().cpu().numpy().ravel()

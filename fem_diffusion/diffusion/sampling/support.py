@@ -22,13 +22,7 @@ _DENSITY = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Support:
-    """Bounds of the latents.
-
-    Parameters
-    ----------
-    lower, upper : Tensor
-        Shape (r,); infinite where there is no bound.
-    """
+    """Bounds of the latents, shape (r,); infinite where there is none."""
 
     lower: Tensor
     upper: Tensor
@@ -39,7 +33,7 @@ class Support:
 
 
 def find_support(z: Tensor) -> Support | None:
-    """Bounds at which the density of the latents jumps to zero.
+    """Bounds at which the density of latents (n, r) jumps to zero; None without any, or with fewer than 1,000 pairs.
 
     Next to a jump pairs lie evenly: the middle one of the m outermost halves the distance from the first to the last.
     In a tail they crowd towards the last. So the ratio of the two distances, which knows no scale, is 1/2 with a
@@ -47,16 +41,6 @@ def find_support(z: Tensor) -> Support | None:
     A small mode far away has few pairs, too, so the density next to the bound must be a tenth of that between the
     quartiles. Bounds lie one mean spacing beyond the outermost pair. InputError if `z` is no tensor of finite real
     numbers of that shape.
-
-    Parameters
-    ----------
-    z : Tensor
-        Latents, shape (n, r).
-
-    Returns
-    -------
-    Support or None
-        None where no latent has a hard bound, or where there are fewer than 1,000 pairs, too few to tell.
     """
     check_tensor(z, "z", ("n", "r"), "latents")
     m = max(_LEAST, round(_SHARE * len(z)))
@@ -74,10 +58,7 @@ def find_support(z: Tensor) -> Support | None:
 
 
 def _edge(outermost: Tensor, longest: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower bound and whether it is hard, shape (r,) each.
-
-    Takes the m smallest latents in order, shape (m, r), and the longest distance (r,) over which a bound spreads them.
-    """
+    """Lower bound (r,) and whether it is hard; `longest` (r,) is the distance over which a bound spreads m latents."""
     m = len(outermost)
     extent = outermost[-1] - outermost[0]
     even = outermost[m // 2] - outermost[0] < (0.5 + 1 / math.sqrt(m)) * extent

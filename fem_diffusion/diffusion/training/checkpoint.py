@@ -22,17 +22,7 @@ _MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 def save_state(path: str | os.PathLike, loop: "Loop", values: dict) -> None:
-    """Write the state of a `Loop`, and `values`, to a file. FileError if it cannot be written.
-
-    Parameters
-    ----------
-    path : path
-        The file, replaced whole or not at all.
-    loop : Loop
-        The run.
-    values : dict
-        What else belongs to it, in JSON types.
-    """
+    """Write the state of a run, and `values` in JSON types, to a file, whole or not at all; FileError if it cannot."""
     moving = [i for i, x in enumerate(loop.network.parameters()) if x in loop.optimiser.state]
     tensors = _tensors(loop, moving) | {"best_losses": loop.best_losses, "marks": loop.marks,
                                         "generator": loop.generator.get_state()}
@@ -52,15 +42,7 @@ def read_state(path: str | os.PathLike, device: str) -> files.Content:
 
 
 def load_state(content: files.Content, loop: "Loop") -> None:
-    """Put the state in a file into a `Loop`. FileError if the state is not one that this run can have.
-
-    Parameters
-    ----------
-    content : Content
-        From `read_state`.
-    loop : Loop
-        A run of the same task and options.
-    """
+    """Put what `read_state` found into a run of the same task and options; FileError unless the run can have it."""
     step, stale, moving = content.value("step", int), content.value("stale", int), content.value("moving", list)
     parameters = list(loop.network.parameters())
     if not all(type(i) is int and 0 <= i < len(parameters) for i in moving) or not 0 <= step <= loop.options.steps or (

@@ -65,9 +65,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     the training pairs, of which a `CollapseWarning` tells.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
-    the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a
-    value is not finite, pairs are too few, or the folder of `checkpoint` is missing; FileError if `checkpoint` is
-    unreadable or belongs to other data, noise or options; SolveError if training diverges.
+    the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a value
+    is not finite, pairs are too few, or the folder of `checkpoint` is missing; FileError if `checkpoint` is unreadable
+    or belongs to other data, noise or options; SolveError if training diverges.
 
     Parameters
     ----------

@@ -26,8 +26,11 @@ from fem_diffusion.progress import bar
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
 
 _FEWEST_HELD_OUT = 10
-# Beyond it noise levels leave the range of single precision.
-_LOG_SIGMA = 20.0
+# Beyond a log sigma of 20 noise levels leave the range of single precision.
+_BOUNDS: dict[str, dict[str, float]] = {
+    "learning_rate": {"above": 0}, "weight_decay": {"least": 0, "below": 1}, "ema_decay": {"least": 0, "below": 1},
+    "validation_fraction": {"above": 0, "below": 1}, "log_sigma_mean": {"least": -20.0, "most": 20.0},
+    "log_sigma_std": {"above": 0, "most": 20.0}}
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,8 @@ class TrainingOptions:
 
     Parameters
     ----------
-    steps : int
-        Largest number of optimiser steps.
-    batch : int
-        Pairs a step.
+    steps, batch : int
+        Largest number of optimiser steps, pairs a step.
     learning_rate, weight_decay : float
         Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
     ema_decay : float
@@ -48,16 +49,13 @@ class TrainingOptions:
         Of the residual network.
     validation_fraction : float
         Share of the pairs held out for early stopping.
-    evaluate_every : int
-        Steps between evaluations of the validation loss, and between checkpoints.
-    patience : int
-        Evaluations without a better validation loss before training stops.
+    evaluate_every, patience : int
+        Steps between evaluations of the validation loss, and between checkpoints; evaluations without a better one
+        before training stops.
     log_sigma_mean, log_sigma_std : float
         Law of log sigma in training, in base coordinates.
-    seed : int
-        Of initial weights, batches and noise.
-    device : str
-        Of the training, e.g. "cpu" or "cuda".
+    seed, device : int, str
+        Of initial weights, batches and noise; of the training, e.g. "cpu" or "cuda".
     threads : int or None
         Threads of torch while training on the CPU; None leaves torch's setting.
     """
@@ -80,17 +78,11 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError where a setting is out of its range; numbers become Python's, as files want them."""
-        checked = {name: check_count(getattr(self, name), name)
-                   for name in ("steps", "batch", "width", "depth", "evaluate_every", "patience")}
-        checked |= {name: check_number(getattr(self, name), name, **bounds) for name, bounds in (
-            ("learning_rate", {"above": 0}), ("weight_decay", {"least": 0, "below": 1}),
-            ("ema_decay", {"least": 0, "below": 1}), ("validation_fraction", {"above": 0, "below": 1}),
-            ("log_sigma_mean", {"least": -_LOG_SIGMA, "most": _LOG_SIGMA}),
-            ("log_sigma_std", {"above": 0, "most": _LOG_SIGMA}))}
-        checked |= {"seed": check_seed(self.seed), "device": str(self.device)}
-        if self.threads is not None:
-            checked["threads"] = check_count(self.threads, "threads")
-        for name, value in checked.items():
+        counts = ["steps", "batch", "width", "depth", "evaluate_every", "patience"] + ["threads"] * (
+            self.threads is not None)
+        checked = {name: check_count(getattr(self, name), name) for name in counts}
+        checked |= {name: check_number(getattr(self, name), name, **bounds) for name, bounds in _BOUNDS.items()}
+        for name, value in (checked | {"seed": check_seed(self.seed), "device": str(self.device)}).items():
             object.__setattr__(self, name, value)
 
     def check(self) -> None:
@@ -106,10 +98,8 @@ class History:
     ----------
     step, train, validation : list
         Optimiser step, mean training loss since the last evaluation, validation loss of the averaged weights.
-    base : float
-        Validation loss without a network.
-    best_step : int
-        Step of the weights that are kept; 0 where the base alone is kept.
+    base, best_step : float, int
+        Validation loss without a network; step of the weights that are kept, 0 where the base alone is.
     spread_ratio, neighbour_ratio : float
         Of `Collapse`, measured at the end; 1 where the base alone is kept.
     """
@@ -124,24 +114,12 @@ class History:
 
 
 class Task(Protocol):
-    """What is learned.
+    """What is learned."""
 
-    Attributes
-    ----------
-    name : str
-        Of the progress bar.
-    size : int
-        Number of entries that batches are drawn from.
-    base_losses : Tensor
-        Loss of each held-out pair without a network, shape (held_out,).
-    parts : list of Tensor
-        What a checkpoint depends on.
-    """
-
-    name: str
-    size: int
-    base_losses: Tensor
-    parts: list
+    name: str             # of the progress bar
+    size: int             # number of entries that batches are drawn from
+    base_losses: Tensor   # of each held-out pair without a network, shape (held_out,)
+    parts: list           # tensors that a checkpoint depends on
 
     def network(self) -> nn.Module:
         """A network before training; the loop has seeded torch."""
@@ -157,19 +135,10 @@ class Task(Protocol):
 
 
 class Loop:
-    """One training run; a checkpoint holds all of its state.
+    """One training run.
 
-    InputError if the folder of `checkpoint` is missing; FileError if `checkpoint` is unreadable or belongs to another
-    task or other options.
-
-    Parameters
-    ----------
-    task : Task
-        What is learned.
-    options : TrainingOptions
-        Settings.
-    checkpoint : path or None
-        File that is written atomically at each evaluation; the run resumes from it where it exists.
+    The file `checkpoint` holds all of its state, is written atomically at each evaluation, and the run resumes from it.
+    InputError if its folder is missing; FileError if it is unreadable or belongs to another task or other options.
     """
 
     def __init__(self, task: Task, options: TrainingOptions, checkpoint: str | os.PathLike | None):
@@ -191,7 +160,13 @@ class Loop:
         if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
             raise InputError(f"The folder of the checkpoint {self.checkpoint} does not exist: make it first.")
         if self.checkpoint is not None and self.checkpoint.exists():
-            self._load()
+            content = read_state(self.checkpoint, self.device.type)
+            marks = content.array("marks", None, 2)
+            same = content.value("fingerprint", str) == self.fingerprint and marks.shape == self.marks.shape
+            if not same or not np.allclose(marks, self.marks, rtol=1e-4, atol=1e-4):
+                raise content.error("belongs to other data, noise or options")
+            load_state(content, self)
+            self.history = unpack_history(content)
 
     def rate(self, step: int) -> float:
         """Learning rate at a step, as a share of the largest."""
@@ -252,7 +227,7 @@ class Loop:
         else:
             self.stale += 1
         if self.checkpoint is not None:
-            self._save()
+            save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _result(self) -> nn.Module | None:
         gain = self.task.base_losses - self.best_losses
@@ -264,18 +239,6 @@ class Loop:
         network = self.task.network().to(self.device)
         network.load_state_dict(self.best)
         return network.eval().requires_grad_(False)
-
-    def _save(self) -> None:
-        save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
-
-    def _load(self) -> None:
-        content = read_state(self.checkpoint, self.device.type)
-        marks = content.array("marks", None, 2)
-        same = content.value("fingerprint", str) == self.fingerprint and marks.shape == self.marks.shape
-        if not same or not np.allclose(marks, self.marks, rtol=1e-4, atol=1e-4):
-            raise content.error("belongs to other data, noise or options")
-        load_state(content, self)
-        self.history = unpack_history(content)
 
 
 def unpack_history(content: files.Content) -> History:
@@ -325,10 +288,8 @@ def _fingerprint(options: TrainingOptions) -> str:
 
 
 def _marks(parts: list[Tensor]) -> Tensor:
-    """Two numbers for each tensor that tell it from others, though not from its rounding errors; shape (n, 2).
-
-    Linear algebra on several threads repeats itself up to rounding only, and a checkpoint has to survive that.
-    """
+    """Two numbers for each tensor that tell it from others, though not from its rounding errors; shape (n, 2)."""
+    # Linear algebra on several threads repeats itself up to rounding only, and a checkpoint has to survive that.
     marks = []
     for part in parts:
         x = part.detach().flatten().double().cpu()

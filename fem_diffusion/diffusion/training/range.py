@@ -29,14 +29,11 @@ class TrainingRange:
 
     Parameters
     ----------
-    signals : Tensor
-        What each candidate sees of the state coordinates, of unit length, shape (K, s).
-    std : tuple of float
-        Smallest and largest noise over prior signal.
-    most : int
-        Readings in the largest layout.
-    strongest : float
-        Largest prior signal of a candidate, in units of its noise.
+    signals, std : Tensor, tuple of float
+        What each candidate sees of the state coordinates, of unit length, shape (K, s); smallest and largest noise over
+        prior signal.
+    most, strongest : int, float
+        Readings in the largest layout; largest prior signal of a candidate, in units of its noise.
     """
 
     signals: Tensor
