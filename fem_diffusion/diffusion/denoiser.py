@@ -40,7 +40,7 @@ class Conditioned(Tensors):
     located : Located
         Gaussian base of each measurement.
     network, context : ScoreNetwork or None, tuple of Tensor
-        None where the base is the answer, and what it has made of each measurement, shape (B, ...) each.
+        None where the base is the answer, and what the network has made of each measurement, shape (B, ...) each.
     spectrum, support : Spectrum or None, Support or None
         As for `Denoiser`: samplers place their steps by the one and keep the other.
     density : EmulatorDensity or None

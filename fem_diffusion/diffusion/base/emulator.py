@@ -121,8 +121,7 @@ class _Regression(Task):
         return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
 
     def evaluate(self, network: nn.Module) -> Tensor:
-        model = getattr(network, "module", network)
-        return (model.correction(self.validation[0]) - self.validation[1]).square().sum(1)
+        return (network.correction(self.validation[0]) - self.validation[1]).square().sum(1)
 
 
 def spread(centred: Tensor) -> Tensor:

@@ -303,8 +303,7 @@ class _Denoising(Task):
                           for seen, (v, angle, target) in self.validation])
 
     def evaluate(self, network: nn.Module) -> Tensor:
-        model = getattr(network, "module", network)
-        return self._losses(lambda seen, v, angle: model(v, angle, *model.context(*seen.inputs)))
+        return self._losses(lambda seen, v, angle: network(v, angle, *network.context(*seen.inputs)))
 
     def spectrum(self, network: nn.Module) -> Spectrum:
         """Spectrum of the posterior in base coordinates, from the network's mean square over held-out measurements."""

@@ -212,7 +212,7 @@ class Loop:
     def _record(self, train_loss: float) -> None:
         self.average.eval()
         with torch.no_grad():
-            losses = self.task.evaluate(self.average)
+            losses = self.task.evaluate(self.average.module)
         value = float(losses.mean())
         if not math.isfinite(value) or not math.isfinite(train_loss):
             raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
