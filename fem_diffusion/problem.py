@@ -1,6 +1,6 @@
 """An inverse problem: prior, forward model, observation and noise, checked once to fit each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,7 @@ import torch
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
+from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_array, check_kind, check_seed
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
@@ -22,7 +23,7 @@ from fem_diffusion.prior.protocol import Prior, check_prior
 __all__ = ["InverseProblem", "check_problem"]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class InverseProblem:
     """What is unknown, what is solved, and what is measured: `simulate`, `fit` and the references take it.
 
@@ -46,26 +47,29 @@ class InverseProblem:
     """
 
     prior: Prior
-    forward: Forward | Callable[[Function], Function]
-    observation: Observation | SensorFamily | Callable[[Function], Sequence[float]]
-    noise: GaussianNoise | CallableNoise | float | Sequence[float] | None = None
+    forward: Forward
+    observation: Observation | SensorFamily | Callable[[Function], ArrayLike]
+    noise: GaussianNoise | CallableNoise | None
 
-    def __post_init__(self) -> None:
-        check_prior(self.prior)
-        if not callable(self.observation) and not self.family:
-            raise InputError(f"observation is of type {type(self.observation).__name__}: give an Observation such as "
+    def __init__(self, prior: Prior, forward: Forward | Callable[[Function], Function],
+                 observation: Observation | SensorFamily | Callable[[Function], ArrayLike],
+                 noise: GaussianNoise | CallableNoise | ArrayLike | None = None) -> None:
+        object.__setattr__(self, "prior", check_prior(prior))
+        object.__setattr__(self, "observation", observation)
+        if not callable(observation) and not self.family:
+            raise InputError(f"observation is of type {type(observation).__name__}: give an Observation such as "
                              "point_sensors(U, points), a SensorFamily, or a function of the state.")
-        forward, seen = as_forward(self.forward, self.M), getattr(self.observation, "U", None)
+        forward, seen = as_forward(forward, self.M), getattr(observation, "U", None)
         if isinstance(forward, CallableForward) and forward.U is None:
             forward = CallableForward(forward.function, self.M, seen)
         for name, ours, theirs in (("prior", self.M, forward.M), ("forward problem", forward.U, seen)):
             if None not in (ours, theirs) and ours != theirs:
                 raise InputError(f"The {name} gives Functions in {ours}, but {theirs} is expected next: build prior, "
                                  "forward problem and observation on the same spaces.")
-        if self.family and self.noise is not None:
+        if self.family and noise is not None:
             raise InputError("The kinds of a family have their own noise: leave noise out.")
         object.__setattr__(self, "forward", forward)
-        object.__setattr__(self, "noise", as_noise(self.noise, self.k))
+        object.__setattr__(self, "noise", as_noise(noise, self.k))
 
     @property
     def V(self) -> WithGeometry:
@@ -107,7 +111,7 @@ class InverseProblem:
 
         InputError is raised for a family, which has no readings without a choice of sensors.
         """
-        if self.family:
+        if isinstance(self.observation, SensorFamily):
             raise InputError("A family has no readings: choose sensors, and make an InverseProblem of those.")
         if isinstance(self.observation, Observation):
             return self.observation.apply(self.forward.solve_many(parameters.copy()))

@@ -235,6 +235,7 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
     sampler, it is a star. `formulation` is that of the samplers that depend on it, `base` tells which trainings.
     """
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     path, rows, title = check_file(path), _checked(rows, score), check_text(title, "title")
     _choose(rows, "base", base)
@@ -268,7 +269,7 @@ def plot_costs(rows: Sequence[dict], score: str, path: str | os.PathLike, *, for
         ax.set(xscale="log", yscale="log", title=problem, xlabel="network evaluations")
         ax.set_xticks([2, 8, 32, 128, 500], ["2", "8", "32", "128", "500"])
         ax.minorticks_off()
-        ax.yaxis.set_minor_locator(plt.matplotlib.ticker.LogLocator(subs=(2, 5)))
+        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     for ax in axes.flat[len(problems):]:
         ax.axis("off")
     figure.supylabel(score.replace("_", " "))

@@ -12,7 +12,7 @@ the field has Dirichlet conditions and the mean carries their values, so every d
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field as dataclass_field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -78,6 +78,8 @@ class ModalBasis:
     prior: "Prior | None" = None
     standard_prior: bool = False
     weights: tuple[float, ...] | None = None
+    scaled_modes: np.ndarray = dataclass_field(init=False)
+    _encoder: np.ndarray = dataclass_field(init=False)
 
     def __post_init__(self) -> None:
         weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]

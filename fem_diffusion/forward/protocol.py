@@ -31,6 +31,7 @@ class Forward(Protocol):
 
     def solve_many(self, parameters: np.ndarray) -> np.ndarray:
         """Owned coefficients of the states, shape (B, n_owned of U), for those of parameters, (B, n_owned of M)."""
+        ...
 
 
 @runtime_checkable
@@ -39,3 +40,4 @@ class Differentiable(Forward, Protocol):
 
     def sensitivity(self, m: Function, rows: np.ndarray) -> np.ndarray:
         """``rows · du/dm`` at m: owned columns (k, n_owned of M), of rows whose owned columns are (k, n_owned of U)."""
+        ...

@@ -8,7 +8,6 @@ from firedrake import Function
 from fem_diffusion.checks import check_count, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import check_measurement, sensitivity
@@ -28,6 +27,8 @@ class ExactPosterior:
     ----------
     problem : InverseProblem
         Affine, with a Gaussian prior and Gaussian noise.
+    prior : GaussianCore
+        Of the problem.
     rows : numpy.ndarray
         Derivative of the readings by the parameter in units of the noise, owned columns, shape (k, n_owned).
     innovation : numpy.ndarray
@@ -39,6 +40,7 @@ class ExactPosterior:
     """
 
     problem: InverseProblem
+    prior: GaussianCore
     rows: np.ndarray
     innovation: np.ndarray
     gain: np.ndarray
@@ -46,22 +48,19 @@ class ExactPosterior:
 
     def mean(self) -> Function:
         """Posterior mean."""
-        return field(self.problem.M, coefficients(self.problem.prior.mean) + self.innovation @ self.gain, name="mean")
+        return field(self.problem.M, coefficients(self.prior.mean) + self.innovation @ self.gain, name="mean")
 
     def std(self) -> Function:
         """Pointwise standard deviation at the nodes; one solve with the prior's operator for each unknown."""
-        prior = self.problem.prior
-        # Of a product component by component, which can be asked for the exact deviation.
-        parts = prior.priors if isinstance(prior, ProductPrior) else (prior,)
-        std = np.concatenate([coefficients(part.pointwise_std(exact=True)) for part in parts])
+        std = coefficients(self.prior.pointwise_std(exact=True))
         return field(self.problem.M, np.sqrt(np.maximum(std**2 - (self.cross * self.gain).sum(axis=0), 0)), name="std")
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Prior draws plus their own update (Matheron's rule): nothing dense is built, and any ranks will do."""
-        n, seed, prior = check_count(n), check_seed(seed), self.problem.prior
-        draws = prior.sample_many(n, seed)
+        n, seed = check_count(n), check_seed(seed)
+        draws = self.prior.sample_many(n, seed)
         noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))
-        seen = self.problem.comm.allreduce((draws - coefficients(prior.mean)) @ self.rows.T)
+        seen = self.problem.comm.allreduce((draws - coefficients(self.prior.mean)) @ self.rows.T)
         return Samples(self.problem.M, draws + (self.innovation - seen - noise) @ self.gain, np.empty((n, 0)))
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
@@ -105,4 +104,4 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
         raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
                          "hmc.")
     gain = np.linalg.solve(seen + np.eye(len(seen)), cross)
-    return ExactPosterior(problem, rows, whiten @ y - offset, gain, cross)
+    return ExactPosterior(problem, prior, rows, whiten @ y - offset, gain, cross)

@@ -27,19 +27,13 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
     InputError
         If the problem has no derivative, no linear sensors or no constant Gaussian noise, or y does not fit them.
     """
-    check_problem(problem)
-    if not isinstance(problem.observation, Observation):
-        raise InputError(f"The observation is of type {type(problem.observation).__name__}: references take an "
-                         "Observation, such as point_sensors(U, points).")
-    if not isinstance(problem.forward, Differentiable):
-        raise InputError(f"The forward problem is of type {type(problem.forward).__name__}, without derivative: give "
-                         "an AdvectionDiffusion, or an object with sensitivity(m, rows) as Differentiable lists it.")
-    y = check_array(y, "y", (problem.k,), names=problem.names)
+    _, observation = _differentiable(problem)
+    y = check_array(y, "y", (len(observation),), names=observation.names)
     noise = check_kind(problem.noise, "The noise", GaussianNoise, "GaussianNoise, because references need its density")
     if noise.relative.any():
         raise InputError("The noise is relative, so its covariance depends on the state: give references constant "
                          "noise, GaussianNoise(std=...) or GaussianNoise(covariance=...).")
-    covariance = noise.covariance(torch.zeros(1, problem.k, dtype=torch.float64)).numpy()
+    covariance = noise.covariance(torch.zeros(1, len(y), dtype=torch.float64)).numpy()
     # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
     std = np.sqrt(np.diag(covariance))
     scaled = covariance / np.outer(std, std) if std.all() else covariance
@@ -49,10 +43,23 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
         raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None
 
 
+def _differentiable(problem: InverseProblem) -> tuple[Differentiable, Observation]:
+    """Solver and sensors of a problem with a derivative; InputError where it has none."""
+    check_problem(problem)
+    if not isinstance(problem.observation, Observation):
+        raise InputError(f"The observation is of type {type(problem.observation).__name__}: references take an "
+                         "Observation, such as point_sensors(U, points).")
+    if not isinstance(problem.forward, Differentiable):
+        raise InputError(f"The forward problem is of type {type(problem.forward).__name__}, without derivative: give "
+                         "an AdvectionDiffusion, or an object with sensitivity(m, rows) as Differentiable lists it.")
+    return problem.forward, problem.observation
+
+
 def sensitivity(problem: InverseProblem, m: np.ndarray) -> np.ndarray:
     """Derivative of the readings by the parameter at its coefficients m (n_owned of M,): owned columns (k, n_owned)."""
     # Copies: a solver of the user's own may write into what it gets, and return the same array again.
-    return np.array(problem.forward.sensitivity(field(problem.M, m), problem.observation.rows.copy()))
+    forward, observation = _differentiable(problem)
+    return np.array(forward.sensitivity(field(problem.M, m), observation.rows.copy()))
 
 
 class LatentProblem:

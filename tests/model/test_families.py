@@ -19,7 +19,7 @@ from fem_diffusion import (
 )
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.diffusion import SensorNetwork, Spectrum
-from fem_diffusion.prior.protocol import Prior
+from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.errors import DataError, InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.model.families import decorrelated
@@ -108,7 +108,7 @@ def _spanned(basis, forward, n):
     return DataSet(fields, np.empty((n, 0)), forward.solve_many(fields))
 
 
-class _Spanned(Prior):
+class _Spanned(GaussianCore):
     """The prior without what its basis leaves out."""
 
     def __init__(self, basis, prior):
