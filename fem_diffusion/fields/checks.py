@@ -22,12 +22,12 @@ from ufl.form import BaseForm
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_flag, check_number, together
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, independent_entries, is_real, largest, owned_size
+from fem_diffusion.fields.coefficients import assign, coefficients, independent_entries, is_real, largest, owned_size
 
-__all__ = ["by_marker", "check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
+__all__ = ["check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
            "check_reproduced", "check_rows", "check_scalar", "check_solver", "check_space", "exterior_measures",
            "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
-           "refuse_variable_layers", "root_space"]
+           "refuse_variable_layers"]
 
 Meshes = Collection[MeshGeometry]
 
@@ -307,13 +307,6 @@ def check_reproduced(expression: Expr, result: Function, name: str) -> None:
                          "average is observed.")
 
 
-def root_space(V: WithGeometry) -> WithGeometry:
-    """The space of which V is a component, or V itself."""
-    while V.parent is not None:
-        V = V.parent
-    return V
-
-
 def interpolated(V: WithGeometry, value: object, name: str, meshes: Meshes) -> Function:
     """Interpolate a number, an array of V's value shape or a UFL expression on these meshes into V."""
     if isinstance(value, (Expr, BaseForm)):
@@ -352,6 +345,5 @@ def _interpolated_numbers(expression: Expr, target: Function) -> Callable[[], No
     def run() -> None:
         for call in calls:
             call()
-        with target.dat.vec_wo as vec:
-            vec.array[:] = coefficients(parts).T.ravel()
+        assign(target, coefficients(parts).T.ravel())
     return run
