@@ -168,9 +168,9 @@ class ModalBasis:
                             "simulation, or take pod(V, data.coefficients, r) where that prior is not known.")
 
     def __repr__(self) -> str:
-        kind = "Karhunen-Loeve" if self.standard_prior else "POD"
-        return (f"ModalBasis: {self.r} {kind} modes with {self.retained:.2%} of the variance, "
-                f"{self.V.dim()} unknowns{f', of {self.prior}' if self.prior else ''}")
+        return (f"ModalBasis: {self.r} {'Karhunen-Loeve' if self.standard_prior else 'POD'} modes with "
+                f"{self.retained:.2%} of the variance, {self.V.dim()} unknowns"
+                f"{f', of {self.prior}' if self.prior else ''}")
 
     def __reduce_ex__(self, protocol: object) -> None:
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
@@ -236,8 +236,7 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
                        standard and prior is not None, weights and tuple(weights))
     if basis.standard_prior and not _is_of(basis, modes[:, columns]):
         raise content.error("belongs to another prior")
-    identity = np.eye(basis.r)
-    if not np.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
+    if not np.allclose(basis.encode(basis.decode(np.eye(basis.r))), np.eye(basis.r), rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     return basis
 

@@ -151,10 +151,8 @@ def geometric_key(V: WithGeometry) -> np.ndarray:
     however small or thin the cells: the mean place in units of the domain's widths; the mean square of a skew
     coordinate, which tells nodes of a periodic seam, where coordinates jump, and meshes with other diagonals; the share
     of the components in φ²; the normalised integral of φ against a fixed function, which tells the orientation of
-    edges and faces. Two more say which component of a mixed space it is and where the domain lies.
-
-    Dimensionless, for any elements, mixed and Real ones included: shape (n_owned, gdim + 5), of a mixed space with the
-    largest gdim of its components.
+    edges and faces. Two more say which component of a mixed space it is and where the domain lies. Dimensionless, for
+    any elements, mixed and Real ones included: shape (n_owned, gdim + 5), with the largest gdim of a mixed space.
     """
     keys = [_component_key(W, i) for i, W in enumerate(V)]
     columns = max(key.shape[1] for key in keys)

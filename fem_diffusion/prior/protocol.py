@@ -78,7 +78,7 @@ class Prior(Protocol):
 
 @runtime_checkable
 class GaussianCore(Prior, Protocol):
-    """A Gaussian prior, of which Karhunen-Loeve modes and exact posteriors can be made; samples satisfy `bcs`."""
+    """A Gaussian prior, for Karhunen-Loeve modes and exact posteriors; every sample satisfies `bcs`."""
 
     mean: Function
     bcs: tuple[DirichletBC, ...]
