@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from firedrake import Function, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
 from fem_diffusion.fields.basis import ModalBasis
@@ -74,7 +75,7 @@ def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
     return replace(denoiser, network=denoiser.network.on(field_geometry(basis)))
 
 
-def _gradients(V, values: np.ndarray) -> list[np.ndarray]:
+def _gradients(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
     """L2 projections to V of the derivatives of fields (B, n_owned), one array for each direction."""
     u, v = TrialFunction(V), TestFunction(V)
     mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
