@@ -51,14 +51,14 @@ if TYPE_CHECKING:   # this room is of use without torch
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
 Monitor = Callable[[float, Function], None]
-Positions = TypeVar("Positions", Expr, np.ndarray)
 Number = Expr | float
+Positions = TypeVar("Positions", Expr, np.ndarray)
 
 
 def forward_density(p: Function, formulation: "Formulation", times: ArrayLike, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
-    """Carry a density forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
+    """Density at ``times[-1]``, in the space of p, carried forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
 
     Parameters
     ----------
@@ -71,37 +71,25 @@ def forward_density(p: Function, formulation: "Formulation", times: ArrayLike, *
     theta : float
         Implicitness in [1/2, 1]. A step solves with p = θ p_new + (1 - θ) p_old and coefficients at the time of that
         p: 1/2 is the implicit midpoint rule (Crank-Nicolson, second order), 1 backward Euler for rough data.
-    solver_parameters : "direct", "iterative" or dict
-        PETSc options of the linear solve of each step.
-    options_prefix : str, optional
-        Prefix of those options on the command line.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of the linear solve of each step, and their prefix on the command line.
     monitor : callable, optional
         ``monitor(t, p)``, called at the first time and after every step, with a copy of the density.
     progress : bool
         Show a progress bar on rank 0.
 
-    Returns
-    -------
-    Function
-        Density at ``times[-1]``, in the space of p.
-
-    Raises
-    ------
-    InputError, SolveError, InstallError
-        If an argument has the wrong kind, shape or range; a linear solve fails; PETSc is a complex build.
+    InputError where an argument does not fit, SolveError where a solve fails, InstallError for a complex PETSc.
     """
-    times = _checked(p, formulation, times, direction=1)
-
-    def flux(p: Expr, xi: Expr, b: Constant, g: Constant, a: Constant, s: Constant) -> Expr:
-        return -b * xi * p - g / 2 * grad(p)
-    return _march(p, formulation, times, flux, theta, (solver_parameters, options_prefix), monitor, progress)
+    return _march(p, formulation, _checked(p, formulation, times, direction=1),
+                  lambda p, xi, b, g, a, s: -b * xi * p - g / 2 * grad(p), theta, (solver_parameters, options_prefix),
+                  monitor, progress)
 
 
 def reverse_density(p: Function, formulation: "Formulation", times: ArrayLike,
                     score: Callable[[Expr, Expr, Expr], Expr], alpha: float, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
-    """Carry a density backward: ``∂p/∂τ = -∇·([b ξ + (1+α)/2 g q] p) + (α g/2) Δp``.
+    """Density carried backward: ``∂p/∂τ = -∇·([b ξ + (1+α)/2 g q] p) + (α g/2) Δp``.
 
     Parameters
     ----------
@@ -113,7 +101,7 @@ def reverse_density(p: Function, formulation: "Formulation", times: ArrayLike,
     alpha : float
         0 for the probability-flow ODE, 1 for the reverse SDE, any number >= 0.
     p, formulation, theta, solver_parameters, options_prefix, monitor, progress
-        As in `forward_density`, and so are what it returns and raises.
+        As in `forward_density`, and so is what it raises.
     """
     times = _checked(p, formulation, times, direction=-1)
     check_callable(score, "score", "a function of ξ, a and s, such as GaussianMixture.score", 3)
@@ -131,11 +119,7 @@ def noise_times(formulation: "Formulation", sigma: float, steps: int) -> np.ndar
     """Times from 0 to the noise level `sigma`, shape (steps + 1,), between which the level grows by equal amounts.
 
     Formulations spend their time very differently; with these times all of them see the same noise in each step.
-
-    Raises
-    ------
-    InputError
-        Unless `steps` is positive and `sigma` lies between the formulation's noise levels at t = 0 and t = 1.
+    InputError unless `sigma` lies between the formulation's noise levels at t = 0 and t = 1.
     """
     _check_formulation(formulation, ("sigma", "time"))
     start, end = (float(formulation.sigma(_tensor(t))) for t in (0.0, 1.0))
@@ -155,13 +139,7 @@ class GaussianMixture:
     Parameters
     ----------
     weights, means, stds : array_like
-        Probabilities (k,), which sum to one, centres (k, d) and standard deviations (k,); copied.
-
-    Raises
-    ------
-    InputError
-        If the shapes do not match, a number is not finite, a weight or standard deviation is not positive, or the
-        weights do not sum to 1.
+        Probabilities (k,), positive, which sum to one, centres (k, d) and positive standard deviations (k,); copied.
     """
 
     weights: np.ndarray
@@ -170,9 +148,8 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         for name, shape in (("weights", ("k",)), ("means", ("k", "d")), ("stds", ("k",))):
-            array = check_array(getattr(self, name), name, shape)
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, check_array(getattr(self, name), name, shape))
+            getattr(self, name).flags.writeable = False
         k, d = self.means.shape
         if not d or len(self.weights) != k or len(self.stds) != k:
             raise InputError(f"weights {self.weights.shape}, means {self.means.shape}, stds {self.stds.shape}: give "
@@ -191,8 +168,7 @@ class GaussianMixture:
     def score(self, xi: Positions, a: Number = 1.0, s: Number = 0.0) -> Positions:
         """Gradient of the logarithm of that density: a UFL vector of shape (d,), or an array (n, d)."""
         shares, _, pulls = self._shares(xi, a, s)
-        rows = [sum(share * pull[j] for share, pull in zip(shares, pulls)) / sum(shares)
-                for j in range(self.means.shape[1])]
+        rows = [sum(share * x for share, x in zip(shares, along)) / sum(shares) for along in zip(*pulls)]
         join: dict[bool, Callable] = {True: ufl.as_vector, False: partial(np.stack, axis=-1)}
         return join[isinstance(xi, Expr)](rows)
 
@@ -263,14 +239,12 @@ def _checked(p: Function, formulation: "Formulation", times: ArrayLike, directio
 
 
 def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Callable[..., Expr], theta: float,
-           options: tuple[str | dict, str | None], monitor: Monitor | None, progress: bool) -> Function:
+           solver: tuple[str | dict, str | None], monitor: Monitor | None, progress: bool) -> Function:
     """Density at the last time, by the theta rule for ``∂p + ∇·F(p) = 0`` with ``n·F = 0`` on the boundary."""
     V = p.function_space()
     theta = check_number(theta, "theta", least=0.5, most=1)
-    parameters, prefix = options
-    parameters = linear_options(check_solver(parameters, prefix, V.comm), V, advective=True)
-    if monitor is not None:
-        check_callable(monitor, "monitor", "a function of time and density", 2)
+    options = linear_options(check_solver(*solver, V.comm), V, advective=True)
+    tell = (lambda t, p: None) if monitor is None else check_callable(monitor, "monitor", "a function of t and p", 2)
     show = check_flag(progress, "progress") and V.comm.rank == 0
     step, *coefficients = (Constant(0.0) for _ in range(5))
     old, trial, test = p.copy(deepcopy=True), TrialFunction(V), TestFunction(V)
@@ -280,10 +254,9 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
     F = flux(theta * trial + (1 - theta) * old, SpatialCoordinate(V.mesh()), *coefficients)
     form = ((trial - old) * test - step * dot(F, grad(test))) * measure
     problem = LinearVariationalProblem(lhs(form), rhs(form), new)
-    solver = LinearVariationalSolver(problem, solver_parameters=parameters, options_prefix=prefix)
+    step_solver = LinearVariationalSolver(problem, solver_parameters=options, options_prefix=solver[1])
     with stop_annotating(), bar(len(times) - 1, "density", show) as shown:
-        if monitor is not None:
-            monitor(float(times[0]), new.copy(deepcopy=True))
+        tell(float(times[0]), new.copy(deepcopy=True))
         for start, end in zip(times[:-1], times[1:]):
             time = _tensor((1 - theta) * start + theta * end)
             for constant, name in zip(coefficients, "bgas"):
@@ -291,12 +264,11 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
             step.assign(abs(end - start))
             old.assign(new)
             try:
-                solver.solve()
+                step_solver.solve()
             except (ConvergenceError, PETSc.Error) as error:
                 reason = petsc_reason(error) if isinstance(error, PETSc.Error) else error
                 raise SolveError(f"the step from t = {start:g} to {end:g} failed: {reason}; take smaller steps or "
                                  "solver_parameters='direct'.") from error
-            if monitor is not None:
-                monitor(float(end), new.copy(deepcopy=True))
+            tell(float(end), new.copy(deepcopy=True))
             shown.update()
     return new

@@ -26,7 +26,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import portable
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["bounding_box", "by_component", "coefficients", "field", "generic_integrals", "geometric_key",
+__all__ = ["assign", "bounding_box", "by_component", "coefficients", "field", "generic_integrals", "geometric_key",
            "independent_entries", "is_real", "largest", "multiply", "on_root", "owned_columns", "owned_size",
            "require_real", "solve", "solve_each"]
 
@@ -71,7 +71,11 @@ def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.nd
 
 def field(V: WithGeometry, values: np.ndarray, name: str | None = None) -> Function:
     """Function in V with the owned coefficients `values`, shape (n_owned,)."""
-    function = Function(V, name=name)
+    return assign(Function(V, name=name), values)
+
+
+def assign(function: Function, values: np.ndarray) -> Function:
+    """The Function, now with the owned coefficients `values`, shape (n_owned,)."""
     with function.dat.vec_wo as vector:
         vector.array[:] = values
     return function
@@ -112,13 +116,11 @@ def generic_integrals(V: WithGeometry) -> np.ndarray:
     if len(V) > 1:
         return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
     phase = _phase(V.mesh())
+    weights = np.array([exp((1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
     if is_real(V):
-        weights = [assemble(exp((1 + 0.1 * i) * phase) * dx) for i in independent_entries(V)[0]]
-        return np.array(weights)[:owned_size(V)]
-    test = TestFunction(V)
-    weight = np.array([exp((1 + 0.1 * i) * phase) for i in range(max(1, int(np.prod(test.ufl_shape))))], dtype=object)
-    weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
-    return coefficients(assemble(inner(weight, test) * dx))
+        return np.array([assemble(weights[i] * dx) for i in independent_entries(V)[0]])[:owned_size(V)]
+    weight = as_tensor(weights.reshape(V.value_shape).tolist()) if V.value_shape else weights[0]
+    return coefficients(assemble(inner(weight, TestFunction(V)) * dx))
 
 
 def bounding_box(mesh: MeshGeometry) -> tuple[np.ndarray, np.ndarray]:
@@ -150,10 +152,8 @@ def geometric_key(V: WithGeometry) -> np.ndarray:
     however small or thin the cells: the mean place in units of the domain's widths; the mean square of a skew
     coordinate, which tells nodes of a periodic seam, where coordinates jump, and meshes with other diagonals; the share
     of the components in φ²; the normalised integral of φ against a fixed function, which tells the orientation of
-    edges and faces. Two more say which component of a mixed space it is and where the domain lies.
-
-    Dimensionless, for any elements, mixed and Real ones included: shape (n_owned, gdim + 5), of a mixed space with the
-    largest gdim of its components.
+    edges and faces. Two more say which component of a mixed space it is and where the domain lies. Dimensionless, for
+    any elements, mixed and Real ones included: shape (n_owned, gdim + 5), with the largest gdim of a mixed space.
     """
     keys = [_component_key(W, i) for i, W in enumerate(V)]
     columns = max(key.shape[1] for key in keys)
@@ -197,18 +197,9 @@ def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
 
     The nearest key must be the same up to rounding, or to a small part of its distance to the next one.
 
-    Parameters
-    ----------
-    key : numpy.ndarray
-        Geometric keys in the order of the storage, shape (n_global, c).
-    V : firedrake.functionspaceimpl.WithGeometry
-        The space on any number of ranks.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        Indices, shape (n_owned,); None where the keys are those of another mesh or space, or degrees of freedom are
-        oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
+    `key` holds geometric keys in the order of the storage, shape (n_global, c). Returns indices, shape (n_owned,); None
+    where the keys are those of another mesh or space, or degrees of freedom are oriented by another numbering of the
+    mesh, as edges and faces of H(div) and H(curl) spaces are.
     """
     ours, comm = geometric_key(V), V.comm
     if key.shape != (V.dim(), ours.shape[1]):
@@ -284,7 +275,6 @@ def solve_each(ksp: PETSc.KSP, rows: np.ndarray, method: Callable[[PETSc.Vec, PE
 
 def _check_solved(ksp: PETSc.KSP) -> None:
     """Raise SolveError if the last solve has failed."""
-    reason = ksp.getConvergedReason()
-    if reason < 0:
-        raise SolveError(f"The linear solver failed (KSP reason {reason}): take a direct solver, or look for a "
-                         "singular operator.")
+    if ksp.getConvergedReason() < 0:
+        raise SolveError(f"The linear solver failed (KSP reason {ksp.getConvergedReason()}): take a direct solver, or "
+                         "look for a singular operator.")

@@ -39,10 +39,8 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
     ----------
     problem : InverseProblem
         Of a family nothing is observed: the states are the data.
-    n : int
-        Number of pairs.
-    seed : int
-        Of all draws.
+    n, seed : int
+        Number of pairs, and the seed of all draws.
     path : path, optional
         Folder of the data set; each block is a file, written atomically. What a former run of the same call left
         there is kept and completed. One run at a time works in a folder. In memory only where left out.
@@ -56,32 +54,22 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         Share of samples that may be left out because the forward problem raises an exception, or parameter, state or
         readings are not finite; they are recorded in `DataSet.skipped`. With more of them the run stops, without any
         leave at the first one, with all finished solves kept; in a folder, those left out have another turn then.
-    progress : bool
-        Show a progress bar on rank 0.
 
     Returns
     -------
     DataSet
-        The same on every ensemble member; this rank's part of the coefficients.
+        The same on every ensemble member; this rank's part of the coefficients. SkippedWarning tells of missing ones.
 
     Raises
     ------
-    InstallError
-        On a complex PETSc build.
     InputError
         If an argument is out of range, an ensemble comes without `path`, or the observation does not give equally many
-        real numbers each time, the same on all ranks.
+        real numbers each time, the same on all ranks; InstallError on a complex PETSc build.
     DataError
-        If the folder holds another data set, or a sample of the prior is not finite.
-    FileError
-        If a file is damaged or cannot be written, or another run works in the folder.
+        If the folder holds another data set, or a sample of the prior is not finite; FileError if a file is damaged or
+        cannot be written, or another run works in the folder.
     SolveError
         If the forward problem fails for more samples than may be left out.
-
-    Warns
-    -----
-    SkippedWarning
-        If samples are missing.
     """
     require_real()
     check_problem(problem)
@@ -111,42 +99,20 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
 
 
 def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None = None) -> DataSet:
-    """Read a data set that `simulate` wrote, on any number of ranks.
+    """Read a data set that `simulate` wrote of the same problem, with states where they were kept, on any ranks.
 
-    Parameters
-    ----------
-    path : path
-        Its folder.
-    problem : InverseProblem
-        That was simulated, on the same mesh.
-    n : int, optional
-        Number of samples to read, with those that failed; all where left out.
-
-    Returns
-    -------
-    DataSet
-        With the states where they were kept.
-
-    Raises
-    ------
-    DataError
-        If the folder is no data set, is empty or incomplete, or holds readings of other sensors.
-    FileError
-        If a file is damaged, or belongs to another mesh, space or data set.
-
-    Warns
-    -----
-    SkippedWarning
-        If samples are missing because their solves failed.
+    Of n samples, all where left out, those that failed are counted, and SkippedWarning tells of them. DataError is
+    raised if the folder is no data set, is empty or incomplete, or holds readings of other sensors; FileError if a file
+    is damaged, or belongs to another mesh, space or data set.
     """
     check_problem(problem)
     n = None if n is None else check_count(n)
     folder = Folder(path, problem.V, problem.U)
     folder.open()
-    k = 0 if problem.family else problem.k
-    if k not in (None, folder.readings.shape[1]):
-        raise DataError(f"{folder.path} holds {folder.readings.shape[1]} readings of each sample, and the problem has "
-                        f"{k}: pass the problem that was simulated.")
+    k, found = 0 if problem.family else problem.k, folder.readings.shape[1]
+    if k not in (None, found):
+        raise DataError(f"{folder.path} holds {found} readings of each sample, and the problem has {k}: pass the "
+                        "problem that was simulated.")
     there = folder.blocks()
     if not there:
         raise DataError(f"{folder.path} holds no samples: run simulate(..., path={str(path)!r}) first.")
@@ -161,16 +127,9 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
 
 
 def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, block: int = 256) -> Function:
-    """The parameter of one sample of `simulate`, for example of one whose solve failed.
+    """The parameter of one sample of `simulate`, for example of one whose solve failed, with the same seed and block.
 
-    Parameters
-    ----------
-    problem : InverseProblem
-        That was simulated.
-    number : int
-        Of the sample, from 0 on, as in `DataSet.skipped` and in error messages.
-    seed, block : int
-        As for the simulation.
+    The number is that of `DataSet.skipped` and of error messages, from 0 on.
     """
     check_problem(problem)
     number, block = check_count(number, "number", least=0), check_count(block, "block")
@@ -188,8 +147,7 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
     if changed:
         raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
                         "delete this one.")
-    same = all(new.shape == old.shape and _near(new, old)
-               for new, old in zip(job.probe, (folder.coefficients, folder.readings)))
+    same = all(map(_near, job.probe, (folder.coefficients, folder.readings)))
     if not folder.comm.allreduce(same, MPI.LAND):
         raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
                         "them does not repeat itself: name another folder, or delete this one.")
@@ -197,6 +155,8 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
 
 def _near(new: np.ndarray, old: np.ndarray) -> bool:
     """Whether two arrays agree as far as solvers do; a failed solve, NaN, agrees with anything."""
+    if new.shape != old.shape:
+        return False
     known = np.isfinite(new) & np.isfinite(old)
     size = np.abs(np.where(known, old, 0.0))
     # Each sensor and coefficient in its own units; the last term is rounding, as of a sensor that sees nothing.

@@ -43,15 +43,7 @@ def block_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Solved:
-    """Results of some samples of a block, by position.
-
-    Parameters
-    ----------
-    results : dict of int to tuple
-        State (n_owned of U,), or None, and readings (k,) of those that are solved.
-    failed : dict of int to str
-        Reasons of those that failed.
-    """
+    """Samples of a block by position: state (n_owned of U,) or None and readings (k,), or the reason of a failure."""
 
     results: dict[int, tuple[np.ndarray | None, np.ndarray]] = dataclass_field(default_factory=dict)
     failed: dict[int, str] = dataclass_field(default_factory=dict)
@@ -112,9 +104,7 @@ class Job:
 
     def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
               enough: Callable[[Solved], bool]) -> None:
-        """Solve for parameters (n, n_owned), until `enough` finds too many failures; `found` has what is solved even
-        where something is raised.
-        """
+        """Solve for parameters (n, n_owned) until `enough` finds too many failures; `found` is filled on the way."""
         together, apply = None, self._blocks
         if apply is not None and len(parameters):
             # A whole block at once is fast, but does not tell who fails.
