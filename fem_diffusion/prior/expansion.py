@@ -116,7 +116,7 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
             raise InputError(f"The samples violate the boundary conditions by {violation:.2g}: pass the bcs they "
                              "satisfy.")
     # The samples satisfy the conditions, and so do the modes of components, their combinations.
-    parts = []
+    parts: list[tuple[np.ndarray, np.ndarray, float]] = []
     for W, part, count in [(V, centred, counts[0])] if whole else zip(V, by_component(V, centred), counts):
         covariance, total = sample_covariance(W, part)
         parts.append((*leading_modes(covariance, W, bcs if whole else (), count), total))
