@@ -1,4 +1,4 @@
-"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, tapes.
+"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, tapes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
