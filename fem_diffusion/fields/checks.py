@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Number
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
@@ -120,7 +120,7 @@ def check_coefficients(mesh: MeshGeometry, *, velocity: Any, diffusivity: Any, r
             **{name: scalar(value, name) for name, value in {"source": source, **scalars}.items()}}
 
 
-def is_callable(given: object) -> bool:
+def is_callable(given: object) -> TypeGuard[Callable]:
     """Whether a coefficient is given as a callable, which UFL expressions are too."""
     return callable(given) and not isinstance(given, (Expr, BaseForm))
 

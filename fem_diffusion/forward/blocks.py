@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -33,6 +34,8 @@ MAKE = "make one with Function(problem.M).interpolate(...)"
 
 class BlockForward:
     """A forward problem that solves for many parameters together wherever it can."""
+
+    U: WithGeometry
 
     @no_annotations
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
@@ -99,6 +102,10 @@ class BlockForward:
                     raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
         return out
 
+    def _alone(self, m: Function) -> Function:
+        """The state of one parameter."""
+        raise NotImplementedError
+
     def _states(self, ms: np.ndarray, first: int = 0) -> np.ndarray:
         """States (n, n_owned of U) of one block, `first` the number of its first sample."""
         size = 1 if self._march.by_member else len(ms)
@@ -137,7 +144,7 @@ class BlockForward:
         check_function(m, self.M, "the parameter", MAKE)
         if isinstance(rows, Observation):
             raise InputError("rows is an Observation: pass its rows, observation.rows.")
-        rows = rows.toarray() if hasattr(rows, "toarray") else rows
+        rows = getattr(rows, "toarray", lambda: rows)()
         array = check_rows(rows, self.U, "rows (owned coefficients of the state)")
         if len(set(self.U.comm.allgather(len(array)))) > 1:
             raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
@@ -182,7 +189,7 @@ def check_parameter(m: Function, M: WithGeometry) -> None:
         check_function(m, M, "the parameter", MAKE)
 
 
-def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.ndarray:
+def _parameter_rows(ms: Any, M: WithGeometry) -> np.ndarray:
     """Owned coefficients (n, n_owned of M) of Functions or of an array, checked on all ranks together."""
     if isinstance(ms, Function):
         raise InputError("solve_many takes a sequence of parameters: put the single Function in a list.")
