@@ -143,7 +143,7 @@ def training(problem: Problem, base: str, seed: int, size: Size) -> Training:
     # One step must do where the base is the answer.
     budgets = (1, *size.budgets) if problem.name == "linear-gaussian" else size.budgets
     cells = tuple(c for c in combine(formulations, samplers, budgets)
-                  if c.budget <= 32 or c.formulation is None or c.formulation.name in LONG)
+                  if c.budget <= 32 or c.sampler.formulation is None or c.sampler.formulation.name in LONG)
 
     def fit(checkpoint: Path) -> Denoiser:
         z, y = (torch.as_tensor(x) for x in problem.draw(size.pairs, seed))

@@ -4,6 +4,7 @@ No Firedrake and no torch at import.
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 import pickle
@@ -26,8 +27,7 @@ __all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choic
            "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
            "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words", "together"]
 
-# Beyond it sums of squares leave the range of double precision.
-LARGEST = 1e100
+LARGEST = 1e100   # beyond, sums of squares leave the range of double precision
 
 T = TypeVar("T")
 
@@ -46,14 +46,12 @@ def shape_words(wanted: tuple) -> str:
 
 def check_all(x: Any, name: str, kind: type[T], words: str | None = None) -> tuple[T, ...]:
     """Several objects of one class, as a tuple; `words` say what they are where the class does not."""
-    words = words or kind.__name__
-    # Sets have no order.
-    if isinstance(x, (str, bytes, Mapping, Set)) or not np.iterable(x):
+    words, items = words or kind.__name__, None
+    if np.iterable(x) and not isinstance(x, (str, bytes, Mapping, Set)):   # sets have no order
+        with contextlib.suppress(TypeError, NotImplementedError):   # UFL expressions and Constants only look iterable
+            items = tuple(x)
+    if items is None:
         raise InputError(f"{name} is {x!r}: give a sequence of {words}.")
-    try:
-        items = tuple(x)
-    except (TypeError, NotImplementedError):   # UFL expressions and Constants only look iterable
-        raise InputError(f"{name} is {x!r}: give a sequence of {words}.") from None
     if not all(isinstance(item, kind) for item in items):
         found = sorted({type(item).__name__ for item in items})
         raise InputError(f"{name} holds {', '.join(found)}: give a sequence of {words}.")
@@ -78,15 +76,12 @@ def check_array(x: Any, name: str, *shapes: tuple, names: Sequence[str] | None =
         raise InputError(f"{name} holds {array.dtype} values: {remedy}.")
     if shapes and not any(shape_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{name} has the shape {array.shape}: give {wanted}.")
-    # Converted first: the bound is beyond single precision.
-    array = array.astype(float)
+    array = array.astype(float)   # first, because the bound is beyond single precision
     wild = ~(np.abs(array) <= LARGEST)
     if wild.any():
-        of = ""
+        of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}" if array.ndim == 2 and names is None else ""
         if names is not None and array.ndim:
             of = f" of {', '.join(str(names[i]) for i in np.unique(np.nonzero(wild)[-1]))}"
-        elif names is None and array.ndim == 2:
-            of = f" in rows {np.flatnonzero(wild.any(axis=1))[:5].tolist()}"
         raise InputError(f"{name} holds values{of} that are not finite, or beyond {LARGEST:g}: leave those out, mend "
                          "where they come from, or take other units.")
     return array
@@ -116,12 +111,11 @@ def check_number(x: Any, name: str, above: float = -np.inf, least: float = -np.i
         value = np.inf
     if value is None or not (np.isfinite(value) and above < value < below and least <= value <= most):
         # Bounds that keep arithmetic from overflowing are told to those alone who reach them.
-        reach = 0.0 if value is None else abs(value)
-        bounds = [f"{word} {bound:g}" for word, bound in (("above", above), ("at least", least), ("below", below),
-                                                          ("at most", most))
-                  if np.isfinite(bound) and abs(bound) < max(LARGEST, reach)]
-        found = repr(x) if value is None else repr(value)
-        raise InputError(f"{name} is {found}: give a number that is {' and '.join(bounds) or 'finite'}.")
+        reach = max(LARGEST, abs(value or 0))
+        words = {"above": above, "at least": least, "below": below, "at most": most}
+        bounds = [f"{word} {bound:g}" for word, bound in words.items() if abs(bound) < reach]
+        raise InputError(f"{name} is {x if value is None else value!r}: give a number that is "
+                         f"{' and '.join(bounds) or 'finite'}.")
     return value
 
 
@@ -140,27 +134,9 @@ def check_choice(x: Any, name: str, choices: Collection[str]) -> str:
 
 
 def check_readings(y: Any, count: int, names: Sequence[str] | None = None, failed: bool = False) -> np.ndarray:
-    """Readings of sensors as floats, shape (k,): real and of a size with which one can calculate.
+    """Readings of `count` sensors as floats, shape (count,): real and of a size with which one can calculate.
 
-    Parameters
-    ----------
-    y : array_like of shape (k,)
-        In units of the measurement.
-    count : int
-        Number k of sensors.
-    names : sequence of str, optional
-        Of the sensors, for messages; their numbers where left out.
-    failed : bool
-        Whether NaN may stand for a sensor that failed.
-
-    Returns
-    -------
-    numpy.ndarray
-
-    Raises
-    ------
-    InputError
-        If y is not one real number for each sensor, or a reading is out of range; the message names the sensors.
+    Messages use the names of the sensors, or their numbers; `failed` lets NaN stand for a sensor that failed.
     """
     try:
         array = np.asarray(y)
@@ -170,8 +146,7 @@ def check_readings(y: Any, count: int, names: Sequence[str] | None = None, faile
         raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the "
                          f"{count} sensors.")
     y = array.astype(float)
-    bad = np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))
-    if len(bad):
+    if len(bad := np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))):
         which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
         repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"
         raise InputError(f"Readings are not finite or too large to calculate with: sensor {which}"
@@ -183,29 +158,26 @@ def check_path(path: Any, name: str = "path") -> Path:
     """A path as such; a number, say, would open whatever has that number."""
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
-    # As seen from here: a solver of the user's own may change the folder.
-    return Path(path).absolute()
+    return Path(path).absolute()   # as seen from here: a solver of the user's own may change the folder
 
 
 def check_options(x: Any, kind: type[T], name: str = "options") -> T:
     """An object of a class of settings; a dict of them is a frequent mistake."""
     if not isinstance(x, kind) or not is_dataclass(x):
-        remedy = f"{kind.__name__}(**{name})" if isinstance(x, dict) else f"{kind.__name__}(...)"
-        raise InputError(f"{name} is of type {type(x).__name__}: pass {remedy}.")
+        inside = f"**{name}" if isinstance(x, dict) else "..."
+        raise InputError(f"{name} is of type {type(x).__name__}: pass {kind.__name__}({inside}).")
     return x
 
 
 def check_device(device: "str | torch.device") -> "torch.device":
     """A torch device that is there."""
     import torch
-
     try:
         device = torch.device(device)
         torch.empty(0, device=device)
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"device is {str(device)!r}, which torch cannot use here ({reason}): take 'cpu', or a device "
-                         "that this machine has.") from error
+        raise InputError(f"device is {str(device)!r}, which torch cannot use here ({str(error).splitlines()[0]}): take "
+                         "'cpu', or a device that this machine has.") from error
     return device
 
 
@@ -240,8 +212,7 @@ def check_callable(x: Any, name: str, remedy: str, arguments: int | None = None)
 def check_file(path: Any, name: str = "path") -> Path:
     """Path of a file that can be written: its folder is there; FileError otherwise."""
     path = check_path(path, name)
-    folder = path.parent
-    if not folder.is_dir():
+    if not (folder := path.parent).is_dir():
         raise FileError(f"{path} cannot be written, because {folder} is no folder: make it first, or name another.")
     if path.is_dir():
         raise FileError(f"{path} is a folder: add the name of a file.")
@@ -274,13 +245,9 @@ def together(comm: "Comm", run: Callable[[], T]) -> T:
 
 
 def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Arguments of a script of which PETSc reads other options, with one dash; the folder `output` is made.
-
-    What begins with two dashes and is not known ends the script, as does a folder that cannot be made or written.
-    """
+    """Arguments of a script, but for PETSc's with one dash; the folder `output` is made, or the script ends."""
     arguments, rest = parser.parse_known_args()
-    unknown = [word for word in rest if word.startswith("--")]
-    if unknown:
+    if unknown := [word for word in rest if word.startswith("--")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)

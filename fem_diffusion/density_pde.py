@@ -24,8 +24,8 @@ densities are smooth and form no layer at a boundary they do not reach. The orde
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ufl
@@ -34,6 +34,7 @@ from firedrake import (Constant, Function, LinearVariationalProblem, LinearVaria
 from firedrake.adjoint import stop_annotating
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_array, check_callable, check_count, check_flag, check_number, check_seed
@@ -50,14 +51,14 @@ if TYPE_CHECKING:   # this room is of use without torch
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
 Monitor = Callable[[float, Function], None]
-Positions = Expr | np.ndarray
 Number = Expr | float
+Positions = TypeVar("Positions", Expr, np.ndarray)
 
 
-def forward_density(p: Function, formulation: "Formulation", times: Sequence[float], *, theta: float = 0.5,
+def forward_density(p: Function, formulation: "Formulation", times: ArrayLike, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
-    """Carry a density forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
+    """Density at ``times[-1]``, in the space of p, carried forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
 
     Parameters
     ----------
@@ -70,37 +71,25 @@ def forward_density(p: Function, formulation: "Formulation", times: Sequence[flo
     theta : float
         Implicitness in [1/2, 1]. A step solves with p = θ p_new + (1 - θ) p_old and coefficients at the time of that
         p: 1/2 is the implicit midpoint rule (Crank-Nicolson, second order), 1 backward Euler for rough data.
-    solver_parameters : "direct", "iterative" or dict
-        PETSc options of the linear solve of each step.
-    options_prefix : str, optional
-        Prefix of those options on the command line.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of the linear solve of each step, and their prefix on the command line.
     monitor : callable, optional
         ``monitor(t, p)``, called at the first time and after every step, with a copy of the density.
     progress : bool
         Show a progress bar on rank 0.
 
-    Returns
-    -------
-    Function
-        Density at ``times[-1]``, in the space of p.
-
-    Raises
-    ------
-    InputError, SolveError, InstallError
-        If an argument has the wrong kind, shape or range; a linear solve fails; PETSc is a complex build.
+    InputError where an argument does not fit, SolveError where a solve fails, InstallError for a complex PETSc.
     """
-    times = _checked(p, formulation, times, direction=1)
-
-    def flux(p: Expr, xi: Expr, b: Constant, g: Constant, a: Constant, s: Constant) -> Expr:
-        return -b * xi * p - g / 2 * grad(p)
-    return _march(p, formulation, times, flux, theta, (solver_parameters, options_prefix), monitor, progress)
+    return _march(p, formulation, _checked(p, formulation, times, direction=1),
+                  lambda p, xi, b, g, a, s: -b * xi * p - g / 2 * grad(p), theta, (solver_parameters, options_prefix),
+                  monitor, progress)
 
 
-def reverse_density(p: Function, formulation: "Formulation", times: Sequence[float],
+def reverse_density(p: Function, formulation: "Formulation", times: ArrayLike,
                     score: Callable[[Expr, Expr, Expr], Expr], alpha: float, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
-    """Carry a density backward: ``∂p/∂τ = -∇·([b ξ + (1+α)/2 g q] p) + (α g/2) Δp``.
+    """Density carried backward: ``∂p/∂τ = -∇·([b ξ + (1+α)/2 g q] p) + (α g/2) Δp``.
 
     Parameters
     ----------
@@ -112,7 +101,7 @@ def reverse_density(p: Function, formulation: "Formulation", times: Sequence[flo
     alpha : float
         0 for the probability-flow ODE, 1 for the reverse SDE, any number >= 0.
     p, formulation, theta, solver_parameters, options_prefix, monitor, progress
-        As in `forward_density`, and so are what it returns and raises.
+        As in `forward_density`, and so is what it raises.
     """
     times = _checked(p, formulation, times, direction=-1)
     check_callable(score, "score", "a function of ξ, a and s, such as GaussianMixture.score", 3)
@@ -130,11 +119,7 @@ def noise_times(formulation: "Formulation", sigma: float, steps: int) -> np.ndar
     """Times from 0 to the noise level `sigma`, shape (steps + 1,), between which the level grows by equal amounts.
 
     Formulations spend their time very differently; with these times all of them see the same noise in each step.
-
-    Raises
-    ------
-    InputError
-        Unless `steps` is positive and `sigma` lies between the formulation's noise levels at t = 0 and t = 1.
+    InputError unless `sigma` lies between the formulation's noise levels at t = 0 and t = 1.
     """
     _check_formulation(formulation, ("sigma", "time"))
     start, end = (float(formulation.sigma(_tensor(t))) for t in (0.0, 1.0))
@@ -154,13 +139,7 @@ class GaussianMixture:
     Parameters
     ----------
     weights, means, stds : array_like
-        Probabilities (k,), which sum to one, centres (k, d) and standard deviations (k,); copied.
-
-    Raises
-    ------
-    InputError
-        If the shapes do not match, a number is not finite, a weight or standard deviation is not positive, or the
-        weights do not sum to 1.
+        Probabilities (k,), positive, which sum to one, centres (k, d) and positive standard deviations (k,); copied.
     """
 
     weights: np.ndarray
@@ -169,9 +148,8 @@ class GaussianMixture:
 
     def __post_init__(self) -> None:
         for name, shape in (("weights", ("k",)), ("means", ("k", "d")), ("stds", ("k",))):
-            array = check_array(getattr(self, name), name, shape)
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+            object.__setattr__(self, name, check_array(getattr(self, name), name, shape))
+            getattr(self, name).flags.writeable = False
         k, d = self.means.shape
         if not d or len(self.weights) != k or len(self.stds) != k:
             raise InputError(f"weights {self.weights.shape}, means {self.means.shape}, stds {self.stds.shape}: give "
@@ -189,10 +167,10 @@ class GaussianMixture:
 
     def score(self, xi: Positions, a: Number = 1.0, s: Number = 0.0) -> Positions:
         """Gradient of the logarithm of that density: a UFL vector of shape (d,), or an array (n, d)."""
-        shares, _, xi, pulls = self._shares(xi, a, s)
-        rows = [sum(share * pull[j] for share, pull in zip(shares, pulls)) / sum(shares)
-                for j in range(self.means.shape[1])]
-        return np.stack(rows, axis=-1) if isinstance(xi, np.ndarray) else ufl.as_vector(rows)
+        shares, _, pulls = self._shares(xi, a, s)
+        rows = [sum(share * x for share, x in zip(shares, along)) / sum(shares) for along in zip(*pulls)]
+        join: dict[bool, Callable] = {True: ufl.as_vector, False: partial(np.stack, axis=-1)}
+        return join[isinstance(xi, Expr)](rows)
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Independent draws of z_0, shape (n, d)."""
@@ -200,8 +178,8 @@ class GaussianMixture:
         which = rng.choice(len(self.weights), size=n, p=self.weights)
         return self.means[which] + self.stds[which, None] * rng.standard_normal((n, self.means.shape[1]))
 
-    def _shares(self, xi: Positions, a: Number, s: Number) -> tuple[list, Positions, Positions, list[list]]:
-        """Weighted component densities over the largest, that one, checked positions, and scores by component."""
+    def _shares(self, xi: Expr | np.ndarray, a: Number, s: Number) -> tuple[list, Any, list[list]]:
+        """Weighted component densities over the largest, that one, and scores by component."""
         k, d = self.means.shape
         array = not isinstance(xi, Expr)
         if array:
@@ -213,7 +191,9 @@ class GaussianMixture:
                 for name, x, least in (("a", a, -np.inf), ("s", s, 0.0)))
         if isinstance(a, float) and isinstance(s, float) and not a and not s:
             raise InputError("a and s are both zero: a law without spread has no density; give one of them.")
-        exp, log, maximum = (np.exp, np.log, np.maximum) if array else (ufl.exp, ufl.ln, ufl.max_value)
+        rules: dict[bool, tuple[Callable, ...]] = {
+            True: (np.exp, np.log, np.maximum), False: (ufl.exp, ufl.ln, ufl.max_value)}
+        exp, log, maximum = rules[array]
         # Constants, so that every mixture of so many components shares one compiled kernel.
         weights, means, stds = (v if array else Constant(v) for v in (self.weights, self.means, self.stds))
         logs, pulls = [], []
@@ -224,7 +204,7 @@ class GaussianMixture:
             pulls.append([x / variance for x in away])
         top = reduce(maximum, logs)
         # Relative to the largest term, because far from all centres every term underflows.
-        return [exp(value - top) for value in logs], exp(top), xi, pulls
+        return [exp(value - top) for value in logs], exp(top), pulls
 
 
 def _tensor(values: float | np.ndarray) -> "torch.Tensor":
@@ -238,7 +218,7 @@ def _check_formulation(formulation: "Formulation", methods: Sequence[str]) -> No
         raise InputError(f"formulation is {formulation!r}: give a Formulation, such as variance_exploding().")
 
 
-def _checked(p: Function, formulation: "Formulation", times: Sequence[float], direction: int) -> np.ndarray:
+def _checked(p: Function, formulation: "Formulation", times: ArrayLike, direction: int) -> np.ndarray:
     """Times as an array (steps + 1,), or InputError for what does not describe a run in this direction."""
     require_real()
     _check_formulation(formulation, "bgas")
@@ -263,10 +243,8 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
     """Density at the last time, by the theta rule for ``∂p + ∇·F(p) = 0`` with ``n·F = 0`` on the boundary."""
     V = p.function_space()
     theta = check_number(theta, "theta", least=0.5, most=1)
-    parameters, prefix = solver
-    options = linear_options(check_solver(parameters, prefix, V.comm), V, advective=True)
-    if monitor is not None:
-        check_callable(monitor, "monitor", "a function of time and density", 2)
+    options = linear_options(check_solver(*solver, V.comm), V, advective=True)
+    tell = (lambda t, p: None) if monitor is None else check_callable(monitor, "monitor", "a function of t and p", 2)
     show = check_flag(progress, "progress") and V.comm.rank == 0
     step, *coefficients = (Constant(0.0) for _ in range(5))
     old, trial, test = p.copy(deepcopy=True), TrialFunction(V), TestFunction(V)
@@ -276,10 +254,9 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
     F = flux(theta * trial + (1 - theta) * old, SpatialCoordinate(V.mesh()), *coefficients)
     form = ((trial - old) * test - step * dot(F, grad(test))) * measure
     problem = LinearVariationalProblem(lhs(form), rhs(form), new)
-    solver = LinearVariationalSolver(problem, solver_parameters=options, options_prefix=prefix)
+    step_solver = LinearVariationalSolver(problem, solver_parameters=options, options_prefix=solver[1])
     with stop_annotating(), bar(len(times) - 1, "density", show) as shown:
-        if monitor is not None:
-            monitor(float(times[0]), new.copy(deepcopy=True))
+        tell(float(times[0]), new.copy(deepcopy=True))
         for start, end in zip(times[:-1], times[1:]):
             time = _tensor((1 - theta) * start + theta * end)
             for constant, name in zip(coefficients, "bgas"):
@@ -287,12 +264,11 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
             step.assign(abs(end - start))
             old.assign(new)
             try:
-                solver.solve()
+                step_solver.solve()
             except (ConvergenceError, PETSc.Error) as error:
                 reason = petsc_reason(error) if isinstance(error, PETSc.Error) else error
                 raise SolveError(f"the step from t = {start:g} to {end:g} failed: {reason}; take smaller steps or "
                                  "solver_parameters='direct'.") from error
-            if monitor is not None:
-                monitor(float(end), new.copy(deepcopy=True))
+            tell(float(end), new.copy(deepcopy=True))
             shown.update()
     return new

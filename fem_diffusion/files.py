@@ -37,8 +37,7 @@ __all__ = ["Content", "VERSION", "adopt", "check_room", "locked", "make_folder",
 VERSION = 1
 _DIGITS = 64
 _ZEROS = b"0" * _DIGITS
-# JSON inside JSON: quotes are escaped.
-_MARK = b'\\"checksum\\":\\"'
+_MARK = b'\\"checksum\\":\\"'   # JSON inside JSON: quotes are escaped
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 _FOREIGN = {b"\x89HDF": "an HDF5 file, as version 0.1.0 wrote bases and data sets",
             b"PK\x03\x04": "a zip file, as version 0.1.0 wrote checkpoints"}
@@ -46,27 +45,13 @@ _FOREIGN = {b"\x89HDF": "an HDF5 file, as version 0.1.0 wrote bases and data set
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-        Where it was read.
-    remedy : str
-        What a user does where it is of no use: the end of every error.
-    arrays : dict of numpy.ndarray
-        By name.
-    values : dict
-        Settings and identity.
-    checksum : str
-        Of the file: what belongs together can name it.
-    """
+    """What a file holds."""
 
     path: Path
-    remedy: str
+    remedy: str                     # what a user does where it is of no use: the end of every error
     arrays: dict[str, np.ndarray]
-    values: dict[str, Any]
-    checksum: str = ""
+    values: dict[str, Any]          # settings and identity
+    checksum: str = ""              # of the file: what belongs together can name it
 
     def error(self, reason: str) -> FileError:
         """The error that the content is of no use, to be raised."""
@@ -74,8 +59,7 @@ class Content:
 
     def array(self, name: str, *shape: int | None, dtype: DTypeLike = np.float64, finite: bool = True) -> np.ndarray:
         """An array of this shape (None: any size along that axis) and type; FileError if there is none."""
-        found = self.arrays.get(name)
-        if found is None:
+        if (found := self.arrays.get(name)) is None:
             raise self.error(f"holds no {name!r}")
         fits = found.ndim == len(shape) and all(n in (None, m) for n, m in zip(shape, found.shape))
         if not fits or found.dtype != dtype:
@@ -98,23 +82,11 @@ class Content:
 
 
 def write(path: str | os.PathLike, kind: str, arrays: dict, values: dict) -> None:
-    """Write a file, whole or not at all.
+    """Write a file, whole or not at all; what was there is replaced at the end.
 
-    Parameters
-    ----------
-    path : path
-        The file; what was there is replaced at the end.
-    kind : str
-        Of the content; `read` asks for it.
-    arrays : dict of numpy.ndarray
-        By name; numbers and truth values.
-    values : dict
-        Settings and identity; whatever JSON holds.
-
-    Raises
-    ------
-    FileError
-        If it cannot be written: no folder, no permission, a full disk, another run that writes it at this moment.
+    It holds the `kind` of content, for which `read` asks, arrays of numbers and truth values by name, and settings and
+    identity as `values`, whatever JSON holds. FileError if it cannot be written: no folder, no permission, a full disk,
+    another run that writes it at this moment.
     """
     # The library takes the memory of an array in its own order, so each is put in C order first.
     arrays = {name: np.asarray(x, dtype=np.asarray(x).dtype.newbyteorder("="), order="C") for name, x in arrays.items()}
@@ -126,25 +98,9 @@ def write(path: str | os.PathLike, kind: str, arrays: dict, values: dict) -> Non
 
 
 def read(path: str | os.PathLike, kind: str, remedy: str) -> Content:
-    """Read what `write` wrote.
+    """Read what `write` wrote; `remedy` is what a user does where it is of no use.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    kind : str
-        That it must be of.
-    remedy : str
-        What a user does where it is of no use.
-
-    Returns
-    -------
-    Content
-
-    Raises
-    ------
-    FileError
-        If it is not there, cannot be read, or is damaged, foreign, of another kind or version.
+    FileError if it is not there, cannot be read, or is damaged, foreign, of another kind or version.
     """
     path = check_path(path)
     nothing = Content(path, remedy, {}, {})
@@ -176,22 +132,28 @@ def write_bytes(path: str | os.PathLike, *parts: bytes | memoryview) -> None:
 
     The file is locked while it is written: of two runs that write one path at the same time, the second gets an error.
     """
-    # A link stays a link; its target is replaced.
-    path = Path(os.path.realpath(check_path(path)))
+    path = Path(os.path.realpath(check_path(path)))   # a link stays a link; its target is replaced
     partial = path.with_name(path.name + ".partial")
     try:
         descriptor = _open_locked(partial)
-        try:
+        with _cleared(descriptor, partial):
             _fill(descriptor, partial, parts)
             adopt(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        finally:
-            os.close(descriptor)
     except OSError as error:
         raise _failed("cannot be written", path, error) from error
+
+
+@contextlib.contextmanager
+def _cleared(descriptor: int, path: Path) -> Iterator[None]:
+    """Close a file after its use, and remove it where that fails."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def _fill(descriptor: int, partial: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -213,16 +175,9 @@ def check_room(partial: Path, size: int) -> None:
     """Raise FileError unless so many bytes can be written under a name, which is empty then."""
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+        with _cleared(descriptor, partial):
             os.posix_fallocate(descriptor, 0, size)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                os.ftruncate(descriptor, 0)
-            os.close(descriptor)
+            os.ftruncate(descriptor, 0)
     except OSError as error:
         raise _failed("cannot be written", partial, error) from error
 
@@ -244,19 +199,9 @@ def make_folder(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, what: str) -> Iterator[None]:
-    """Keep other runs out for as long as the context lasts; a killed run keeps nobody out.
+    """Keep other runs out for as long as the context lasts, and a file of this name; a killed run keeps nobody out.
 
-    Parameters
-    ----------
-    path : path
-        A file of this name exists while the lock is held.
-    what : str
-        What is locked, for the message.
-
-    Raises
-    ------
-    FileError
-        If another run holds the lock, or the file cannot be made.
+    `what` is locked, for the message. FileError if another run holds the lock, or the file cannot be made.
     """
     path = check_path(path)
     try:
@@ -281,8 +226,7 @@ def _open_locked(path: Path) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                # Some network file systems know no locks.
-                if error.errno not in _NO_LOCKS:
+                if error.errno not in _NO_LOCKS:   # as some network file systems do
                     raise
                 warnings.warn(f"The file system of {path} knows no locks: see to it that no other run writes there.",
                               stacklevel=4)
@@ -292,8 +236,7 @@ def _open_locked(path: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # Whoever had the lock has renamed or removed the file meanwhile.
-        os.close(descriptor)
+        os.close(descriptor)   # whoever had the lock has renamed or removed the file meanwhile
 
 
 def _flush(path: Path) -> None:
@@ -302,8 +245,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Not every file system can flush a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():   # not every one can flush a folder
             raise
     finally:
         os.close(descriptor)
@@ -312,7 +254,7 @@ def _flush(path: Path) -> None:
 def _failed(what: str, path: Path, error: OSError) -> FileError:
     if isinstance(error, BlockingIOError):
         return FileError(f"{path} {what}: another run writes it at this moment. Name another file, or wait.")
-    made = "Make the folder " + str(path.parent) + " first" if not path.parent.exists() else "Look at that path"
+    made = "Look at that path" if path.parent.exists() else f"Make the folder {path.parent} first"
     remedies = {errno.ENOSPC: "Make room on the disk", errno.EDQUOT: "Make room in your quota",
                 errno.ENOENT: made, errno.EACCES: "Ask for permission there",
                 errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
@@ -326,8 +268,7 @@ def _checksum_place(data: bytes | memoryview) -> int | None:
     size = int.from_bytes(bytes(data[:8]), "little")
     if len(data) < 8 or size > len(data) - 8:
         return None
-    header = bytes(data[8:8 + size])
-    found = header.find(_MARK)
+    found = bytes(data[8:8 + size]).find(_MARK)
     place = 8 + found + len(_MARK)
     return None if found < 0 or place + _DIGITS > len(data) else place
 

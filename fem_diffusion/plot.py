@@ -27,7 +27,7 @@ TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, truth: Function | None = None,
                  reference: Sequence | None = None, curves: int | None = None, xlabel: str | None = None,
                  ylabel: str | None = None) -> Axes | np.ndarray | None:
-    """Draw samples of a scalar parameter, or of a few numbers.
+    """Draw samples of a scalar parameter, or of a few numbers; the axes are returned, None but on rank 0.
 
     On a one-dimensional mesh (a boundary part, too): mean, 95 % band, single samples, truth and reference along the
     coordinate that varies most. On a two-dimensional one: maps of mean, standard deviation and one sample, and of the
@@ -36,8 +36,6 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
 
     Parameters
     ----------
-    samples : Samples
-        What `Posterior.sample` returned.
     axes : matplotlib Axes (lines, one number) or sequence of them (maps, several numbers), optional
         Where to draw; a new figure where left out.
     truth : Function, optional
@@ -47,21 +45,11 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
         its band is mean ± 1.96 standard deviations, or pass (mean, lower, upper).
     curves : int, optional
         Lines only: number of single samples; 20 where left out.
-    xlabel : str, optional
-        Label with units, of the position (lines) or the parameter (numbers).
-    ylabel : str, optional
-        Label with units, of the parameter (lines, and the colours of maps) or its density (numbers).
+    xlabel, ylabel : str, optional
+        With units: position and parameter (lines), or parameter and density (numbers); ylabel of the colours (maps).
 
-    Returns
-    -------
-    matplotlib Axes, array of them or None
-        None but on rank 0.
-
-    Raises
-    ------
-    InputError
-        If an argument is of the wrong kind, shape or space, or nothing would be drawn of it; the parameter is neither
-        scalar nor numbers, the mesh is three-dimensional, or a map is asked for on several ranks.
+    InputError is raised if an argument is of the wrong kind, shape or space, or nothing would be drawn of it; if the
+    parameter is neither scalar nor numbers, the mesh is three-dimensional, or a map is asked for on several ranks.
     """
     check_kind(samples, "samples", Samples, "what Posterior.sample returned")
     V, comm = samples.V, samples.V.comm
@@ -76,15 +64,14 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
         if space is None or space.mesh() is not V.mesh() or space.ufl_element() != V.ufl_element():
             raise InputError(f"truth is {truth!r}: give a Function in the space of the samples, {V}.")
         truth = together(comm, lambda: check_array(coefficients(truth), "truth", (owned_size(V),)))
-    if reference is not None:
-        reference = together(comm, lambda: _reference(reference, owned_size(V)))
+    band = None if reference is None else together(comm, lambda: _reference(reference, owned_size(V)))
     for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
         check_kind(label, name, (str, type(None)), "a string")
     V = _drawn_space(V)
     if V.ufl_element().family() == "Real":
         _refuse("numbers", curves=curves)
         together(comm, lambda: _axes_for(axes, V.dim()))
-        return _plot_numbers(V, values, axes, truth, reference, xlabel or "parameter", ylabel or "density")
+        return _plot_numbers(V, values, axes, truth, band, xlabel or "parameter", ylabel or "density")
     if V.value_size != 1:
         raise InputError("plot_samples draws scalar parameters and numbers in Real space; use save() and a viewer for "
                          "vectors and tensors.")
@@ -94,7 +81,7 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
     if V.mesh().topological_dimension == 1:
         curves = 20 if curves is None else check_count(curves, "curves", least=0)
         together(comm, lambda: _axes_for(axes, 1))
-        return _plot_lines(V, values, axes, truth, reference, curves, xlabel or "position", ylabel or "parameter")
+        return _plot_lines(V, values, axes, truth, band, curves, xlabel or "position", ylabel or "parameter")
     _refuse("maps", curves=curves, reference=reference, xlabel=xlabel)
     if V.mesh().geometric_dimension != 2 or comm.size > 1:
         raise InputError("plot_samples draws lines on any number of ranks and maps on one; use save() and a viewer.")
@@ -115,7 +102,7 @@ def _drawn_space(V: WithGeometry) -> WithGeometry:
     element, mesh = V.ufl_element(), V.mesh()
     if element.family() != "Real" and V.value_size == 1 and V.value_shape:
         element = element.sub_elements[0]
-    factors = element.factor_elements if isinstance(element, TensorProductElement) else ()
+    factors = list(element.factor_elements) if isinstance(element, TensorProductElement) else []
     if [factor.family() == "Real" for factor in factors] == [False, True]:
         element, mesh = factors[0], mesh._base_mesh
     return V if element == V.ufl_element() else FunctionSpace(mesh, element)
@@ -123,17 +110,13 @@ def _drawn_space(V: WithGeometry) -> WithGeometry:
 
 def _reference(reference: Sequence, size: int) -> np.ndarray:
     """Mean, lower and upper bound, shape (3, n_owned)."""
-    parts = list(reference) if isinstance(reference, (tuple, list, np.ndarray)) else []
-    if len(parts) not in (2, 3):
+    if not isinstance(reference, (tuple, list, np.ndarray)) or len(reference) not in (2, 3):
         raise InputError(f"reference is of type {type(reference).__name__}: give (mean, std) or (mean, lower, upper).")
-    parts = [check_array(coefficients(part) if isinstance(part, Function) else part, "reference", (size,))
-             for part in parts]
-    if len(parts) == 2:
-        mean, std = parts
-        if (std < 0).any():
-            raise InputError("reference has negative standard deviations: give (mean, std) or (mean, lower, upper).")
-        parts = [mean, mean - 1.96 * std, mean + 1.96 * std]
-    return np.stack(parts)
+    mean, *others = (check_array(coefficients(part) if isinstance(part, Function) else part, "reference", (size,))
+                     for part in reference)
+    if len(others) == 1 and (others[0] < 0).any():
+        raise InputError("reference has negative standard deviations: give (mean, std) or (mean, lower, upper).")
+    return np.stack([mean, *(others if len(others) == 2 else mean + 1.96 * np.outer([-1, 1], others[0]))])
 
 
 def _axes_for(axes: Any, count: int) -> None:
@@ -152,12 +135,11 @@ def _plot_lines(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarra
     summary = gather_rows(V, np.stack([values.mean(axis=0), *np.quantile(values, [0.025, 0.975], axis=0)]))
     truth = None if truth is None else gather_rows(V, truth[None])
     reference = None if reference is None else gather_rows(V, reference)
-    if V.comm.rank != 0:
+    if x is None or lines is None or summary is None:   # everywhere but on rank 0
         return None
-    x = x[np.argmax(np.ptp(x, axis=1))]
+    x, axes = x[np.argmax(np.ptp(x, axis=1))], _one(axes)
     order = np.argsort(x)
     x = x[order]
-    axes = _one(axes)
     if curves:
         axes.plot(x, lines[:, order].T, color=MODEL, linewidth=0.6, alpha=0.35)
     mean, lower, upper = summary[:, order]
@@ -188,19 +170,17 @@ def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndar
                   reference: np.ndarray | None, xlabel: str, ylabel: str) -> Axes | np.ndarray | None:
     numbers, truth, reference = (None if part is None else gather_rows(V, np.atleast_2d(part))
                                  for part in (values, truth, reference))
-    if V.comm.rank != 0:
+    if numbers is None:   # everywhere but on rank 0
         return None
     count = numbers.shape[1]
+    figure = None
     if axes is None:
-        columns = min(count, 3)
-        rows = -(-count // columns)
+        columns, rows = min(count, 3), -(-count // 3)
         size = (max(3.6 * columns, 5.5), 3.2 * rows + 0.5)
         figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
         for ax in axes.flat[count:]:
             ax.axis("off")
-    else:
-        figure = None
-        axes = np.array([axes] if isinstance(axes, Axes) else axes, dtype=object)
+    axes = np.array([axes] if isinstance(axes, Axes) else axes, dtype=object)
     axes = axes.ravel()[:count]
     places = [str(i) for i in range(count)]
     if len(V.value_shape) > 1 and V.value_size == count:
@@ -219,20 +199,19 @@ def _plot_numbers(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndar
         if truth is not None:
             ax.axvline(truth[0, i], color=TRUTH, linewidth=1.5, label="truth")
         ax.set(xlabel=xlabel, ylabel=ylabel, title="" if count == 1 else f"component {place}")
-    handles = axes[0].get_legend_handles_labels()
     if figure is None or count == 1:
-        axes[0].legend(*handles, fontsize="small", frameon=False)
+        axes[0].legend(fontsize="small", frameon=False)
     else:
+        handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=len(handles[0]), fontsize="small", frameon=False)
     return axes[0] if count == 1 else axes
 
 
-def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> Sequence[Axes]:
+def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray | None, label: str) -> np.ndarray:
     if len(values) < 2:
         raise InputError("A map of the standard deviation needs at least 2 samples.")
-    panels = ({} if truth is None else {"truth": truth}) | {
-        "posterior mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
-        "one sample": values[0]}
+    panels = ({} if truth is None else {"truth": truth}) | {"posterior mean": values.mean(
+        axis=0), "standard deviation": values.std(axis=0, ddof=1), "one sample": values[0]}
     _axes_for(axes, len(panels))
     if axes is None:
         axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained")[1]
@@ -246,23 +225,10 @@ def _plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray
 
 def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = None,
                     ylabel: str = "measurement") -> Axes:
-    """Measurements against the posterior predictive, a 95 % interval for each sensor.
+    """A measurement y (k,) against simulated ones of posterior samples, noise included, shape (n, k).
 
-    Parameters
-    ----------
-    y : numpy.ndarray
-        Measurement, shape (k,).
-    predictions : numpy.ndarray
-        Simulated measurements of posterior samples, noise included, shape (n, k).
-    axes : matplotlib Axes, optional
-        Where to draw; a new figure where left out.
-    ylabel : str
-        Label with unit.
-
-    Raises
-    ------
-    InputError
-        If the shapes do not match, or a number is not finite; the message says of which sensor.
+    Each sensor has a 95 % interval; ylabel has its unit, and the figure is new where no axes are given. InputError is
+    raised if the shapes do not match, or a number is not finite; the message says of which sensor.
     """
     names = [f"sensor {i}" for i in range(len(y))] if isinstance(y, (Sequence, np.ndarray)) else None
     y = check_array(y, "y", ("k",), names=names)
@@ -270,8 +236,7 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = 
     if not predictions.size:
         raise InputError("There are no predictions, or no sensors: give one at least.")
     check_text(ylabel, "ylabel")
-    axes = _one(axes)
-    sensors = np.arange(len(y))
+    axes, sensors = _one(axes), np.arange(len(y))
     lower, middle, upper = np.quantile(predictions, [0.025, 0.5, 0.975], axis=0)
     axes.errorbar(sensors, middle, yerr=[middle - lower, upper - middle], fmt="o", color=MODEL, markersize=4, capsize=3,
                   label="posterior predictive, 95 %")
@@ -282,28 +247,23 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = 
 
 
 def plot_history(history: History, axes: Axes | None = None) -> Axes:
-    """Training curve: loss over optimiser steps, with the level of the Gaussian base alone.
+    """Training curve of a `Model`: loss over optimiser steps, with the level of the Gaussian base alone.
 
-    Parameters
-    ----------
-    history : History
-        Of a `Model`.
-    axes : matplotlib Axes, optional
-        Where to draw; a new figure where left out.
-
-    InputError is raised where it is something else.
+    The figure is new where no axes are given. InputError is raised where `history` is something else.
     """
     check_kind(history, "history", History, "the history of a model, model.history")
     axes = _one(axes)
-    axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
-    axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
-    axes.axhline(history.base, color=REFERENCE, linestyle="--", label="Gaussian base alone")
-    if history.best_step:
-        axes.axvline(history.best_step, color=TRUTH, linewidth=0.8, linestyle=":", label="weights kept")
-    else:
-        axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept", fontsize="medium")
+    if history.step:
+        axes.plot(history.step, history.train, color=MODEL, alpha=0.5, label="training")
+        axes.plot(history.step, history.validation, color=MODEL, linewidth=2, label="validation (held-out pairs)")
+        axes.axhline(history.base, color=REFERENCE, linestyle="--", label="Gaussian base alone")
+        if history.best_step:
+            axes.axvline(history.best_step, color=TRUTH, linewidth=0.8, linestyle=":", label="weights kept")
+        axes.legend(fontsize="small", frameon=False)
+    if not history.best_step:
+        axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept" if history.step else
+                       "nothing was trained: the Gaussian base needs no network", fontsize="medium")
     axes.set(xlabel="optimiser step", ylabel="denoising loss (1 = unit variance target)")
-    axes.legend(fontsize="small", frameon=False)
     return axes
 
 
@@ -311,15 +271,7 @@ def plot_calibration(calibration: Calibration, axes: Axes | None = None) -> Axes
     """Ranks of held-out truths among their draws: the share below each level, minus the level itself.
 
     There is a curve for each coordinate; 95 % of those of calibrated draws stay wholly within the band (Kolmogorov).
-
-    Parameters
-    ----------
-    calibration : Calibration
-        Of `calibrate` or `calibrate_model`.
-    axes : matplotlib Axes, optional
-        Where to draw; a new figure where left out.
-
-    InputError is raised where it is something else.
+    The figure is new where no axes are given. InputError is raised for what `calibrate` has not returned.
     """
     check_kind(calibration, "calibration", Calibration, "what calibrate returned")
     axes = _one(axes, (5, 4))

@@ -40,10 +40,7 @@ class InverseProblem:
         Of the measurements; numbers are standard deviations. None for a family, whose kinds have their own, and where
         readings hold noise already.
 
-    Raises
-    ------
-    InputError
-        If an argument is none of these, spaces do not follow each other, or the noise is for other sensors.
+    InputError is raised if one is none of these, spaces do not follow each other, or the noise is for other sensors.
     """
 
     prior: Prior
@@ -107,10 +104,7 @@ class InverseProblem:
         return self.observation.names if isinstance(self.observation, Observation) else ()
 
     def readings(self, parameters: np.ndarray) -> np.ndarray:
-        """What the sensors read without noise, shape (B, k), global, of parameters (B, n_owned of M) (collective).
-
-        InputError is raised for a family, which has no readings without a choice of sensors.
-        """
+        """What the sensors read without noise, shape (B, k), global, of parameters (B, n_owned of M) (collective)."""
         if isinstance(self.observation, SensorFamily):
             raise InputError("A family has no readings: choose sensors, and make an InverseProblem of those.")
         if isinstance(self.observation, Observation):

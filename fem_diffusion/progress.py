@@ -9,16 +9,14 @@ __all__ = ["LOG", "bar", "tell"]
 
 LOG = logging.getLogger("fem_diffusion")
 LOG.addHandler(logging.NullHandler())
-# Seconds between lines in a pipe or file.
-_SPARSE = 10.0
+_SPARSE = 10.0   # seconds between lines in a pipe or file
 
 
 class _Lines:
     """A stream on which a bar that repaints itself becomes lines."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
+        if text := text.strip("\r\n "):
             sys.stderr.write(text + "\n")
 
     def flush(self) -> None:
@@ -26,37 +24,17 @@ class _Lines:
 
 
 def bar(total: int, name: str, show: bool, initial: int = 0) -> tqdm:
-    """Progress bar on standard error; in a pipe or file a line every ten seconds.
+    """Progress bar on standard error, `initial` of `total` steps done; in a pipe or file a line every ten seconds.
 
-    Parameters
-    ----------
-    total, initial : int
-        Number of steps, and of those done already.
-    name : str
-        What is done.
-    show : bool
-        Whether to show it at all: on rank 0, where the user has asked for it.
-
-    Returns
-    -------
-    tqdm.tqdm
+    `show` it on rank 0, where the user has asked for it.
     """
-    if sys.stderr.isatty() or "ipykernel" in sys.modules:
-        return tqdm(total=total, desc=name, disable=not show, initial=initial)
-    return tqdm(total=total, desc=name, disable=not show, initial=initial, file=_Lines(), mininterval=_SPARSE,
-                maxinterval=_SPARSE, ncols=100)
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    lines = {} if watched else dict(file=_Lines(), mininterval=_SPARSE, maxinterval=_SPARSE, ncols=100)
+    return tqdm(total=total, desc=name, disable=not show, initial=initial, **lines)
 
 
 def tell(text: str, show: bool) -> None:
-    """Log a result in words under "fem_diffusion"; write it to standard error where bars are shown and no one logs.
-
-    Parameters
-    ----------
-    text : str
-        One line.
-    show : bool
-        As for `bar`.
-    """
+    """Log a line under "fem_diffusion"; write it to standard error where bars are shown, by `show`, and no one logs."""
     LOG.info(text)
     if show and not LOG.isEnabledFor(logging.INFO):
         tqdm.write(text, file=sys.stderr)

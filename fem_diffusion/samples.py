@@ -17,7 +17,7 @@ from fem_diffusion.checks import check_callable, check_count, check_kind, check_
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
-from fem_diffusion.fields.coefficients import by_component, coefficients, field, is_real, on_root
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, is_real, on_root, owned_size
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 
 __all__ = ["Samples", "load_samples"]
@@ -73,10 +73,7 @@ class Samples:
         return (self[i] for i in range(len(self)))
 
     def component(self, i: int) -> "Samples":
-        """Samples of component i of a mixed parameter, in its own space; `latents` stay those of all.
-
-        InputError is raised where there is no such component.
-        """
+        """Samples of component i of a mixed parameter, in its own space; `latents` stay those of all."""
         if not isinstance(i, Integral) or not 0 <= i < len(self.V):
             raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
         V = self.V[i].collapse() if len(self.V) > 1 else self.V
@@ -102,15 +99,8 @@ class Samples:
     def map(self, f: Callable[[Function], Any]) -> np.ndarray:
         """A quantity of interest of every sample, shape (n, ...) (collective).
 
-        Parameters
-        ----------
-        f : Callable
-            Maps a Function to a number or an array, for example ``lambda m: assemble(m * dx)``. It gets copies.
-
-        Raises
-        ------
-        InputError
-            If there are no samples, or f gives something else, or arrays of different shapes.
+        f maps a Function, a copy, to a number or an array, for example ``lambda m: assemble(m * dx)``. InputError is
+        raised if there are no samples, or f gives something else, or arrays of different shapes.
         """
         self._check_some()
         check_callable(f, "f", "a function of a Function", 1)
@@ -123,22 +113,10 @@ class Samples:
         return found
 
     def probability(self, condition: Callable[[Function], Any]) -> "float | Function":
-        """Share of the samples for which something holds (collective).
+        """Share of the samples for which something holds; of a UFL condition the share at each node (collective).
 
-        Parameters
-        ----------
-        condition : Callable
-            Maps a Function to True or False, or to a scalar UFL condition, such as ``lambda m: m > 1.6``.
-
-        Returns
-        -------
-        float or Function
-            The share; of a UFL condition a Function, the share at each node.
-
-        Raises
-        ------
-        InputError
-            If there are no samples, the condition gives something else, or the parameter has no nodes for a UFL one.
+        The condition maps a Function to True or False, or to a scalar UFL condition, such as ``lambda m: m > 1.6``.
+        InputError is raised if it gives something else, there are no samples, or the parameter has no nodes for UFL.
         """
         self._check_some()
         check_callable(condition, "condition", "a function of a Function, such as lambda m: m > 1.6", 1)
@@ -155,29 +133,23 @@ class Samples:
         if len(W) > 1 or W.value_shape or not (is_real(W) or W.finat_element.has_pointwise_dual_basis):
             raise InputError(f"{self.V.ufl_element()} has no nodes of its own for a UFL condition: take component(i), "
                              "or return True or False.")
-        share, total = Function(W), 0
+        share, total = Function(W), np.zeros(owned_size(W))
         run = prepared_interpolation(conditional(found, 1.0, 0.0), share)
         for row in self.values:
             with m.dat.vec_wo as vector:
                 vector.array[:] = row
             run()
-            total = total + coefficients(share)
+            total += coefficients(share)
         return field(W, total / len(self), name="probability")
 
     def to_arviz(self, chains: int = 1) -> Any:
         """The samples as so many chains of equal length, one after the other, for ArviZ (collective).
 
-        The variables are ``parameter``, all coefficients on every rank, and ``latents``.
-
-        Raises
-        ------
-        InputError
-            If the samples are no so many chains.
-        InstallError
-            If ArviZ is not installed.
+        The variables are ``parameter``, all coefficients on every rank, and ``latents``. InputError is raised if the
+        samples are no so many chains, InstallError if ArviZ is not installed.
         """
         try:
-            import arviz
+            import arviz  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise InstallError("ArviZ is not installed: pip install 'fem_diffusion[arviz]'.") from error
         self._check_some()
@@ -203,18 +175,8 @@ class Samples:
         count : int, optional
             Number of samples to write; all where left out.
 
-        Raises
-        ------
-        InputError
-            If `count` is no positive integer.
-        FileError
-            If a file cannot be written.
-        InstallError
-            If VTK is not installed; the other files are written all the same.
-
-        Notes
-        -----
-        Firedrake runs code that it finds in a CheckpointFile: open none that a stranger may have written.
+        FileError is raised if a file cannot be written, InstallError if VTK is not installed; the other files are
+        written all the same. Firedrake runs code that it finds in a CheckpointFile: open none of a stranger's.
         """
         self._check_some()
         folder, comm = check_path(folder, "folder"), self.V.comm
@@ -250,19 +212,10 @@ class Samples:
 
 
 def load_samples(folder: str | os.PathLike, V: WithGeometry) -> Samples:
-    """Read what `Samples.save` wrote; no code in the file is run.
+    """Read what `Samples.save` wrote, on any number of ranks; no code in the file is run.
 
-    Parameters
-    ----------
-    folder : path
-        The folder.
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the parameter, on the mesh of the samples; on any number of ranks.
-
-    Raises
-    ------
-    FileError
-        If the file is damaged, foreign, or belongs to another mesh or space.
+    V is the space of the parameter, on the mesh of the samples. FileError is raised if the file is damaged, foreign, or
+    belongs to another mesh or space.
     """
     check_kind(V, "V", WithGeometry, "the space of the parameter")
     folder = check_path(folder, "folder")

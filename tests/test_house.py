@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fem_diffusion
+from fem_diffusion import errors
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fem_diffusion"
@@ -103,6 +104,25 @@ def _untyped(path):
 def test_everything_has_types(room):
     found = [line for path in FILES if _room(path) == room for line in _untyped(path)]
     assert not found, "Without types:\n" + "\n".join(found)
+
+
+def _ends(message):
+    """Whether each text that a message may be ends with a full stop; a value at its end counts as one."""
+    if isinstance(message, ast.JoinedStr):
+        return _ends(message.values[-1])
+    if isinstance(message, ast.BinOp) and isinstance(message.op, ast.Add):
+        return _ends(message.right)
+    if isinstance(message, ast.IfExp):
+        return _ends(message.body) and _ends(message.orelse)
+    return not isinstance(message, ast.Constant) or str(message.value).endswith(".")
+
+
+def test_messages_of_errors_end_with_a_full_stop():
+    without = [f"{_named(path)} line {node.lineno}" for path in FILES for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)
+               and ast.unparse(node.exc.func) in errors.__all__
+               and not (node.exc.args and _ends(node.exc.args[0]))]
+    assert not without, without
 
 
 def test_every_name_of_the_stub_is_there():

@@ -190,6 +190,12 @@ def test_training_curve_says_when_the_network_is_not_kept():
     assert not kept.get_title() and "base alone is kept" in dropped.get_title()
 
 
+@pytest.mark.filterwarnings("error")
+def test_training_curve_says_where_nothing_was_trained():
+    axes = plot_history(History())
+    assert "nothing was trained" in axes.get_title() and not axes.lines
+
+
 def test_predictive_intervals_are_quantiles():
     predictions = np.random.default_rng(0).standard_normal((500, 3))
     axes = plot_predictive(np.zeros(3), predictions, ylabel="concentration")

@@ -3,7 +3,9 @@
 import numpy as np
 import torch
 
-from fem_diffusion.diffusion import Denoiser, fit_spectrum, linear_base, sample_latents
+from fem_diffusion.diffusion import (
+    Denoiser, LayoutFamily, LayoutKind, Sampler, fit_spectrum, linear_base, sample_latents,
+)
 
 
 def flat_base(r, k=2):
@@ -97,3 +99,39 @@ def at_zero(network=None, r=1, size=1, spectrum=None, support=None):
 def draw(conditioned, n, sampler, seed=0, **settings):
     """Latents (n, r) of one measurement."""
     return sample_latents(conditioned, n, sampler, seed=seed, **settings)[0]
+
+
+def random(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bent_map(z):
+    """Two state coordinates of unit variance that are not affine in two latents."""
+    grown = (torch.exp(0.5 * z[:, 0]) - np.exp(0.125)) / (np.exp(0.25) * (np.exp(0.25) - 1))**0.5
+    return torch.stack([grown, (z[:, 1] + 0.3 * z[:, 0] * z[:, 1]) / 1.09**0.5], 1)
+
+
+def turned_family(count=(1, 8)):
+    """Sensors that look into every direction of two state coordinates."""
+    turn = torch.linspace(0, torch.pi, 65, dtype=torch.float64)[:-1]
+    rows = torch.stack([torch.cos(turn), torch.sin(turn)], 1)[:, None]
+    std = torch.full((2, 64, 1), 0.3, dtype=torch.float64)
+    return LayoutFamily((LayoutKind(rows, 0.1 * turn[:, None], std, count),))
+
+
+def quadrature(layout, y):
+    """Mean and covariance of p(z | y) for the bent map, on a fine grid."""
+    line = torch.linspace(-6, 6, 601, dtype=torch.float64)
+    z = torch.cartesian_prod(line, line)
+    misfit = (y - layout.offset - bent_map(z) @ layout.rows[0].T)**2 / layout.variance
+    density = torch.softmax(-(z**2).sum(1) / 2 - misfit.sum(1) / 2, 0)
+    mean = density @ z
+    return mean.numpy(), ((z - mean).T * density @ (z - mean)).numpy()
+
+
+def errors(conditioned, exact, corrections=None, n=4000):
+    """Errors of mean, in posterior standard deviations, and of covariance, relative, against exact moments."""
+    mean, covariance = exact
+    z = draw(conditioned, n, Sampler(corrections=corrections), seed=1).numpy()
+    white = np.linalg.solve(np.linalg.cholesky(covariance), (z - mean).T).T
+    return np.linalg.norm(white.mean(0)), np.linalg.norm(np.cov(white, rowvar=False) - np.eye(2))

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 
 from fem_diffusion.checks import check_all, check_choice, check_count, check_kind, check_seed
-from fem_diffusion.diffusion import (
-    Formulation, Sampler, straight_line, variance_exploding, variance_preserving,
-)
+from fem_diffusion.diffusion import Formulation, Sampler, straight_line, variance_exploding, variance_preserving
 from fem_diffusion.errors import InputError
 
 __all__ = ["FEW_SAMPLERS", "SAMPLERS", "Combination", "Plan", "combine"]
@@ -57,14 +55,10 @@ class Combination:
     budget: int
 
     @property
-    def formulation(self) -> Formulation | None:
-        """None where it makes no difference."""
-        return self.sampler.formulation
-
-    @property
     def key(self) -> tuple[str, str, str]:
         """What tells its row from the others of a training."""
-        return "any" if self.formulation is None else self.formulation.name, self.name, str(self.budget)
+        formulation = self.sampler.formulation
+        return "any" if formulation is None else formulation.name, self.name, str(self.budget)
 
 
 def combine(formulations: Sequence[Formulation], samplers: Mapping[str, Sampler],
@@ -80,15 +74,8 @@ def combine(formulations: Sequence[Formulation], samplers: Mapping[str, Sampler]
     budgets : sequence of int
         Network evaluations.
 
-    Returns
-    -------
-    tuple of Combination
-
-    Raises
-    ------
-    InputError
-        If two formulations share a name, something is of another type, a budget is not a positive integer, or a
-        formulation does not reach as far as a sampler needs.
+    InputError is raised if two formulations share a name, something is of another type, a budget is not a positive
+    integer, or a formulation does not reach as far as a sampler needs.
     """
     formulations = check_all(formulations, "formulations", Formulation)
     if len({item.name for item in formulations}) < len(formulations):
@@ -116,12 +103,8 @@ class Plan:
 
     Parameters
     ----------
-    formulations : sequence of Formulation
-        Forward processes.
-    samplers : mapping of str to Sampler
-        Ways to sample, by their names; five telling ones of `SAMPLERS` where left out.
-    budgets : sequence of int
-        Network evaluations.
+    formulations, samplers, budgets
+        As for `combine`; five telling ones of `SAMPLERS` where left out.
     seeds : sequence of int
         Of trainings and samples; results over them show reproducibility.
     bases : sequence of {"gaussian", "plain"}
@@ -131,10 +114,7 @@ class Plan:
     draws : int
         Samples for each of them, at least 2; levels of coverage are exact where draws + 1 is a multiple of 20.
 
-    Raises
-    ------
-    InputError
-        If there is nothing to run, or an argument is of the wrong kind; see also `combine`.
+    InputError is raised if there is nothing to run, or an argument is of the wrong kind.
     """
 
     formulations: Sequence[Formulation] = (variance_exploding(), variance_preserving(), straight_line())

@@ -32,12 +32,8 @@ def moment_p_values(samples: np.ndarray, mean: np.ndarray, covariance: np.ndarra
 
     Parameters
     ----------
-    samples : numpy.ndarray
-        Shape (n, r), n > r.
-    mean : numpy.ndarray
-        Shape (r,).
-    covariance : numpy.ndarray
-        Shape (r, r), positive definite.
+    samples, mean, covariance : numpy.ndarray
+        Shapes (n, r) with n > r, (r,), and (r, r), positive definite.
 
     Returns
     -------
@@ -64,7 +60,7 @@ def sliced_wasserstein(reference: np.ndarray, samples: np.ndarray, *, projection
 
 def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: float = 0.1,
              iterations: int = 500, tolerance: float = 1e-4) -> float:
-    """Square root of the debiased Sinkhorn divergence for the squared Euclidean cost, through POT.
+    """Root of the debiased Sinkhorn divergence for squared Euclidean cost, in units of the samples, through POT.
 
     The divergence is W(a, b) - W(a, a) / 2 - W(b, b) / 2 with W the transport cost of the plan that entropy
     regularises (Genevay et al. 2018, eq. 3); it vanishes for equal samples and its root tends to the
@@ -77,15 +73,8 @@ def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: floa
     regularisation : float
         Weight of the entropy in units of the reference's median squared distance, so that it means the same on every
         scale. It is raised to 1/300 of the largest squared distance where it is less: samples far from the reference.
-    iterations : int
-        Largest number of Sinkhorn iterations of each of the three problems.
-    tolerance : float
-        Stop where the plan misses its marginals by less than this.
-
-    Returns
-    -------
-    float
-        In units of the samples.
+    iterations, tolerance : int, float
+        Each of the three problems stops after so many, or where the plan misses its marginals by less than this.
     """
     reference, samples = _pair(reference, samples)
     regularisation = check_number(regularisation, "regularisation", above=0)
@@ -115,22 +104,9 @@ def mmd(reference: np.ndarray, samples: np.ndarray) -> float:
 def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: int = 1) -> float:
     """Classifier two-sample test as sbibm defines it (Lueckmann et al. 2021; Lopez-Paz and Oquab 2017).
 
-    Held-out accuracy of a two-layer perceptron (10 r units each, relu, Adam), through scikit-learn, that tells the two
-    sets apart, both standardised by the reference: 0.5 for one law, 1 for laws that do not overlap.
-
-    Parameters
-    ----------
-    reference, samples : numpy.ndarray
-        Shapes (n, r) and (m, r); of equal size for 0.5 to be the value of chance.
-    folds : int
-        Of the cross-validation, at most as many as samples of either set.
-    seed : int
-        Of the folds and of the perceptron.
-
-    Returns
-    -------
-    float
-        Mean accuracy over the folds.
+    Held-out accuracy, mean over the folds, of a two-layer perceptron (10 r units each, relu, Adam), through
+    scikit-learn, that tells the two sets apart, both standardised by the reference: 0.5 for one law, if the sets are of
+    equal size, 1 for laws that do not overlap. There are at most as many folds as samples of either set.
     """
     try:
         from sklearn.exceptions import ConvergenceWarning

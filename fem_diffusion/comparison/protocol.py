@@ -52,25 +52,18 @@ class Training:
 
     Parameters
     ----------
-    problem, base : str
-        For tables and files; together with `seed` they name the training.
-    seed : int
-        Of the training and of its samples.
+    problem, base, seed : str, str, int
+        For tables and files, and the seed of the training and its samples; together they name the training.
     fit : Callable[[Path], Denoiser]
         Trains, given the path of a checkpoint.
-    measurements : Tensor
-        Shape (m, k).
-    draws : int
-        Number n of samples for each of them.
+    measurements, draws : Tensor, int
+        Of shape (m, k), and the number n of samples for each of them.
     score : Callable[[numpy.ndarray, Combination], dict]
         Maps the samples (m, n, r), which may not be finite, to numbers; the same names for every combination.
     combinations : tuple of Combination
         What to run.
 
-    Raises
-    ------
-    InputError
-        If an argument is of the wrong kind, or there are no measurements.
+    InputError is raised if an argument is of the wrong kind, or there are no measurements.
     """
 
     problem: str
@@ -101,7 +94,7 @@ class Training:
 
 def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, settings: dict, *,
                  progress: bool = True) -> list[dict]:
-    """Run every combination of every training that `folder` does not hold yet.
+    """Run every combination of every training that `folder` does not hold yet; returns all their rows, values as text.
 
     Parameters
     ----------
@@ -113,21 +106,10 @@ def run_protocol(trainings: Iterable[Training], folder: str | os.PathLike, setti
         What the rows depend on besides their names, in JSON types, none of them called "signatures"; a folder made
         under other settings is refused. Combinations and seeds may be added later; a name of a formulation or sampler
         stands for one and the same in all the life of the folder, and its signature is kept with the settings.
-    progress : bool
-        Show a progress bar in units of network evaluations, with what runs and the time that is left.
 
-    Returns
-    -------
-    list of dict
-        All rows of these trainings, values as text.
-
-    Raises
-    ------
-    InputError
-        If the folder belongs to other settings, these are not in JSON types, two trainings share a name, or the name of
-        a formulation or sampler stands for another one in the folder.
-    FileError
-        If a file is damaged or cannot be written, or another run works in the folder.
+    InputError is raised if the folder belongs to other settings, these are not in JSON types, two trainings share a
+    name, or the name of a formulation or sampler stands for another one in the folder; FileError if a file is damaged
+    or cannot be written, or another run works in the folder.
     """
     trainings, folder = check_all(trainings, "trainings", Training), check_path(folder, "folder")
     check_flag(progress, "progress")
@@ -189,11 +171,11 @@ def _row(training: Training, combination: Combination, conditioned: Conditioned)
     if counter is None and sampler.method != "adaptive":
         cost = sampler.evaluations
     formulation, name, budget = combination.key
+    scores = {key: f"{value:.6g}" for key, value in training.score(z, combination).items()}
     return {"problem": training.problem, "base": training.base, "formulation": formulation, "sampler": name,
             "alpha": "varies" if callable(sampler.alpha) else sampler.alpha, "coordinates": sampler.coordinates,
             "nodes": sampler.nodes, "budget": budget, "evaluations": round(cost), "seed": training.seed,
-            "seconds": f"{seconds:.4g}",
-            **{key: f"{value:.6g}" for key, value in training.score(z, combination).items()}}
+            "seconds": f"{seconds:.4g}", **scores}
 
 
 class _Counter(nn.Module):
@@ -222,7 +204,7 @@ def _claim(path: Path, settings: dict, combinations: Sequence[Combination]) -> N
         names = sorted(k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k))
         raise InputError(f"{path.parent} holds results for other settings ({', '.join(names)}). Name another "
                          "folder, or delete it.")
-    formulations = {id(c.formulation): c.formulation for c in combinations if c.formulation is not None}.values()
+    formulations = {id(f): f for c in combinations if (f := c.sampler.formulation) is not None}.values()
     for group, name, signature in (*(("formulations", f.name, _numbers(f.sigma, f.scaling)) for f in formulations),
                                    *(("samplers", c.name, _signature(c.sampler)) for c in combinations)):
         if signatures[group].setdefault(name, signature) != signature:
@@ -267,10 +249,8 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
 
     Parameters
     ----------
-    z : Tensor or numpy.ndarray
-        Latents, shape (n, r).
-    y : Tensor or numpy.ndarray
-        Noise-free readings, shape (n, k), or measurements where `noise` is None.
+    z, y : Tensor or numpy.ndarray
+        Latents, shape (n, r), and noise-free readings, shape (n, k), or measurements where `noise` is None.
     folder : path
         For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
     noise : GaussianNoise, CallableNoise, float or None
@@ -279,8 +259,6 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         What is compared; formulations, samplers, budgets, seeds and bases may be added to a folder later.
     options : TrainingOptions
         Of every training; the seed is replaced.
-    progress : bool
-        Show a progress bar.
 
     Returns
     -------
@@ -288,13 +266,7 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         Means over seeds and their spread, one for each base, formulation, sampler and budget; energy scores in
         standard deviations of the latents.
 
-    Raises
-    ------
-    InputError
-        If shapes disagree, too few pairs remain for training, or the folder holds results for other data, settings,
-        formulations or samplers.
-    FileError
-        If a file in the folder is damaged or cannot be written, or another run works there.
+    Errors are those of `run_protocol`, and InputError if shapes disagree, or too few pairs remain for training.
     """
     # The protocol runs on the CPU; `options.device` says where training does.
     z, y = torch.from_numpy(check_array(z, "z", ("n", "r"))), torch.from_numpy(check_array(y, "y", ("n", "k")))
@@ -312,9 +284,9 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     measured = y[test] if noise is None else noise.sample(y[test], torch.Generator().manual_seed(1))
 
     def training(base: str, seed: int) -> Training:
-        def fit(checkpoint: Path) -> Denoiser:
-            return fit_denoiser(z[rest], y[rest], noise, base=base, options=replace(options, seed=seed),
-                                checkpoint=checkpoint)[0]
+        def fit(file: Path) -> Denoiser:
+            mine = replace(options, seed=seed)
+            return fit_denoiser(z[rest], y[rest], noise, base=base, options=mine, checkpoint=file)[0]
         return Training("data", base, seed, fit, measured, plan.draws, score, plan.combinations)
 
     def score(samples: np.ndarray, _: Combination) -> dict[str, float]:
@@ -343,7 +315,4 @@ def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 def _digest(*parts: Tensor) -> str:
     """Fingerprint of tensors."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(np.ascontiguousarray(part.numpy()).tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()

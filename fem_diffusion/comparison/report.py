@@ -108,13 +108,8 @@ def write_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
 class Convergence:
     """How one sampler approaches the converged error of its denoisers.
 
-    Parameters
-    ----------
-    error : dict of int to float
-        Budget to the score's mean over seeds, divided by that of the converged sampler; not a number where that one is
-        not finite under any seed.
-    budget : int or None
-        Smallest budget from which on the score stays within the tolerance; None if it never does.
+    `error` has for each budget the score's mean over seeds, divided by that of the converged sampler, or NaN where that
+    one is not finite under any seed; `budget` is the smallest from which on the score stays within the tolerance.
     """
 
     error: dict[int, float]
@@ -130,21 +125,9 @@ def convergence(rows: Sequence[dict], score: str, *, reference: str = "adaptive"
     beside the tolerance, but no more than the tolerance once again: nothing to an ODE sampler that starts from the
     reference's noise, the noise of its own samples to a stochastic one, and no pardon to one that fails now and then.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `run_protocol`.
-    score : str
-        Name of a column where less is better.
-    reference : str
-        Sampler that is converged; its largest budget counts. It needs rows for every problem and base.
-    tolerance : float
-        Relative.
-
-    Returns
-    -------
-    dict
-        (problem, base, formulation, sampler) to Convergence.
+    Less is better in the score, a column of the rows; the tolerance is relative. The converged sampler, `reference`,
+    needs rows for every problem and base, of which the largest budget counts. Keys of the result are (problem, base,
+    formulation, sampler).
     """
     rows, tolerance = _checked(rows, score), check_number(tolerance, "tolerance", least=0)
     _choose(rows, "sampler", reference)
@@ -177,18 +160,8 @@ def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *,
                    reference: str = "adaptive") -> None:
     """Write two tables in Markdown: steps to convergence and scores at one budget, combinations down, problems across.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of `run_protocol`, those of `reference` among them; without these only the second table is written.
-    path : path
-        Markdown file.
-    score : str
-        Name of a column where less is better.
-    budget : int, optional
-        Of the second table; 8 where left out, or the largest where no row has that.
-    reference : str
-        Sampler that is converged.
+    Score and reference are as for `convergence`; without rows of the latter only the second table is written. Its
+    budget is 8 where left out, or the largest where no row has that.
     """
     path, rows = check_file(path), _checked(rows, score)
     budget, reference = _budget(rows, budget), check_text(reference, "reference")
@@ -200,9 +173,8 @@ def write_markdown(rows: Sequence[dict], path: str | os.PathLike, score: str, *,
         parts += [f"## Network evaluations until {score} stays within 5 % of the converged sampler ({reference})\n",
                   _table(cells)]
     lines = [line for line in summarise(rows) if line["budget"] in (budget, 0)]
-    cells = {tuple(line[name] for name in _CELL[:-1]): f"{line[score]:.3g}" for line in lines}
-    cells = {key: text + (f" ± {line[f'{score}_spread']:.1g}" if line["seeds"] > 1 else "")
-             for (key, text), line in zip(cells.items(), lines)}
+    cells = {tuple(line[name] for name in _CELL[:-1]): f"{line[score]:.3g}" + (
+        f" ± {line[f'{score}_spread']:.1g}" if line["seeds"] > 1 else "") for line in lines}
     parts += [f"## {score} at {budget} network evaluations, mean ± spread over seeds\n", _table(cells)]
     write_bytes(path, "\n".join(parts).encode())
 
@@ -222,8 +194,8 @@ def _table(cells: dict[tuple, str]) -> str:
     """Markdown table of (problem, base, formulation, sampler) -> text."""
     problems = list(dict.fromkeys(key[0] for key in cells))
     lines = [["base", "formulation", "sampler", *problems], ["---"] * (3 + len(problems))]
-    for key in dict.fromkeys(key[1:] for key in cells):
-        lines.append([*key, *(cells.get((problem, *key), "") for problem in problems)])
+    lines += [[*key, *(cells.get((problem, *key), "") for problem in problems)]
+              for key in dict.fromkeys(key[1:] for key in cells)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

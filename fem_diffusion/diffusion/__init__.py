@@ -2,7 +2,8 @@
 
 from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_density
 from fem_diffusion.diffusion.base.emulator import Emulator, fit_emulator
-from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, fit_base, linear_base, plain_base
+from fem_diffusion.diffusion.base.fitted import fit_base, linear_base, plain_base
+from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily, LayoutKind
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.formulation import (

@@ -161,6 +161,8 @@ class Denoiser:
         check_flag(self.known, "known")
         for name, kind in (("network", ScoreNetwork), ("spectrum", Spectrum), ("support", Support)):
             part = getattr(self, name)
+            if isinstance(part, type):   # which has all methods of its objects
+                raise InputError(f"{name} is the class {part.__name__}: give an object of it.")
             if part is not None:
                 check_kind(part, name, kind, f"a {kind.__name__} or None")
 

@@ -13,7 +13,7 @@ the field has Dirichlet conditions and the mean carries their values, so every d
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field as dataclass_field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from firedrake import Function
@@ -105,7 +105,7 @@ class ModalBasis:
         Shape (r,) for one Function; InputError if a field is in another space.
         """
         if not isinstance(values, np.ndarray):
-            for f in [values] if isinstance(values, Function) else values:
+            for f in values if isinstance(values, Sequence) else [values]:
                 if f.function_space() != self.V:
                     raise InputError(f"A field in {f.function_space()} cannot be encoded: the basis is on {self.V}. "
                                      "Interpolate the field into that space first.")
@@ -125,7 +125,7 @@ class ModalBasis:
         z = check_array(z, "latents", ("B", self.r))
         values = coefficients(self.mean) + z @ self.scaled_modes
         if refill_seed is not None:
-            if not self.standard_prior:
+            if not self.standard_prior or self.prior is None:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only: "
                                  "leave out the refill.")
             draws = self.prior.core.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
@@ -148,7 +148,8 @@ class ModalBasis:
         """
         if not self.standard_prior:
             return
-        z, n = np.asarray(z, dtype=float), len(z)
+        z = np.asarray(z, dtype=float)
+        n = len(z)
         means, squares = np.abs(z.mean(axis=0)), (z**2).sum(axis=0)
         if missing:
             worst = int(np.abs(squares / n - 1).argmax())
@@ -193,7 +194,8 @@ def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
     values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
               "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
               "standard_prior": basis.standard_prior}
-    return tuple({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
+    arrays, values = ({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
+    return arrays, values
 
 
 def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
@@ -243,7 +245,10 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
 
 def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
     """Whether mean and modes are those of the basis's prior, up to what modes are converged to."""
-    comm, mean, core = basis.V.comm, coefficients(basis.mean), basis.prior.core
+    comm, mean = basis.V.comm, coefficients(basis.mean)
+    core: Any = getattr(basis.prior, "core", None)
+    if not (hasattr(core, "mean") and hasattr(core, "apply_covariance")):
+        return False
     off = largest(comm, mean - coefficients(core.mean))
     dual = mass_action(basis.V, basis.weights)(modes)
     # As the modes see it, the covariance is diagonal.

@@ -1,8 +1,9 @@
 """Checks at the door that take Firedrake to look, and interpolation that tells its limits."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Number
+from typing import Any
 
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
@@ -29,12 +30,12 @@ __all__ = ["check_coefficients", "check_expression", "check_finite", "check_func
            "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
            "refuse_variable_layers"]
 
-Meshes = Collection[MeshGeometry]
+Meshes = Sequence[MeshGeometry]
 
 _MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
 
 
-def check_marker(marker: object, name: str) -> int | str | tuple[int, ...]:
+def check_marker(marker: Any, name: str) -> int | str | tuple[int, ...]:
     """A marker as an int, a tuple of int or a word; whether the mesh has it is not looked at here."""
     if isinstance(marker, str):
         return marker
@@ -75,20 +76,20 @@ def petsc_reason(error: Exception) -> str:
     return lines[-1].partition("] ")[2] or lines[-1]
 
 
-def check_coefficients(mesh: MeshGeometry, *, velocity: object, diffusivity: object, reaction: object, source: object,
-                       dirichlet: object, flux: object, robin: object, outflow: object, supg: object,
-                       **scalars: object) -> dict[str, object]:
+def check_coefficients(mesh: MeshGeometry, *, velocity: Any, diffusivity: Any, reaction: Any, source: Any,
+                       dirichlet: Any, flux: Any, robin: Any, outflow: Any, supg: Any,
+                       **scalars: Any) -> dict[str, Any]:
     """The coefficients of a problem, checked: those of `AdvectionDiffusion` and further UFL scalars by name.
 
     Returns them under the same names: numbers as floats, tables as dicts with markers of one type, and callables that
     check what they return. InputError where one is no finite real number or expression on this mesh, or no marker.
     """
-    def checked(value: object, name: str, check: Callable, argument: str = "m") -> object:
+    def checked(value: Any, name: str, check: Callable, argument: str = "m") -> Any:
         if not is_callable(value):
             return check(value, name, (mesh,))
         check_callable(value, name, f"a function {argument} -> UFL expression", 1)
 
-        def result(x: Expr) -> object:
+        def result(x: Expr) -> Any:
             return check(value(x), f"{name}({argument})", (mesh, *extract_domains(x)))
         return result
     scalar = partial(checked, check=check_scalar)
@@ -124,18 +125,18 @@ def is_callable(given: object) -> bool:
     return callable(given) and not isinstance(given, (Expr, BaseForm))
 
 
-def check_scalar(value: object, name: str, meshes: Meshes, above: float = -np.inf) -> float | Expr:
+def check_scalar(value: Any, name: str, meshes: Meshes, above: float = -np.inf) -> float | Expr:
     """A float, or a UFL scalar on one of these meshes."""
+    if isinstance(value, Constant) and not value.ufl_shape:
+        check_number(float(value), name, above=above)
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, Number):
         return check_number(value, name, above=above)
-    if isinstance(value, Constant) and not value.ufl_shape:
-        check_number(float(value), name, above=above)
     return check_expression(value, name, meshes, ())
 
 
-def _vector(value: object, name: str, meshes: Meshes) -> tuple | Expr:
+def _vector(value: Any, name: str, meshes: Meshes) -> tuple | Expr:
     """A tuple of scalars, or a UFL vector, of the dimension of the mesh."""
     shape = (meshes[0].geometric_dimension,)
     if isinstance(value, Expr):
@@ -148,7 +149,7 @@ def _vector(value: object, name: str, meshes: Meshes) -> tuple | Expr:
     return numbers
 
 
-def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray | list | Expr:
+def _diffusivity(value: Any, name: str, meshes: Meshes) -> float | np.ndarray | list | Expr:
     """A positive scalar, an array of numbers, rows of scalars, or a UFL scalar or tensor."""
     gdim = meshes[0].geometric_dimension
     if isinstance(value, Constant) and value.ufl_shape:
@@ -164,7 +165,7 @@ def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray
     return check_scalar(value, name, meshes, above=0)
 
 
-def check_expression(value: object, name: str, meshes: Meshes, *shapes: tuple[int, ...]) -> Expr:
+def check_expression(value: Any, name: str, meshes: Meshes, *shapes: tuple[int, ...]) -> Expr:
     """A UFL expression of one of these shapes, on these meshes, without test functions and values that are not finite.
 
     Any shape will do where none is given.
@@ -198,12 +199,12 @@ def check_space(V: object, name: str = "V") -> WithGeometry:
     return V
 
 
-def check_rows(values: object, V: WithGeometry, name: str) -> np.ndarray:
+def check_rows(values: Any, V: WithGeometry, name: str) -> np.ndarray:
     """Owned coefficients in V or its dual as an array (n, n_owned) of finite real numbers, on all ranks together."""
     return together(V.comm, lambda: check_array(values, name, ("n", owned_size(V))))
 
 
-def check_function(f: object, V: WithGeometry, name: str, remedy: str) -> Function:
+def check_function(f: Any, V: WithGeometry, name: str, remedy: str) -> Function:
     """A Function in V, finite."""
     if not isinstance(f, Function) or f.function_space() != V:
         what = f"a Function in {f.function_space()}" if isinstance(f, Function) else type(f).__name__
@@ -240,7 +241,7 @@ def matern_space(V: WithGeometry) -> WithGeometry:
         raise InputError("the space is mixed: build one prior for each of its components.")
 
     def flattened(scalar: FiniteElementBase) -> FiniteElementBase:
-        factors = scalar.factor_elements if isinstance(scalar, TensorProductElement) else ()
+        factors = list(scalar.factor_elements) if isinstance(scalar, TensorProductElement) else []
         return factors[0] if [factor.family() == "Real" for factor in factors] == [False, True] else scalar
     element = _with_scalar(V, flattened)
     if element != V.ufl_element():
@@ -288,7 +289,7 @@ def check_reproduced(expression: Expr, result: Function, name: str) -> None:
                          "average is observed.")
 
 
-def interpolated(V: WithGeometry, value: object, name: str, meshes: Meshes) -> Function:
+def interpolated(V: WithGeometry, value: Any, name: str, meshes: Meshes) -> Function:
     """Interpolate a number, an array of V's value shape or a UFL expression on these meshes into V."""
     if isinstance(value, (Expr, BaseForm)):
         value = check_expression(value, name, meshes, (), V.value_shape)
@@ -316,7 +317,8 @@ def prepared_interpolation(expression: Expr, target: Function) -> Callable[[], o
     # Of a vector or tensor of numbers, Firedrake can do scalar ones alone.
     entries = [list(np.ndindex(V.value_shape))[i] for i in independent_entries(V)[0]]
     parts = [Function(FunctionSpace(V.mesh(), "R", 0)) for _ in entries]
-    calls = [prepared_interpolation(expression[entry], part) for entry, part in zip(entries, parts)]
+    calls = [prepared_interpolation(expression[entry], part)  # pyright: ignore[reportArgumentType]
+             for entry, part in zip(entries, parts)]
 
     def run() -> None:
         for call in calls:

@@ -7,7 +7,7 @@ collective.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from finat.ufl import TensorElement
@@ -44,7 +44,7 @@ def require_real() -> None:
 
 def on_root(comm: MPI.Comm, function: Callable[[], Result]) -> Result:
     """Result of `function()` run on rank 0, broadcast; what it raises there is raised on every rank."""
-    outcome = None
+    outcome: Any = None
     if comm.rank == 0:
         try:
             outcome = function(), None
@@ -63,10 +63,10 @@ def owned_size(V: WithGeometry) -> int:
 
 def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.ndarray:
     """Owned coefficients of a (Co)Function, shape (n_owned,), or of a sequence of them, shape (n, n_owned); a copy."""
-    if isinstance(functions, (Function, Cofunction)):
-        with functions.dat.vec_ro as vector:
-            return vector.array_r.copy()
-    return np.stack([coefficients(f) for f in functions])
+    if isinstance(functions, Sequence):
+        return np.stack([coefficients(f) for f in functions])
+    with functions.dat.vec_ro as vector:
+        return vector.array_r.copy()
 
 
 def field(V: WithGeometry, values: np.ndarray, name: str | None = None) -> Function:
@@ -141,7 +141,8 @@ def _phase(mesh: MeshGeometry) -> Expr:
     """Linear function of the place, from zero on, with factors that have no rational relation: UFL scalar."""
     low, width = _frame(mesh)
     x = SpatialCoordinate(mesh)
-    return sum((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
+    parts = ((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
+    return sum(parts)  # pyright: ignore[reportReturnType]
 
 
 def geometric_key(V: WithGeometry) -> np.ndarray:
@@ -184,7 +185,7 @@ def _component_key(V: WithGeometry, i: int) -> np.ndarray:
     for j in range(gdim + 1):
         key[:, 4 + j] = integral(1 + j) / squares
     key[:, 2] = integral(0, np.sqrt(1 + np.arange(len(entries)))) / squares
-    weight = [(1 + 0.1 * k) * (1 + phase) for k in range(len(entries))]
+    weight = [(1 + 0.1 * k) * (1 + phase) for k in range(len(entries))]  # pyright: ignore[reportOperatorIssue]
     overlap = sum(w * (v[c] if c else v) for w, c in zip(weight, entries)) * dx
     # The cell's volume makes it a cosine: as large in small cells as in large ones.
     key[:, 3] = coefficients(assemble(overlap)) * np.sqrt(integral(gdim + 2)) / squares

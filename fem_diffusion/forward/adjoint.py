@@ -29,7 +29,7 @@ class Backward:
         if march.varying and not known:
             path = []
             march.run(ms, path=path)
-        load, boundary = Rows(march.load, ms), Rows(march.boundary, ms)
+        load, boundary, start = (Rows(part, ms) for part in (march.load, march.boundary, march.start))
         result, a = np.zeros((len(rows), owned_size(march.M))), np.zeros(rows.shape[:2])
         total = np.zeros(rows.shape[:2])   # of the multipliers, for what has the same derivative at all steps
         same = march.load.affine and not march.load.columns_move
@@ -50,14 +50,13 @@ class Backward:
                 if not once:
                     result[:, x.columns] -= x.pull(self._load_rows(i, multipliers), march.weights[x], k)
             if march.e.lifted:
-                self._boundary_rows(k + 1, boundary, a - multiply(J, multipliers, transpose=True), result)
+                self._value_rows(k + 1, boundary, a - multiply(J, multipliers, transpose=True), result)
             a = np.zeros_like(a) if J_old is None else -multiply(J_old, multipliers, transpose=True)
         if march.e.steps is not None:
             a = a + rows[:, :, march.saved == 0].sum(axis=2)
-            if march.e.lifted:
-                self._boundary_rows(0, boundary, a, result)
+            self._value_rows(0, boundary, a, result)
             a[:, fixed] = 0
-            self._start_rows(ms, a, result)
+            self._value_rows(0, start, a, result)
         for x, once, matrix in zip(loads, at_once, march.load.columns() if any(at_once) else at_once):
             if once:
                 result[:, x.columns] -= multiply(matrix, total, transpose=True)
@@ -69,17 +68,14 @@ class Backward:
         _, A, B, ksp = march.operators(k)
         if march.linear:
             return ksp, A, B
-        return (ksp, assemble(march.J).petscmat if march.e.lifted else None,
-                None if B is None else assemble(march.J_old).petscmat)
+        return ksp, assemble(march.J).petscmat if march.e.lifted else None, B and assemble(march.J_old).petscmat
 
     def _load_rows(self, i: int, multipliers: np.ndarray) -> np.ndarray:
         """Products of the multipliers with ∂R/∂(value of unknown i)."""
-        load = self.march.load
-        if load.affine:
-            return self._products(load.columns()[i], multipliers)
-        if self._pulls[i] is None:
-            return self._products(column(load.derivatives[i]), multipliers)
-        return self._pulls[i](multipliers)
+        load, pull = self.march.load, self._pulls[i]
+        if pull is not None and not load.affine:
+            return pull(multipliers)
+        return self._products(load.columns()[i] if load.affine else column(load.derivatives[i]), multipliers)
 
     def _products(self, matrix: PETSc.Mat | np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Rows times a matrix over V, or times one column (n_owned of V,)."""
@@ -87,19 +83,10 @@ class Backward:
             return self.march.V.comm.allreduce(rows @ matrix)[:, None]
         return multiply(matrix, rows, transpose=True)
 
-    def _boundary_rows(self, k: int, boundary: Rows, left: np.ndarray, result: np.ndarray) -> None:
-        """Add what the boundary values at step k contribute: what the equation leaves of the rows meets ∂g/∂m."""
+    def _value_rows(self, k: int, values: Rows, left: np.ndarray, result: np.ndarray) -> None:
+        """Add what boundary values at step k, or the initial ones, contribute: what is left of the rows meets ∂g/∂m."""
         march = self.march
-        boundary.write(k, 0)
+        values.write(k, 0)
         march.t.assign(march.times[k])
-        for x, form in zip(march.e.lifted, march.boundary.derivatives):
+        for x, form in zip(values.part.unknowns, values.part.derivatives):
             result[:, x.columns] += x.pull(self._products(column(form), left), march.weights[x], k)
-
-    def _start_rows(self, ms: np.ndarray, a: np.ndarray, result: np.ndarray) -> None:
-        """Add what the initial state contributes."""
-        march = self.march
-        march.t.assign(0.0)
-        for x in march.e.starts:
-            x.write(x.at(ms, None)(0)[0])
-        for x in march.e.starts:
-            result[:, x.columns] += multiply(assemble(march.start_derivative(x)).petscmat, a, transpose=True)

@@ -26,9 +26,7 @@ from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.blocks import BlockForward, check_parameter
-from fem_diffusion.forward.equation import Equation
 from fem_diffusion.forward.physics import Boundary, Physics
-from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name
 
 __all__ = ["AdvectionDiffusion"]
@@ -50,15 +48,13 @@ class AdvectionDiffusion(BlockForward):
         ``("dirichlet", marker)``.  Leave that coefficient out, or give it as a callable ``m -> UFL expression``, e.g.
         ``Physics(diffusivity=ufl.exp)``; with a callable, M may have any value shape.  Several unknowns: a list of
         these, with ``M = MixedFunctionSpace([...])`` in the same order.
-    physics : Physics
-        Taken as fixed after construction, as `bcs` is, because factorisations are kept.
-    bcs : Boundary
+    physics, bcs : Physics, Boundary
+        Taken as fixed after construction, because factorisations are kept.
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
-    solver_parameters : "direct", "iterative" or dict
-        PETSc options of every linear solve (and of Newton's method, where there is one).
-    options_prefix : str, optional
-        Prefix of those options on the command line.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of every linear solve (and of Newton's method, where there is one), and their prefix on the
+        command line.
 
     Attributes
     ----------
@@ -67,21 +63,15 @@ class AdvectionDiffusion(BlockForward):
     m, u : Function
         The problem's own parameter and state, overwritten by every solve.
     F : ufl.Form
-        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several
-        unknowns, a Function for each).
-    bcs : list of DirichletBC
-        The Dirichlet conditions on ``u``.
-    linear : bool
-        Whether F is affine in u.
-    operator_depends_on_parameter : bool
-        Whether ∂F/∂u contains m.
+        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several unknowns, a
+        Function for each); `bcs` are the Dirichlet conditions on ``u``.
+    linear, operator_depends_on_parameter : bool
+        Whether F is affine in u, and whether ∂F/∂u contains m.
 
     Raises
     ------
-    InputError
-        Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined.
-    InstallError
-        On a complex PETSc build.
+    InputError, InstallError
+        Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined; a complex PETSc.
     """
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics = Physics(),
@@ -89,9 +79,6 @@ class AdvectionDiffusion(BlockForward):
                  options_prefix: str | None = None) -> None:
         super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), supg=supg)
         self.U, self.u, self.F, self.bcs = V, self._march.u, self._march.R, self._march.bcs
-
-    def _engine(self, e: Equation, options: dict, prefix: str | None) -> Steady:
-        return Steady(e, self.M, options, prefix, self.m)
 
     def _alone(self, m: Function) -> Function:
         self._march.assign(m)
@@ -103,11 +90,7 @@ class AdvectionDiffusion(BlockForward):
         Without it single solves start from zero, and the first block keeps the Jacobian at the mean of its parameters,
         or at zero where that fails; blocks start from the state there. For a reaction with several solutions this
         choice may decide which one is found: then call this with a typical parameter first, such as the prior mean.
-
-        Raises
-        ------
-        InputError, SolveError
-            As for one solve.
+        It raises what one solve raises.
         """
         check_parameter(m, self.M)
         with stop_annotating():

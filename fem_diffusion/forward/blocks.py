@@ -1,7 +1,4 @@
-"""What the problem classes share: blocks of parameters in, blocks of states out, products with the derivative, a tape.
-
-Blocks hold owned coefficients, one vector a row.
-"""
+"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, tapes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,12 +14,13 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
-from fem_diffusion.fields.checks import check_coefficients, check_finite, check_function, check_rows, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.forward.equation import Equation, equation
+from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, write
+from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
 
@@ -30,6 +28,7 @@ __all__ = ["BlockForward", "check_parameter"]
 
 LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
 MEMORY = 500_000_000   # bytes of these responses, on this rank
+MAKE = "make one with Function(problem.M).interpolate(...)"
 
 
 class BlockForward:
@@ -47,11 +46,9 @@ class BlockForward:
         self._unknowns = read(unknown, V, M, self.m, given, steps)
         advective = physics.velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
         options = linear_options(parameters, V, advective)
-        self._march = self._engine(equation(V, self._unknowns, given, steps), options, prefix)
+        e = equation(V, self._unknowns, given, steps)
+        self._march = March(e, M, options, prefix) if steps else Steady(e, M, options, prefix, self.m)
         self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
-
-    def _engine(self, e: Equation, options: dict, prefix: str | None) -> March:
-        return March(e, self.M, options, prefix)
 
     def __repr__(self) -> str:
         names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._unknowns]
@@ -62,14 +59,7 @@ class BlockForward:
         """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
 
         A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
-        derivatives.
-
-        Raises
-        ------
-        InputError
-            If m is not a Function in M.
-        SolveError
-            If the solver fails.
+        derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
         if not annotate_tape() or (self._march.e.steps is None and len(self.M) == 1):
@@ -82,7 +72,10 @@ class BlockForward:
         return state
 
     def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64) -> np.ndarray:
-        """Solve for many parameters, in blocks that share one factorisation wherever the problem allows.
+        """Owned coefficients (n, n_owned of U) of the states of many parameters, as in ``u.dat.vec_ro``.
+
+        Blocks share one factorisation wherever the problem allows. InputError if ms or block has the wrong kind or
+        shape, on any rank; SolveError if Newton's method finds no state of a sample, which the message names.
 
         Parameters
         ----------
@@ -90,18 +83,6 @@ class BlockForward:
             Parameters in `M`, or their owned coefficients of shape (n, n_owned of M), as in ``m.dat.vec_ro``.
         block : int
             Samples solved together.
-
-        Returns
-        -------
-        ndarray
-            Owned coefficients of the states, of shape (n, n_owned of U), as in ``u.dat.vec_ro``.
-
-        Raises
-        ------
-        InputError
-            If ms or block has the wrong kind or shape, on any rank.
-        SolveError
-            If a sample has no solution that Newton's method finds; the message names it.
         """
         ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
         out = np.empty((len(ms), owned_size(self.U)))
@@ -109,9 +90,12 @@ class BlockForward:
             few = self._march.affine and ("_response" in vars(self) or self._pays(len(ms)))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
-                out[part] = self._superposed(ms[part]) if few else self._states(ms[part], first)
-                bad = np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))
-                if len(bad):
+                if few:   # sums of responses
+                    base, rows = self._response
+                    out[part] = base + np.concatenate(self.M.comm.allgather(ms[part]), axis=1) @ rows
+                else:
+                    out[part] = self._states(ms[part], first)
+                if len(bad := np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))):
                     raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
         return out
 
@@ -134,14 +118,12 @@ class BlockForward:
         base = self._states(np.zeros((1, owned)))
         return base, self._states(np.eye(self.M.dim(), owned, -first)) - base
 
-    def _superposed(self, ms: np.ndarray) -> np.ndarray:
-        """States that are affine in parameters (n, n_owned of M), as sums of responses."""
-        base, rows = self._response
-        return base + np.concatenate(self.M.comm.allgather(ms), axis=1) @ rows
-
     @no_annotations
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray, state: Function | None = None) -> np.ndarray:
-        """Derivative of observations of the state with respect to the parameter, by the adjoint of all rows together.
+        """``d(rows·u)/dm``, this rank's columns of it, (k, n_owned of M), by the adjoint of all rows together.
+
+        InputError if m, state or rows do not fit their spaces or are not finite, SolveError if a state that is needed
+        is not found.
 
         Parameters
         ----------
@@ -151,26 +133,19 @@ class BlockForward:
             Observation rows of shape (k, n_owned of U): this rank's columns of the global rows.
         state : Function, optional
             ``problem(m)`` where it is known already; saves a steady problem a solve.
-
-        Returns
-        -------
-        ndarray
-            ``d(rows·u)/dm``, this rank's columns of it, of shape (k, n_owned of M).
-
-        Raises
-        ------
-        InputError
-            If m, state or rows do not fit their spaces, or hold values that are not finite.
-        SolveError
-            If the state is needed and cannot be solved for.
         """
-        check_parameter(m, self.M)
-        check_finite(m, "the parameter")
-        rows = _observation_rows(rows, self.U)
+        check_function(m, self.M, "the parameter", MAKE)
+        if isinstance(rows, Observation):
+            raise InputError("rows is an Observation: pass its rows, observation.rows.")
+        rows = rows.toarray() if hasattr(rows, "toarray") else rows
+        array = check_rows(rows, self.U, "rows (owned coefficients of the state)")
+        if len(set(self.U.comm.allgather(len(array)))) > 1:
+            raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
+                             f"{owned_size(self.U)}) here, with the same k on every rank.")
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
-        rows = rows.reshape(len(rows), owned_size(self.V), -1)
-        return self._backward.rows(coefficients(m)[None], rows, self._path(m, state))
+        array = array.reshape(len(array), owned_size(self.V), -1)
+        return self._backward.rows(coefficients(m)[None], array, self._path(m, state))
 
     @cached_property
     def _backward(self) -> Backward:
@@ -202,11 +177,9 @@ class _ForwardBlock(Block):
 
 
 def check_parameter(m: Function, M: WithGeometry) -> None:
-    """Refuse what is no Function in M."""
+    """Refuse what is no Function in M; one that is not finite is left to the solver."""
     if not isinstance(m, Function) or m.function_space() != M:
-        what = f"a Function in {m.function_space()}" if isinstance(m, Function) else type(m).__name__
-        raise InputError(f"the parameter must be a Function in {M}, got {what}: make one with "
-                         "Function(problem.M).interpolate(...).")
+        check_function(m, M, "the parameter", MAKE)
 
 
 def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.ndarray:
@@ -216,8 +189,7 @@ def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.
     if not isinstance(ms, np.ndarray):
         ms = list(ms) if isinstance(ms, Iterable) and not isinstance(ms, (Expr, Mapping)) else [None]
         if not all(isinstance(m, Function) and m.function_space() == M for m in ms):
-            raise InputError(f"every parameter must be a Function in {M}: make them with "
-                             "Function(problem.M).interpolate(...).")
+            raise InputError(f"every parameter must be a Function in {M}: {MAKE}.")
         ms = np.array([coefficients(m) for m in ms]).reshape(len(ms), owned_size(M))
     good = ms.ndim == 2 and ms.shape[1] == owned_size(M) and ms.dtype.kind in "fiu"
     everywhere = M.comm.allgather((good, ms.shape[:1]))
@@ -225,15 +197,3 @@ def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.
         raise InputError(f"the parameters are {ms.shape} of {ms.dtype}: give an array (n, {owned_size(M)}) of real "
                          "numbers here, with the same n on every rank (owned coefficients, as in m.dat.vec_ro).")
     return ms
-
-
-def _observation_rows(rows: spmatrix | np.ndarray, U: WithGeometry) -> np.ndarray:
-    """Observation rows as a dense array (k, n_owned of U), checked on all ranks together."""
-    if isinstance(rows, Observation):
-        raise InputError("rows is an Observation: pass its rows, observation.rows.")
-    dense = rows.toarray() if hasattr(rows, "toarray") else rows
-    array = check_rows(dense, U, "rows (owned coefficients of the state)")
-    if len(set(U.comm.allgather(len(array)))) > 1:
-        raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
-                         f"{owned_size(U)}) here, with the same k on every rank.")
-    return array

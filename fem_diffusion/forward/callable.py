@@ -22,15 +22,8 @@ class CallableForward:
     ----------
     function : callable
         ``m -> u``. It gets a new Function, and may return the same one again and again.
-    M : FunctionSpace
-        Of the parameter.
-    U : FunctionSpace, optional
-        Of the state; states in another one are refused.
-
-    Raises
-    ------
-    InputError
-        If `function` takes no single argument, or M or U is no function space.
+    M, U : FunctionSpace
+        Of the parameter and, where it is given, of the state; states in another one are refused.
     """
 
     def __init__(self, function: Callable[[Function], Function], M: WithGeometry, U: WithGeometry | None = None
@@ -63,13 +56,7 @@ class CallableForward:
 
 
 def as_forward(forward: Forward | Callable[[Function], Function], M: WithGeometry) -> Forward:
-    """A forward problem as it is, or a plain function ``m -> u`` of Functions in M as a `CallableForward`.
-
-    Raises
-    ------
-    InputError
-        If it is neither.
-    """
+    """A forward problem as it is, or a plain function ``m -> u`` of Functions in M as a `CallableForward`."""
     if isinstance(forward, type) or not hasattr(forward, "solve_many"):
         return CallableForward(forward, M)
     missing = [name for name in ("M", "U", "__call__") if not hasattr(forward, name)]

@@ -134,8 +134,7 @@ def _check_submesh(mesh: MeshGeometry, marker: Marker, submesh: MeshGeometry) ->
 def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeSteps | None = None) -> Equation:
     """Put the unknowns in their places, check what belongs together, and write the residual.
 
-    `given` is what `check_coefficients` makes of the user's coefficients, with those of `Physics` and `Boundary`,
-    ``supg`` and, of a transient problem, ``initial``.
+    `given`, from `check_coefficients`: those of `Physics` and `Boundary`, ``supg`` and, if transient, ``initial``.
     """
     mesh, u, change = V.mesh(), Function(V, name="state"), None if steps is None else Function(V)
     tables = {"dirichlet": dict(given["dirichlet"]), "flux": dict(given["flux"]), "robin": given["robin"]}

@@ -3,6 +3,7 @@
 A steady equation is one step without a past.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +14,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from ufl import Form, as_ufl
-from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.algorithms import expand_derivatives
 from ufl.algorithms.analysis import extract_type
 from ufl.core.expr import Expr
 
@@ -50,8 +51,7 @@ class March:
             step = {e.u: theta * self.new + (1 - theta) * self.old,
                     e.change: (self.new - self.old) / Constant(steps.time_step)}
             self.A, self.N = (form and expand_derivatives(replace(form, step)) for form in (e.A, e.N))
-        self.R = self.A if self.N is None else self.A + self.N
-        self.linear = self.N is None
+        self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
         self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
 
         values, moving = [x.value for x in e.loads], [self.t, *(x.value for x in e.loads if x.moves)]
@@ -64,14 +64,12 @@ class March:
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form) for form in affine]
-        self._matrices = self._factorised = None
-        self._stale = True
+        self._matrices, self._factorised, self._stale, self.prepared = [None] * len(affine), None, True, None
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
-        self.load, self.boundary = Load(self), Boundary(self)
+        self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
         # Whether the states are affine in the parameter.
-        self.affine = (not self.varying and self.load.affine and self.boundary.affine
-                       and self._start_matrices is not None)
+        self.affine = not self.varying and self.load.affine and self.boundary.affine and self.start.affine
 
     def vector(self, assembler: OneFormAssembler) -> np.ndarray:
         """Coefficients (n_owned of V,) of a one-form at the present values, to be used before the next call."""
@@ -81,6 +79,7 @@ class March:
 
     def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
         """Forget operators that are others at these states (n_owned of V,), where the next ones are taken."""
+        self.prepared = new
         if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
             write(self.old, old)
@@ -90,57 +89,25 @@ class March:
         """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
         self.t.assign(self.between[k])
         if self._stale or self.operator_moves:
-            if self._matrices is None:
-                self._matrices = [assembler.assemble() for assembler in self._assemblers]
-                self._K = self._matrices[0].petscmat
-                self._K = self._K.duplicate() if len(self._matrices) > 1 else self._K
+            self._matrices = [x.assemble(tensor=matrix) for x, matrix in zip(self._assemblers, self._matrices)]
+            A, *past = (matrix.petscmat for matrix in self._matrices)
+            if self._factorised is None:
+                self._K = A.duplicate() if past else A
                 self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
             else:
-                for assembler, matrix in zip(self._assemblers, self._matrices):
-                    assembler.assemble(tensor=matrix)
                 self._factorised.update()
-            if len(self._matrices) > 1:
-                A, B = (matrix.petscmat for matrix in self._matrices)
+            self._stale = False
+            for B in past:
                 A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
                 self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-            self._stale = False
-        A, B = [matrix.petscmat for matrix in self._matrices] + [None] * (2 - len(self._matrices))
+        A, B, *_ = *(matrix.petscmat for matrix in self._matrices), None
         return self._K, A, B, self._factorised.ksp
 
     # --- marching
 
     def initial(self, ms: np.ndarray) -> np.ndarray:
         """Initial states (n, n_owned of V) but for their boundary values."""
-        self.t.assign(0.0)
-        f = Function(self.V)
-        at = {x: x.at(ms, None) for x in self.e.starts}
-        if self._start_matrices is None:
-            u = np.empty((len(ms), owned_size(self.V)))
-            for i, row in enumerate(u):
-                for x, rows in at.items():
-                    x.write(rows(0)[i])
-                row[:] = coefficients(f.interpolate(self.e.initial))
-            return u
-        for x in self.e.starts:
-            x.value.assign(0)
-        u = np.tile(coefficients(f.interpolate(self.e.initial)), (len(ms), 1))
-        for (x, rows), E in zip(at.items(), self._start_matrices):
-            u += multiply(E, rows(0))
-        return u
-
-    @cached_property
-    def _start_matrices(self) -> list[PETSc.Mat] | None:
-        """∂(initial state)/∂m by unknown, or None where they are not constant."""
-        self.t.assign(0.0)
-        starts = self.e.starts
-        forms = [self.start_derivative(x) for x in starts]
-        if any(contains(form, [x.value for x in starts]) for form in forms) or any(x.real for x in starts):
-            return None
-        return [assemble(form).petscmat for form in forms]
-
-    def start_derivative(self, x: Unknown) -> Expr:
-        """∂(initial state)/∂m, a two-form."""
-        return interpolate(derivative_by(self.e.initial, x), self.V)
+        return np.broadcast_to(Rows(self.start, ms)(0), (len(ms), owned_size(self.V))).copy()
 
     def typical(self, states: np.ndarray) -> None:
         """Linearise for a block at its initial states (n, n_owned of V)."""
@@ -230,41 +197,42 @@ class Rows:
         self._at = {x: x.at(ms, part.march.weights[x]) for x in part.unknowns}
 
     def __call__(self, k: int) -> np.ndarray:
-        if self._kept is None or self.part.moves:
-            self._kept = self._together(k) if self.part.affine else self._one_by_one(k)
-        return self._kept
+        part = self.part
+        if self._kept is not None and not part.moves:
+            return self._kept
+        if part.affine:   # all members together
+            for x in self._at:
+                x.value.assign(0)
+            result = part.value(k)[None]
+            for (x, rows), matrix in zip(self._at.items(), part.columns()):
+                result = result + (rows(k) * matrix if x.strength else multiply(matrix, rows(k)))
+        else:
+            result = np.empty((len(self.ms), owned_size(part.march.V)))
+            for i, row in enumerate(result):
+                self.write(k, i)
+                row[:] = part.value(k)
+        self._kept = result
+        return result
 
     def write(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
             x.write(rows(k)[i])
 
-    def _one_by_one(self, k: int) -> np.ndarray:
-        result = np.empty((len(self.ms), owned_size(self.part.march.V)))
-        for i, row in enumerate(result):
-            self.write(k, i)
-            row[:] = self.part.value(k)
-        return result
-
-    def _together(self, k: int) -> np.ndarray:
-        for x in self._at:
-            x.value.assign(0)
-        result = self.part.value(k)[None]
-        for (x, rows), column in zip(self._at.items(), self.part.columns()):
-            result = result + (rows(k) * column if x.strength else multiply(column, rows(k)))
-        return result
-
 
 class Part:
-    """A quantity (n_owned of V,) that depends on some unknowns and on time: what `Load` and `Boundary` share.
+    """A quantity (n_owned of V,) that depends on some unknowns and on time: what the three below share.
 
-    `derivatives` are forms, by each of the unknowns; they count as constant unless they contain what is `forbidden`.
+    It moves where one of the `forms` does. `derivatives` are forms, by each of the unknowns; they count as constant
+    unless they contain unknowns or `states`.
     """
 
-    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr], moves: bool,
-                 forbidden: list[Function]) -> None:
-        self.march, self.unknowns, self.derivatives, self.moves = march, unknowns, derivatives, moves
-        self.affine = not any(x.real for x in unknowns) and not any(contains(form, forbidden) for form in derivatives)
+    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr],
+                 forms: Iterable[Form | Expr] = (), states: Iterable[Function] = ()) -> None:
+        self.march, self.unknowns, self.derivatives = march, unknowns, derivatives
+        moving, forbidden = [x.value for x in unknowns if x.moves], [*states, *(x.value for x in unknowns)]
+        self.moves = any(contains(form, [march.t, *moving]) for form in forms)
+        self.affine = not any(x.real or contains(form, forbidden) for x, form in zip(unknowns, derivatives))
         self.columns_move = any(contains(form, [march.t]) for form in derivatives)
         self._columns = None
 
@@ -289,28 +257,25 @@ class Load(Part):
     """The residual of zero states."""
 
     def __init__(self, march: March) -> None:
-        loads = march.e.loads
-        values = [x.value for x in loads]
+        loads, values = march.e.loads, [x.value for x in march.e.loads]
         form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
         # Integrals without unknowns are the same for all members.
         split = {True: [], False: []}
         for integral in form.integrals():
-            split[not set(values).isdisjoint(extract_coefficients(integral.integrand()))].append(integral)
-        self._own, self._shared = (get_assembler(Form(split[key])) if split[key] else None for key in (True, False))
+            split[contains(integral.integrand(), values)].append(integral)
+        self._own, self._shared = (part and get_assembler(Form(part)) for part in split.values())
         self._kept = None
-        moving = [march.t, *(x.value for x in loads if x.moves)]
+        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads], [form], [march.new, march.old])
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
-        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads],
-                         march.operator_moves or contains(form, moving), [march.new, march.old, *values])
+        self.moves |= march.operator_moves
 
     def value(self, k: int) -> np.ndarray:
         """At the present values and step k."""
         march = self.march
         march.t.assign(march.between[k])
         if self._kept is None or (self.moves and self._kept[0] != k):
-            self._kept = k, 0.0 if self._shared is None else march.vector(self._shared).copy()
-        own = np.zeros(owned_size(march.V)) if self._own is None else march.vector(self._own)
-        return own + self._kept[1]
+            self._kept = k, march.vector(self._shared).copy() if self._shared else np.zeros(owned_size(march.V))
+        return march.vector(self._own) + self._kept[1] if self._own else self._kept[1].copy()
 
 
 class Boundary(Part):
@@ -331,9 +296,8 @@ class Boundary(Part):
             for later in markers[i + 1:]:
                 DirichletBC(V, 0, later).apply(mask)
             self._masked += mask * e.values[marker]
-        moving = [march.t, *(x.value for x in e.lifted if x.moves)]
         super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
-                         any(contains(g, moving) for g in e.values.values()), [x.value for x in e.lifted])
+                         e.values.values())
         self.value(0)
 
     def update(self) -> None:
@@ -347,3 +311,16 @@ class Boundary(Part):
             bc.apply(self._known)
         self.update()
         return coefficients(self.g)
+
+
+class Start(Part):
+    """The initial state but for its boundary values."""
+
+    def __init__(self, march: March) -> None:
+        starts, self._f = march.e.starts, Function(march.V)
+        super().__init__(march, starts, [interpolate(derivative_by(march.e.initial, x), march.V) for x in starts])
+
+    def value(self, k: int) -> np.ndarray:
+        """At the present values."""
+        self.march.t.assign(0.0)
+        return coefficients(self._f.interpolate(self.march.e.initial))

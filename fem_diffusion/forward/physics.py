@@ -22,11 +22,9 @@ class _Group:
     """Arguments that belong together."""
 
     def __repr__(self) -> str:
-        given = {field.name: getattr(self, field.name) for field in fields(self)
-                 if getattr(self, field.name) is not field.default}
-        words = {name: f"<{type(value).__name__}>" if len(repr(value)) > 40 else repr(value)
-                 for name, value in given.items()}
-        return f"{type(self).__name__}({', '.join(map('='.join, words.items()))})"
+        given = {x.name: getattr(self, x.name) for x in fields(self) if getattr(self, x.name) is not x.default}
+        words = (f"{name}={f'<{type(x).__name__}>' if len(repr(x)) > 40 else repr(x)}" for name, x in given.items())
+        return f"{type(self).__name__}({', '.join(words)})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,11 +88,6 @@ class TimeSteps(_Group):
         Times of the components of an unknown in space and time, increasing, from 0 to the last time; piecewise linear
         in between.  An unknown source, flux, Dirichlet value or diffusivity whose space has that many components is
         taken so.
-
-    Raises
-    ------
-    InputError
-        Where they are no numbers of this kind, or t is no scalar Constant.
     """
 
     times: Sequence[float]
@@ -111,8 +104,7 @@ class TimeSteps(_Group):
             raise InputError(f"it takes more than {MOST_STEPS:,} steps of time_step = {step:g} to reach times[-1] = "
                              f"{times[-1]:g}: check their units, or take a larger step.")
         saved = np.rint(times / step).astype(int)
-        bad = np.flatnonzero(np.abs(saved * step - times) > 1e-9 * max(times[-1], step))
-        if len(bad):
+        if len(bad := np.flatnonzero(np.abs(saved * step - times) > 1e-9 * max(times[-1], step))):
             raise InputError(f"times[{bad[0]}] = {times[bad[0]]:g} is no multiple of time_step = {step:g}: choose a "
                              "step that divides all saved times.")
         if saved[-1] == 0:

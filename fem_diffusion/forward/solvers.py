@@ -61,7 +61,7 @@ def variational_solver(F: Form, w: Function, bcs: list[DirichletBC], linear: boo
 
 
 class Factorised:
-    """A two-form with homogeneous Dirichlet conditions, assembled, factorised, ready for more of it.
+    """A two-form with homogeneous Dirichlet conditions, assembled and factorised: `ksp` solves with it.
 
     Its coefficients are read at construction and at every `update`; options of SNES are left out.
     """
@@ -71,12 +71,8 @@ class Factorised:
         self._assembler = get_assembler(form, bcs=bcs, mat_type=options.get("mat_type", "aij"))
         self._matrix = self._assembler.assemble()
         self._solver = LinearSolver(self._matrix, solver_parameters=options, options_prefix=prefix)
+        self.ksp = self._solver.snes.ksp
         self._factorise()
-
-    @property
-    def ksp(self) -> PETSc.KSP:
-        """Solves with it."""
-        return self._solver.snes.ksp
 
     def update(self) -> None:
         """Assemble again and factorise again."""
@@ -85,8 +81,7 @@ class Factorised:
 
     def _factorise(self) -> None:
         V = self._matrix.arguments()[0].function_space()
-        # A solve, because that sets up while the options are in place.
-        try:
+        try:   # a solve, because that sets up while the options are in place
             self._solver.solve(Function(V), Cofunction(V.dual()))
         except PETSc.Error as error:
             raise refused(error) from error

@@ -29,7 +29,7 @@ class Steady(March):
             F = replace(F, {self.u: self._w + self._lift.g})
         self.solver = variational_solver(F, self._w, bcs, self.linear, not self.by_member, options, prefix)
         self._start = Function(self.V)   # where single solves start: fixed, so that m -> u has no memory
-        self._reference, self._moved = np.zeros_like(coefficients(self._start)), True
+        self._reference = np.zeros_like(coefficients(self._start))
         self._chosen = self.linear   # then any reference will do
 
     def assign(self, m: Function) -> None:
@@ -69,41 +69,31 @@ class Steady(March):
         """Start single solves and blocks from the state at m, with the Jacobian there."""
         self.assign(m)
         self._start = self.solve().copy(deepcopy=True)
-        self._reference, self._moved, self._chosen = coefficients(self._start), True, True
-
-    def _choose_reference(self, ms: np.ndarray) -> None:
-        """Linearise at the mean of parameters, at zero where that fails; single solves start where they did."""
-        mean = centre(ms, self.V.mesh().comm)
-        try:
-            self._set(mean)
-            self.solve()
-        except SolveError:
-            self._set(np.zeros_like(mean))
-            self.solve()
-        self._reference, self._moved, self._chosen = coefficients(self.u), True, True
+        self._reference, self._chosen = coefficients(self._start), True
 
     def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
-        """States (n, n_owned of V, 1) of a block."""
+        """States (n, n_owned of V, 1) of a block; single solves start where they did."""
         if self.by_member:
             return self._alone(ms[0], first)[None, :, None]
-        if not self._chosen:
-            self._choose_reference(ms)
+        if not self._chosen:   # linearise at the mean of parameters, at zero where that fails
+            mean = centre(ms, self.V.mesh().comm)
+            try:
+                self._set(mean)
+                self.solve()
+            except SolveError:
+                self._set(np.zeros_like(mean))
+                self.solve()
+            self._reference, self._chosen = coefficients(self.u), True
         return super().run(ms, first, path)
 
     def initial(self, ms: np.ndarray) -> np.ndarray:
         """The reference state (n, n_owned of V), where all of them start."""
         return np.tile(self._reference, (len(ms), 1))
 
-    def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
-        """As in `March`."""
-        super().prepare(old, new)
-        self._moved = True
-
     def typical(self, states: np.ndarray) -> None:
         """Linearise at the reference, unless that has been done and nothing since."""
-        if self._moved:
+        if self.prepared is not self._reference:
             self.prepare(self._reference, self._reference)
-            self._moved = False
 
     def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: Rows, i: int, sample: int) -> np.ndarray:
         """A full solve for member i."""

@@ -16,11 +16,10 @@ the new time.
 Of the parameter, the initial state and the boundary values only the values on V's nodes count: the initial state is
 interpolated, and takes the Dirichlet values (at t = 0) at Dirichlet nodes.
 
-Samples march together: while ∂F/∂u contains no unknown, a step of a block is one sparse product and one solve with
-a block of right-hand sides, and one factorisation serves all steps (one each where the operator depends on time).
-Where the states are affine in a parameter with few coefficients, the responses to each of them are kept and added up.
-With a nonlinear reaction the block iterates with the Jacobian at a typical state; what that loses goes to Newton's
-method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
+Samples march together, as in `advection_diffusion`: while ∂F/∂u contains no unknown, a step of a block is one sparse
+product and one solve with a block of right-hand sides, and one factorisation serves all steps (one each where the
+operator depends on time).  A nonlinear reaction's block iterates with the Jacobian at a typical state; what that loses
+goes to Newton's method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
 
 from firedrake import Function, VectorFunctionSpace
@@ -56,26 +55,19 @@ class TransientAdvectionDiffusion(BlockForward):
         ``"diffusivity"``, ``"velocity"``, ``("flux", marker)`` or ``("dirichlet", marker)``.  Leave that coefficient
         out, or give it as a callable ``m -> UFL expression``, m being the parameter at one time.  Several unknowns: a
         list, with ``M = MixedFunctionSpace([...])`` in the same order.
-    steps : TimeSteps
+    steps, initial : TimeSteps, and UFL scalar or float
+        The second is u_0.
     physics, bcs
         As for `AdvectionDiffusion`; they may contain ``steps.t``.
-    initial : UFL scalar or float
-        u_0.
     supg, solver_parameters, options_prefix
-        As for `AdvectionDiffusion`.
+        As for `AdvectionDiffusion`, and so is what it raises, also where times do not fit.
 
     Attributes
     ----------
     V, M, U : FunctionSpace
         Of one state, of the parameter and of the states at all saved times.
-    m, linear, operator_depends_on_parameter
-        As for `AdvectionDiffusion`.
-    steps : TimeSteps
-
-    Raises
-    ------
-    InputError, InstallError
-        As for `AdvectionDiffusion`, and where times do not fit.
+    m, linear, operator_depends_on_parameter, steps
+        As for `AdvectionDiffusion`, and as given.
     """
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], steps: TimeSteps,

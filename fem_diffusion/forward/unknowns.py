@@ -15,6 +15,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import is_real, owned_size
 from fem_diffusion.fields.checks import check_marker, check_scalar, check_space, is_callable
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
+from fem_diffusion.forward.solvers import write
 from fem_diffusion.observation.linear import Observation, point_sensors
 
 __all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "is_discontinuous", "read"]
@@ -53,15 +54,13 @@ class Unknown:
 
     def weights(self, times: np.ndarray) -> Observation | np.ndarray | None:
         """What `at` needs for each of these times: rows over the space (strength) or over the components."""
-        if self.strength:
-            try:
-                return point_sensors(self.space, np.asarray(times)[:, None])
-            except InputError as error:
-                raise InputError(f"M's interval must reach from 0 to the last time, for {self.name!r}: build it as "
-                                 f"IntervalMesh(n, {max(times):g}); {error}") from error
         if self.nodes is not None:
             return np.stack([np.interp(times, self.nodes, row) for row in np.eye(len(self.nodes))], axis=1)
-        return None
+        try:
+            return point_sensors(self.space, np.asarray(times)[:, None]) if self.strength else None
+        except InputError as error:
+            raise InputError(f"M's interval must reach from 0 to the last time, for {self.name!r}: build it as "
+                             f"IntervalMesh(n, {max(times):g}); {error}") from error
 
     def at(self, ms: np.ndarray, weights: Observation | np.ndarray | None) -> Callable[[int], np.ndarray]:
         """Coefficients k -> (n, n_owned of the value) at all times, for members (n, n_owned of M) and their weights."""
@@ -87,8 +86,7 @@ class Unknown:
         if self.strength:
             self.value.assign(float(row[0]))
         else:
-            with self.value.dat.vec_wo as x:
-                x.array[:] = row
+            write(self.value, row)
 
 
 def derivative_by(F: Form | Expr, x: Unknown) -> Form | Expr:
@@ -128,11 +126,7 @@ def check_spaces(V: WithGeometry, M: WithGeometry) -> None:
 
 def read(unknown: Name | list[Name], V: WithGeometry, M: WithGeometry, m: Function, given: dict,
          steps: TimeSteps | None = None) -> list[Unknown]:
-    """Read the names of the unknowns and check their spaces.
-
-    `m` is the value of an unknown that is alone and does not depend on time, `given` what `check_coefficients` made of
-    the user's coefficients.
-    """
+    """The unknowns by their names, spaces checked; m is for one alone and not in time, `given` is checked already."""
     several = isinstance(unknown, list)
     names = unknown if several else [unknown]
     parsed = [_parse(name, V.mesh(), steps is not None) for name in names]
@@ -173,8 +167,7 @@ def _placed(x: Unknown, V: WithGeometry, free: bool, steps: TimeSteps | None) ->
         raise InputError("M must live on V's mesh; only a ('flux', marker) unknown may live on "
                          "Submesh(mesh, mesh.topological_dimension - 1, marker) of that same mesh"
                          + ("." if steps is None else ", and a function of time on an IntervalMesh."))
-    x = replace(x, submesh=None if there is here else mesh)
-    nodes = steps and steps.parameter_times
+    x, nodes = replace(x, submesh=None if there is here else mesh), steps and steps.parameter_times
     if nodes is not None and x.kind in IN_TIME and space.value_shape == (len(nodes),):
         W = FunctionSpace(mesh, space.ufl_element().sub_elements[0])
         return replace(x, value=Function(W, name=f"{x.kind} at one time"), nodes=nodes)

@@ -1,11 +1,10 @@
 r"""Weak forms of ``∂u/∂t + v·∇u - ∇·(κ∇u) + r(u) - f`` for continuous and for discontinuous states.
 
-Continuous ones have the SUPG terms of `advection_diffusion`.
-
-Discontinuous ones: advection is that of ``v·∇u``, which need not be divergence-free: a jump counts where a cell's
-velocity points inwards. Diffusion is the symmetric interior penalty method (Arnold, Brezzi, Cockburn & Marini 2002,
-doi:10.1137/S0036142901384162) with normals of the two sides taken separately, which on a surface are no opposites
-(Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The penalty is that of the discrete trace inequality
+Continuous ones have the SUPG terms of `advection_diffusion`. Of discontinuous ones advection is that of ``v·∇u``, where
+v need not be divergence-free: a jump counts where a cell's velocity points inwards. Diffusion is the symmetric interior
+penalty method (Arnold, Brezzi, Cockburn & Marini 2002, doi:10.1137/S0036142901384162) with normals of the two sides
+taken separately, which on a surface are no opposites (Dedner, Madhavan & Stinner 2013, doi:10.1093/imanum/drs033). The
+penalty is that of the discrete trace inequality
 (Shahbazi 2005, doi:10.1016/j.jcp.2004.11.017), ``C κ_n |∂K|/|K|`` with C = (p+1)(p+d)/d on simplices and (p+1)² on
 tensor products, κ_n = n·κn, the larger of both sides. Degree 0 has the two-point flux instead, which is consistent
 where lines between the centres of neighbours are normal to their facets, as on rectangles.
@@ -98,10 +97,7 @@ def _fix_quadrature(F: Form) -> Form:
 # --- SUPG
 
 def _cell_metric(cell: AbstractCell) -> np.ndarray:
-    """Metric in which the simplices of the reference cell are regular.
-
-    So τ does not depend on how vertices are numbered, which another partition of the mesh changes.
-    """
+    """Metric in which the reference cell's simplices are regular: so numberings of vertices do not matter to τ."""
     if isinstance(cell, TensorProductCell):
         return block_diag(*(_cell_metric(c) for c in cell.sub_cells))
     one = np.eye(cell.topological_dimension)
@@ -110,8 +106,7 @@ def _cell_metric(cell: AbstractCell) -> np.ndarray:
 
 def _supg_tau(V: WithGeometry, v: Expr, kappa: Expr, slope: Expr | None, rate: Expr | float) -> Expr:
     """The SUPG time scale of the module docstring of `advection_diffusion`, a UFL scalar."""
-    K = JacobianInverse(V.mesh())
-    degree = V.ufl_element().embedded_superdegree
+    K, degree = JacobianInverse(V.mesh()), V.ufl_element().embedded_superdegree
     G = 4 * degree**2 * dot(K.T, dot(as_matrix(_cell_metric(V.mesh().ufl_cell()).tolist()), K))
     D = dot(kappa, G) if kappa.ufl_shape else kappa * G
     return 1 / sqrt(dot(v, dot(G, v)) + 9 * inner(D, D.T) + (slope or 0)**2 + rate**2)
@@ -148,14 +143,10 @@ def _surface_over_volume(mesh: MeshGeometry) -> Function:
 
 
 def _across_facets(u: Function, v: Expr | None, kappa: Expr, boundary: Conditions) -> Form:
-    """What advection and diffusion of a discontinuous state add on facets, with weak Dirichlet conditions.
-
-    Elsewhere the boundary terms of diffusion are left to natural conditions.
-    """
+    """What advection and diffusion of a discontinuous state add on facets, also those of weak Dirichlet conditions."""
     V = u.function_space()
     mesh, w, n = V.mesh(), TestFunction(V), FacetNormal(V.mesh())
-    kappa_n = dot(n, dot(kappa, n)) if kappa.ufl_shape else kappa
-    k, jump_u, jump_w = kappa_n, u("+") - u("-"), w("+") - w("-")
+    k, jump_u, jump_w = dot(n, dot(kappa, n)) if kappa.ufl_shape else kappa, u("+") - u("-"), w("+") - w("-")
     if _degree(V) == 0:
         if mesh.ufl_cell().cellname in ("triangle", "tetrahedron"):
             warnings.warn("Diffusion of a discontinuous state of degree 0 does not converge on triangles and "
@@ -172,12 +163,10 @@ def _across_facets(u: Function, v: Expr | None, kappa: Expr, boundary: Condition
         return (q("+") - q("-")) / 2
 
     inside = sigma * jump_u * jump_w - normal_flux(u) * jump_w - normal_flux(w) * jump_u
-    inflow = None if v is None else (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
+    penalty = scale * k * size
     if v is not None:
+        inflow = (abs(dot(v, n)) - dot(v, n)) / 2   # of the cell whose normal it is
         inside += jump_u * (inflow("+") * w("+") - inflow("-") * w("-"))
-    F = inside * _interior(mesh)
-    for g, over in boundary:
-        q, p = dot(_flux(kappa, u), n), dot(_flux(kappa, w), n)
-        there = scale * k * size * (u - g) * w - q * w - p * (u - g)
-        F += (there if v is None else there + inflow * (u - g) * w) * over
-    return F
+        penalty += inflow
+    q, p = dot(_flux(kappa, u), n), dot(_flux(kappa, w), n)
+    return inside * _interior(mesh) + sum((penalty * (u - g) * w - q * w - p * (u - g)) * over for g, over in boundary)

@@ -49,7 +49,7 @@ def layout_family(family: SensorFamily, data: DataSet,
         _check_modes(kind.observation, data.states[len(data) - apart:], c[len(data) - apart:], rows, offset, std[0])
         shape = (-1, kind.series)
         kinds.append(LayoutKind(rows.unflatten(0, shape), offset.unflatten(0, shape), std.unflatten(1, shape),
-                                tuple(int(n) for n in kind.count)))
+                                kind.count))
     return states, c, LayoutFamily(tuple(kinds))
 
 

@@ -61,7 +61,6 @@ def _range(content: files.Content, s: int) -> TrainingRange:
     if seen is None:
         raise content.error("does not hold what training has seen of sensors")
     pair = isinstance(seen.std, list) and len(seen.std) == 2
-    numbers = [*seen.std, seen.strongest, seen.most] if pair else [None]
-    if not all(type(x) in (int, float) and 0 < x < np.inf for x in numbers):
+    if not pair or not all(type(x) in (int, float) and 0 < x < np.inf for x in (*seen.std, seen.strongest, seen.most)):
         raise content.error("does not hold what training has seen of sensors")
     return replace(seen, std=tuple(seen.std))

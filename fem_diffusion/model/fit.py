@@ -19,6 +19,7 @@ from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.model.families import layout_family, sample_basis
 from fem_diffusion.model.model import Model
+from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
@@ -73,7 +74,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
     states = shown = None
     noise, seen = problem.noise, torch.as_tensor(data.readings)
-    if problem.family:
+    if isinstance(problem.observation, SensorFamily):
         states, seen, noise = layout_family(problem.observation, data, state_modes)
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
@@ -105,7 +106,7 @@ def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
-             noise: GaussianNoise | CallableNoise | LayoutFamily | None) -> ModalBasis:
+             noise: LayoutFamily | GaussianNoise | CallableNoise | None) -> ModalBasis:
     """As many leading modes of the prior as readings, or coordinates of the state, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
     if isinstance(problem.prior.core, GaussianCore):

@@ -1,12 +1,12 @@
 """A trained model: condition it on a measurement, save it, load it."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_kind, check_readings
 from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
@@ -60,8 +60,9 @@ class Model:
         if self.basis.r != self.denoiser.base.r:
             raise InputError(f"The basis has {self.basis.r} modes and the model {self.denoiser.base.r} latents: pass a "
                              "basis of the same size, of the prior of the training.")
-        if self.problem.family != (self.states is not None):
-            raise InputError("A family and a basis of its states belong together: give both or neither.")
+        if len({self.problem.family, self.states is not None, self.range is not None}) > 1:
+            raise InputError("A family, a basis of its states and the range of its training belong together: give all "
+                             "or none.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
 
     @cached_property
@@ -69,8 +70,8 @@ class Model:
         """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
         return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base)
 
-    def condition(self, y: Sequence[float], observation: Observation | None = None,
-                  noise: GaussianNoise | float | Sequence[float] | None = None) -> Posterior:
+    def condition(self, y: ArrayLike, observation: Observation | None = None,
+                  noise: GaussianNoise | ArrayLike | None = None) -> Posterior:
         """Posterior for one measurement.
 
         Parameters
@@ -95,7 +96,7 @@ class Model:
         FamilyWarning
             If the sensors are far outside the training family.
         """
-        if not self.problem.family:
+        if self.states is None or self.range is None:
             if observation is not None or noise is not None:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
@@ -106,22 +107,21 @@ class Model:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
         y = check_readings(y, len(observation), observation.names, failed=True)
-        noise = as_noise(noise, len(observation)) if len(y) else None
-        if len(y) and not isinstance(noise, GaussianNoise):
+        law = as_noise(noise, len(observation)) if len(y) else None
+        covariance, there = torch.zeros(0, 0, dtype=torch.float64), torch.from_numpy(np.flatnonzero(~np.isnan(y)))
+        if isinstance(law, GaussianNoise):
+            # All sensors take part here, because a noise model holds a number for each.
+            covariance = law.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
+        elif len(y):
             raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
         rows, offset = project(observation, self.states)
-        there = np.flatnonzero(~np.isnan(y))
-        covariance = rows.new_zeros(0, 0)
-        if len(y):
-            # All sensors take part here, because a noise model holds a number for each.
-            covariance = noise.covariance(torch.tensor(np.nan_to_num(y))[None])[there][:, there]
-        rows, offset, reading = rows[there], offset[there], torch.tensor(y[there])
+        rows, offset, reading = rows[there], offset[there], torch.tensor(y)[there]
         # Where noise is correlated, the sensors of the family are recognised before they are mixed.
         present = torch.ones(1, len(there), dtype=torch.bool)
         seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
         layout, reading = decorrelated(rows, offset, covariance, reading)
-        problem = replace(self.problem, observation=observation, noise=noise)
+        problem = replace(self.problem, observation=observation, noise=law)
         return Posterior(problem, self.basis, self.denoiser.at(reading[None], layout))
 
     def save(self, path: str | os.PathLike) -> None:

@@ -82,7 +82,7 @@ class Posterior:
             # A stream of its own, apart from that of the latents and from those of the training pairs.
             stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
             values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None:
+            if refill and self.tail is not None and self.y is not None:
                 part = self.basis.decode(z)
                 values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
             return Samples(self.problem.M, self.problem.prior.transform_many(values), z)

@@ -17,6 +17,7 @@ from fem_diffusion.diffusion import GaussianBase, GaussianNoise
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
 
 __all__ = ["LinearTail", "linear_tail"]
@@ -59,10 +60,10 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) 
 
     The problem has fixed sensors; the base is of its readings, fitted in the basis.
     """
-    forward, noise, k = problem.forward, problem.noise, base.k
+    prior, forward, noise, k = problem.prior, problem.forward, problem.noise, base.k
     if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)
             and isinstance(noise, GaussianNoise) and noise.constant and base.emulator.head is None
-            and basis.standard_prior and problem.prior.core is problem.prior):
+            and basis.standard_prior and isinstance(prior, GaussianCore) and prior.core is prior):
         return None
     R = noise.covariance(base.mean.new_zeros(1, k)).numpy()
     residual = base.emulator.residual.numpy() - R
@@ -70,9 +71,9 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) 
     if not (unit > 0).all():
         return None
     # All ranks hold the same base, so they go on together.
-    rows = np.array(forward.sensitivity(problem.prior.mean.copy(deepcopy=True), problem.observation.rows))
+    rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows))
     seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
-    cross = problem.prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
+    cross = prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)
     signal = np.linalg.norm(seen / unit / unit[:, None], 2)
     if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:

@@ -66,7 +66,7 @@ class SensorKind:
     @property
     def std_range(self) -> np.ndarray:
         """Smallest and largest standard deviation of each row, shape (2, k)."""
-        std, k = self.std, len(self.observation)
+        std, k = np.asarray(self.std), len(self.observation)
         return np.broadcast_to(std[:, None] if std.shape == (2,) and k != 2 else std, (2, k))
 
     def __repr__(self) -> str:

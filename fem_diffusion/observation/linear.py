@@ -29,6 +29,8 @@ from fem_diffusion.observation.points import locate, sensor_rows
 
 __all__ = ["Observation", "functionals", "no_sensors", "point_sensors"]
 
+_FUNCTIONAL = "a callable that maps the state to an integral linear in it, such as lambda u: u * ds(2)"
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -207,7 +209,8 @@ def functionals(U: WithGeometry, forms: Sequence[Callable], names: Sequence[str]
     InputError
         If a form is no UFL form, not linear or not finite, or a name is missing.
     """
-    forms = check_all(forms, "forms", object, "functions of the state")
+    forms = [check_callable(form, f"functional {i}", _FUNCTIONAL, 1)
+             for i, form in enumerate(check_all(forms, "forms", object, "functions of the state"))]
     try:
         argument = TestFunction(check_space(U, "U"))
     except NotImplementedError as error:
@@ -235,8 +238,6 @@ def compare_row(U: WithGeometry, row: csr_matrix, name: str, direct: Callable[[F
 
 def _row(U: WithGeometry, form: Callable, argument: Argument, i: int) -> np.ndarray:
     """Row of one functional, shape (1, n_owned)."""
-    remedy = "give a callable that maps the state to an integral linear in it, such as lambda u: u * ds(2)"
-    check_callable(form, f"functional {i}", remedy.removeprefix("give "), 1)
     try:
         integral = form(argument)
         arities = compute_form_arities(expand_derivatives(integral)) if isinstance(integral, Form) else None
@@ -244,9 +245,10 @@ def _row(U: WithGeometry, form: Callable, argument: Argument, i: int) -> np.ndar
             raise ArityMismatch(f"arities {arities}")
         covector = assemble(integral)
     except (ArityMismatch, LookupError, MismatchingDomainError, TypeError, ValueError) as error:
-        raise InputError(f"functional {i} cannot be assembled as a linear form ({error}): {remedy}.") from error
+        raise InputError(f"functional {i} cannot be assembled as a linear form ({error}): give "
+                         f"{_FUNCTIONAL}.") from error
     if not isinstance(covector, Cofunction):
-        raise InputError(f"functional {i} gave {type(covector).__name__}: {remedy}.")
+        raise InputError(f"functional {i} gave {type(covector).__name__}: give {_FUNCTIONAL}.")
     row = coefficients(covector)
     if not U.comm.allreduce(bool(np.isfinite(row).all()), MPI.LAND):
         raise InputError(f"functional {i} has weights that are not finite: look for a division by zero or a root of a "

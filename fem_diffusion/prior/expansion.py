@@ -1,7 +1,6 @@
 """Bases of fields: Karhunen-Loeve modes of Gaussian priors, and proper orthogonal decomposition of samples."""
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import numpy as np
 from firedrake import DirichletBC, Function
@@ -47,7 +46,7 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     retained = check_number(retained, "retained", above=0, below=1)
     core = check_prior(prior).core
     if isinstance(core, ProductPrior):
-        counts = _counts(r, len(core.priors))
+        counts = [None] * len(core.priors) if r is None else _counts(r, len(core.priors))
         parts = [karhunen_loeve(part, count, retained) for part, count in zip(core.priors, counts)]
         expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
         return _joined(core.V, core.mean, expansions, prior, standard=True)
@@ -99,9 +98,8 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
         raise InputError("The fields of prior are not in V: give the prior of the samples.")
     if not isinstance(samples, np.ndarray):
         samples = coefficients(list(check_all(samples, "samples", Function)))
-    if r is None:
-        raise InputError("r is None: give the number of modes.")
-    counts = [check_count(r, "r")] if isinstance(r, Integral) else _counts(r, len(V))
+    whole = not isinstance(r, Sequence)
+    counts = [check_count(r, "r")] if whole else _counts(r, len(V))
     bcs = check_all((bcs,) if isinstance(bcs, DirichletBC) else bcs, "bcs", DirichletBC, "DirichletBC objects")
     samples = check_rows(samples, V, "samples")
     if len(samples) <= max(counts):
@@ -118,20 +116,18 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
             raise InputError(f"The samples violate the boundary conditions by {violation:.2g}: pass the bcs they "
                              "satisfy.")
     # The samples satisfy the conditions, and so do the modes of components, their combinations.
-    whole = isinstance(r, Integral)
-    parts = []
-    for W, part, count in [(V, centred, r)] if whole else zip(V, by_component(V, centred), counts):
+    parts: list[tuple[np.ndarray, np.ndarray, float]] = []
+    for W, part, count in [(V, centred, counts[0])] if whole else zip(V, by_component(V, centred), counts):
         covariance, total = sample_covariance(W, part)
         parts.append((*leading_modes(covariance, W, bcs if whole else (), count), total))
     return ModalBasis(V, mean, *parts[0], prior) if whole else _joined(V, mean, parts, prior, standard=False)
 
 
-def _counts(r: Sequence[int] | None, components: int) -> list[int | None]:
-    """A number of modes for each component, or None for each."""
-    counts = [None] * components if r is None else r
-    if not isinstance(counts, Sequence) or len(counts) != components:
+def _counts(r: int | Sequence[int], components: int) -> list[int]:
+    """A number of modes for each component."""
+    if not isinstance(r, Sequence) or len(r) != components:
         raise InputError(f"r is {r!r}: there are {components} components, give a number of modes for each.")
-    return [None if count is None else check_count(count, "r") for count in counts]
+    return [check_count(count, "r") for count in r]
 
 
 def _joined(V: WithGeometry, mean: Function, parts: list, prior: Prior | None, standard: bool) -> ModalBasis:

@@ -103,7 +103,7 @@ class GaussianPrior(GaussianCore):
         self._range = V.comm.allreduce(self._std.min(initial=np.inf), MPI.MIN), largest(V.comm, self._std)
         if not self._range[0] >= 0:
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation.")
-        mean = self._given(mean, "mean")
+        values = self._given(mean, "mean")
         if is_real(V):
             if self.bcs or correlation_length is not None or smoothness is not None or solver_parameters != "direct":
                 raise InputError('numbers (family "R") have a mean and a standard deviation alone: leave out '
@@ -111,8 +111,8 @@ class GaussianPrior(GaussianCore):
             self.correlation_length = self.smoothness = None
         else:
             self._set_operator(correlation_length, smoothness, solver_parameters)
-            mean = self._lifted(mean)
-        self.mean, self._mean, self._variances = field(V, mean), mean, {}
+            values = self._lifted(values)
+        self.mean, self._mean, self._variances = field(V, values), values, {}
 
     def _given(self, value: float | Expr, name: str) -> np.ndarray:
         """Coefficients of std or mean, which may be on the base mesh of a field that lives there: (n_owned,)."""
@@ -178,12 +178,15 @@ class GaussianPrior(GaussianCore):
 
     @cached_property
     @no_annotations
-    def _operator(self) -> MaternOperator | NumberOperator:
-        """The operator with the Dirichlet conditions, factorised."""
-        if is_real(self.V):
-            return NumberOperator(self.V)
+    def _matern(self) -> MaternOperator:
+        """The operator of a field with the Dirichlet conditions, factorised."""
         conditions = self._conditions(np.zeros_like(self._std))
         return matern_operator(self._space, self._L, self._order, conditions, self._solver_parameters)
+
+    @cached_property
+    def _operator(self) -> MaternOperator | NumberOperator:
+        """What draws samples."""
+        return NumberOperator(self.V) if is_real(self.V) else self._matern
 
     @cached_property
     @no_annotations
@@ -196,7 +199,7 @@ class GaussianPrior(GaussianCore):
         scale = (self._std.reshape(-1, len(counts)) * counts).ravel()  # components are interleaved
         if not self._normalise:
             return scale
-        scalar, op = self._space, None if self.bcs or self.V.value_shape else self._operator
+        scalar, op = self._space, None if self.bcs or self.V.value_shape else self._matern
         if scalar.value_shape:
             scalar = FunctionSpace(scalar.mesh(), scalar.ufl_element().sub_elements[0])
         op = op or matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
@@ -205,7 +208,7 @@ class GaussianPrior(GaussianCore):
     @property
     def covariance(self) -> AutoregressiveCovariance | None:
         """Firedrake's operator, without the normalisation ``D``; None for numbers."""
-        return None if is_real(self.V) else self._operator.covariance
+        return None if is_real(self.V) else self._matern.covariance
 
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
@@ -242,11 +245,11 @@ class GaussianPrior(GaussianCore):
         `exact`: that takes one solve for each unknown.
         """
         # What is exact in any case is kept once.
-        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._operator)
+        exact = check_flag(exact, "exact") and not is_real(self.V) and not variance_is_exact(self._matern)
         if is_real(self.V) or self._normalise and not self.bcs and not exact:
             return field(self.V, self._std)
         if exact not in self._variances:
-            self._variances[exact] = pointwise_variance(self._operator, exact)
+            self._variances[exact] = pointwise_variance(self._matern, exact)
         return field(self.V, self._scale * np.sqrt(self._variances[exact]))
 
     def __repr__(self) -> str:

@@ -30,11 +30,12 @@ class ProductPrior(Prior):
     """
 
     def __init__(self, priors: Sequence[Prior]) -> None:
-        self.priors = check_all(priors, "priors", object, "priors")
+        self.priors = tuple(check_prior(prior, f"prior {i}")
+                            for i, prior in enumerate(check_all(priors, "priors", object, "priors")))
         if len(self.priors) < 2:
             raise InputError(f"a product of {len(self.priors)} priors was asked for: give at least two.")
         for i, prior in enumerate(self.priors):
-            if len(check_prior(prior, f"prior {i}").V) != 1:
+            if len(prior.V) != 1:
                 raise InputError(f"prior {i} is {type(prior).__name__}: give a flat list of priors on spaces that are "
                                  "not mixed.")
         if any(prior.V.comm.size != self.priors[0].V.comm.size for prior in self.priors):
@@ -100,7 +101,7 @@ class ProductPrior(Prior):
             if not isinstance(prior, GaussianCore):
                 remedy = "use that of `core`" if prior.core is not prior else "estimate it from sample_many"
                 raise InputError(f"component {i} is a {type(prior).__name__}, whose {what} is not known: {remedy}.")
-        return self.priors
+        return tuple(prior for prior in self.priors if isinstance(prior, GaussianCore))
 
     def __repr__(self) -> str:
         return f"ProductPrior({list(self.priors)!r})"

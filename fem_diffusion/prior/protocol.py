@@ -92,7 +92,7 @@ class GaussianCore(Prior, Protocol):
 
     def pointwise_std(self, exact: bool = False) -> Function:
         """Standard deviation of the samples at the nodes, in ``V``; InputError of a prior that does not tell it."""
-        raise InputError(f"A {type(self).__name__} does not tell its pointwise standard deviation: take that of samples.")
+        raise InputError(f"{type(self).__name__} does not tell its pointwise standard deviation: take that of draws.")
 
 
 def check_prior(prior: object, name: str = "prior") -> Prior:

@@ -1,12 +1,13 @@
 """Priors of transformed fields, and priors of users' own samplers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
+from firedrake import H1, Constant, Function, TrialFunction, assemble, conditional, interpolate, lt
 from firedrake.functionspaceimpl import WithGeometry
+from numpy.typing import ArrayLike
 from pyadjoint import no_annotations
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.algorithms.analysis import extract_type
@@ -25,7 +26,7 @@ from fem_diffusion.prior.protocol import Prior, check_prior
 __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 
 
-def level_set(values: Sequence[float], thresholds: Sequence[float]) -> Callable[[Expr], Expr]:
+def level_set(values: ArrayLike, thresholds: ArrayLike) -> Callable[[Expr], Expr]:
     """Transform for `TransformedPrior` that takes one of several values, by the level of a scalar field.
 
     The n + 1 values hold below the first threshold, between the first and second, ..., from the last on. InputError
@@ -122,7 +123,9 @@ class TransformedPrior(Prior):
         """UFL derivative of the transform in a direction, which may be an argument."""
         if len(self._inner.V) > 1 and set(self._field.subfunctions) & set(extract_coefficients(self._expression)):
             raise InputError("The transform has no derivative: write the parts of a mixed field as split(field).")
-        return expand_derivatives(ufl.derivative(self._expression, self._field, direction))
+        # UFL's own types know derivatives of forms alone.
+        return expand_derivatives(ufl.derivative(  # pyright: ignore[reportReturnType]
+            self._expression, self._field, direction))
 
     @no_annotations
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -139,6 +142,11 @@ class TransformedPrior(Prior):
         if isinstance(slope, Zero):
             return np.zeros((len(rows), owned_size(V)))
         if not numbers:
+            # Nodes that cells share would take the value of one cell in the field, and of another in the matrix.
+            if self.V.ufl_element() in H1 and self.V.mesh() is V.mesh() and (
+                    extract_type(slope, Derivative) or len(V) == 1 and V.ufl_element() not in H1):
+                raise InputError(f"The transform has several values at the nodes of {self.V.ufl_element()}, one for "
+                                 "each cell, and no derivative there: give TransformedPrior a V of DG elements.")
             matrix = assemble(interpolate(slope, self.V), mat_type="aij").petscmat
             result = multiply(matrix, rows, transpose=True)
             matrix.destroy()

@@ -15,24 +15,15 @@ def linear_gaussian_posterior(operator: np.ndarray, prior_covariance: np.ndarray
 
     Parameters
     ----------
-    operator : numpy.ndarray
-        B, shape (k, n).
-    prior_covariance : numpy.ndarray
-        C, shape (n, n).
-    noise_covariance : numpy.ndarray
-        R, shape (k, k).
-    innovation : numpy.ndarray
-        y - B m̄, shape (k,).
+    operator, prior_covariance, noise_covariance, innovation : numpy.ndarray
+        B (k, n), C (n, n), R (k, k) and y - B m̄ (k,).
 
     Returns
     -------
     tuple of numpy.ndarray
         Mean minus prior mean, shape (n,), and covariance, shape (n, n).
 
-    Raises
-    ------
-    InputError
-        If shapes disagree, a number is not finite and real, or B C Bᵀ + R is not positive definite.
+    InputError is raised if shapes disagree, a number is not finite and real, or B C Bᵀ + R is not positive definite.
     """
     operator = check_array(operator, "operator", ("k", "n"))
     k, n = operator.shape

@@ -25,18 +25,13 @@ class ExactPosterior:
 
     Parameters
     ----------
-    problem : InverseProblem
-        Affine, with a Gaussian prior and Gaussian noise.
-    prior : GaussianCore
-        Of the problem.
-    rows : numpy.ndarray
-        Derivative of the readings by the parameter in units of the noise, owned columns, shape (k, n_owned).
-    innovation : numpy.ndarray
-        Measurement minus the readings at the prior mean, in units of the noise, shape (k,).
-    gain : numpy.ndarray
-        Rows of the Kalman gain, shape (k, n_owned).
-    cross : numpy.ndarray
-        Prior covariance of readings and parameter, shape (k, n_owned).
+    problem, prior : InverseProblem, GaussianCore
+        Affine with Gaussian noise, and its prior.
+    rows, innovation : numpy.ndarray
+        Derivative of the readings by the parameter (k, n_owned), and measurement minus the readings at the prior mean
+        (k,), in units of the noise.
+    gain, cross : numpy.ndarray
+        Rows of the Kalman gain, and prior covariance of readings and parameter, shape (k, n_owned) each.
     """
 
     problem: InverseProblem
@@ -82,10 +77,7 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     y : array_like of shape (k,)
         The measurement.
 
-    Raises
-    ------
-    InputError
-        If the problem is not of that kind, or y is of another shape or not finite; the message names the sensors.
+    InputError is raised if the problem is not of that kind, or y is of another shape or not finite.
     """
     y, whiten = check_measurement(problem, y)
     prior, comm = problem.prior, problem.comm

@@ -34,9 +34,7 @@ class ChainPosterior:
     problem : InverseProblem
         What was solved.
     draws : Samples
-        Of all chains, one chain after the other, with modes past r from the prior.
-    chains : int
-        Number of chains.
+        Of so many chains, one chain after the other, with modes past r from the prior.
     acceptance : float
         Share of accepted proposals.
     """
@@ -107,23 +105,15 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         The measurement.
     basis : ModalBasis, optional
         ``karhunen_loeve(problem.prior)`` where left out.
-    seed : int
-        Of all draws.
     chains, draws : int
         Number of chains, at least two, and of draws that are kept of each; the standard error of the mean in units of
         the standard deviation is about one over the root of their product.
     step, leaps : float, int
         Mean step of a trajectory, which varies by 20 %, and steps; where the posterior is far from Gaussian, a shorter
         step frees chains in its tails.
-    progress : bool
-        Show a progress bar on rank 0.
 
-    Raises
-    ------
-    InputError
-        If the problem is not of that kind, or an argument out of range; the message names the sensors.
-    SolveError
-        If the most probable point is not found, or less than a tenth of the proposals is accepted.
+    InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if the most
+    probable point is not found, or less than a tenth of the proposals is accepted.
     """
     # Standard errors come from the spread between chains.
     seed, chains = check_seed(seed), check_count(chains, "chains", least=2)

@@ -22,10 +22,7 @@ __all__ = ["LatentProblem", "check_measurement", "map_point", "sensitivity"]
 def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A measurement (k,), and the matrix W (k, k) that whitens its noise, W R Wᵀ = I.
 
-    Raises
-    ------
-    InputError
-        If the problem has no derivative, no linear sensors or no constant Gaussian noise, or y does not fit them.
+    InputError is raised without derivative, linear sensors or constant Gaussian noise, or if y does not fit them.
     """
     _, observation = _differentiable(problem)
     y = check_array(y, "y", (len(observation),), names=observation.names)
@@ -65,12 +62,7 @@ def sensitivity(problem: InverseProblem, m: np.ndarray) -> np.ndarray:
 class LatentProblem:
     """A measurement in the latents of a Gaussian prior: -log p(z | y) = |z|²/2 + |misfit(z)|²/2 up to a constant.
 
-    Parameters
-    ----------
-    problem, y
-        As for `check_measurement`.
-    basis : ModalBasis
-        Karhunen-Loève basis of the prior.
+    Problem and y are as for `check_measurement`, the basis is the prior's Karhunen-Loève basis.
     """
 
     def __init__(self, problem: InverseProblem, y: np.ndarray, basis: ModalBasis):
@@ -119,13 +111,7 @@ class LatentProblem:
 
 
 def map_point(latent: LatentProblem) -> np.ndarray:
-    """Latents of the maximum a posteriori point (r,), by SciPy's Gauss-Newton method with a trust region.
-
-    Raises
-    ------
-    SolveError
-        If it is not found.
-    """
+    """Latents of the maximum a posteriori point (r,), by SciPy's Gauss-Newton method; SolveError if none is found."""
     r, comm = latent.basis.r, latent.problem.comm
 
     def residual(z: np.ndarray) -> np.ndarray:

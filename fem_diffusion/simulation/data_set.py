@@ -53,10 +53,7 @@ class DataSet:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Results of the samples of one block, as in a `DataSet`.
-
-    Of `count` samples that have had their turn all are there but those that `failed`: position to reason.
-    """
+    """Results of one block as in a `DataSet`: of `count` samples all but those that `failed`, position to reason."""
 
     coefficients: np.ndarray
     readings: np.ndarray
@@ -66,7 +63,7 @@ class Block:
 
     @property
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Coefficients, readings and states."""
+        """The three arrays."""
         return self.coefficients, self.readings, self.states
 
     @property
@@ -76,10 +73,7 @@ class Block:
 
 
 class Folder:
-    """Blocks of one data set, on any number of ranks; every method but `file`, `clean` and `lock` is collective.
-
-    V is the space of the fields, U that of the states, where it is known.
-    """
+    """Blocks of fields in V and states in U on any ranks; every method but `file`, `clean` and `lock` is collective."""
 
     def __init__(self, path: str | os.PathLike, V: WithGeometry, U: WithGeometry | None):
         self.path, self.V, self.U, self.comm = check_path(path), V, U, V.comm
@@ -103,9 +97,10 @@ class Folder:
         self.header = header = read_everywhere(
             self.comm, self.path / _HEADER, "data set",
             f"Delete that file and run simulate again, which keeps the blocks in {self.path} that are whole.")
-        if header.value("block", int) < 1:
+        self.seed: int = header.value("seed", int)
+        self.size: int = header.value("block", int)
+        if self.size < 1:
             raise header.error("holds a block size that is not positive")
-        self.seed, self.size = header.value("seed", int), header.value("block", int)
         self.states = header.value("states.element", str, type(None)) is not None
         parts = {"coefficients": self.V} | ({"states": self.U} if self.states and self.U is not None else {})
         self._columns = {name: own_columns(header, f"{name}.key", f"{name}.element", V) for name, V in parts.items()}
@@ -153,8 +148,7 @@ class Folder:
                 raise content.error(f"is not block {index} of this data set: its {name} is {content.values[name]}")
         count, failed = content.value("count", int), content.value("failed", dict)
         positions = {str(i) for i in range(min(count, self.size))}
-        if not 0 < count <= self.size or not all(
-                i in positions and isinstance(reason, str) for i, reason in failed.items()):
+        if not (0 < count <= self.size and set(failed) <= positions and {*map(type, failed.values())} <= {str}):
             raise content.error("holds counts that do not fit its samples")
         rows = count - len(failed)
         parts = {name: content.array(name, rows, len(self.header.arrays[f"{name}.key"]))[:, columns]

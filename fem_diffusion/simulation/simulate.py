@@ -39,10 +39,8 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
     ----------
     problem : InverseProblem
         Of a family nothing is observed: the states are the data.
-    n : int
-        Number of pairs.
-    seed : int
-        Of all draws.
+    n, seed : int
+        Number of pairs, and the seed of all draws.
     path : path, optional
         Folder of the data set; each block is a file, written atomically. What a former run of the same call left
         there is kept and completed. One run at a time works in a folder. In memory only where left out.
@@ -56,32 +54,22 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         Share of samples that may be left out because the forward problem raises an exception, or parameter, state or
         readings are not finite; they are recorded in `DataSet.skipped`. With more of them the run stops, without any
         leave at the first one, with all finished solves kept; in a folder, those left out have another turn then.
-    progress : bool
-        Show a progress bar on rank 0.
 
     Returns
     -------
     DataSet
-        The same on every ensemble member; this rank's part of the coefficients.
+        The same on every ensemble member; this rank's part of the coefficients. SkippedWarning tells of missing ones.
 
     Raises
     ------
-    InstallError
-        On a complex PETSc build.
     InputError
         If an argument is out of range, an ensemble comes without `path`, or the observation does not give equally many
-        real numbers each time, the same on all ranks.
+        real numbers each time, the same on all ranks; InstallError on a complex PETSc build.
     DataError
-        If the folder holds another data set, or a sample of the prior is not finite.
-    FileError
-        If a file is damaged or cannot be written, or another run works in the folder.
+        If the folder holds another data set, or a sample of the prior is not finite; FileError if a file is damaged or
+        cannot be written, or another run works in the folder.
     SolveError
         If the forward problem fails for more samples than may be left out.
-
-    Warns
-    -----
-    SkippedWarning
-        If samples are missing.
     """
     require_real()
     check_problem(problem)
@@ -111,42 +99,20 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
 
 
 def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None = None) -> DataSet:
-    """Read a data set that `simulate` wrote, on any number of ranks.
+    """Read a data set that `simulate` wrote of the same problem, with states where they were kept, on any ranks.
 
-    Parameters
-    ----------
-    path : path
-        Its folder.
-    problem : InverseProblem
-        That was simulated, on the same mesh.
-    n : int, optional
-        Number of samples to read, with those that failed; all where left out.
-
-    Returns
-    -------
-    DataSet
-        With the states where they were kept.
-
-    Raises
-    ------
-    DataError
-        If the folder is no data set, is empty or incomplete, or holds readings of other sensors.
-    FileError
-        If a file is damaged, or belongs to another mesh, space or data set.
-
-    Warns
-    -----
-    SkippedWarning
-        If samples are missing because their solves failed.
+    Of n samples, all where left out, those that failed are counted, and SkippedWarning tells of them. DataError is
+    raised if the folder is no data set, is empty or incomplete, or holds readings of other sensors; FileError if a file
+    is damaged, or belongs to another mesh, space or data set.
     """
     check_problem(problem)
     n = None if n is None else check_count(n)
     folder = Folder(path, problem.V, problem.U)
     folder.open()
-    k = 0 if problem.family else problem.k
-    if k not in (None, folder.readings.shape[1]):
-        raise DataError(f"{folder.path} holds {folder.readings.shape[1]} readings of each sample, and the problem has "
-                        f"{k}: pass the problem that was simulated.")
+    k, found = 0 if problem.family else problem.k, folder.readings.shape[1]
+    if k not in (None, found):
+        raise DataError(f"{folder.path} holds {found} readings of each sample, and the problem has {k}: pass the "
+                        "problem that was simulated.")
     there = folder.blocks()
     if not there:
         raise DataError(f"{folder.path} holds no samples: run simulate(..., path={str(path)!r}) first.")
@@ -161,16 +127,9 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
 
 
 def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, block: int = 256) -> Function:
-    """The parameter of one sample of `simulate`, for example of one whose solve failed.
+    """The parameter of one sample of `simulate`, for example of one whose solve failed, with the same seed and block.
 
-    Parameters
-    ----------
-    problem : InverseProblem
-        That was simulated.
-    number : int
-        Of the sample, from 0 on, as in `DataSet.skipped` and in error messages.
-    seed, block : int
-        As for the simulation.
+    The number is that of `DataSet.skipped` and of error messages, from 0 on.
     """
     check_problem(problem)
     number, block = check_count(number, "number", least=0), check_count(block, "block")
@@ -188,8 +147,7 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
     if changed:
         raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
                         "delete this one.")
-    same = all(new.shape == old.shape and _near(new, old)
-               for new, old in zip(job.probe, (folder.coefficients, folder.readings)))
+    same = all(map(_near, job.probe, (folder.coefficients, folder.readings)))
     if not folder.comm.allreduce(same, MPI.LAND):
         raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
                         "them does not repeat itself: name another folder, or delete this one.")
@@ -197,6 +155,8 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
 
 def _near(new: np.ndarray, old: np.ndarray) -> bool:
     """Whether two arrays agree as far as solvers do; a failed solve, NaN, agrees with anything."""
+    if new.shape != old.shape:
+        return False
     known = np.isfinite(new) & np.isfinite(old)
     size = np.abs(np.where(known, old, 0.0))
     # Each sensor and coefficient in its own units; the last term is rounding, as of a sensor that sees nothing.
@@ -211,7 +171,7 @@ def _advance(job: Job, n: int, show: Callable, tally: Tally, folder: Folder | No
     for index in range(-(-n // tally.size)):
         wanted = min(tally.size, n - index * tally.size)
         if index % members == member:
-            block = folder.read(index) if index in there else None
+            block = folder.read(index) if folder is not None and index in there else None
             if block is None or block.count < wanted or (block.failed and tally.stops):
                 block = _turn(job, index, wanted, block, tally, folder)
             tally.add(index, block)
@@ -228,7 +188,8 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
     """
     done = 0 if former is None else former.count
     fields, parameters = job.draw(index, max(done, wanted))
-    if former is not None and not job.problem.comm.allreduce(_near(fields[former.rows], former.coefficients), MPI.LAND):
+    if former is not None and folder is not None and not job.problem.comm.allreduce(
+            _near(fields[former.rows], former.coefficients), MPI.LAND):
         raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
     again = sorted(former.failed) if former is not None and tally.stops else []
     turn, found = [*again, *range(done, wanted)], Solved()
@@ -258,19 +219,21 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
 def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, folder: Folder | None) -> Block:
     """New results as a block, with those of a former run."""
     rows = sorted(found.results)
-    states, readings = ([found.results[i][part] for i in rows] for part in (0, 1))
+    states, readings = [found.results[i][0] for i in rows], [found.results[i][1] for i in rows]
     known = [] if folder is None else [folder.readings[0]]
     check_lengths(readings + known)
-    k = len((readings + known or [()])[0])
-    new = [fields[rows], np.array(readings).reshape(len(rows), k),
-           np.array(states).reshape(len(rows), owned_size(job.problem.U)) if job.keep_states else None]
-    failed, count = dict(found.failed), max([*rows, *found.failed, -1]) + 1
+    k = next((len(x) for x in readings + known), 0)
+    failed, count, order = dict(found.failed), max([*rows, *found.failed, -1]) + 1, np.arange(len(rows))
+    old = None, None, None
     if former is not None:
-        order = np.argsort(former.rows + rows)
-        new = [None if old is None else np.concatenate([old, part])[order] for old, part in zip(former.parts, new)]
+        old, order, count = former.parts, np.argsort(former.rows + rows), max(count, former.count)
         failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
-        count = max(count, former.count)
-    return Block(*new, count, failed)
+
+    def both(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
+        return (new if old is None else np.concatenate([old, new]))[order]
+    return Block(both(old[0], fields[rows]), both(old[1], np.array(readings).reshape(len(rows), k)),
+                 both(old[2], np.array(states).reshape(len(rows), owned_size(job.problem.U))) if job.keep_states
+                 else None, count, failed)
 
 
 def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
@@ -287,7 +250,9 @@ def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
     check_lengths([readings[0] for _, readings, _ in kept])
-    return DataSet(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*kept)), tuple(skipped))
+    coefficients, readings, states = zip(*kept)
+    return DataSet(np.concatenate(coefficients), np.concatenate(readings),
+                   None if states[0] is None else np.concatenate(states), tuple(skipped))
 
 
 def _told(data: DataSet) -> DataSet:

@@ -20,6 +20,7 @@ from fem_diffusion.checks import LARGEST, portable
 from fem_diffusion.errors import DataError, FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.data_set import Block
@@ -42,15 +43,7 @@ def block_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Solved:
-    """Results of some samples of a block, by position.
-
-    Parameters
-    ----------
-    results : dict of int to tuple
-        State (n_owned of U,), or None, and readings (k,) of those that are solved.
-    failed : dict of int to str
-        Reasons of those that failed.
-    """
+    """Samples of a block by position: state (n_owned of U,) or None and readings (k,), or the reason of a failure."""
 
     results: dict[int, tuple[np.ndarray | None, np.ndarray]] = dataclass_field(default_factory=dict)
     failed: dict[int, str] = dataclass_field(default_factory=dict)
@@ -65,9 +58,11 @@ class Job:
 
     def __init__(self, problem: InverseProblem, seed: int, keep_states: bool):
         self.problem, self.seed, self.keep_states = problem, seed, keep_states
-        self._observation = no_sensors(problem.U) if problem.family else problem.observation
+        sensors = problem.observation
+        self._observation = sensors = no_sensors(problem.U) if isinstance(sensors, SensorFamily) else sensors
         # A plain function gains nothing from blocks, and is asked sample by sample, so that nothing solved is lost.
-        self._blocks = isinstance(self._observation, Observation) and not isinstance(problem.forward, CallableForward)
+        blocks = isinstance(sensors, Observation) and not isinstance(problem.forward, CallableForward)
+        self._blocks = sensors.apply if blocks else None
         # Collectives of our own must not meet those that another rank is stuck in.
         self._watch = problem.comm.Dup()
 
@@ -109,21 +104,19 @@ class Job:
 
     def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
               enough: Callable[[Solved], bool]) -> None:
-        """Solve for parameters (n, n_owned), until `enough` finds too many failures; `found` has what is solved even
-        where something is raised.
-        """
-        together = None
-        if self._blocks and len(parameters):
+        """Solve for parameters (n, n_owned) until `enough` finds too many failures; `found` is filled on the way."""
+        together, apply = None, self._blocks
+        if apply is not None and len(parameters):
             # A whole block at once is fast, but does not tell who fails.
             with contextlib.suppress(_Failed):
-                together = self._solve_many(parameters)
+                together = self._solve_many(parameters, apply)
         for row, i in enumerate(positions):
             try:
-                if together is None and not self._blocks:
+                if apply is None:
                     kept, readings = self._solve_one(parameters[row])
                 else:
-                    place, parts = (row, together) if together else (0, self._solve_many(parameters[row:row + 1]))
-                    kept, readings = (part[place] for part in parts)
+                    kept, readings = (part[row if together else 0] for part in (
+                        together or self._solve_many(parameters[row:row + 1], apply)))
             except _Failed as error:
                 found.failed[i] = str(error)
                 if enough(found):
@@ -131,11 +124,11 @@ class Job:
             else:
                 found.results[i] = kept if self.keep_states else None, readings
 
-    def _solve_many(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _solve_many(self, parameters: np.ndarray, observe: Callable) -> tuple[np.ndarray, np.ndarray]:
         """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
         # A copy: these parameters are asked one by one where the block fails.
         return self._solve(parameters, lambda: np.array(
-            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x, self._observation.apply)
+            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x, observe)
 
     def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""
@@ -228,7 +221,8 @@ class Tally:
 
     def __init__(self, seed: int, size: int, n: int, most: float):
         self.seed, self.size, self.n, self.most = seed, size, n, most
-        self.failed, self.drawn = [], 0
+        self.failed: list[tuple[int, int, str]] = []
+        self.drawn = 0
 
     @property
     def stops(self) -> bool:

@@ -43,27 +43,10 @@ def _pair(draws: np.ndarray, truth: np.ndarray, least: int = 1) -> tuple[np.ndar
 
 
 def sbc_p_values(ranks: np.ndarray, n: int, bins: int | None = None) -> np.ndarray:
-    """p-value of Pearson's chi-square test for uniform ranks, for each coordinate.
+    """p-value of Pearson's chi-square test for uniform ranks (m, r) among n draws, for each coordinate, shape (r,).
 
-    Parameters
-    ----------
-    ranks : numpy.ndarray
-        In 0..n, shape (m, r).
-    n : int
-        Number of draws a truth.
-    bins : int, optional
-        Number of bins; where left out m / 10 but at least 2 and at most 20, so that each expects about ten truths or
-        more.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (r,).
-
-    Raises
-    ------
-    InputError
-        If ranks are no integers in 0..n, or there are fewer than two bins or more bins than ranks 0..n.
+    Where bins are left out there are m / 10, but at least 2 and at most 20, so that each expects about ten truths or
+    more. InputError is raised if ranks are no integers in 0..n, or for fewer than two or more than n + 1 bins.
     """
     n, ranks = check_count(n, "n"), check_array(ranks, "ranks", ("m", "r"))
     m = len(ranks)
@@ -86,10 +69,8 @@ class Calibration:
 
     Parameters
     ----------
-    ranks : numpy.ndarray
-        Of the truths among the draws, shape (m, r).
-    p_values : numpy.ndarray
-        Of uniform ranks, shape (r,).
+    ranks, p_values : numpy.ndarray
+        Of the truths among the draws, shape (m, r), and of uniform ranks, shape (r,).
     coverage : dict of float to float
         Level of a central interval to the share of truths inside, averaged over coordinates.
     energy_score : numpy.ndarray
@@ -154,10 +135,6 @@ def calibrate(draws: np.ndarray, truth: np.ndarray, levels: Sequence[float] = (0
         Latents of the pairs, shape (m, r).
     levels : sequence of float
         Of the central intervals, between 0 and 1.
-
-    Returns
-    -------
-    Calibration
     """
     levels = [check_number(level, "A level", above=0, below=1) for level in check_all(levels, "levels", Real, "levels")]
     ranks, score = sbc_ranks(draws, truth), energy_score(draws, truth)
@@ -176,25 +153,14 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
         For fixed sensors. The noise is that of its problem; where that has none, the readings hold it already.
     data : DataSet
         Held-out pairs, from `simulate` with another seed.
-    seed : int
-        Of noise and draws.
-    draws : int
-        Draws a pair.
+    seed, draws : int
+        Of noise and draws; draws a pair.
     leading : int, optional
         Look at the first latents only, those with the largest prior variance; all where left out.
     levels : sequence of float
-        Of the central intervals.
-    sampler : Sampler
-        How to draw.
+        As for `calibrate`.
 
-    Returns
-    -------
-    Calibration
-
-    Raises
-    ------
-    InputError
-        If an argument is out of range, or the model is for a family, where every pair would need sensors of its own.
+    InputError is raised for arguments out of range, and for a family, where each pair would need sensors of its own.
     """
     from fem_diffusion.fields.coefficients import on_root
 

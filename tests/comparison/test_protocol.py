@@ -124,7 +124,7 @@ def test_budgets_below_the_smallest_are_left_out():
 def test_a_rate_that_varies_depends_on_the_formulation(tmp_path):
     varying = {"varying": Sampler(lambda t: 2 * t)}
     cells = combine((variance_exploding(), straight_line()), varying, (4,))
-    assert [c.formulation.name for c in cells] == ["VE", "straight"]
+    assert [c.sampler.formulation.name for c in cells] == ["VE", "straight"]
     rows = _run([_training(Fit(), samplers=varying, budgets=(4,))], tmp_path)
     assert [row["alpha"] for row in rows] == ["varies"] * 2 and summarise(rows)[0]["seeds"] == 1
     with pytest.raises(InputError, match="samplers as 'varying'"):

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 from firedrake import (
-    FunctionSpace, MixedFunctionSpace, SpatialCoordinate, Submesh, UnitSquareMesh, VectorFunctionSpace, as_vector, cos,
-    dot, exp, grad, split, sqrt,
+    Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, Submesh, UnitSquareMesh, VectorFunctionSpace,
+    as_vector, cos, dot, exp, grad, split, sqrt,
 )
 
 from fem_diffusion.errors import InputError
@@ -159,6 +159,10 @@ def test_what_has_no_derivative_is_told():
     wrong = TransformedPrior(ProductPrior([FIELD, FIELD]), lambda f: f.subfunctions[0] * f.subfunctions[1], V=V)
     with pytest.raises(InputError, match=r"as split\(field\)"):
         wrong.pull_back(np.ones((1, V.dim())), np.zeros(2 * V.dim()))
+    cells = CallablePrior(CELLS, lambda seed: Function(CELLS).assign(seed))
+    for prior in (TransformedPrior(FIELD, lambda f: f.dx(0)), TransformedPrior(cells, lambda f: f**2, V=V)):
+        with pytest.raises(InputError, match="several values at the nodes.*a V of DG elements"):
+            prior.pull_back(np.ones((1, V.dim())), np.zeros(prior.core.V.dim()))
     for rows, at in ((np.ones((1, 3)), np.zeros(V.dim())), (np.ones((1, V.dim())), np.zeros(3)),
                      (np.full((1, V.dim()), np.nan), np.zeros(V.dim()))):
         for prior in (LOG, PAIR):

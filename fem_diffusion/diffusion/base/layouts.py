@@ -54,6 +54,10 @@ class Layout:
             return self.offset + c @ self.rows[0].mT
         return self.offset + (self.rows @ c.unsqueeze(2)).squeeze(2)
 
+    def select(self, index: Tensor) -> "Layout":
+        """Layouts of some of the measurements; the one layout of all stays as it is."""
+        return self if len(self) == 1 else Layout(*(getattr(self, f.name)[index] for f in fields(self)))
+
     def measure(self, c: Tensor, generator: torch.Generator) -> Tensor:
         """Readings (B, k) with noise; zero where a row is padding."""
         white = torch.randn(self.offset.shape, generator=generator, dtype=c.dtype, device=c.device)

@@ -34,7 +34,8 @@ class ScoreNetwork(Protocol):
     def see(self, base: "GaussianBase", layout: "Layout", y: Tensor, located: "Located") -> tuple[Tensor, ...]:
         """What it looks at of B measurements (B, k), in its own precision, shape (B, ...) each; no weights take part.
 
-        The layout and parts of `located` may be shared, with a leading size of 1; so may the results.
+        The layout and parts of `located` may be shared, with a leading size of 1; so may the results. Nothing that it
+        gets is its own to write into.
         """
 
     def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +44,7 @@ class ScoreNetwork(Protocol):
     def __call__(self, v: Tensor, angle: Tensor, *context: Tensor) -> Tensor:
         """N (n, B, r) for n states in base coordinates of each measurement (n, B, r).
 
-        The angle arctan(sigma) is of shape (n, B, 1), or (1, 1, 1) where it is the same for all.
+        The angle arctan(sigma) is of shape (n, B, 1), or (1, 1, 1) where it is the same for all. It gets copies.
         """
 
 

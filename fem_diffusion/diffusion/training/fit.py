@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion.base.density import emulator_density
 from fem_diffusion.diffusion.base.emulator import fit_emulator
-from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase, check_base, fit_base, law, plain_base
+from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
+from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.base.regression import check_pairs
 from fem_diffusion.diffusion.denoiser import Denoiser

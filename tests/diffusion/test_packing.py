@@ -1,0 +1,134 @@
+"""Denoisers in files: what comes back is what went in, and what does not make up a denoiser is refused."""
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fem_diffusion import files
+from fem_diffusion.diffusion import (
+    NETWORKS, Denoiser, Emulator, FieldGeometry, GaussianBase, History, Layout, Sampler, Spectrum, Support, linear_base,
+)
+from fem_diffusion.diffusion.network import build
+from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
+from fem_diffusion.errors import FileError
+from truths import draw, random
+
+R, K = 3, 2
+HISTORY = History([10], [1.0], [0.9], 1.0, 10, 0.9, 1.1)
+Y = torch.randn(2, K, generator=random(), dtype=torch.float64)
+
+
+def _geometry():
+    """Nine points of a domain in two dimensions, and modes that are orthonormal there."""
+    modes = torch.linalg.qr(torch.randn(9, R, generator=random(1), dtype=torch.float64)).Q.T * 3
+    return FieldGeometry(modes, modes.T / 9, torch.randn(2, R, 9, generator=random(2)).double(),
+                         torch.zeros(9).double(), torch.zeros(2, 9).double(), torch.ones(R).double())
+
+
+def _denoiser(name, emulated=True):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = None if name is None else build(name, R, K, 8, 1, _geometry() if name == "field" else None)
+        emulator = Emulator(R, K, 8, 1 if emulated else 0)
+        for module in (network, emulator):
+            for parameter in () if module is None else module.parameters():
+                nn.init.normal_(parameter, std=0.3)
+    emulator.matrix, emulator.residual = torch.ones(K, R).double() * 0.5, 0.1 * torch.eye(K).double()
+    emulator.scale = torch.ones(K).double()
+    base = GaussianBase(torch.ones(R).double(), 2 * torch.eye(R).double(), emulator.requires_grad_(False), 3)
+    spectrum = Spectrum(torch.ones(2).double(), torch.ones(2).double())
+    support = Support(torch.full((R,), -torch.inf).double(), torch.full((R,), 50.0).double())
+    return Denoiser(base, network and network.requires_grad_(False), spectrum, support, known=emulated)
+
+
+def _written(path, denoiser, change=lambda arrays, values: None):
+    arrays, values = pack_denoiser(denoiser, HISTORY)
+    change(arrays, values)
+    files.write(path, "model", arrays, values)
+    return files.read(path, "model", REMEDY)
+
+
+def _draws(denoiser, name):
+    layout = None
+    if name == "sensors":
+        layout = Layout(torch.eye(K).double()[None], torch.zeros(1, K).double(), torch.ones(1, K).double(),
+                        torch.ones(1, K, dtype=torch.bool))
+    return draw(denoiser.at(Y, layout), 20, Sampler(steps=4))
+
+
+@pytest.mark.parametrize("name", [None, *NETWORKS])
+@pytest.mark.parametrize("emulated", [False, True])
+def test_what_comes_back_is_what_went_in(tmp_path, name, emulated):
+    denoiser = _denoiser(name, emulated)
+    again, history = unpack_denoiser(_written(tmp_path / "model", denoiser))
+    assert history == HISTORY and again.known == denoiser.known and again.base.updates == 3
+    if name == "field":
+        assert again.network.modes is None and not any("modes" in key for key in pack_denoiser(denoiser, HISTORY)[0])
+        again = Denoiser(again.base, again.network.on(_geometry()), again.spectrum, again.support, again.known)
+    if name is not None:
+        assert type(again.network) is NETWORKS[name] and not again.network.training
+        assert not any(parameter.requires_grad for parameter in again.network.parameters())
+    torch.testing.assert_close(_draws(again, name), _draws(denoiser, name), rtol=0, atol=0)
+    assert torch.equal(again.spectrum.weights, denoiser.spectrum.weights)
+    assert torch.equal(again.support.upper, denoiser.support.upper)
+
+
+def test_a_base_alone_is_a_denoiser(tmp_path):
+    denoiser = Denoiser(linear_base(torch.ones(K, R).double(), torch.eye(K).double()))
+    again, history = unpack_denoiser(_written(tmp_path / "model", denoiser))
+    assert (again.network, again.spectrum, again.support) == (None, None, None) and not again.known
+    torch.testing.assert_close(again.at(Y).located.mean, denoiser.at(Y).located.mean, rtol=0, atol=0)
+
+
+def _set(name, value):
+    def change(arrays, values):
+        (arrays if name in arrays else values)[name] = value
+    return change
+
+
+def _without(name):
+    def change(arrays, values):
+        (arrays if name in arrays else values).pop(name)
+    return change
+
+
+def _sizes(**sizes):
+    def change(arrays, values):
+        values["network"]["sizes"] = values["network"]["sizes"] | sizes
+    return change
+
+
+def _kind(name):
+    def change(arrays, values):
+        values["network"]["class"] = name
+    return change
+
+
+@pytest.mark.parametrize("change, words", [
+    (_without("base.mean"), "no 'base.mean'"), (_set("base.factor", np.zeros((R, R))), "no base"),
+    (_set("base.factor", np.ones((R, R))), "no base"), (_set("base.factor", np.full((R, R), np.nan)), "not finite"),
+    (_set("base.mean", np.zeros(R + 1)), "of shape"), (_set("updates", 0), "no base"),
+    (_set("updates", 10**6), "no base"), (_set("updates", 1.5), "'updates'"), (_set("known", 1), "'known'"),
+    (_without("known"), "'known'"),
+    (_set("emulator", None), "no emulator"), (_without("emulator"), "'emulator'"),
+    (_without("emulator.matrix"), "'emulator.matrix'"),
+    (_set("emulator.matrix", np.ones((K, R + 1))), "of shape|do not fit"),
+    (_set("emulator.residual", np.full((K, K), np.nan)), "not finite"),
+    (_kind("Linear"), "known class and sizes"), (_kind("Emulator"), "known class and sizes"),
+    (_sizes(r=R + 1), "do not fit"), (_sizes(width=7), "not those of its network"), (_sizes(width=10**15), "and sizes"),
+    (_sizes(width=-1), "and sizes"), (_sizes(width=True), "and sizes"), (_sizes(depth=10**6), "and sizes"),
+    (_sizes(more=1), "cannot be made"), (_without("network.head.weight"), "not those of its network"),
+    (_set("network.head.weight", np.full((R, 8), np.nan, dtype=np.float32)), "not finite"),
+    (_set("network.head.weight", np.zeros((R, 8))), "not those of its network"),
+    (_set("spectrum.weights", -np.ones(2)), "no spectrum"), (_set("spectrum.weights", np.ones(3)), "no spectrum"),
+    (_set("support.upper", np.full(R, -np.inf)), "without room"), (_set("history", {"step": []}), "no training curve"),
+    (_set("history", asdict(HISTORY) | {"train": []}), "no training curve"),
+])
+def test_what_does_not_make_up_a_denoiser_is_refused(tmp_path, change, words):
+    content = _written(tmp_path / "model", _denoiser("latents"), change)
+    with pytest.raises(FileError, match=f"({words})") as error:
+        unpack_denoiser(content)
+    assert str(error.value).endswith(REMEDY)
