@@ -4,9 +4,9 @@ import numpy as np
 from firedrake import assemble
 from firedrake.petsc import PETSc
 
-from fem_diffusion.fields.coefficients import multiply, owned_size, solve_each
+from fem_diffusion.fields.coefficients import assign, multiply, owned_size, solve_each
 from fem_diffusion.forward.march import March, Rows, column
-from fem_diffusion.forward.solvers import Pull, write
+from fem_diffusion.forward.solvers import Pull
 
 __all__ = ["Backward"]
 
@@ -37,8 +37,8 @@ class Backward:
             a = a + rows[:, :, march.saved == k + 1].sum(axis=2)
             load.write(k, 0)
             if march.varying:
-                write(march.new, states[k + 1])
-                write(march.old, states[k])
+                assign(march.new, states[k + 1])
+                assign(march.old, states[k])
             if march.varying and (path is not None or not march.linear):
                 march.prepare(states[k], states[k + 1])   # the Jacobian of this very step, no typical one
             ksp, J, J_old = self._operators(k)

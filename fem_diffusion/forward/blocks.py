@@ -14,13 +14,13 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
+from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, require_real
 from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
 from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
-from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, write
+from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms
 from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
@@ -179,7 +179,7 @@ class _ForwardBlock(Block):
                                prepared: object = None) -> Cofunction:
         """The derivative with respect to the parameter."""
         gradient = Cofunction(self.problem.M.dual())
-        write(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
+        assign(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
         return gradient
 
 

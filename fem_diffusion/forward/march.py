@@ -20,9 +20,9 @@ from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import coefficients, multiply, owned_size, solve
+from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
 from fem_diffusion.forward.equation import Equation
-from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver, write
+from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver
 from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
 
 __all__ = ["March"]
@@ -84,8 +84,8 @@ class March:
         self.prepared = new
         if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
-            write(self.old, old)
-            write(self.new, new)
+            assign(self.old, old)
+            assign(self.new, new)
 
     def operators(self, k: int) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat | None, PETSc.KSP]:
         """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
@@ -155,9 +155,9 @@ class March:
         def residuals(members: np.ndarray, states: np.ndarray) -> np.ndarray:
             rows = base[members] + multiply(A, states - u[members])
             for row, new, old in zip(rows, states, u[members]):
-                write(self.new, new)
+                assign(self.new, new)
                 if self.e.change is not None:
-                    write(self.old, old)
+                    assign(self.old, old)
                 row += self.vector(self._nonlinear)
             rows[:, fixed] = 0
             return rows
@@ -183,7 +183,7 @@ class March:
         load.write(k, i)
         self.t.assign(self.between[k])
         for f, values in ((self.old, old), (self.new, start), (g, start)):
-            write(f, values)
+            assign(f, values)
         try:
             solver.solve()
         except ConvergenceError as error:
@@ -217,7 +217,7 @@ class Rows:
         self._kept = result
         return result
 
-    def write(self, k: int, i: int) -> None:
+    def assign(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
             x.write(rows(k)[i])

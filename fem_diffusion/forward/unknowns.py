@@ -13,10 +13,9 @@ from ufl.algorithms import expand_derivatives
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import is_real, owned_size
+from fem_diffusion.fields.coefficients import assign, is_real, owned_size
 from fem_diffusion.fields.checks import check_marker, check_scalar, check_space, is_callable
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
-from fem_diffusion.forward.solvers import write
 from fem_diffusion.observation.linear import Observation, point_sensors
 
 __all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "expanded", "is_discontinuous", "read"]
@@ -83,12 +82,12 @@ class Unknown:
             return (values[:, :, None] * weights[k]).reshape(len(values), -1)
         return values
 
-    def write(self, row: np.ndarray) -> None:
+    def assign(self, row: np.ndarray) -> None:
         """Set the value from one row of `at`."""
         if self.strength:
             self.value.assign(float(row[0]))
         else:
-            write(self.value, row)
+            assign(self.value, row)
 
 
 def expanded(F: Integrand) -> Integrand:
