@@ -24,8 +24,8 @@ densities are smooth and form no layer at a boundary they do not reach. The orde
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING
+from functools import partial, reduce
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import ufl
@@ -34,6 +34,7 @@ from firedrake import (Constant, Function, LinearVariationalProblem, LinearVaria
 from firedrake.adjoint import stop_annotating
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
+from numpy.typing import ArrayLike
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_array, check_callable, check_count, check_flag, check_number, check_seed
@@ -49,10 +50,12 @@ if TYPE_CHECKING:   # this room is of use without torch
 
 __all__ = ["GaussianMixture", "forward_density", "noise_times", "reverse_density"]
 
-Monitor, Positions, Number = Callable[[float, Function], None], Expr | np.ndarray, Expr | float
+Monitor = Callable[[float, Function], None]
+Number = Expr | float
+Positions = TypeVar("Positions", Expr, np.ndarray)
 
 
-def forward_density(p: Function, formulation: "Formulation", times: Sequence[float], *, theta: float = 0.5,
+def forward_density(p: Function, formulation: "Formulation", times: ArrayLike, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
     """Density at ``times[-1]``, in the space of p, carried forward: ``∂p/∂t = ∇·(b ξ p) + (g/2) Δp``.
@@ -82,7 +85,7 @@ def forward_density(p: Function, formulation: "Formulation", times: Sequence[flo
                   monitor, progress)
 
 
-def reverse_density(p: Function, formulation: "Formulation", times: Sequence[float],
+def reverse_density(p: Function, formulation: "Formulation", times: ArrayLike,
                     score: Callable[[Expr, Expr, Expr], Expr], alpha: float, *, theta: float = 0.5,
                     solver_parameters: str | dict = "direct", options_prefix: str | None = None,
                     monitor: Monitor | None = None, progress: bool = True) -> Function:
@@ -164,9 +167,10 @@ class GaussianMixture:
 
     def score(self, xi: Positions, a: Number = 1.0, s: Number = 0.0) -> Positions:
         """Gradient of the logarithm of that density: a UFL vector of shape (d,), or an array (n, d)."""
-        shares, _, xi, pulls = self._shares(xi, a, s)
+        shares, _, pulls = self._shares(xi, a, s)
         rows = [sum(share * x for share, x in zip(shares, along)) / sum(shares) for along in zip(*pulls)]
-        return np.stack(rows, axis=-1) if isinstance(xi, np.ndarray) else ufl.as_vector(rows)
+        join: dict[bool, Callable] = {True: ufl.as_vector, False: partial(np.stack, axis=-1)}
+        return join[isinstance(xi, Expr)](rows)
 
     def sample(self, n: int, seed: int) -> np.ndarray:
         """Independent draws of z_0, shape (n, d)."""
@@ -174,8 +178,8 @@ class GaussianMixture:
         which = rng.choice(len(self.weights), size=n, p=self.weights)
         return self.means[which] + self.stds[which, None] * rng.standard_normal((n, self.means.shape[1]))
 
-    def _shares(self, xi: Positions, a: Number, s: Number) -> tuple[list, Positions, Positions, list[list]]:
-        """Weighted component densities over the largest, that one, checked positions, and scores by component."""
+    def _shares(self, xi: Expr | np.ndarray, a: Number, s: Number) -> tuple[list, Any, list[list]]:
+        """Weighted component densities over the largest, that one, and scores by component."""
         k, d = self.means.shape
         array = not isinstance(xi, Expr)
         if array:
@@ -187,7 +191,9 @@ class GaussianMixture:
                 for name, x, least in (("a", a, -np.inf), ("s", s, 0.0)))
         if isinstance(a, float) and isinstance(s, float) and not a and not s:
             raise InputError("a and s are both zero: a law without spread has no density; give one of them.")
-        exp, log, maximum = (np.exp, np.log, np.maximum) if array else (ufl.exp, ufl.ln, ufl.max_value)
+        rules: dict[bool, tuple[Callable, ...]] = {
+            True: (np.exp, np.log, np.maximum), False: (ufl.exp, ufl.ln, ufl.max_value)}
+        exp, log, maximum = rules[array]
         # Constants, so that every mixture of so many components shares one compiled kernel.
         weights, means, stds = (v if array else Constant(v) for v in (self.weights, self.means, self.stds))
         logs, pulls = [], []
@@ -198,7 +204,7 @@ class GaussianMixture:
             pulls.append([x / variance for x in away])
         top = reduce(maximum, logs)
         # Relative to the largest term, because far from all centres every term underflows.
-        return [exp(value - top) for value in logs], exp(top), xi, pulls
+        return [exp(value - top) for value in logs], exp(top), pulls
 
 
 def _tensor(values: float | np.ndarray) -> "torch.Tensor":
@@ -212,7 +218,7 @@ def _check_formulation(formulation: "Formulation", methods: Sequence[str]) -> No
         raise InputError(f"formulation is {formulation!r}: give a Formulation, such as variance_exploding().")
 
 
-def _checked(p: Function, formulation: "Formulation", times: Sequence[float], direction: int) -> np.ndarray:
+def _checked(p: Function, formulation: "Formulation", times: ArrayLike, direction: int) -> np.ndarray:
     """Times as an array (steps + 1,), or InputError for what does not describe a run in this direction."""
     require_real()
     _check_formulation(formulation, "bgas")

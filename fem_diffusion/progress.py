@@ -29,8 +29,10 @@ def bar(total: int, name: str, show: bool, initial: int = 0) -> tqdm:
     `show` it on rank 0, where the user has asked for it.
     """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    lines = {} if watched else dict(file=_Lines(), mininterval=_SPARSE, maxinterval=_SPARSE, ncols=100)
-    return tqdm(total=total, desc=name, disable=not show, initial=initial, **lines)
+    if watched:
+        return tqdm(total=total, desc=name, disable=not show, initial=initial)
+    return tqdm(total=total, desc=name, disable=not show, initial=initial, file=_Lines(), mininterval=_SPARSE,
+                maxinterval=_SPARSE, ncols=100)
 
 
 def tell(text: str, show: bool) -> None:

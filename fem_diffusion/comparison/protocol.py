@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from fem_diffusion import files
 from fem_diffusion.checks import (
-    check_all, check_array, check_callable, check_count, check_flag, check_options, check_path, check_seed, check_text,
+    LARGEST, check_all, check_array, check_callable, check_count, check_flag, check_options, check_path, check_seed,
+    check_text,
 )
 from fem_diffusion.comparison.combinations import Combination, Plan
 from fem_diffusion.comparison.report import summarise, write_csv, write_markdown
@@ -42,8 +43,6 @@ from fem_diffusion.progress import bar
 from fem_diffusion.trust.calibration import calibrate
 
 __all__ = ["Training", "compare", "run_protocol"]
-
-_LARGEST = 1e100   # beyond it squared distances overflow
 
 
 @dataclass(frozen=True)
@@ -305,7 +304,7 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
 def _held_out_scores(samples: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Energy score, calibration and coverage of samples (m, n, r) for truths (m, r); infinite scores if not finite."""
     names = [f"sbc_p_{i + 1}" for i in range(truth.shape[1])]
-    if not (np.abs(samples) < _LARGEST).all():
+    if not (np.abs(samples) < LARGEST).all():
         return {"energy_score": np.inf, "coverage_50": np.nan, "coverage_90": np.nan, "sbc_p": 0.0,
                 **dict.fromkeys(names, 0.0)}
     result = calibrate(samples, truth)

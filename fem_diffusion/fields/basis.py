@@ -13,7 +13,7 @@ the field has Dirichlet conditions and the mean carries their values, so every d
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field as dataclass_field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from firedrake import Function
@@ -46,14 +46,11 @@ class ModalBasis:
 
     Parameters
     ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the field; scalar, vector or mixed.
     mean : firedrake.Function
-        Mean of the field, with the values of inhomogeneous Dirichlet conditions.
-    modes : numpy.ndarray
-        Coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product.
-    variances : numpy.ndarray
-        Variance of the field along each mode, shape (r,), decreasing.
+        Mean of the field, in V (scalar, vector or mixed), with the values of inhomogeneous Dirichlet conditions.
+    modes, variances : numpy.ndarray
+        Coefficients of the modes, shape (r, n_owned), orthonormal in the (weighted) mass inner product, and variance of
+        the field along each of them, shape (r,), decreasing.
     total_variance : float
         Integral over the mesh of the field's pointwise variance.
     prior : Prior or None
@@ -103,20 +100,12 @@ class ModalBasis:
         return replace(self, modes=self.modes[:r], variances=self.variances[:r])
 
     def encode(self, values: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
-        """Latents of fields, before any transform.
+        """Latents (B, r) of fields in V, before any transform, or of their coefficients (B, n_owned).
 
-        Parameters
-        ----------
-        values : Function, sequence of Functions, or numpy.ndarray of shape (B, n_owned)
-            Fields in V or their coefficients; InputError if they are in another space.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (B, r); (r,) for one Function.
+        Shape (r,) for one Function; InputError if a field is in another space.
         """
         if not isinstance(values, np.ndarray):
-            for f in [values] if isinstance(values, Function) else values:
+            for f in values if isinstance(values, Sequence) else [values]:
                 if f.function_space() != self.V:
                     raise InputError(f"A field in {f.function_space()} cannot be encoded: the basis is on {self.V}. "
                                      "Interpolate the field into that space first.")
@@ -128,29 +117,15 @@ class ModalBasis:
         return self.V.comm.allreduce((values - mean) @ self._encoder.T)
 
     def decode(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
-        """Coefficients of the fields, before any transform, with these latents.
+        """Coefficients (B, n_owned) of the fields, before any transform, with latents z (B, r).
 
-        Parameters
-        ----------
-        z : array_like of shape (B, r)
-            Latents.
-        refill_seed : int, optional
-            Add the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (B, n_owned).
-
-        Raises
-        ------
-        InputError
-            If the latents are of another length, or a refill is asked for without a Gaussian prior.
+        A `refill_seed` adds the modes past r of a Gaussian prior: prior draws of this seed minus their projection.
+        InputError if the latents are of another length, or a refill is asked for without a Gaussian prior.
         """
         z = check_array(z, "latents", ("B", self.r))
         values = coefficients(self.mean) + z @ self.scaled_modes
         if refill_seed is not None:
-            if not self.standard_prior:
+            if not self.standard_prior or self.prior is None:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only: "
                                  "leave out the refill.")
             draws = self.prior.core.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
@@ -173,7 +148,8 @@ class ModalBasis:
         """
         if not self.standard_prior:
             return
-        z, n = np.asarray(z, dtype=float), len(z)
+        z = np.asarray(z, dtype=float)
+        n = len(z)
         means, squares = np.abs(z.mean(axis=0)), (z**2).sum(axis=0)
         if missing:
             worst = int(np.abs(squares / n - 1).argmax())
@@ -193,9 +169,9 @@ class ModalBasis:
                             "simulation, or take pod(V, data.coefficients, r) where that prior is not known.")
 
     def __repr__(self) -> str:
-        kind = "Karhunen-Loeve" if self.standard_prior else "POD"
-        return (f"ModalBasis: {self.r} {kind} modes with {self.retained:.2%} of the variance, "
-                f"{self.V.dim()} unknowns{f', of {self.prior}' if self.prior else ''}")
+        return (f"ModalBasis: {self.r} {'Karhunen-Loeve' if self.standard_prior else 'POD'} modes with "
+                f"{self.retained:.2%} of the variance, {self.V.dim()} unknowns"
+                f"{f', of {self.prior}' if self.prior else ''}")
 
     def __reduce_ex__(self, protocol: object) -> None:
         raise InputError("A ModalBasis holds a mesh and cannot be copied or pickled: use its save, and load_basis.")
@@ -218,18 +194,15 @@ def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
     values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
               "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
               "standard_prior": basis.standard_prior}
-    return tuple({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
+    arrays, values = ({f"{name}.{key}": x for key, x in part.items()} for part in (arrays, values))
+    return arrays, values
 
 
 def load_basis(path: str | os.PathLike, V: WithGeometry, prior: "Prior | None" = None) -> ModalBasis:
-    """Read what `ModalBasis.save` wrote; no code in the file is run.
+    """Read what `ModalBasis.save` wrote, for the same space V on the user's own mesh; no code in the file is run.
 
     Parameters
     ----------
-    path : path
-        The file.
-    V : firedrake.functionspaceimpl.WithGeometry
-        The space of the basis, on the user's own mesh.
     prior : Prior, optional
         The prior of the basis. It brings the transform, where there is one, and fills in modes past r; without it
         samples hold the modes of the basis alone.
@@ -265,15 +238,17 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
                        standard and prior is not None, weights and tuple(weights))
     if basis.standard_prior and not _is_of(basis, modes[:, columns]):
         raise content.error("belongs to another prior")
-    identity = np.eye(basis.r)
-    if not np.allclose(basis.encode(basis.decode(identity)), identity, rtol=0, atol=1e-6):
+    if not np.allclose(basis.encode(basis.decode(np.eye(basis.r))), np.eye(basis.r), rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     return basis
 
 
 def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
     """Whether mean and modes are those of the basis's prior, up to what modes are converged to."""
-    comm, mean, core = basis.V.comm, coefficients(basis.mean), basis.prior.core
+    comm, mean = basis.V.comm, coefficients(basis.mean)
+    core: Any = getattr(basis.prior, "core", None)
+    if not (hasattr(core, "mean") and hasattr(core, "apply_covariance")):
+        return False
     off = largest(comm, mean - coefficients(core.mean))
     dual = mass_action(basis.V, basis.weights)(modes)
     # As the modes see it, the covariance is diagonal.

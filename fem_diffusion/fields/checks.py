@@ -1,8 +1,9 @@
 """Checks at the door that take Firedrake to look, and interpolation that tells its limits."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral, Number
+from typing import Any, TypeGuard
 
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
@@ -22,45 +23,38 @@ from ufl.form import BaseForm
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_flag, check_number, together
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, independent_entries, is_real, largest, owned_size
+from fem_diffusion.fields.coefficients import assign, coefficients, independent_entries, is_real, largest, owned_size
 
-__all__ = ["by_marker", "check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
+__all__ = ["check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
            "check_reproduced", "check_rows", "check_scalar", "check_solver", "check_space", "exterior_measures",
            "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
-           "refuse_variable_layers", "root_space"]
+           "refuse_variable_layers"]
 
-Meshes = Collection[MeshGeometry]
+Meshes = Sequence[MeshGeometry]
 
-MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
+_MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
 
 
-def check_marker(marker: object, name: str) -> int | str | tuple[int, ...]:
+def check_marker(marker: Any, name: str) -> int | str | tuple[int, ...]:
     """A marker as an int, a tuple of int or a word; whether the mesh has it is not looked at here."""
     if isinstance(marker, str):
         return marker
     many = isinstance(marker, (tuple, list))
     parts = tuple(marker) if many else (marker,)
     if not parts or any(not isinstance(part, Integral) or isinstance(part, (bool, np.bool_)) for part in parts):
-        raise InputError(f"{name} names the marker {marker!r}: give {MARKERS}.")
+        raise InputError(f"{name} names the marker {marker!r}: give {_MARKERS}.")
     return tuple(map(int, parts)) if many else int(marker)
-
-
-def by_marker(table: Mapping | None, name: str) -> dict:
-    """A table of boundary conditions, copied, its markers checked."""
-    if table is not None and not isinstance(table, Mapping):
-        raise InputError(f"{name} must be a dict from markers to values, such as {name}={{1: ...}}, got {table!r}.")
-    return {check_marker(marker, name): value for marker, value in (table or {}).items()}
 
 
 def check_solver(parameters: str | Mapping, prefix: str | None, comm: MPI.Comm) -> str | dict:
     """The parameters, a dict of them copied; options that PETSc cannot read are refused before the first solve."""
     if prefix is not None and (not isinstance(prefix, str) or not prefix or prefix[0] == "-" or " " in prefix):
         raise InputError(f"options_prefix is {prefix!r}: give a word such as 'state_', or leave it out.")
-    if not isinstance(parameters, Mapping):
-        if not isinstance(parameters, str) or parameters not in ("direct", "iterative"):
-            raise InputError("solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, got "
-                             f"{parameters!r}.")
+    if isinstance(parameters, str) and parameters in ("direct", "iterative"):
         return parameters
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"solver_parameters must be 'direct', 'iterative' or a dict of PETSc options, got "
+                         f"{parameters!r}.")
     wrong = [key for key in parameters if not isinstance(key, str) or not key or key[0] == "-"]
     if wrong:
         raise InputError(f"solver_parameters has the key {wrong[0]!r}: give names of PETSc options without a dash, "
@@ -82,87 +76,80 @@ def petsc_reason(error: Exception) -> str:
     return lines[-1].partition("] ")[2] or lines[-1]
 
 
-def check_coefficients(mesh: MeshGeometry, *, velocity: object, diffusivity: object, reaction: object, source: object,
-                       dirichlet: object, flux: object, robin: object, outflow: object, supg: object,
-                       **scalars: object) -> dict[str, object]:
+def check_coefficients(mesh: MeshGeometry, *, velocity: Any, diffusivity: Any, reaction: Any, source: Any,
+                       dirichlet: Any, flux: Any, robin: Any, outflow: Any, supg: Any,
+                       **scalars: Any) -> dict[str, Any]:
     """The coefficients of a problem, checked: those of `AdvectionDiffusion` and further UFL scalars by name.
 
     Returns them under the same names: numbers as floats, tables as dicts with markers of one type, and callables that
-    check what they return. InputError where one is no finite real number or expression, lives on another mesh than
-    that of the state, or a marker is none.
+    check what they return. InputError where one is no finite real number or expression on this mesh, or no marker.
     """
-    def checked(value: object, name: str, check: Callable, argument: str = "m") -> object:
+    def checked(value: Any, name: str, check: Callable, argument: str = "m") -> Any:
         if not is_callable(value):
             return check(value, name, (mesh,))
         check_callable(value, name, f"a function {argument} -> UFL expression", 1)
 
-        def result(x: Expr) -> object:
+        def result(x: Expr) -> Any:
             return check(value(x), f"{name}({argument})", (mesh, *extract_domains(x)))
         return result
-    tables = {name: by_marker(table, name) for name, table in (("dirichlet", dirichlet), ("flux", flux))}
-    for name, table in tables.items():
-        for marker, value in table.items():
-            table[marker] = checked(value, f"{name}[{marker!r}]", check_scalar)
-    pairs = by_marker(robin, "robin")
-    for marker, pair in pairs.items():
-        if not isinstance(pair, (tuple, list, np.ndarray)) or len(pair) != 2:
-            raise InputError(f"robin[{marker!r}] must be a pair (h, u_ext) for n·κ∇u = h (u_ext - u), got {pair!r}.")
-        pairs[marker] = tuple(check_scalar(c, f"robin[{marker!r}]", (mesh,)) for c in pair)
+    scalar = partial(checked, check=check_scalar)
+
+    def pair(value: object, name: str) -> tuple[float | Expr, ...]:
+        if not isinstance(value, (tuple, list, np.ndarray)) or len(value) != 2:
+            raise InputError(f"{name} must be a pair (h, u_ext) for n·κ∇u = h (u_ext - u), got {value!r}.")
+        return tuple(check_scalar(c, name, (mesh,)) for c in value)
+
+    def by_marker(table: Mapping | None, name: str, check: Callable) -> dict:
+        if table is not None and not isinstance(table, Mapping):
+            raise InputError(f"{name} must be a dict from markers to values, such as {name}={{1: ...}}, got {table!r}.")
+        return {(key := check_marker(at, name)): check(x, f"{name}[{key!r}]") for at, x in (table or {}).items()}
     if reaction is not None:
-        if isinstance(reaction, (Expr, BaseForm)) or not callable(reaction):
+        if not is_callable(reaction):
             raise InputError("reaction must be a callable u -> UFL expression, e.g. reaction=lambda u: 0.3*u**2, got "
                              f"{reaction!r}.")
         reaction = checked(reaction, "reaction", check_scalar, "u")
     if not isinstance(supg, str) or supg != "auto":
         supg = check_flag(supg, "supg, unless 'auto',")
-    return {"velocity": None if velocity is None else checked(velocity, "velocity", _vector),
-            "diffusivity": checked(diffusivity, "diffusivity", _diffusivity), "reaction": reaction,
-            "source": checked(source, "source", check_scalar), **tables, "robin": pairs, "outflow": _outflow(outflow),
-            "supg": supg, **{name: checked(value, name, check_scalar) for name, value in scalars.items()}}
-
-
-def _outflow(outflow: object) -> tuple:
-    """A tuple of markers; None and a single marker are understood."""
-    if outflow is None:
-        return ()
-    if isinstance(outflow, (Integral, str)):
-        outflow = (outflow,)
+    outflow = () if outflow is None else (outflow,) if isinstance(outflow, (Integral, str)) else outflow
     if not isinstance(outflow, Iterable) or isinstance(outflow, (Mapping, Expr, bytes)):
-        raise InputError(f"outflow is {outflow!r}: give a marker or a tuple of them, a marker being {MARKERS}.")
-    return tuple(check_marker(marker, "outflow") for marker in outflow)
+        raise InputError(f"outflow is {outflow!r}: give a marker or a tuple of them, a marker being {_MARKERS}.")
+    return {"velocity": None if velocity is None else checked(velocity, "velocity", _vector),
+            "diffusivity": checked(diffusivity, "diffusivity", _diffusivity), "reaction": reaction, "supg": supg,
+            "dirichlet": by_marker(dirichlet, "dirichlet", scalar), "flux": by_marker(flux, "flux", scalar),
+            "robin": by_marker(robin, "robin", pair), "outflow": tuple(check_marker(x, "outflow") for x in outflow),
+            **{name: scalar(value, name) for name, value in {"source": source, **scalars}.items()}}
 
 
-def is_callable(given: object) -> bool:
+def is_callable(given: object) -> TypeGuard[Callable]:
     """Whether a coefficient is given as a callable, which UFL expressions are too."""
     return callable(given) and not isinstance(given, (Expr, BaseForm))
 
 
-def check_scalar(value: object, name: str, meshes: Meshes, above: float = -np.inf) -> float | Expr:
+def check_scalar(value: Any, name: str, meshes: Meshes, above: float = -np.inf) -> float | Expr:
     """A float, or a UFL scalar on one of these meshes."""
+    if isinstance(value, Constant) and not value.ufl_shape:
+        check_number(float(value), name, above=above)
     if isinstance(value, np.ndarray) and not value.ndim:
         value = value[()]
     if isinstance(value, Number):
         return check_number(value, name, above=above)
-    if isinstance(value, Constant) and not value.ufl_shape:
-        check_number(float(value), name, above=above)
     return check_expression(value, name, meshes, ())
 
 
-def _vector(value: object, name: str, meshes: Meshes) -> tuple | Expr:
+def _vector(value: Any, name: str, meshes: Meshes) -> tuple | Expr:
     """A tuple of scalars, or a UFL vector, of the dimension of the mesh."""
     shape = (meshes[0].geometric_dimension,)
-    if isinstance(value, (str, bytes, Mapping, set, Number)) or not isinstance(value, Iterable):
-        raise InputError(f"{name} must have shape {shape}: give a number for each direction or a UFL vector, not "
-                         f"{value!r}.")
     if isinstance(value, Expr):
         return check_expression(value, name, meshes, shape)
-    value = tuple(check_scalar(c, name, meshes) for c in value)
-    if len(value) != shape[0]:
-        raise InputError(f"{name} must have shape {shape}, got {len(value)} numbers.")
-    return value
+    listed = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, set))
+    numbers = tuple(check_scalar(c, name, meshes) for c in value) if listed else ()
+    if len(numbers) != shape[0]:
+        raise InputError(f"{name} must have shape {shape}: give a number for each direction or a UFL vector, not "
+                         f"{value!r}.")
+    return numbers
 
 
-def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray | list | Expr:
+def _diffusivity(value: Any, name: str, meshes: Meshes) -> float | np.ndarray | list | Expr:
     """A positive scalar, an array of numbers, rows of scalars, or a UFL scalar or tensor."""
     gdim = meshes[0].geometric_dimension
     if isinstance(value, Constant) and value.ufl_shape:
@@ -170,8 +157,7 @@ def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray
     if isinstance(value, np.ndarray):
         return check_array(value, name, (), (gdim, gdim)) if value.ndim else check_scalar(value, name, meshes, above=0)
     if isinstance(value, (list, tuple)):
-        if len(value) != gdim or any(not isinstance(row, (list, tuple, np.ndarray)) or len(row) != gdim
-                                     for row in value):
+        if any(not isinstance(row, (list, tuple, np.ndarray)) or len(row) != gdim for row in (value, *value)):
             raise InputError(f"{name} must be a number, a UFL expression or of shape {(gdim, gdim)}, got {value!r}.")
         return [[check_scalar(c, name, meshes) for c in row] for row in value]
     if isinstance(value, Expr) and value.ufl_shape:
@@ -179,7 +165,7 @@ def _diffusivity(value: object, name: str, meshes: Meshes) -> float | np.ndarray
     return check_scalar(value, name, meshes, above=0)
 
 
-def check_expression(value: object, name: str, meshes: Meshes, *shapes: tuple[int, ...]) -> Expr:
+def check_expression(value: Any, name: str, meshes: Meshes, *shapes: tuple[int, ...]) -> Expr:
     """A UFL expression of one of these shapes, on these meshes, without test functions and values that are not finite.
 
     Any shape will do where none is given.
@@ -201,13 +187,9 @@ def check_expression(value: object, name: str, meshes: Meshes, *shapes: tuple[in
 
 def check_finite(f: Function | Constant, name: str) -> None:
     """Refuse a Function or Constant with values that are not finite, on all ranks together."""
-    def check() -> None:
-        if not np.isfinite(f.values() if isinstance(f, Constant) else coefficients(f)).all():
-            raise InputError(f"{name} is not finite everywhere: look for NaN and infinite values.")
-    if isinstance(f, Constant):
-        check()
-    else:
-        together(f.function_space().comm, check)
+    finite = bool(np.isfinite(f.values() if isinstance(f, Constant) else coefficients(f)).all())
+    if not (finite if isinstance(f, Constant) else f.function_space().comm.allreduce(finite, MPI.LAND)):
+        raise InputError(f"{name} is not finite everywhere: look for NaN and infinite values.")
 
 
 def check_space(V: object, name: str = "V") -> WithGeometry:
@@ -217,12 +199,12 @@ def check_space(V: object, name: str = "V") -> WithGeometry:
     return V
 
 
-def check_rows(values: object, V: WithGeometry, name: str) -> np.ndarray:
+def check_rows(values: Any, V: WithGeometry, name: str) -> np.ndarray:
     """Owned coefficients in V or its dual as an array (n, n_owned) of finite real numbers, on all ranks together."""
     return together(V.comm, lambda: check_array(values, name, ("n", owned_size(V))))
 
 
-def check_function(f: object, V: WithGeometry, name: str, remedy: str) -> Function:
+def check_function(f: Any, V: WithGeometry, name: str, remedy: str) -> Function:
     """A Function in V, finite."""
     if not isinstance(f, Function) or f.function_space() != V:
         what = f"a Function in {f.function_space()}" if isinstance(f, Function) else type(f).__name__
@@ -259,7 +241,7 @@ def matern_space(V: WithGeometry) -> WithGeometry:
         raise InputError("the space is mixed: build one prior for each of its components.")
 
     def flattened(scalar: FiniteElementBase) -> FiniteElementBase:
-        factors = scalar.factor_elements if isinstance(scalar, TensorProductElement) else ()
+        factors = list(scalar.factor_elements) if isinstance(scalar, TensorProductElement) else []
         return factors[0] if [factor.family() == "Real" for factor in factors] == [False, True] else scalar
     element = _with_scalar(V, flattened)
     if element != V.ufl_element():
@@ -290,6 +272,8 @@ def _with_scalar(V: WithGeometry, change: Callable[[FiniteElementBase], FiniteEl
 def check_reproduced(expression: Expr, result: Function, name: str) -> None:
     """Refuse what interpolation to a result reads at one place only: what varies where the space is constant."""
     V = result.function_space()
+    if "Real" not in repr(V.ufl_element()):
+        return
 
     def varying(scalar: FiniteElementBase) -> FiniteElementBase:
         if isinstance(scalar, TensorProductElement):
@@ -297,8 +281,6 @@ def check_reproduced(expression: Expr, result: Function, name: str) -> None:
         if scalar.family() != "Real":
             return scalar
         return FiniteElement("DQ" if scalar.cell.cellname in ("quadrilateral", "hexahedron") else "DG", scalar.cell, 1)
-    if "Real" not in repr(V.ufl_element()):
-        return
     W = FunctionSpace(V.mesh(), _with_scalar(V, varying))
     there, here = (coefficients(Function(W).interpolate(f)) for f in (expression, result))
     if not largest(V.comm, there - here) <= 1e-8 * largest(V.comm, there):
@@ -307,14 +289,7 @@ def check_reproduced(expression: Expr, result: Function, name: str) -> None:
                          "average is observed.")
 
 
-def root_space(V: WithGeometry) -> WithGeometry:
-    """The space of which V is a component, or V itself."""
-    while V.parent is not None:
-        V = V.parent
-    return V
-
-
-def interpolated(V: WithGeometry, value: object, name: str, meshes: Meshes) -> Function:
+def interpolated(V: WithGeometry, value: Any, name: str, meshes: Meshes) -> Function:
     """Interpolate a number, an array of V's value shape or a UFL expression on these meshes into V."""
     if isinstance(value, (Expr, BaseForm)):
         value = check_expression(value, name, meshes, (), V.value_shape)
@@ -334,24 +309,19 @@ def interpolated(V: WithGeometry, value: object, name: str, meshes: Meshes) -> F
 def prepared_interpolation(expression: Expr, target: Function) -> Callable[[], object]:
     """Callable without arguments that interpolates the expression into the Function target, at every call."""
     V = target.function_space()
-    if is_real(V) and V.value_shape:
-        return _interpolated_numbers(expression, target)
-    symbolic = interpolate(expression, V)
-    # assemble looks the kernel up anew on every call, which takes ten times as long as the interpolation.
-    prepare = getattr(get_interpolator(symbolic), "_get_callable", None)
-    return prepare(tensor=target) if prepare else partial(assemble, symbolic, tensor=target)
-
-
-def _interpolated_numbers(expression: Expr, target: Function) -> Callable[[], None]:
-    """As `prepared_interpolation`, into a vector or tensor of numbers: Firedrake can do scalar ones alone."""
-    V = target.function_space()
+    if not is_real(V) or not V.value_shape:
+        symbolic = interpolate(expression, V)
+        # assemble looks the kernel up anew on every call, which takes ten times as long as the interpolation.
+        prepare = getattr(get_interpolator(symbolic), "_get_callable", None)
+        return prepare(tensor=target) if prepare else partial(assemble, symbolic, tensor=target)
+    # Of a vector or tensor of numbers, Firedrake can do scalar ones alone.
     entries = [list(np.ndindex(V.value_shape))[i] for i in independent_entries(V)[0]]
     parts = [Function(FunctionSpace(V.mesh(), "R", 0)) for _ in entries]
-    calls = [prepared_interpolation(expression[entry], part) for entry, part in zip(entries, parts)]
+    calls = [prepared_interpolation(expression[entry], part)  # pyright: ignore[reportArgumentType]
+             for entry, part in zip(entries, parts)]
 
     def run() -> None:
         for call in calls:
             call()
-        with target.dat.vec_wo as vec:
-            vec.array[:] = coefficients(parts).T.ravel()
+        assign(target, coefficients(parts).T.ravel())
     return run

@@ -7,7 +7,7 @@ collective.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from finat.ufl import TensorElement
@@ -26,7 +26,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import portable
 from fem_diffusion.errors import InstallError, SolveError
 
-__all__ = ["bounding_box", "by_component", "coefficients", "field", "generic_integrals", "geometric_key",
+__all__ = ["assign", "bounding_box", "by_component", "coefficients", "field", "generic_integrals", "geometric_key",
            "independent_entries", "is_real", "largest", "multiply", "on_root", "owned_columns", "owned_size",
            "require_real", "solve", "solve_each"]
 
@@ -44,7 +44,7 @@ def require_real() -> None:
 
 def on_root(comm: MPI.Comm, function: Callable[[], Result]) -> Result:
     """Result of `function()` run on rank 0, broadcast; what it raises there is raised on every rank."""
-    outcome = None
+    outcome: Any = None
     if comm.rank == 0:
         try:
             outcome = function(), None
@@ -63,15 +63,19 @@ def owned_size(V: WithGeometry) -> int:
 
 def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.ndarray:
     """Owned coefficients of a (Co)Function, shape (n_owned,), or of a sequence of them, shape (n, n_owned); a copy."""
-    if isinstance(functions, (Function, Cofunction)):
-        with functions.dat.vec_ro as vector:
-            return vector.array_r.copy()
-    return np.stack([coefficients(f) for f in functions])
+    if isinstance(functions, Sequence):
+        return np.stack([coefficients(f) for f in functions])
+    with functions.dat.vec_ro as vector:
+        return vector.array_r.copy()
 
 
 def field(V: WithGeometry, values: np.ndarray, name: str | None = None) -> Function:
     """Function in V with the owned coefficients `values`, shape (n_owned,)."""
-    function = Function(V, name=name)
+    return assign(Function(V, name=name), values)
+
+
+def assign(function: Function, values: np.ndarray) -> Function:
+    """The Function, now with the owned coefficients `values`, shape (n_owned,)."""
     with function.dat.vec_wo as vector:
         vector.array[:] = values
     return function
@@ -112,13 +116,11 @@ def generic_integrals(V: WithGeometry) -> np.ndarray:
     if len(V) > 1:
         return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
     phase = _phase(V.mesh())
+    weights = np.array([exp((1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
     if is_real(V):
-        weights = [assemble(exp((1 + 0.1 * i) * phase) * dx) for i in independent_entries(V)[0]]
-        return np.array(weights)[:owned_size(V)]
-    test = TestFunction(V)
-    weight = np.array([exp((1 + 0.1 * i) * phase) for i in range(max(1, int(np.prod(test.ufl_shape))))], dtype=object)
-    weight = as_tensor(weight.reshape(test.ufl_shape).tolist()) if test.ufl_shape else weight[0]
-    return coefficients(assemble(inner(weight, test) * dx))
+        return np.array([assemble(weights[i] * dx) for i in independent_entries(V)[0]])[:owned_size(V)]
+    weight = as_tensor(weights.reshape(V.value_shape).tolist()) if V.value_shape else weights[0]
+    return coefficients(assemble(inner(weight, TestFunction(V)) * dx))
 
 
 def bounding_box(mesh: MeshGeometry) -> tuple[np.ndarray, np.ndarray]:
@@ -139,7 +141,8 @@ def _phase(mesh: MeshGeometry) -> Expr:
     """Linear function of the place, from zero on, with factors that have no rational relation: UFL scalar."""
     low, width = _frame(mesh)
     x = SpatialCoordinate(mesh)
-    return sum((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
+    parts = ((0.5 + 0.25 * i)**0.5 * (x[i] - float(low[i])) / float(width[i]) for i in range(len(x)))
+    return sum(parts)  # pyright: ignore[reportReturnType]
 
 
 def geometric_key(V: WithGeometry) -> np.ndarray:
@@ -149,10 +152,8 @@ def geometric_key(V: WithGeometry) -> np.ndarray:
     however small or thin the cells: the mean place in units of the domain's widths; the mean square of a skew
     coordinate, which tells nodes of a periodic seam, where coordinates jump, and meshes with other diagonals; the share
     of the components in φ²; the normalised integral of φ against a fixed function, which tells the orientation of
-    edges and faces. Two more say which component of a mixed space it is and where the domain lies.
-
-    Dimensionless, for any elements, mixed and Real ones included: shape (n_owned, gdim + 5), of a mixed space with the
-    largest gdim of its components.
+    edges and faces. Two more say which component of a mixed space it is and where the domain lies. Dimensionless, for
+    any elements, mixed and Real ones included: shape (n_owned, gdim + 5), with the largest gdim of a mixed space.
     """
     keys = [_component_key(W, i) for i, W in enumerate(V)]
     columns = max(key.shape[1] for key in keys)
@@ -184,7 +185,7 @@ def _component_key(V: WithGeometry, i: int) -> np.ndarray:
     for j in range(gdim + 1):
         key[:, 4 + j] = integral(1 + j) / squares
     key[:, 2] = integral(0, np.sqrt(1 + np.arange(len(entries)))) / squares
-    weight = [(1 + 0.1 * k) * (1 + phase) for k in range(len(entries))]
+    weight = [(1 + 0.1 * k) * (1 + phase) for k in range(len(entries))]  # pyright: ignore[reportOperatorIssue]
     overlap = sum(w * (v[c] if c else v) for w, c in zip(weight, entries)) * dx
     # The cell's volume makes it a cosine: as large in small cells as in large ones.
     key[:, 3] = coefficients(assemble(overlap)) * np.sqrt(integral(gdim + 2)) / squares
@@ -196,18 +197,9 @@ def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
 
     The nearest key must be the same up to rounding, or to a small part of its distance to the next one.
 
-    Parameters
-    ----------
-    key : numpy.ndarray
-        Geometric keys in the order of the storage, shape (n_global, c).
-    V : firedrake.functionspaceimpl.WithGeometry
-        The space on any number of ranks.
-
-    Returns
-    -------
-    numpy.ndarray or None
-        Indices, shape (n_owned,); None where the keys are those of another mesh or space, or degrees of freedom are
-        oriented by another numbering of the mesh, as edges and faces of H(div) and H(curl) spaces are.
+    `key` holds geometric keys in the order of the storage, shape (n_global, c). Returns indices, shape (n_owned,); None
+    where the keys are those of another mesh or space, or degrees of freedom are oriented by another numbering of the
+    mesh, as edges and faces of H(div) and H(curl) spaces are.
     """
     ours, comm = geometric_key(V), V.comm
     if key.shape != (V.dim(), ours.shape[1]):
@@ -283,7 +275,6 @@ def solve_each(ksp: PETSc.KSP, rows: np.ndarray, method: Callable[[PETSc.Vec, PE
 
 def _check_solved(ksp: PETSc.KSP) -> None:
     """Raise SolveError if the last solve has failed."""
-    reason = ksp.getConvergedReason()
-    if reason < 0:
-        raise SolveError(f"The linear solver failed (KSP reason {reason}): take a direct solver, or look for a "
-                         "singular operator.")
+    if ksp.getConvergedReason() < 0:
+        raise SolveError(f"The linear solver failed (KSP reason {ksp.getConvergedReason()}): take a direct solver, or "
+                         "look for a singular operator.")

@@ -75,11 +75,6 @@ def write_vtk(path: Path, functions: Sequence[Function]) -> None:
         raise InstallError(f"The samples are written to {path.parent}; files for viewing need VTK: "
                            "pip install 'fem_diffusion[vtk]'.") from error
     except OSError as error:
-        on_root(comm, lambda: _remove(path))
+        on_root(comm, lambda: path.unlink(missing_ok=True))
+        on_root(comm, lambda: shutil.rmtree(path.with_suffix(""), ignore_errors=True))
         raise FileError(f"{path} cannot be written ({error}). Make room on the disk, or name another place.") from error
-
-
-def _remove(path: Path) -> None:
-    """Remove half a VTK file and its folder."""
-    path.unlink(missing_ok=True)
-    shutil.rmtree(path.with_suffix(""), ignore_errors=True)

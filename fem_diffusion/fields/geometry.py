@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 from firedrake import Function, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, grad, inner
+from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
-from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.diffusion import Denoiser, FieldGeometry, FieldNetwork
-from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.errors import InputError
+from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, generic_integrals, multiply, on_root, solve
+from fem_diffusion.fields.modes import mass_action
 
 __all__ = ["field_geometry", "on_mesh"]
 
@@ -21,26 +22,13 @@ _POINTS_PER_MODE = 3
 def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometry:
     """Modes at well spread nodes of the mesh, with weights in which integrals are those of the mass matrix.
 
-    The network's fields are combinations of few modes, so a few nodes for each mode hold them. Every node of the mesh
-    gives the integral of its basis function to the chosen node nearest by; then the weights are corrected such that
-    all modes keep their inner products.
+    The network's fields are combinations of few modes, so a few nodes for each mode hold them: `points` of them, three
+    times the number of modes where left out, all where there are fewer. Every node of the mesh gives the integral of
+    its basis function to the chosen node nearest by; then the weights are corrected such that all modes keep their
+    inner products.
 
-    Parameters
-    ----------
-    basis : ModalBasis
-        Basis of the latents, in a scalar space of nodal elements.
-    points : int, optional
-        Number of nodes, all of them where there are fewer; three times the number of modes where left out.
-
-    Returns
-    -------
-    FieldGeometry
-        In double precision on the CPU, the same on all ranks.
-
-    Raises
-    ------
-    InputError
-        If the space is not scalar and nodal, or there are fewer points than modes.
+    In double precision on the CPU, the same on all ranks. InputError if the space of the basis is not scalar and nodal,
+    or there are fewer points than modes.
     """
     V = basis.V
     points = _POINTS_PER_MODE * basis.r if points is None else points
@@ -56,25 +44,13 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
 
 
 def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
-    """The denoiser with its network on the mesh of a basis; the same one where the network has no layers on a mesh.
-
-    Parameters
-    ----------
-    denoiser : Denoiser
-        With a `FieldNetwork` of any mesh, or none yet.
-    basis : ModalBasis
-        Basis of the latents.
-
-    Returns
-    -------
-    Denoiser
-    """
+    """The denoiser with its `FieldNetwork`, of any mesh, on that of a basis; the same one where it has no such."""
     if not isinstance(denoiser.network, FieldNetwork):
         return denoiser
     return replace(denoiser, network=denoiser.network.on(field_geometry(basis)))
 
 
-def _gradients(V, values: np.ndarray) -> list[np.ndarray]:
+def _gradients(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
     """L2 projections to V of the derivatives of fields (B, n_owned), one array for each direction."""
     u, v = TrialFunction(V), TestFunction(V)
     mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
@@ -83,9 +59,8 @@ def _gradients(V, values: np.ndarray) -> list[np.ndarray]:
     ksp.setType("preonly")
     ksp.getPC().setType("lu")
     ksp.getPC().setFactorSolverType("mumps")
-    derivatives = (assemble(inner(grad(u)[i], v) * dx, mat_type="aij").petscmat
-                   for i in range(len(SpatialCoordinate(V.mesh()))))
-    gradients = [solve(ksp, multiply(derivative, values)) for derivative in derivatives]
+    gradients = [solve(ksp, multiply(assemble(inner(grad(u)[i], v) * dx, mat_type="aij").petscmat, values))
+                 for i in range(V.mesh().geometric_dimension)]
     ksp.destroy()  # on all ranks together
     return gradients
 

@@ -44,8 +44,7 @@ def gather_rows(V: WithGeometry, rows: np.ndarray) -> np.ndarray | None:
 def own_columns(content: files.Content, keys: str, element: str, V: WithGeometry) -> np.ndarray:
     """Where this rank's degrees of freedom of V are among those of a file, shape (n_owned,).
 
-    `keys` and `element` name the array that `gather_keys` made and the value that `element_of` made. FileError if the
-    file belongs to another mesh or space.
+    `keys` and `element` name what `gather_keys` and `element_of` made; FileError if it is of another mesh or space.
     """
     stored = content.value(element, str)
     remedy = "Pass the space that it was written with, on the same mesh."

@@ -39,8 +39,7 @@ def mass_action(V: WithGeometry, weights: Sequence[float] | None = None) -> Rows
 
 def free_dofs(V: WithGeometry, bcs: Sequence[DirichletBC]) -> int:
     """Degrees of freedom of V that no condition of `bcs` fixes."""
-    ones = without_conditions(V, bcs, np.ones((1, owned_size(V))))
-    return int(V.comm.allreduce(float(ones.sum())))
+    return int(V.comm.allreduce(float(without_conditions(V, bcs, np.ones((1, owned_size(V)))).sum())))
 
 
 def without_conditions(V: WithGeometry, bcs: Sequence[DirichletBC], x: np.ndarray) -> np.ndarray:
@@ -88,7 +87,7 @@ def leading_modes(covariance: Rows, V: WithGeometry, bcs: Sequence[DirichletBC],
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
     modes, values = modes[:min(r, rank)], values[:min(r, rank)].copy()
     # The integral of each mode against a fixed function is positive.
-    signs = np.where(V.comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
+    signs = np.where(comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
     return modes * signs[:, None], values
 
 

@@ -4,9 +4,9 @@ import numpy as np
 from firedrake import assemble
 from firedrake.petsc import PETSc
 
-from fem_diffusion.fields.coefficients import multiply, owned_size, solve_each
+from fem_diffusion.fields.coefficients import assign, multiply, owned_size, solve_each
 from fem_diffusion.forward.march import March, Rows, column
-from fem_diffusion.forward.solvers import Pull, write
+from fem_diffusion.forward.solvers import Pull
 
 __all__ = ["Backward"]
 
@@ -25,10 +25,9 @@ class Backward:
         `path` holds the states (n_owned of V,) at all steps, where they are known and count.
         """
         march, fixed, loads = self.march, self.march.e.fixed, self.march.e.loads
-        known = path is not None
-        if march.varying and not known:
-            path = []
-            march.run(ms, path=path)
+        states: list[np.ndarray] = [] if path is None else path
+        if march.varying and path is None:
+            march.run(ms, path=states)
         load, boundary, start = (Rows(part, ms) for part in (march.load, march.boundary, march.start))
         result, a = np.zeros((len(rows), owned_size(march.M))), np.zeros(rows.shape[:2])
         total = np.zeros(rows.shape[:2])   # of the multipliers, for what has the same derivative at all steps
@@ -38,10 +37,10 @@ class Backward:
             a = a + rows[:, :, march.saved == k + 1].sum(axis=2)
             load.write(k, 0)
             if march.varying:
-                write(march.new, path[k + 1])
-                write(march.old, path[k])
-            if march.varying and (known or not march.linear):
-                march.prepare(path[k], path[k + 1])   # the Jacobian of this very step, no typical one
+                assign(march.new, states[k + 1])
+                assign(march.old, states[k])
+            if march.varying and (path is not None or not march.linear):
+                march.prepare(states[k], states[k + 1])   # the Jacobian of this very step, no typical one
             ksp, J, J_old = self._operators(k)
             multipliers = solve_each(ksp, a, ksp.solveTranspose)
             multipliers[:, fixed] = 0

@@ -27,6 +27,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.blocks import BlockForward, check_parameter
 from fem_diffusion.forward.physics import Boundary, Physics
+from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name
 
 __all__ = ["AdvectionDiffusion"]
@@ -73,6 +74,8 @@ class AdvectionDiffusion(BlockForward):
     InputError, InstallError
         Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined; a complex PETSc.
     """
+
+    _march: Steady
 
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics = Physics(),
                  bcs: Boundary = Boundary(), *, supg: bool | str = "auto", solver_parameters: str | dict = "direct",

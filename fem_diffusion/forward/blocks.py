@@ -1,7 +1,8 @@
-"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, and tapes."""
+"""What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, tapes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -13,13 +14,13 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.fields.coefficients import coefficients, owned_size, require_real
+from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, require_real
 from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
 from fem_diffusion.forward.adjoint import Backward
 from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
-from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms, write
+from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms
 from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
 from fem_diffusion.observation.linear import Observation
@@ -33,6 +34,8 @@ MAKE = "make one with Function(problem.M).interpolate(...)"
 
 class BlockForward:
     """A forward problem that solves for many parameters together wherever it can."""
+
+    U: WithGeometry
 
     @no_annotations
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
@@ -99,6 +102,10 @@ class BlockForward:
                     raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
         return out
 
+    def _alone(self, m: Function) -> Function:
+        """The state of one parameter."""
+        raise NotImplementedError
+
     def _states(self, ms: np.ndarray, first: int = 0) -> np.ndarray:
         """States (n, n_owned of U) of one block, `first` the number of its first sample."""
         size = 1 if self._march.by_member else len(ms)
@@ -137,7 +144,7 @@ class BlockForward:
         check_function(m, self.M, "the parameter", MAKE)
         if isinstance(rows, Observation):
             raise InputError("rows is an Observation: pass its rows, observation.rows.")
-        rows = rows.toarray() if hasattr(rows, "toarray") else rows
+        rows = getattr(rows, "toarray", lambda: rows)()
         array = check_rows(rows, self.U, "rows (owned coefficients of the state)")
         if len(set(self.U.comm.allgather(len(array)))) > 1:
             raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
@@ -172,7 +179,7 @@ class _ForwardBlock(Block):
                                prepared: object = None) -> Cofunction:
         """The derivative with respect to the parameter."""
         gradient = Cofunction(self.problem.M.dual())
-        write(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
+        assign(gradient, self.problem.sensitivity(inputs[0], coefficients(adj_inputs[0])[None])[0])
         return gradient
 
 
@@ -182,7 +189,7 @@ def check_parameter(m: Function, M: WithGeometry) -> None:
         check_function(m, M, "the parameter", MAKE)
 
 
-def _parameter_rows(ms: Iterable[Function] | np.ndarray, M: WithGeometry) -> np.ndarray:
+def _parameter_rows(ms: Any, M: WithGeometry) -> np.ndarray:
     """Owned coefficients (n, n_owned of M) of Functions or of an array, checked on all ranks together."""
     if isinstance(ms, Function):
         raise InputError("solve_many takes a sequence of parameters: put the single Function in a list.")

@@ -60,7 +60,7 @@ def as_forward(forward: Forward | Callable[[Function], Function], M: WithGeometr
     if isinstance(forward, type) or not hasattr(forward, "solve_many"):
         return CallableForward(forward, M)
     missing = [name for name in ("M", "U", "__call__") if not hasattr(forward, name)]
-    if missing:
+    if missing or not isinstance(forward, Forward):
         raise InputError(f"The forward problem is of type {type(forward).__name__}, which has solve_many but no "
                          f"{', '.join(missing)}: give it what fem_diffusion.forward.protocol.Forward lists.")
     return forward

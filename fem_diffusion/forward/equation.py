@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake import Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import Form, as_tensor, as_ufl, diff, variable
 from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
@@ -30,7 +32,7 @@ class Equation:
     A: Form                    # the part affine in both, a one-form
     N: Form | None             # the rest
     values: dict               # strong Dirichlet values by marker, UFL scalars
-    initial: Expr | None       # initial state, a UFL scalar
+    initial: Expr              # initial state, a UFL scalar; zero in a steady equation
     unknowns: list[Unknown]
     steps: TimeSteps | None
 
@@ -100,8 +102,8 @@ def _diffusivity(value: Scalar | list | np.ndarray) -> Expr:
         return _coefficient(value, "diffusivity")
     try:
         array = np.array(value, dtype=float)
-    except (TypeError, ValueError):
-        return as_tensor(value)   # rows of UFL scalars
+    except (TypeError, ValueError):   # rows of UFL scalars
+        return as_tensor(value)  # pyright: ignore[reportReturnType]
     if not np.allclose(array, array.T) or np.linalg.eigvalsh(array).min() <= 0:
         raise InputError(f"the diffusivity is {value!r}: numbers must be positive, or symmetric positive definite.")
     return Constant(array)
@@ -139,7 +141,7 @@ def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeS
     mesh, u, change = V.mesh(), Function(V, name="state"), None if steps is None else Function(V)
     tables = {"dirichlet": dict(given["dirichlet"]), "flux": dict(given["flux"]), "robin": given["robin"]}
     dirichlet = tables["dirichlet"]
-    single = {name: given.get(name) for name in ("source", "diffusivity", "velocity", "initial")}
+    single: dict[str, Any] = {name: given.get(name, 0.0) for name in ("source", "diffusivity", "velocity", "initial")}
     for x in unknowns:
         if x.marker is not None:
             # Last in its table, so that it wins at corners shared with other Dirichlet conditions.
@@ -159,16 +161,16 @@ def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeS
                              f"'on_boundary': name one of {', '.join(map(repr, mesh_markers(mesh)))}.")
         dirichlet |= dict.fromkeys(mesh_markers(mesh), dirichlet.pop("on_boundary"))
     for x in unknowns:
-        if x.submesh is not None:
+        if x.submesh is not None and x.marker is not None:
             _check_submesh(mesh, x.marker, x.submesh)
 
     single = {name: None if value is None else _diffusivity(value) if name == "diffusivity" else
               _coefficient(value, name) for name, value in single.items()}
-    r = slope = as_ufl(0)
+    r, slope = Zero(), Zero()
     if given["reaction"] is not None:
         w = variable(u)
         r = _coefficient(given["reaction"](u), "reaction(u)")
-        slope = expand_derivatives(diff(as_ufl(given["reaction"](w)), w))
+        slope: Any = expand_derivatives(diff(as_ufl(given["reaction"](w)), w))
     if change is None and not dirichlet and not tables["robin"] and u not in extract_coefficients(r):
         raise InputError("the state is determined only up to a constant: add a Dirichlet or Robin condition, or a "
                          "reaction that depends on u.")

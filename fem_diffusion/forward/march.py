@@ -5,6 +5,7 @@ A steady equation is one step without a past.
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake import (Cofunction, Constant, DirichletBC, Function, NonlinearVariationalSolver, TrialFunction,
@@ -14,15 +15,15 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 from ufl import Form, as_ufl
-from ufl.algorithms import expand_derivatives
 from ufl.algorithms.analysis import extract_type
+from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import coefficients, multiply, owned_size, solve
+from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
 from fem_diffusion.forward.equation import Equation
-from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver, write
-from fem_diffusion.forward.unknowns import Unknown, derivative_by
+from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver
+from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
 
 __all__ = ["March"]
 
@@ -50,21 +51,22 @@ class March:
             theta = Constant(steps.theta)
             step = {e.u: theta * self.new + (1 - theta) * self.old,
                     e.change: (self.new - self.old) / Constant(steps.time_step)}
-            self.A, self.N = (form and expand_derivatives(replace(form, step)) for form in (e.A, e.N))
+            self.A, self.N = expanded(replace(e.A, step)), e.N and expanded(replace(e.N, step))
         self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
         self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
 
         values, moving = [x.value for x in e.loads], [self.t, *(x.value for x in e.loads if x.moves)]
-        self.J, self.J_old = (expand_derivatives(derivative(self.R, w)) for w in (self.new, self.old))
+        self.J, self.J_old = (expanded(derivative(self.R, w)) for w in (self.new, self.old))
         direction = TrialFunction(V)
-        affine = [expand_derivatives(derivative(self.A, w, direction)) for w in (self.new, self.old)]
+        affine = [expanded(derivative(self.A, w, direction)) for w in (self.new, self.old)]
         affine = [form for form in affine if form.integrals()]   # a steady equation has no past
         self.by_member = any(contains(form, values) for form in (self.J, *affine))
         self.operator_moves = any(contains(form, moving) for form in (self.J, *affine))
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form) for form in affine]
-        self._matrices, self._factorised, self._stale, self.prepared = [None] * len(affine), None, True, None
+        self._matrices: list[Any] = [None] * len(affine)
+        self._factorised, self._stale, self.prepared = None, True, None
         self._nonlinear = self.N and get_assembler(self.N)
         self._out = Cofunction(V.dual())
         self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
@@ -82,26 +84,27 @@ class March:
         self.prepared = new
         if self.varying or self.operator_moves or self._factorised is None:
             self._stale = True
-            write(self.old, old)
-            write(self.new, new)
+            assign(self.old, old)
+            assign(self.new, new)
 
     def operators(self, k: int) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat | None, PETSc.KSP]:
         """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
         self.t.assign(self.between[k])
-        if self._stale or self.operator_moves:
+        factorised = self._factorised
+        if factorised is None or self._stale or self.operator_moves:
             self._matrices = [x.assemble(tensor=matrix) for x, matrix in zip(self._assemblers, self._matrices)]
             A, *past = (matrix.petscmat for matrix in self._matrices)
-            if self._factorised is None:
+            if factorised is None:
                 self._K = A.duplicate() if past else A
-                self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
+                factorised = self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
             else:
-                self._factorised.update()
+                factorised.update()
             self._stale = False
             for B in past:
                 A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
                 self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
         A, B, *_ = *(matrix.petscmat for matrix in self._matrices), None
-        return self._K, A, B, self._factorised.ksp
+        return self._K, A, B, factorised.ksp
 
     # --- marching
 
@@ -152,9 +155,9 @@ class March:
         def residuals(members: np.ndarray, states: np.ndarray) -> np.ndarray:
             rows = base[members] + multiply(A, states - u[members])
             for row, new, old in zip(rows, states, u[members]):
-                write(self.new, new)
+                assign(self.new, new)
                 if self.e.change is not None:
-                    write(self.old, old)
+                    assign(self.old, old)
                 row += self.vector(self._nonlinear)
             rows[:, fixed] = 0
             return rows
@@ -180,7 +183,7 @@ class March:
         load.write(k, i)
         self.t.assign(self.between[k])
         for f, values in ((self.old, old), (self.new, start), (g, start)):
-            write(f, values)
+            assign(f, values)
         try:
             solver.solve()
         except ConvergenceError as error:
@@ -214,7 +217,7 @@ class Rows:
         self._kept = result
         return result
 
-    def write(self, k: int, i: int) -> None:
+    def assign(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
             x.write(rows(k)[i])
@@ -256,6 +259,8 @@ def column(form: Form | Expr) -> PETSc.Mat | np.ndarray:
 class Load(Part):
     """The residual of zero states."""
 
+    derivatives: list[Form]
+
     def __init__(self, march: March) -> None:
         loads, values = march.e.loads, [x.value for x in march.e.loads]
         form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
@@ -287,7 +292,7 @@ class Boundary(Part):
 
     def __init__(self, march: March) -> None:
         e, V = march.e, march.V
-        self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), as_ufl(0)
+        self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), Zero()
         markers = [x.marker for x in e.lifted]   # the last ones in their table
         self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in e.values.items()]
         for i, marker in enumerate(markers):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from firedrake import Constant, Function
+from numpy.typing import ArrayLike
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_array, check_number
@@ -18,6 +19,7 @@ Scalar = Expr | float
 Marker = int | str | tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class _Group:
     """Arguments that belong together."""
 
@@ -69,7 +71,7 @@ class Boundary(_Group):
     outflow: Sequence[Marker] | Marker | None = ()
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, init=False)
 class TimeSteps(_Group):
     """Constant steps of the θ-scheme, and the times whose states are saved.
 
@@ -90,14 +92,15 @@ class TimeSteps(_Group):
         taken so.
     """
 
-    times: Sequence[float]
+    times: np.ndarray
     time_step: float
-    theta: float = 0.5
-    t: Constant | None = None
-    parameter_times: Sequence[float] | None = None
+    theta: float
+    t: Constant
+    parameter_times: np.ndarray | None = None
 
-    def __post_init__(self) -> None:
-        step, times = check_number(self.time_step, "time_step", above=0), _numbers(self.times, "times")
+    def __init__(self, times: ArrayLike | Iterator[float], time_step: float, theta: float = 0.5,
+                 t: Constant | None = None, parameter_times: ArrayLike | Iterator[float] | None = None) -> None:
+        step, times = check_number(time_step, "time_step", above=0), _numbers(times, "times")
         if not len(times) or times[0] < 0 or (np.diff(times) <= 0).any():
             raise InputError(f"times must be increasing, from 0 on, with at least one of them, got {times}.")
         if times[-1] > MOST_STEPS * step:
@@ -109,17 +112,17 @@ class TimeSteps(_Group):
                              "step that divides all saved times.")
         if saved[-1] == 0:
             raise InputError("times holds 0 only: add a time after it, because nothing happens before.")
-        nodes, end = self.parameter_times, saved[-1] * step
-        if nodes is not None:
-            nodes = _numbers(nodes, "parameter_times")
+        nodes, end = None, saved[-1] * step
+        if parameter_times is not None:
+            nodes = _numbers(parameter_times, "parameter_times")
             if len(nodes) < 2 or not (np.diff(nodes) > 0).all() or nodes[0] != 0 or nodes[-1] < end * (1 - 1e-9):
                 raise InputError(f"parameter_times must be two or more increasing times from 0 to at least the last "
                                  f"saved time {end:g}, got {nodes}.")
-        t = Constant(0.0) if self.t is None else self.t
-        if not isinstance(t, Constant) or t.ufl_shape != ():
+        clock: Constant = Constant(0.0) if t is None else t
+        if not isinstance(clock, Constant) or clock.ufl_shape != ():
             raise InputError(f"t must be the scalar Constant that the coefficients contain, got {t!r}.")
-        for name, value in (("times", times), ("time_step", step), ("parameter_times", nodes), ("t", t),
-                            ("theta", check_number(self.theta, "theta", least=0.5, most=1))):
+        for name, value in (("times", times), ("time_step", step), ("parameter_times", nodes), ("t", clock),
+                            ("theta", check_number(theta, "theta", least=0.5, most=1))):
             object.__setattr__(self, name, value)
 
     @property
@@ -133,6 +136,6 @@ class TimeSteps(_Group):
         return self.time_step * np.arange(self.saved[-1] + 1)
 
 
-def _numbers(values: Sequence[float], name: str) -> np.ndarray:
+def _numbers(values: ArrayLike | Iterator[float], name: str) -> np.ndarray:
     """A sequence or an iterator of numbers as an array (n,)."""
     return check_array(list(values) if isinstance(values, Iterator) else values, name, ("n",))

@@ -13,11 +13,11 @@ from mpi4py import MPI
 from ufl import Form
 
 from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import coefficients, owned_size, solve
+from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, solve
 from fem_diffusion.fields.checks import petsc_reason
 
 __all__ = ["NOT_FINITE", "Factorised", "Pull", "centre", "chord", "linear_options", "norms", "refused",
-           "variational_solver", "write"]
+           "variational_solver"]
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
 PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
@@ -99,15 +99,9 @@ class Pull:
         result = np.zeros((len(rows), owned_size(self._out.function_space())))
         for row, line in zip(rows, result):
             if self._assembler is not None:
-                write(self._p, row)
+                assign(self._p, row)
                 line[:] = coefficients(self._assembler.assemble(tensor=self._out))
         return result
-
-
-def write(f: Function | Cofunction, values: np.ndarray) -> None:
-    """Set the owned coefficients of a (Co)Function from an array of shape (n_owned,)."""
-    with f.dat.vec_wo as x:
-        x.array[:] = values
 
 
 def _dots(a: np.ndarray, b: np.ndarray, comm: MPI.Comm) -> np.ndarray:

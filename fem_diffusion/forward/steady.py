@@ -8,10 +8,10 @@ from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
 from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import coefficients
+from fem_diffusion.fields.coefficients import assign, coefficients
 from fem_diffusion.forward.equation import Equation
 from fem_diffusion.forward.march import March, Rows
-from fem_diffusion.forward.solvers import NOT_FINITE, centre, refused, variational_solver, write
+from fem_diffusion.forward.solvers import NOT_FINITE, centre, refused, variational_solver
 
 __all__ = ["Steady"]
 
@@ -41,7 +41,7 @@ class Steady(March):
 
     def _set(self, row: np.ndarray) -> None:
         """Set the parameter from owned coefficients (n_owned of M,)."""
-        write(self.m, row)
+        assign(self.m, row)
         if len(self.M) > 1:
             for x in self.e.unknowns:
                 x.write(row[x.columns])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from numbers import Number
+from typing import TypeVar
 
 import numpy as np
 from firedrake import Constant, Function, FunctionSpace, MeshGeometry, TrialFunction, derivative
@@ -12,19 +13,19 @@ from ufl.algorithms import expand_derivatives
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import is_real, owned_size
+from fem_diffusion.fields.coefficients import assign, is_real, owned_size
 from fem_diffusion.fields.checks import check_marker, check_scalar, check_space, is_callable
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
-from fem_diffusion.forward.solvers import write
 from fem_diffusion.observation.linear import Observation, point_sensors
 
-__all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "is_discontinuous", "read"]
+__all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "expanded", "is_discontinuous", "read"]
 
 STEADY = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
 TRANSIENT = "'initial', ('source', shape), " + STEADY
 IN_TIME = ("source", "flux", "dirichlet", "diffusivity")
 
 Name = str | tuple[str, Marker | Scalar]   # as users write them
+Integrand = TypeVar("Integrand", Form, Expr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,35 +66,40 @@ class Unknown:
     def at(self, ms: np.ndarray, weights: Observation | np.ndarray | None) -> Callable[[int], np.ndarray]:
         """Coefficients k -> (n, n_owned of the value) at all times, for members (n, n_owned of M) and their weights."""
         part = ms[:, self.columns]
-        if self.strength:
+        if isinstance(weights, Observation):
             values = weights.apply(part)
             return lambda k: values[:, k:k + 1]
-        if self.nodes is not None:
-            part = part.reshape(len(part), -1, len(self.nodes))
+        if weights is not None:
+            part = part.reshape(len(part), -1, weights.shape[1])
             return lambda k: part @ weights[k]
         return lambda k: part
 
     def pull(self, values: np.ndarray, weights: Observation | np.ndarray | None, k: int) -> np.ndarray:
         """Transpose of `at`: from rows over the value, shape (l, n_owned of it), to rows over the space."""
-        if self.strength:
+        if isinstance(weights, Observation):
             return values * weights.rows[[k]].toarray()
-        if self.nodes is not None:
+        if weights is not None:
             return (values[:, :, None] * weights[k]).reshape(len(values), -1)
         return values
 
-    def write(self, row: np.ndarray) -> None:
+    def assign(self, row: np.ndarray) -> None:
         """Set the value from one row of `at`."""
         if self.strength:
             self.value.assign(float(row[0]))
         else:
-            write(self.value, row)
+            assign(self.value, row)
 
 
-def derivative_by(F: Form | Expr, x: Unknown) -> Form | Expr:
+def expanded(F: Integrand) -> Integrand:
+    """A form or expression with its derivatives worked out; what UFL itself says of the type is wrong."""
+    return expand_derivatives(F)  # pyright: ignore[reportReturnType]
+
+
+def derivative_by(F: Integrand, x: Unknown) -> Integrand:
     """∂F/∂(value of x), of an argument, or for a function of time alone the only column of it."""
     W = x.value.function_space()
     direction = Constant(1.0) if x.strength else TrialFunction(W) if isinstance(F, Expr) else None
-    return expand_derivatives(derivative(F, x.value, direction))
+    return expanded(derivative(F, x.value, direction))
 
 
 def _parse(name: Name, mesh: MeshGeometry, transient: bool) -> tuple[str, Marker | None, Scalar | None]:

@@ -29,32 +29,11 @@ _FLOOR = 1e-12
 
 def layout_family(family: SensorFamily, data: DataSet,
                   state_modes: int | None) -> tuple[ModalBasis, torch.Tensor, LayoutFamily]:
-    """What a family is in latent coordinates (collective).
+    """What a family is in latent coordinates (collective), with `state_modes` as for `fit`.
 
-    Parameters
-    ----------
-    family : SensorFamily
-        Of the problem.
-    data : DataSet
-        With states.
-    state_modes : int or None
-        Number of POD modes of the states; as many as keep all but 1e-8 of the variance, at most 256, where left out.
-
-    Returns
-    -------
-    ModalBasis
-        Of the states.
-    torch.Tensor
-        Coordinates of the data's states in it, shape (n, s), the same on all ranks.
-    LayoutFamily
-        The family as rows over such coordinates.
-
-    Raises
-    ------
-    DataError
-        If the data have no states, or states that are not finite or all the same.
-    InputError
-        If so many modes cannot be had.
+    Returns POD modes of the states, coordinates (n, s) of the data's states in them, the same on all ranks, and the
+    family as rows over such coordinates. DataError if the data have no states, or states that are not finite or all the
+    same; InputError if so many modes cannot be had.
     """
     if data.states is None:
         raise DataError("A model of a family is trained on states, and the data set has none: "
@@ -104,8 +83,7 @@ def sample_basis(U: WithGeometry, states: np.ndarray, size: int | None = None, m
 
 def project(observation: Observation, states: ModalBasis) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows over the state coordinates (k, s) and readings of the mean state (k,), the same on all ranks."""
-    rows = observation.apply(states.scaled_modes).T
-    offset = observation.apply(coefficients(states.mean)[None])[0]
+    rows, offset = observation.apply(states.scaled_modes).T, observation.apply(coefficients(states.mean)[None])[0]
     return torch.tensor(rows), torch.tensor(offset)
 
 

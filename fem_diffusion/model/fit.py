@@ -50,20 +50,11 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     network : {"latents", "field"}
         For fixed sensors fully connected between latents and measurements, or with layers on the mesh, for one scalar
         unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md.
-    options : TrainingOptions
-        Settings of the training loop.
     state_modes : int, optional
         For a family, number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of
         the variance, at most 256.
-    checkpoint : path, optional
-        Training writes its state there and resumes from it.
-    progress : bool
-        Show progress bars and a closing line on rank 0.
-
-    Returns
-    -------
-    Model
-        The same on all ranks; rank 0 trains.
+    options, checkpoint, progress
+        As for `fit_denoiser`; rank 0 trains.
 
     Raises
     ------
@@ -123,12 +114,10 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))
-    covariance = None
     if isinstance(noise, LayoutFamily):
         # In units in which errors of all coordinates count alike.
-        seen = seen * noise.weights
-        covariance = torch.eye(seen.shape[1], dtype=seen.dtype)
-    elif noise is not None:
-        covariance = noise.covariance(seen.double())
+        seen, covariance = seen * noise.weights, torch.eye(seen.shape[1], dtype=seen.dtype)
+    else:
+        covariance = None if noise is None else noise.covariance(seen.double())
     z = torch.from_numpy(basis.encode(data.coefficients))
     return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance)))

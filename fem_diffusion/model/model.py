@@ -53,7 +53,7 @@ class Model:
     states: ModalBasis | None = None
     range: TrainingRange | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.basis.V != self.problem.V:
             raise InputError(f"The basis is on {self.basis.V} and the fields of the problem are in {self.problem.V}: "
                              "pass a basis of the problem's prior.")
@@ -84,10 +84,6 @@ class Model:
         noise : GaussianNoise, float or array_like of shape (k,), optional
             Of these sensors, numbers being standard deviations; a part relative to the noise-free value takes the
             reading in its place.
-
-        Returns
-        -------
-        Posterior
 
         Raises
         ------
@@ -131,15 +127,7 @@ class Model:
     def save(self, path: str | os.PathLike) -> None:
         """Write all but the problem to one safetensors file, from which `load_model` reads it on any number of ranks.
 
-        Parameters
-        ----------
-        path : path
-            The file, written whole or not at all by rank 0.
-
-        Raises
-        ------
-        FileError
-            If it cannot be written.
+        Rank 0 writes it, whole or not at all; FileError if it cannot.
         """
         write_model(path, self)
 
@@ -170,23 +158,9 @@ class Model:
 
 
 def load_model(path: str | os.PathLike, problem: InverseProblem) -> Model:
-    """Read what `Model.save` wrote; no code in the file is run.
+    """Read what `Model.save` wrote, for the problem of the training on the same mesh; no code in the file is run.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-    problem : InverseProblem
-        The problem of the training, on the same mesh, on any number of ranks.
-
-    Returns
-    -------
-    Model
-
-    Raises
-    ------
-    FileError
-        If the file is damaged, foreign, or belongs to another mesh, space, prior or set of sensors.
+    FileError if the file is damaged, foreign, or belongs to another mesh, space, prior or set of sensors.
     """
     check_kind(problem, "problem", InverseProblem, "the InverseProblem of the training")
     return Model(problem, **read_model(path, problem))

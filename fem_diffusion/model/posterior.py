@@ -52,10 +52,6 @@ class Posterior:
 
         Parameters
         ----------
-        n : int
-            Number of samples.
-        seed : int
-            Of all draws.
         sampler : Sampler
             How: the probability-flow ODE in 20 network evaluations where left out, at noise levels chosen from the
             spectrum of the posterior.
@@ -67,12 +63,6 @@ class Posterior:
         callback : Callable, optional
             As for `sample_latents`. It runs on rank 0 alone: it must not call Firedrake, which would wait for the other
             ranks.
-        progress : bool
-            Show a progress bar on rank 0.
-
-        Returns
-        -------
-        Samples
 
         Raises
         ------
@@ -98,32 +88,14 @@ class Posterior:
             return Samples(self.problem.M, self.problem.prior.transform_many(values), z)
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
-        """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more.
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
-        """
+        """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more."""
         return self.problem.measurements(self.sample(n, seed=seed, progress=False).values, seed=seed)
 
     def log_density(self, samples: Samples) -> np.ndarray:
-        """Log density of the samples' latents under the diffusion model, without corrections, by `log_density`.
+        """Log density (n,) of the samples' latents under the diffusion model, without corrections, by `log_density`.
 
-        Parameters
-        ----------
-        samples : Samples
-            Of this posterior or another one in the same basis.
-
-        Returns
-        -------
-        numpy.ndarray
-            Shape (n,), the same on all ranks; the modes past r are left out.
-
-        Raises
-        ------
-        InputError
-            If the samples have another number of latents.
+        The samples are of this posterior or another one in the same basis, InputError if they have another number of
+        latents. Modes past r are left out.
         """
         z = torch.as_tensor(samples.latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())

@@ -58,18 +58,7 @@ class LinearTail:
 def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) -> LinearTail | None:
     """What the readings of a problem tell of the rest; None where it is not linear or they tell nothing (collective).
 
-    Parameters
-    ----------
-    problem : InverseProblem
-        Of fixed sensors.
-    basis : ModalBasis
-        Of its prior.
-    base : GaussianBase
-        Of its readings, fitted in that basis.
-
-    Returns
-    -------
-    LinearTail or None
+    The problem has fixed sensors; the base is of its readings, fitted in the basis.
     """
     prior, forward, noise, k = problem.prior, problem.forward, problem.noise, base.k
     if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)

@@ -16,7 +16,7 @@ __all__ = ["SensorFamily", "SensorKind"]
 
 @dataclass(frozen=True, eq=False)
 class SensorKind:
-    """Candidates of one kind of sensor, of which a measurement holds some.
+    """Candidates of one kind of sensor, of which a measurement holds some; InputError if a number is out of range.
 
     Parameters
     ----------
@@ -33,11 +33,6 @@ class SensorKind:
     series : int
         Rows that make up one sensor and come or fail together, such as the times of a time series; they follow each
         other in the observation.
-
-    Raises
-    ------
-    InputError
-        If a number is out of range or of the wrong shape.
     """
 
     observation: Observation
@@ -49,8 +44,7 @@ class SensorKind:
         if not isinstance(self.observation, Observation):
             raise InputError(f"A kind of sensor is an Observation, not {type(self.observation).__name__}: a family "
                              "needs linear sensors; for others fit a model of one fixed observation.")
-        rows = len(self.observation)
-        series = check_count(self.series, "series")
+        rows, series = len(self.observation), check_count(self.series, "series")
         if rows % series:
             raise InputError(f"series is {series}: {rows} rows must split into sensors of that many rows.")
         ends = self.count
@@ -85,18 +79,7 @@ class SensorKind:
 
 @dataclass(frozen=True, eq=False)
 class SensorFamily:
-    """Some sensors of every kind, together in one measurement.
-
-    Parameters
-    ----------
-    kinds : sequence of SensorKind
-        On the same state space.
-
-    Raises
-    ------
-    InputError
-        If there is no kind, or the kinds are on different spaces.
-    """
+    """Some sensors of every kind, together in one measurement; InputError unless all observe one state space."""
 
     kinds: tuple[SensorKind, ...]
 

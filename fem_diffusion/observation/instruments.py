@@ -4,10 +4,10 @@ The integrals become sums over points: quadrature points of every cell for patch
 lines. So thousands of rows cost a few matrix products, and no form is assembled for each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-import finat.ufl
 import numpy as np
+from finat.ufl import FiniteElement
 from firedrake import (
     Constant, Function, FunctionSpace, SpatialCoordinate, TestFunction, TrialFunction, assemble, dx, exp, interpolate,
 )
@@ -38,22 +38,17 @@ def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names:
                    component: int | None = None) -> Observation:
     """Sensors that average the state around points, with the weight exp(-|x - c|²/(2 ρ²)).
 
+    Weights are normalised over the domain, so a constant state gives that constant; weights below 1e-12 of the largest
+    of their row are left out.
+
     Parameters
     ----------
-    U : firedrake.functionspaceimpl.WithGeometry
-        The state space; the state, or the component, is scalar.
     centres : array_like
         Shape (k, gdim); those of rank 0 count.
     radii : float | array_like
         The ρ of all footprints, or of each, shape (k,), in the units of the mesh.
-    names, component
-        As for `point_sensors`.
-
-    Returns
-    -------
-    Observation
-        Weights are normalised over the domain, so a constant state gives that constant; weights below 1e-12 of the
-        largest of their row are left out.
+    U, names, component
+        As for `point_sensors`; the state, or the component, is scalar.
 
     Raises
     ------
@@ -61,8 +56,7 @@ def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names:
         As for `point_sensors`, and if the state is not scalar, a radius is not positive, or a footprint is too small
         for the mesh or outside of it.
     """
-    W, embed = component_space(U, component)
-    _check_scalar(W)
+    W, embed = _scalar_space(U, component)
     mesh = W.mesh()
     centres = checked_points(mesh, centres, "centres")
     radii = on_root(mesh.comm, lambda: check_array(radii, "radii", (), (len(centres),)))
@@ -97,31 +91,23 @@ def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names:
 def line_averages(U: WithGeometry, starts: ArrayLike, ends: ArrayLike, points: int = 8,
                   names: Sequence[str] | None = None, *, component: int | None = None,
                   tolerance: float = 1e-6) -> Observation:
-    """Sensors that average the state along straight segments, as a beam of light does.
+    """Sensors that average the state along straight segments, as a beam of light does; `points` are the midpoints.
 
     Parameters
     ----------
-    U : firedrake.functionspaceimpl.WithGeometry
-        The state space; the state, or the component, is scalar.
     starts, ends : array_like
         Ends of the segments, shape (k, gdim) each; those of rank 0 count.
     points : int
         Gauss points of a segment; more than the cells it crosses times the degree of the state are of little use.
-    names, component, tolerance
-        As for `point_sensors`.
-
-    Returns
-    -------
-    Observation
-        One row for each segment; its `points` are the midpoints.
+    U, names, component, tolerance
+        As for `point_sensors`; the state, or the component, is scalar.
 
     Raises
     ------
     InputError
         As for `point_sensors`, and if the state is not scalar or a segment leaves the mesh.
     """
-    W, embed = component_space(U, component)
-    _check_scalar(W)
+    W, embed = _scalar_space(U, component)
     mesh, count = W.mesh(), check_count(points, "points")
     tolerance = check_number(tolerance, "tolerance", above=0)
     starts, ends = checked_points(mesh, starts, "starts"), checked_points(mesh, ends, "ends")
@@ -144,29 +130,11 @@ def line_averages(U: WithGeometry, starts: ArrayLike, ends: ArrayLike, points: i
 
 @no_annotations
 def random_points(mesh: MeshGeometry, n: int, seed: int, *, tolerance: float = 1e-6) -> np.ndarray:
-    """Points spread evenly over the volume of a mesh, for sensors at random places.
+    """Points (n, gdim) spread evenly over the volume of a mesh, for sensors at random places.
 
-    Parameters
-    ----------
-    mesh : firedrake.mesh.MeshGeometry
-        Of any cells, with holes and re-entrant corners if it has them, extruded too; its topological dimension is
-        its geometric one.
-    n : int
-        Number of points.
-    seed : int
-        Non-negative; the same points on any number of ranks, and the first ones do not depend on n.
-    tolerance : float
-        As for `point_sensors`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Shape (n, gdim).
-
-    Raises
-    ------
-    InputError
-        If a number is out of range, or the mesh is a surface or a curve in space.
+    The mesh may have any cells, holes and re-entrant corners, and be extruded. The points are the same on any number of
+    ranks, and the first ones do not depend on n; `tolerance` is as for `point_sensors`. InputError if a number is out
+    of range, or the mesh is a surface or a curve in space.
     """
     n, rng = check_count(n), np.random.default_rng(check_seed(seed))
     tolerance = check_number(tolerance, "tolerance", above=0)
@@ -196,11 +164,13 @@ def _direct_average(u: Function, centre: np.ndarray, radius: float, degree: int)
     return assemble(weight * u * over) / assemble(weight * over)
 
 
-def _check_scalar(W: WithGeometry) -> None:
-    """Refuse a vector."""
+def _scalar_space(U: WithGeometry, component: int | None) -> tuple[WithGeometry, Callable[[csr_matrix], csr_matrix]]:
+    """As `component_space`; a vector is refused."""
+    W, embed = component_space(U, component)
     if W.value_shape:
         raise InputError(f"the state has value shape {W.value_shape}: averages are of scalars; use functionals for "
                          "an entry of a vector.")
+    return W, embed
 
 
 def _footprints(places: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
@@ -211,10 +181,7 @@ def _footprints(places: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> n
 
 def _quadrature(W: WithGeometry, degree: int) -> tuple[PETSc.Mat, np.ndarray, np.ndarray]:
     """Quadrature points of this rank's cells: matrix of the values there, weights (n,) and coordinates (gdim, n)."""
-    mesh = W.mesh()
-    element = finat.ufl.FiniteElement("Quadrature", mesh.ufl_cell(), degree=degree, quad_scheme="default")
-    Q = FunctionSpace(mesh, element)
+    Q = FunctionSpace(W.mesh(), FiniteElement("Quadrature", W.mesh().ufl_cell(), degree=degree, quad_scheme="default"))
     at_points = assemble(interpolate(TrialFunction(W), Q), mat_type="aij").petscmat
-    weights = coefficients(assemble(TestFunction(Q) * dx(degree=degree)))
-    places = coefficients([assemble(interpolate(x, Q)) for x in SpatialCoordinate(mesh)])
-    return at_points, weights, places
+    places = coefficients([assemble(interpolate(x, Q)) for x in SpatialCoordinate(W.mesh())])
+    return at_points, coefficients(assemble(TestFunction(Q) * dx(degree=degree))), places

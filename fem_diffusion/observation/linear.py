@@ -34,20 +34,14 @@ _FUNCTIONAL = "a callable that maps the state to an integral linear in it, such 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """Linear observation operator ``B`` with k rows.
+    """Linear observation operator ``B`` of states in U, with k named rows; ``observation[rows]`` has some of them.
 
     Attributes
     ----------
-    U : firedrake.functionspaceimpl.WithGeometry
-        The state space.
     rows : scipy.sparse.csr_matrix
         This rank's columns of all k rows, shape (k, n_owned).
-    names : tuple of str
-        One name for each row.
     points : numpy.ndarray
         Shape (k, gdim): where a row is a point sensor (or the centre of its footprint), NaN where it is neither.
-
-    ``observation[rows]`` is the observation of some of the rows.
     """
 
     U: WithGeometry
@@ -67,18 +61,7 @@ class Observation:
         return self._readings(coefficients(u)[None])[0]
 
     def apply(self, values: np.ndarray) -> np.ndarray:
-        """Readings of many states, shape (n, k).
-
-        Parameters
-        ----------
-        values : numpy.ndarray
-            Coefficients in ``U``, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If the coefficients have another shape, or are not real and finite.
-        """
+        """Readings (n, k) of states with coefficients (n, n_owned); InputError unless these are real and finite."""
         return self._readings(check_rows(values, self.U, "values"))
 
     def _readings(self, values: np.ndarray) -> np.ndarray:
@@ -100,10 +83,7 @@ class Observation:
     def __getitem__(self, rows: int | slice | Sequence[int] | np.ndarray) -> "Observation":
         """Observation of some of the rows, for example without a failed sensor; InputError if none is left.
 
-        Parameters
-        ----------
-        rows : int, slice, sequence of int, or boolean mask of shape (k,)
-            Which rows, in the order of the result.
+        They are given in the order of the result, or by a boolean mask of shape (k,).
         """
         try:
             rows = rows if isinstance(rows, slice) or len(np.atleast_1d(rows)) else slice(0)
@@ -121,9 +101,8 @@ class Observation:
             return NotImplemented
         if other.U != self.U:
             raise InputError(f"cannot stack observations of {self.U} and {other.U}: build both on one space.")
-        rows = vstack([self.rows, other.rows], format="csr")
-        points = np.concatenate([self.points, other.points])
-        return Observation(self.U, rows, self.names + other.names, points)
+        return Observation(self.U, vstack([self.rows, other.rows], format="csr"), self.names + other.names,
+                           np.concatenate([self.points, other.points]))
 
     def __radd__(self, other: int) -> "Observation":
         """``sum(observations)`` starts from 0."""
@@ -175,27 +154,22 @@ def labels(points: np.ndarray) -> list[str]:
 @no_annotations
 def point_sensors(U: WithGeometry, points: ArrayLike, names: Sequence[str] | None = None, *,
                   component: int | None = None, tolerance: float = 1e-6) -> Observation:
-    """Sensors that read the state, or one component of a mixed state, at points.
+    """Sensors that read the state, or one component of a mixed state, at points, in their order.
 
     Parameters
     ----------
     U : firedrake.functionspaceimpl.WithGeometry
         The state space.
     points : array_like
-        Shape (k, gdim); those of rank 0 count.  If the state (or the component) is vector-valued, every
-        point gives one row for each of its entries, entries running fastest: ``point_sensors(U, points)[0::2]``
-        keeps the first entry of a vector of two.  Of symmetric tensors, equal entries are read once.
+        Shape (k, gdim); those of rank 0 count.  If the state (or the component) is vector-valued, every point gives one
+        row for each of its entries, entries running fastest: ``point_sensors(U, points)[0::2]`` keeps the first entry
+        of a vector of two.  Of symmetric tensors, equal entries are read once.
     names : sequence of str | None
         One name for each row; default the coordinates.
     component : int | None
         Index of the component of a mixed U that the sensors read, e.g. 0 for the velocity in Stokes.
     tolerance : float
         How far outside the mesh a sensor may be, as a fraction of the size of a cell.
-
-    Returns
-    -------
-    Observation
-        Its rows in the order of the points.
 
     Raises
     ------
@@ -213,10 +187,9 @@ def point_sensors(U: WithGeometry, points: ArrayLike, names: Sequence[str] | Non
         raise InputError(f"{len(lost)} of {len(points)} sensors are outside the mesh (sensor {first}): "
                          "move them inside, or give a larger tolerance.")
     entries = [np.unravel_index(c, W.value_shape) for c in independent_entries(W)[0]]
-    tags, size = ["[" + ", ".join(map(str, entry)) + "]" if entry else "" for entry in entries], len(entries)
-    default = [label + tag for label in labels(points) for tag in tags]
-    names = checked_names(names, default, size * len(points))
-    return Observation(U, embed(sensor_rows(W, vom, index, len(points))), names, np.repeat(points, size, axis=0))
+    tags = ["[" + ", ".join(map(str, entry)) + "]" if entry else "" for entry in entries]
+    names = checked_names(names, [x + tag for x in labels(points) for tag in tags], len(tags) * len(points))
+    return Observation(U, embed(sensor_rows(W, vom, index, len(points))), names, np.repeat(points, len(tags), axis=0))
 
 
 @no_annotations
@@ -225,11 +198,9 @@ def functionals(U: WithGeometry, forms: Sequence[Callable], names: Sequence[str]
 
     Parameters
     ----------
-    U : firedrake.functionspaceimpl.WithGeometry
-        The state space; it may be mixed (``split`` the argument).
     forms : sequence of callable
         Each maps the state to a UFL 0-form linear in it, e.g. ``lambda u: u * ds(2)``, an average
-        ``lambda u: u / area * ds(2)`` or a flux ``lambda u: -kappa * dot(grad(u), n) * ds(3)``.
+        ``lambda u: u / area * ds(2)`` or a flux ``lambda u: -kappa * dot(grad(u), n) * ds(3)``; ``split`` a mixed one.
     names : sequence of str | None
         One name for each form; default ``functional 0`` and so on.
 

@@ -49,10 +49,9 @@ def point_rows(U: WithGeometry, vom: MeshGeometry, index: np.ndarray, k: int) ->
     """This rank's columns of the rows that read U at k points of a vertex-only mesh, entries running fastest."""
     matrix = assemble(interpolate(TrialFunction(U), _space(vom, 0, U.value_shape)), mat_type="aij").petscmat
     indptr, columns, values = matrix.getValuesCSR()
-    size = U.value_size
-    component_rows = (index[:, None] * size + np.arange(size)).ravel()
+    component_rows = (index[:, None] * U.value_size + np.arange(U.value_size)).ravel()
     # A point's cell can use coefficients of another rank: every rank sees all entries, keeps its columns.
-    return _owned_columns(matrix, (np.repeat(component_rows, np.diff(indptr)), columns, values), k * size)
+    return _owned_columns(matrix, (np.repeat(component_rows, np.diff(indptr)), columns, values), k * U.value_size)
 
 
 def sensor_rows(U: WithGeometry, vom: MeshGeometry, index: np.ndarray, k: int) -> csr_matrix:
@@ -78,15 +77,14 @@ def sensor_rows(U: WithGeometry, vom: MeshGeometry, index: np.ndarray, k: int) -
             break
         away = np.sqrt(assemble(inner(state - copy, state - copy) * dx) / assemble(inner(state, state) * dx))
         if away <= 1e-9:
-            break
-    if error > 1e-9 * size:
-        if away <= 1e-9:
             matrix = assemble(interpolate(TrialFunction(U), D), mat_type="aij").petscmat
             indptr, columns, values = matrix.getValuesCSR()
-            sizes = matrix.getSizes()
-            product = (copy_rows @ csr_matrix((values, columns, indptr), shape=(sizes[0][0], sizes[1][1]))).tocoo()
+            shape = owned_size(D), matrix.getSize()[1]
+            product = (copy_rows @ csr_matrix((values, columns, indptr), shape=shape)).tocoo()
             rows = _owned_columns(matrix, (product.row, product.col, product.data), rows.shape[0])
-        elif error > 10 * away * size or (away > 0.1 and element.mapping() != "identity"):
+            break
+    else:
+        if error > 10 * away * size or (away > 0.1 and element.mapping() != "identity"):
             raise InputError(f"Firedrake reads {element} at points of this mesh wrongly: interpolate the state "
                              f"into VectorFunctionSpace(mesh, \"DG\", {degree}) in the solver and observe that.")
     return rows[(np.arange(k)[:, None] * U.value_size + independent_entries(U)[0]).ravel()]

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from firedrake import DirichletBC, Function
 from firedrake.functionspaceimpl import WithGeometry
+from scipy.linalg import block_diag
 
 from fem_diffusion.checks import check_all, check_count, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_rows, check_space
-from fem_diffusion.fields.coefficients import by_component, coefficients, field, largest, owned_size
+from fem_diffusion.fields.coefficients import by_component, coefficients, field, largest
 from fem_diffusion.fields.modes import free_dofs, leading_modes, mass_action, sample_covariance, without_conditions
 from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
@@ -77,10 +78,8 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
 
     Parameters
     ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the fields.
     samples : sequence of Functions, or numpy.ndarray of shape (n, n_owned)
-        Samples of the prior, before any transform; `total_variance` of the basis is theirs.
+        Fields in V of the prior, before any transform; `total_variance` of the basis is theirs.
     r : int or sequence of int
         Number of modes; with one for each component of a mixed V, each is expanded by itself, in its own units.
     bcs : sequence of DirichletBC
@@ -99,7 +98,8 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
         raise InputError("The fields of prior are not in V: give the prior of the samples.")
     if not isinstance(samples, np.ndarray):
         samples = coefficients(list(check_all(samples, "samples", Function)))
-    counts = _counts(r, len(V)) if isinstance(r, Sequence) else [check_count(r, "r")]
+    whole = not isinstance(r, Sequence)
+    counts = [check_count(r, "r")] if whole else _counts(r, len(V))
     bcs = check_all((bcs,) if isinstance(bcs, DirichletBC) else bcs, "bcs", DirichletBC, "DirichletBC objects")
     samples = check_rows(samples, V, "samples")
     if len(samples) <= max(counts):
@@ -107,27 +107,20 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     mean = field(V, samples.mean(axis=0), name="mean")
     for bc in bcs:
         bc.apply(mean)
-    centred = samples - coefficients(mean)
-    outside = centred - without_conditions(V, bcs, centred)
-    centred = centred - outside
+    deviations = samples - coefficients(mean)
+    centred = without_conditions(V, bcs, deviations)
     # Each component in its own units.
-    for wrong, right in zip(by_component(V, outside), by_component(V, centred)):
+    for wrong, right in zip(by_component(V, deviations - centred), by_component(V, centred)):
         violation = largest(V.comm, wrong)
         if violation > 1e-8 * max(largest(V.comm, right), 1e-300):
             raise InputError(f"The samples violate the boundary conditions by {violation:.2g}: pass the bcs they "
                              "satisfy.")
-    if not isinstance(r, Sequence):
-        return ModalBasis(V, mean, *_sample_modes(V, bcs, centred, counts[0]), prior)
-    # The samples satisfy the conditions, and so do the modes, their combinations.
-    parts = [_sample_modes(W, (), part, count) for W, part, count in zip(V, by_component(V, centred), counts)]
-    return _joined(V, mean, parts, prior, standard=False)
-
-
-def _sample_modes(V: WithGeometry, bcs: Sequence[DirichletBC], centred: np.ndarray,
-                  r: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Modes, their variances and the total variance of centred samples (n, n_owned)."""
-    covariance, total = sample_covariance(V, centred)
-    return *leading_modes(covariance, V, bcs, r), total
+    # The samples satisfy the conditions, and so do the modes of components, their combinations.
+    parts: list[tuple[np.ndarray, np.ndarray, float]] = []
+    for W, part, count in [(V, centred, counts[0])] if whole else zip(V, by_component(V, centred), counts):
+        covariance, total = sample_covariance(W, part)
+        parts.append((*leading_modes(covariance, W, bcs if whole else (), count), total))
+    return ModalBasis(V, mean, *parts[0], prior) if whole else _joined(V, mean, parts, prior, standard=False)
 
 
 def _counts(r: int | Sequence[int], components: int) -> list[int]:
@@ -140,11 +133,8 @@ def _counts(r: int | Sequence[int], components: int) -> list[int]:
 def _joined(V: WithGeometry, mean: Function, parts: list, prior: Prior | None, standard: bool) -> ModalBasis:
     """Basis of a mixed space from modes, variances and total variance of its components, in shares of variance."""
     totals = np.array([total for _, _, total in parts])
-    blocks = []
-    for i, (modes, _, total) in enumerate(parts):
-        zeros = [np.zeros((len(modes), owned_size(W))) for W in V]
-        blocks.append(np.hstack([*zeros[:i], modes * np.sqrt(total), *zeros[i + 1:]]))
+    modes = block_diag(*(modes * np.sqrt(total) for modes, _, total in parts))
     variances = np.concatenate([variances / total for _, variances, total in parts])
     order = np.argsort(-variances, kind="stable")
-    return ModalBasis(V, mean, np.vstack(blocks)[order], variances[order], float(len(parts)), prior, standard,
+    return ModalBasis(V, mean, modes[order], variances[order], float(len(parts)), prior, standard,
                       tuple((1 / totals).tolist()))

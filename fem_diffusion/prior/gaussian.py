@@ -9,11 +9,11 @@ unbounded domain of dimension d, the Matérn correlation of smoothness ``ν = m 
     draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹
     covariance  C = D R M Rᵀ D,   D = diag(std / sqrt(diag(R₀ M R₀ᵀ)))
 
-``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet
-condition, so near Dirichlet parts the variance of ``C`` goes to zero as it should.  The Robin term
-``(L/1.42) u v ds`` (Daon and Stadler 2018) keeps the correlation near a boundary close to the one inside.
-The operator and its factorisation are Firedrake's; added here are many right-hand sides at once, white noise
-that does not depend on the numbering of a distributed mesh, and the pointwise variance.
+``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet condition, so
+near Dirichlet parts the variance of ``C`` goes to zero as it should.  The Robin term ``(L/1.42) u v ds`` (Daon and
+Stadler 2018) keeps the correlation near a boundary close to the one inside.  The operator and its factorisation are
+Firedrake's; added here are many right-hand sides at once, white noise that does not depend on the numbering of a
+distributed mesh, and the pointwise variance.
 """
 
 from collections.abc import Sequence
@@ -32,15 +32,14 @@ from ufl.domain import extract_domains
 
 from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, require_real
+from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, largest, require_real
 from fem_diffusion.fields.checks import (
     check_finite, check_reproduced, check_rows, check_solver, check_space, exterior_measures, interpolated,
-    matern_space, root_space,
+    matern_space,
 )
 from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.prior.matern import (
-    MaternOperator, NumberOperator, exact_variance, matern_operator, operator_order, pointwise_variance,
-    variance_is_exact,
+    MaternOperator, NumberOperator, matern_operator, operator_order, pointwise_variance, variance_is_exact,
 )
 from fem_diffusion.prior.protocol import GaussianCore
 
@@ -57,20 +56,18 @@ class GaussianPrior(GaussianCore):
         included, on any mesh of dimension 1 to 3, a codimension-one ``Submesh`` included.  Where it is constant along
         an extrusion (``vfamily="R"``), the prior is that of the base mesh.  On a space of family ``"R"``, scalar or
         vector, the unknowns are independent numbers.
-    std : float | ufl.core.expr.Expr
-        Pointwise standard deviation, in the units of the field; it may vary in space.
+    std, mean : float | ufl.core.expr.Expr
+        Pointwise standard deviation, in the units of the field, and mean away from Dirichlet parts; they may vary.
     correlation_length : float
         Matérn length ℓ, in the units of the mesh: see `matern_correlation`; left out for numbers.
-    mean : float | ufl.core.expr.Expr
-        Mean away from Dirichlet parts.
     bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC | None
         Conditions that every sample satisfies exactly, the mean by a Helmholtz lift that decays over ℓ.
     smoothness : float | None
         Matérn smoothness ν = m - d/2 with m even: 1.5, 3.5, ... in one dimension, 1, 3 in two, 0.5, 2.5 in
         three.  Default: the smallest that is at least one.
     normalise : bool
-        Whether to make the pointwise standard deviation ``std`` (default), or to leave it as the operator
-        gives it: that saves the solves of the correction, and is right only inside, on a fine mesh.
+        Whether to make the pointwise standard deviation ``std``, or to leave it as the operator gives it: that saves
+        the solves of the correction, and is right only inside, on a fine mesh.
     solver_parameters : "direct" | "iterative" | dict
         PETSc options for the operator.
 
@@ -95,13 +92,15 @@ class GaussianPrior(GaussianCore):
         self.bcs = check_all(bcs, "bcs", DirichletBC, "DirichletBC objects")
         self._space = V if len(V) == 1 and is_real(V) else matern_space(V)
         for bc in self.bcs:
-            if root_space(bc.function_space()) != V:
+            space = bc.function_space()
+            while space.parent is not None:
+                space = space.parent
+            if space != V:
                 raise InputError(f"bcs holds {bc!r}: give DirichletBC objects on the prior's space or on "
                                  "components of it.")
         self._std = self._given(std, "std")
         # Collective, which __repr__ must not be.
-        self._range = (V.comm.allreduce(self._std.min(initial=np.inf), MPI.MIN),
-                       V.comm.allreduce(self._std.max(initial=0.0), MPI.MAX))
+        self._range = V.comm.allreduce(self._std.min(initial=np.inf), MPI.MIN), largest(V.comm, self._std)
         if not self._range[0] >= 0:
             raise InputError("std is negative somewhere on the mesh: give a non-negative standard deviation.")
         values = self._given(mean, "mean")
@@ -200,12 +199,10 @@ class GaussianPrior(GaussianCore):
         scale = (self._std.reshape(-1, len(counts)) * counts).ravel()  # components are interleaved
         if not self._normalise:
             return scale
-        scalar = self._space
+        scalar, op = self._space, None if self.bcs or self.V.value_shape else self._matern
         if scalar.value_shape:
             scalar = FunctionSpace(scalar.mesh(), scalar.ufl_element().sub_elements[0])
-        op = self._matern
-        if self.bcs or self.V.value_shape:
-            op = matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
+        op = op or matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
         return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
 
     @property
@@ -215,10 +212,7 @@ class GaussianPrior(GaussianCore):
 
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
-        """As `Prior.sample_many`, a block of right-hand sides at a time.
-
-        The same up to rounding on any number of ranks; the first samples do not depend on n.
-        """
+        """As `Prior.sample_many`: up to rounding on any number of ranks; the first samples do not depend on n."""
         n, op = check_count(n), self._operator
         rng = np.random.default_rng(check_seed(seed))
         samples, block = np.empty((n, self._std.size)), op.block()
@@ -233,8 +227,7 @@ class GaussianPrior(GaussianCore):
         x, op = check_rows(x, self.V, "x"), self._operator
         block, y = op.block(), np.empty(x.shape)
         for start in range(0, len(x), block):
-            rows = slice(start, start + block)
-            y[rows] = self._scale * op.action(self._scale * x[rows])
+            y[start:start + block] = self._scale * op.action(self._scale * x[start:start + block])
         return y
 
     def covariance_matrix(self) -> np.ndarray:
@@ -256,7 +249,7 @@ class GaussianPrior(GaussianCore):
         if is_real(self.V) or self._normalise and not self.bcs and not exact:
             return field(self.V, self._std)
         if exact not in self._variances:
-            self._variances[exact] = (exact_variance if exact else pointwise_variance)(self._matern)
+            self._variances[exact] = pointwise_variance(self._matern, exact)
         return field(self.V, self._scale * np.sqrt(self._variances[exact]))
 
     def __repr__(self) -> str:

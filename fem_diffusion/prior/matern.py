@@ -19,10 +19,11 @@ from scipy.special import gamma, kv
 from fem_diffusion.checks import check_array, check_number
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import exterior_measures
-from fem_diffusion.fields.coefficients import coefficients, largest, multiply, owned_size, solve
+from fem_diffusion.fields.coefficients import largest, multiply, owned_size, solve
+from fem_diffusion.fields.modes import without_conditions
 
 __all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
-           "pointwise_variance"]
+           "pointwise_variance", "variance_is_exact"]
 
 _ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficient
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
@@ -58,28 +59,14 @@ def operator_order(smoothness: float | None, d: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class MaternOperator:
-    """A Firedrake covariance operator, opened for blocks of vectors.
-
-    Attributes
-    ----------
-    covariance : firedrake.adjoint.AutoregressiveCovariance
-        The operator whose factorised solver is used.
-    mass, noise : PETSc.Mat
-        Mass matrix ``M`` (n, n), and ``S`` (n, n_broken) with ``S z ~ N(0, M)`` for ``z ~ N(0, I)``.
-    places : numpy.ndarray
-        Place of each owned cell in an order that no partition changes, shape (n_cells,).
-    free : numpy.ndarray
-        One at free coefficients, zero at those a Dirichlet condition fixes, shape (n_owned,).
-    weight : float
-        Scale that makes the variance one on an unbounded domain.
-    """
+    """A Firedrake covariance operator, opened for blocks of vectors."""
 
     covariance: AutoregressiveCovariance
-    mass: PETSc.Mat
-    noise: PETSc.Mat
-    places: np.ndarray
-    free: np.ndarray
-    weight: float
+    mass: PETSc.Mat         # M (n, n)
+    noise: PETSc.Mat        # S (n, n_broken) with S z ~ N(0, M) for z ~ N(0, I)
+    places: np.ndarray      # of each owned cell, in an order that no partition changes, shape (n_cells,)
+    free: np.ndarray        # one at free coefficients, zero at those a Dirichlet condition fixes, shape (n_owned,)
+    weight: float           # makes the variance one on an unbounded domain
 
     @property
     def comm(self) -> MPI.Comm:
@@ -91,19 +78,15 @@ class MaternOperator:
         return solve(self.covariance.solver.snes.ksp, x * self.free) * self.free
 
     def root(self, x: np.ndarray) -> np.ndarray:
-        """``R`` applied to every row of the dual coefficients x (k, n_owned)."""
-        return self.weight * self._solves(x, self.covariance.iterations // 2)
+        """``R = (K⁻¹ M)^(m/2-1) K⁻¹`` applied to every row of the dual coefficients x (k, n_owned)."""
+        y = self.weight * self.solve(x)
+        for _ in range(self.covariance.iterations // 2 - 1):
+            y = self.solve(multiply(self.mass, y))
+        return y
 
     def action(self, x: np.ndarray) -> np.ndarray:
         """``R M Rᵀ`` applied to every row of the dual coefficients x (k, n_owned)."""
-        return self.weight**2 * self._solves(x, self.covariance.iterations)
-
-    def _solves(self, x: np.ndarray, count: int) -> np.ndarray:
-        """``(K⁻¹ M)^(count - 1) K⁻¹`` applied to every row of x (k, n_owned)."""
-        y = self.solve(x)
-        for _ in range(count - 1):
-            y = self.solve(multiply(self.mass, y))
-        return y
+        return self.root(multiply(self.mass, self.root(x)))
 
     def white_noise(self, rng: np.random.Generator, k: int) -> np.ndarray:
         """k draws of ``b ~ N(0, M)``, dual coefficients of shape (k, n_owned).
@@ -146,8 +129,8 @@ def _white_noise_matrix(V: WithGeometry) -> tuple[PETSc.Mat, np.ndarray]:
     """White noise on V from independent numbers that belong to cells: `noise` and `places` of `MaternOperator`.
 
     Cholesky factors of the cells' mass matrices, gathered from the broken space into V, as Firedrake's
-    ``WhiteNoiseGenerator`` does it (Croci et al. 2018).  Firedrake's numbering of a distributed mesh changes
-    from run to run, so here cells, and the nodes of a cell, are ordered by their place instead.
+    ``WhiteNoiseGenerator`` does it (Croci et al. 2018).  Firedrake's numbering of a distributed mesh changes from run
+    to run, so here cells, and the nodes of a cell, are ordered by their place instead.
     """
     Vb, mesh = V.broken_space(), V.mesh()
     scalar = V.ufl_element().sub_elements[0] if V.value_shape else V.ufl_element()
@@ -166,8 +149,7 @@ def _white_noise_matrix(V: WithGeometry) -> tuple[PETSc.Mat, np.ndarray]:
     lowest = x.min(axis=1, keepdims=True)
     extent = np.maximum(np.ptp(x, axis=1, keepdims=True), 1e-11 * largest(V.comm, x))
     keys = np.rint((x - lowest) / extent * 1e3)
-    order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int)
-    order = order.reshape(-1, nodes)  # also where a rank has no cell
+    order = np.array([np.lexsort(cell.T) for cell in keys], dtype=int).reshape(-1, nodes)  # a rank may have no cell
     order = (order[:, :, None] * V.block_size + np.arange(V.block_size)).reshape(-1, size)
     each = np.arange(len(order))[:, None, None]
     factor = np.empty_like(cells.data)
@@ -178,9 +160,7 @@ def _white_noise_matrix(V: WithGeometry) -> tuple[PETSc.Mat, np.ndarray]:
     block_diagonal = PETSc.Mat().createAIJ(mass.getSizes(), csr=(*pattern, factor.data), comm=mass.comm)
 
     centres = np.concatenate(V.comm.allgather(x.mean(axis=1)))
-    sort = np.lexsort([_levels(c) for c in centres.T])
-    place = np.empty(len(sort), dtype=int)
-    place[sort] = np.arange(len(sort))
+    place = np.argsort(np.lexsort([_levels(c) for c in centres.T]))
     noise = gather.transposeMatMult(block_diagonal)
     block_diagonal.destroy()
     return noise, place[offset // size:offset // size + len(x)]
@@ -189,9 +169,8 @@ def _white_noise_matrix(V: WithGeometry) -> tuple[PETSc.Mat, np.ndarray]:
 def _levels(x: np.ndarray) -> np.ndarray:
     """Integers in the order of numbers (n,), the same for those that differ by rounding errors, as of cells in line."""
     order = np.argsort(x)
-    steps = np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0)
     levels = np.zeros(len(x), dtype=int)
-    levels[order[1:]] = np.cumsum(steps)
+    levels[order[1:]] = np.cumsum(np.diff(x[order]) > 1e-13 * np.abs(x).max(initial=0.0))
     return levels
 
 
@@ -204,28 +183,26 @@ def matern_operator(V: WithGeometry, L: float, m: int, bcs: Sequence[DirichletBC
     K += sum(Constant(_ROBIN * L) * inner(u, v) * ds for ds in exterior_measures(mesh).values())
     d = mesh.topological_dimension
     weight = np.sqrt(gamma(m) * (4 * np.pi)**(d / 2) * L**d / gamma(m - d / 2))
-    covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight),
-                                          bcs=homogenize(list(bcs)), solver_parameters=solver_parameters)
+    covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight), bcs=homogenize(list(bcs)),
+                                          solver_parameters=solver_parameters)
     covariance.solver.solve()  # assembles and factorises
-    free = Function(V).assign(1)
-    for bc in bcs:
-        bc.zero(free)
     mass = assemble(inner(u, v) * dx, mat_type="aij").petscmat
-    return MaternOperator(covariance, mass, *_white_noise_matrix(V), coefficients(free), float(weight))
-
-
-def pointwise_variance(op: MaternOperator) -> np.ndarray:
-    """Diagonal of ``R M Rᵀ``, shape (n_owned,): exact, or estimated for large spaces."""
-    return exact_variance(op) if variance_is_exact(op) else _estimated_variance(op)
+    free = without_conditions(V, bcs, np.ones((1, owned_size(V))))[0]
+    return MaternOperator(covariance, mass, *_white_noise_matrix(V), free, float(weight))
 
 
 def variance_is_exact(op: MaternOperator) -> bool:
-    """Whether the space is small enough for `pointwise_variance` to be exact."""
+    """Whether the space is small enough for `pointwise_variance` to be exact in any case."""
     return op.mass.getSizes()[0][1] <= _EXACT_LIMIT
 
 
-def exact_variance(op: MaternOperator) -> np.ndarray:
-    """Diagonal of ``R M Rᵀ`` from one solve per unknown: ``diag_i = |Rᵀ e_i|²_M``."""
+def pointwise_variance(op: MaternOperator, exact: bool = False) -> np.ndarray:
+    """Diagonal of ``R M Rᵀ``, shape (n_owned,), from one solve per unknown, ``diag_i = |Rᵀ e_i|²_M``.
+
+    Of large spaces it is estimated, unless asked to be `exact`.
+    """
+    if not (exact or variance_is_exact(op)):
+        return _estimated_variance(op)
     total, (first, last) = op.mass.getSizes()[0][1], op.mass.getOwnershipRange()
     result, block = np.zeros(last - first), op.block()
     for start in range(0, total, block):
@@ -242,12 +219,11 @@ def exact_variance(op: MaternOperator) -> np.ndarray:
 def _estimated_variance(op: MaternOperator, rank: int = 256, most: int = 4096) -> np.ndarray:
     """Diagonal of ``C = R M Rᵀ``: exact for a low-rank part, plus the spread of draws given that part.
 
-    With a random ``Ω`` of ``rank`` columns, a draw x splits into its regression on ``Ωᵀ x``, whose
-    variance ``diag(C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C)`` is known, and an independent remainder.  Only the remainder is
-    estimated by Monte Carlo: the error is the usual one times the remainder's share of the variance.
+    With a random ``Ω`` of ``rank`` columns, a draw x splits into its regression on ``Ωᵀ x``, whose variance
+    ``diag(C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C)`` is known, and an independent remainder.  Only the remainder is estimated by Monte
+    Carlo: the error is the usual one times the remainder's share of the variance.
     """
-    rng = np.random.default_rng(0)
-    block = op.block()
+    rng, block = np.random.default_rng(0), op.block()
     omega = np.concatenate([op.white_noise(rng, block) for _ in range(-(-rank // block))])
     image = np.concatenate([op.action(omega[i:i + block]) for i in range(0, len(omega), block)])
     values, vectors = np.linalg.eigh(op.comm.allreduce(image @ omega.T))

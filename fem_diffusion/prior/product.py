@@ -25,22 +25,8 @@ class ProductPrior(Prior):
     `karhunen_loeve` expands each component by itself, in its own units; so does `pod` where it is given a number of
     modes for each. A `TransformedPrior` may be a component, or may map a whole product into another space.
 
-    Parameters
-    ----------
-    priors : sequence of Prior
-        At least two, on spaces that are not mixed.
-
-    Attributes
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Mixed space of the priors' spaces, in their order.
-    priors : tuple of Prior
-        The components.
-
-    Raises
-    ------
-    InputError
-        If there are less than two priors, one of them is a product or none at all, or they are on other communicators.
+    InputError if there are less than two `priors`, one of them is a product or none at all, or they are on other
+    communicators. `V` is the mixed space of their spaces, in their order.
     """
 
     def __init__(self, priors: Sequence[Prior]) -> None:
@@ -118,7 +104,7 @@ class ProductPrior(Prior):
         return tuple(prior for prior in self.priors if isinstance(prior, GaussianCore))
 
     def __repr__(self) -> str:
-        return f"ProductPrior([{', '.join(map(repr, self.priors))}])"
+        return f"ProductPrior({list(self.priors)!r})"
 
 
 def is_gaussian(prior: Prior) -> bool:

@@ -15,45 +15,24 @@ __all__ = ["GaussianCore", "Prior", "check_prior"]
 
 @runtime_checkable
 class Prior(Protocol):
-    """Distribution of a parameter, a random Function.
+    """Distribution of a parameter, a random Function in the space `V`.
 
     A class of your own inherits from it, sets `V` and writes `sample_many`: the rest follows, without a transform. For
     a function from seed to Function there is `CallablePrior`.
-
-    Attributes
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the parameter.
-    core : Prior
-        Prior of the field before any transform; the prior itself where there is none.
     """
 
     V: WithGeometry
 
     @property
     def core(self) -> "Prior":
-        """Prior of the field before any transform."""
+        """Prior of the field before any transform; the prior itself where there is none."""
         return self
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
-        """Draw n samples.
+        """Draw n samples: coefficients in ``V``, shape (n, n_owned).
 
-        Parameters
-        ----------
-        n : int
-            Number of samples.
-        seed : int
-            Non-negative; the same seed gives the same samples, on any number of ranks.
-
-        Returns
-        -------
-        numpy.ndarray
-            Coefficients in ``V``, shape (n, n_owned).
-
-        Raises
-        ------
-        InputError
-            If n is no positive or seed no non-negative integer.
+        The same seed gives the same samples, on any number of ranks. InputError if n is no positive or seed no
+        non-negative integer.
         """
         ...
 
@@ -69,19 +48,17 @@ class Prior(Protocol):
         return check_rows(values, self.core.V, "values")
 
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Derivative of the transform at a field, transposed, times rows: the chain rule for gradients.
+        """Derivative of the transform at one field, transposed, times rows: the chain rule for gradients.
+
+        It serves any transform, whatever the two spaces, and assembles a matrix for each field; where the transform is
+        pointwise and there are many fields, `slope_many` is cheaper.
 
         Parameters
         ----------
         rows : numpy.ndarray
-            Dual coefficients in ``V``, shape (k, n_owned of V).
+            Dual coefficients in ``V``, shape (k, n_owned of V); the result is in ``core.V``, (k, n_owned of core.V).
         at : numpy.ndarray
             Coefficients of the field, shape (n_owned of core.V,).
-
-        Returns
-        -------
-        numpy.ndarray
-            Dual coefficients in ``core.V``, shape (k, n_owned of core.V).
 
         Raises
         ------
@@ -93,22 +70,15 @@ class Prior(Protocol):
     def slope_many(self, values: np.ndarray) -> np.ndarray:
         """Derivative of a pointwise transform between fields of one space, of each coefficient: shape (n, n_owned).
 
-        `values` are as for `transform_many`; InputError if the transform is not pointwise, where `pull_back` serves.
+        It is the diagonal that `pull_back` multiplies by, at many fields for one interpolation each. `values` are as
+        for `transform_many`; InputError if the transform is not pointwise, where `pull_back` serves.
         """
         return np.ones_like(check_rows(values, self.core.V, "values"))
 
 
 @runtime_checkable
 class GaussianCore(Prior, Protocol):
-    """A Gaussian prior, of which Karhunen-Loeve modes and exact posteriors can be made.
-
-    Attributes
-    ----------
-    mean : firedrake.Function
-        In ``V``.
-    bcs : tuple of firedrake.DirichletBC
-        Conditions that every sample satisfies.
-    """
+    """A Gaussian prior, for Karhunen-Loeve modes and exact posteriors; every sample satisfies `bcs`."""
 
     mean: Function
     bcs: tuple[DirichletBC, ...]
@@ -122,7 +92,7 @@ class GaussianCore(Prior, Protocol):
 
     def pointwise_std(self, exact: bool = False) -> Function:
         """Standard deviation of the samples at the nodes, in ``V``; InputError of a prior that does not tell it."""
-        raise InputError(f"A {type(self).__name__} does not tell its pointwise standard deviation: take that of samples.")
+        raise InputError(f"{type(self).__name__} does not tell its pointwise standard deviation: take that of draws.")
 
 
 def check_prior(prior: object, name: str = "prior") -> Prior:

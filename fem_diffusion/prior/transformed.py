@@ -20,7 +20,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import (
     check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
 )
-from fem_diffusion.fields.coefficients import coefficients, field, is_real, multiply, owned_size
+from fem_diffusion.fields.coefficients import assign, coefficients, field, is_real, multiply, owned_size
 from fem_diffusion.prior.protocol import Prior, check_prior
 
 __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
@@ -29,17 +29,8 @@ __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
 def level_set(values: ArrayLike, thresholds: ArrayLike) -> Callable[[Expr], Expr]:
     """Transform for `TransformedPrior` that takes one of several values, by the level of a scalar field.
 
-    Parameters
-    ----------
-    values : sequence of float
-        The n + 1 values: below the first threshold, between the first and second, ..., from the last on.
-    thresholds : sequence of float
-        The n thresholds, strictly increasing.
-
-    Raises
-    ------
-    InputError
-        If they are not finite, the thresholds do not increase, or there is not one value more than thresholds.
+    The n + 1 values hold below the first threshold, between the first and second, ..., from the last on. InputError
+    unless all are finite and the n thresholds strictly increase.
     """
     values, thresholds = check_array(values, "values", ("n",)), check_array(thresholds, "thresholds", ("n",))
     if len(values) != len(thresholds) + 1 or not len(thresholds):
@@ -54,21 +45,18 @@ def level_set(values: ArrayLike, thresholds: ArrayLike) -> Callable[[Expr], Expr
         for value, threshold in reversed(list(zip(values, thresholds))):
             expression = conditional(lt(f, threshold), Constant(value), expression)
         return expression
-
     return transform
 
 
 class TransformedPrior(Prior):
-    """Prior of a transformed field, ``m = transform(field)``.
+    """Prior of a transformed field, ``m = transform(field)``; the prior of the field may be transformed itself.
 
     Parameters
     ----------
-    prior : Prior
-        Prior of the field, which may be transformed itself.
     transform : callable
         Maps the field (a Function) to a UFL expression, e.g. ``firedrake.exp`` or ``level_set(...)``; the parts of a
         mixed field are ``split(field)``.
-    V : firedrake.functionspaceimpl.WithGeometry | None
+    V : firedrake.functionspaceimpl.WithGeometry, optional
         Space of the parameter, into which the expression is interpolated; default ``prior.V``.
 
     Raises
@@ -126,15 +114,10 @@ class TransformedPrior(Prior):
         """Coefficients of a result that is interpolated anew for each of the fields that the transform sees."""
         outcome = np.empty((len(values), owned_size(result.function_space())))
         for row, source in zip(outcome, values):
-            self._set(source)
+            assign(self._field, source)
             run()
             row[:] = coefficients(result)
         return outcome
-
-    def _set(self, values: np.ndarray) -> None:
-        """Give the field that the transform sees its coefficients (n_owned,)."""
-        with self._field.dat.vec_wo as vec:
-            vec.array[:] = values
 
     def _derivative(self, direction: Expr) -> Expr:
         """UFL derivative of the transform in a direction, which may be an argument."""
@@ -148,7 +131,7 @@ class TransformedPrior(Prior):
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
         """As `Prior.pull_back`, by the UFL derivative."""
         rows = check_rows(rows, self.V, "rows")
-        self._set(self._inner.transform_many(np.asarray(at)[None])[0])
+        assign(self._field, self._inner.transform_many(np.asarray(at)[None])[0])
         return self._inner.pull_back(self._transposed(rows), at)
 
     def _transposed(self, rows: np.ndarray) -> np.ndarray:
@@ -173,8 +156,7 @@ class TransformedPrior(Prior):
         run, n = prepared_interpolation(slope, change), owned_size(V)
         mine = sum(V.comm.allgather(n)[:V.comm.rank]) + np.arange(n)
         for i in range(len(columns)):
-            with direction.dat.vec_wo as vec:
-                vec.array[:] = mine == i
+            assign(direction, mine == i)
             run()
             columns[i] = rows @ coefficients(change)
         return V.comm.allreduce(columns)[mine].T
@@ -198,15 +180,7 @@ class TransformedPrior(Prior):
 
 
 class CallablePrior(Prior):
-    """Prior given by the user's own sampler.
-
-    Parameters
-    ----------
-    V : firedrake.functionspaceimpl.WithGeometry
-        Space of the parameter.
-    sample : callable
-        Maps an integer seed to a Function in V; the same seed must give the same Function.
-    """
+    """Prior in V by the user's own sampler, from an integer seed to a Function: the same seed has to give the same."""
 
     def __init__(self, V: WithGeometry, sample: Callable[[int], Function]) -> None:
         self.V = check_space(V)

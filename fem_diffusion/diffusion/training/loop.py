@@ -189,7 +189,8 @@ class Loop:
                     shown.update()
                 self._record(float(torch.stack(losses).mean()))
                 shown.total = self._expected()
-                shown.set_postfix(loss=f"{self.history.validation[-1]:.4g}", base=f"{self.history.base:.4g}")
+                shown.set_postfix(refresh=False, base=f"{self.history.base:.4g}",
+                                  loss=f"{self.history.validation[-1]:.4g}")
         return self._result()
 
     def _expected(self) -> int:
