@@ -75,8 +75,8 @@ class Layout:
 
     def to(self, *args: Any, **kwargs: Any) -> "Layout":
         """Copy with every tensor moved by `torch.Tensor.to`; `present` stays a mask."""
-        moved = [getattr(self, f.name).to(*args, **kwargs) for f in fields(self)]
-        return Layout(*moved[:3], moved[3].bool())
+        rows, offset, variance, present = (getattr(self, f.name).to(*args, **kwargs) for f in fields(self))
+        return Layout(rows, offset, variance, present.bool())
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,8 @@ class LayoutKind:
 
     def to(self, *args: Any, **kwargs: Any) -> "LayoutKind":
         """Copy with every tensor moved by `torch.Tensor.to`."""
-        return LayoutKind(*(x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std)), self.count)
+        rows, offset, std = (x.to(*args, **kwargs) for x in (self.rows, self.offset, self.std))
+        return LayoutKind(rows, offset, std, self.count)
 
 
 @dataclass(frozen=True, eq=False)

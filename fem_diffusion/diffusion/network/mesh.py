@@ -84,6 +84,13 @@ class FieldNetwork(nn.Module):
         If a size is not positive.
     """
 
+    modes: Tensor
+    projector: Tensor
+    gradients: Tensor
+    mean: Tensor
+    mean_gradient: Tensor
+    std: Tensor
+
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
         super().__init__()
         sizes = {"r": r, "k": k, "width": width, "depth": depth, "channels": channels, "dimension": dimension}
