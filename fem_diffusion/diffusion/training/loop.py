@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -234,7 +235,10 @@ class Loop(Generic[N]):
         else:
             self.stale += 1
         if self.checkpoint is not None:
-            save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
+            self._save(self.checkpoint)
+
+    def _save(self, path: Path) -> None:
+        save_state(path, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _result(self) -> N | None:
         gain = self.task.base_losses - self.best_losses
