@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fem_diffusion.files import Content
 
 __all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
 
+N = TypeVar("N", bound=nn.Module)
 REMEDY = "Copy it again, or train anew."
 
 
@@ -56,7 +57,7 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
     return kind(**found, **tensors)
 
 
-def _unpack_network(content: Content, name: str, kinds: Sequence[type], sizes: dict) -> nn.Module | None:
+def _unpack_network(content: Content, name: str, kinds: Sequence[type[N]], sizes: dict) -> N | None:
     """A network of a file, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError

@@ -192,8 +192,8 @@ def test_training_of_a_family_resumes_and_refuses_foreign_checkpoints(tmp_path, 
     history = train()
     save, calls = Loop._save, []
 
-    def interrupted(self):
-        save(self)
+    def interrupted(self, path):
+        save(self, path)
         calls.append(self.task.name)
         # The first evaluation of the sensor network, after all of the emulator's.
         if calls[-1] == "train":

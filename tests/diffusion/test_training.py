@@ -64,8 +64,8 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch, in
     whole = _train(noise)
     save, names = Loop._save, []
 
-    def interrupt(self):
-        save(self)
+    def interrupt(self, path):
+        save(self, path)
         names.append(self.task.name)
         raise KeyboardInterrupt
     monkeypatch.setattr(Loop, "_save", interrupt)

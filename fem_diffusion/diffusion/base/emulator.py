@@ -39,16 +39,14 @@ class Emulator(nn.Module):
         Numbers of latents and state coordinates.
     width, depth : int
         Of the hidden layers; a depth of 0 leaves the affine map alone.
-
-    Attributes
-    ----------
-    matrix, offset : Tensor
-        A, shape (s, r), and f_0, shape (s,).
-    centre, unit : Tensor
-        What is taken from latents before the network sees them, and what they are divided by then, shape (r,) each.
-    scale, residual : Tensor
-        What the network's output is multiplied by, shape (s,); covariance of c - f(z) on held-out pairs, shape (s, s).
     """
+
+    matrix: Tensor     # A, shape (s, r)
+    offset: Tensor     # f_0, shape (s,)
+    centre: Tensor     # what is taken from latents before the network sees them, shape (r,)
+    unit: Tensor       # what they are divided by then, shape (r,)
+    scale: Tensor      # what the network's output is multiplied by, shape (s,)
+    residual: Tensor   # covariance of c - f(z) on held-out pairs, shape (s, s)
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
         super().__init__()
@@ -62,7 +60,7 @@ class Emulator(nn.Module):
         sizes = [r] + depth * [width]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.head = nn.Linear(width, s, bias=False) if depth else None
-        if depth:
+        if self.head is not None:
             nn.init.zeros_(self.head.weight)
 
     def _input(self, z: Tensor) -> Tensor:
@@ -71,6 +69,8 @@ class Emulator(nn.Module):
 
     def correction(self, z: Tensor) -> Tensor:
         """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
+        if self.head is None:
+            return z.new_zeros(len(z), len(self.scale), dtype=torch.float32)
         x = nn.functional.silu(self.hidden[0](self._input(z)))
         for layer in self.hidden[1:]:
             x = x + nn.functional.silu(layer(x))
@@ -84,9 +84,9 @@ class Emulator(nn.Module):
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
         affine = self.offset + z.double() @ self.matrix.T
-        if self.head is None:
+        head, x, slopes = self.head, self._input(z), []
+        if head is None:
             return affine, lambda covector: covector @ self.matrix
-        x, slopes = self._input(z), []
         for number, layer in enumerate(self.hidden):
             before = layer(x)
             gate = torch.sigmoid(before)
@@ -94,15 +94,15 @@ class Emulator(nn.Module):
             slopes.append(gate * (1 + before * (1 - gate)))   # of silu
 
         def pull(covector: Tensor) -> Tensor:
-            back = (covector * self.scale).float() @ self.head.weight
+            back = (covector * self.scale).float() @ head.weight
             for number in reversed(range(len(self.hidden))):
-                through = (back * slopes[number]) @ self.hidden[number].weight
+                through = (back * slopes[number]) @ self.hidden[number].weight  # pyright: ignore[reportOperatorIssue]
                 back = back + through if number else through
             return covector @ self.matrix + back.double() / self.unit
-        return affine + self.scale * self.head(x).double(), pull
+        return affine + self.scale * head(x).double(), pull
 
 
-class _Regression(Task):
+class _Regression(Task[Emulator]):
     """The task of `fit_emulator`: what the affine map leaves, in units of its size, at latents of unit variance."""
 
     name = "emulate"
@@ -114,13 +114,13 @@ class _Regression(Task):
         self.base_losses = self.validation[1].square().sum(1)
         self.parts = [z, rest]
 
-    def network(self) -> nn.Module:
+    def network(self) -> Emulator:
         return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
 
-    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Emulator, index: Tensor, generator: torch.Generator) -> Tensor:
         return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
 
-    def evaluate(self, network: nn.Module) -> Tensor:
+    def evaluate(self, network: Emulator) -> Tensor:
         return (network.correction(self.validation[0]) - self.validation[1]).square().sum(1)
 
 

@@ -157,7 +157,7 @@ class GaussianBase(Tensors):
             return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in zip(*parts)))   # shared by all, or apart
         identity, noise = torch.eye(self.r, dtype=y.dtype, device=y.device), self.noise(layout)
         prior_mean = mean = self.mean[None]
-        factor, points = self.factor[None], None if affine else _points(self.r, y)
+        factor, points = self.factor[None], y.new_empty(0, self.r) if affine else _points(self.r, y)
         for _ in range(1 if affine else self.updates):
             if affine:
                 G, expected, rest = layout.rows @ self.emulator.matrix, layout.read(self.emulator(mean)), noise

@@ -75,7 +75,8 @@ class _Regression:
         at = self.train[:_POINTS]
         slope = 3 * (1 + at * self.weights @ self.train.T)**2
         duals, rows = (torch.linalg.solve_triangular(self.root, x, upper=False) for x in (self.dual.T, self.matrix))
-        return sum((row + slope * dual @ self.train * self.weights).square().mean(0) for dual, row in zip(duals, rows))
+        squares = ((row + slope * dual @ self.train * self.weights).square().mean(0) for dual, row in zip(duals, rows))
+        return torch.stack(list(squares)).sum(0)
 
 
 def _scores(defect: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
@@ -12,10 +12,11 @@ from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
 
-__all__ = ["NETWORKS", "ScoreNetwork", "build"]
+__all__ = ["NETWORKS", "Network", "ScoreNetwork", "build"]
 
 # By the names that `fit` takes and model files hold; each has its sizes in `config`, beginning with r and k.
-NETWORKS: Mapping[str, type[nn.Module]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
+Network = ResidualMLP | FieldNetwork | SensorNetwork
+NETWORKS: Mapping[str, type[Network]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
 
 
 @runtime_checkable
@@ -28,6 +29,7 @@ class ScoreNetwork(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Floating point type of its states."""
+        ...
 
     def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """What it looks at of B measurements (B, k), in its own precision, shape (B, ...) each; no weights take part.
@@ -35,18 +37,21 @@ class ScoreNetwork(Protocol):
         The layout and parts of `located` may be shared, with a leading size of 1; so may the results. Nothing that it
         gets is its own to write into.
         """
+        ...
 
     def context(self, *seen: Tensor) -> tuple[Tensor, ...]:
         """What its weights make of that, shape (B, ...) each."""
+        ...
 
     def __call__(self, v: Tensor, angle: Tensor, *context: Tensor) -> Tensor:
         """N (n, B, r) for n states in base coordinates of each measurement (n, B, r).
 
         The angle arctan(sigma) is of shape (n, B, 1), or (1, 1, 1) where it is the same for all. It gets copies.
         """
+        ...
 
 
-def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeometry | None = None) -> nn.Module:
+def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeometry | None = None) -> Network:
     """A network of the registry before training: r latents, k coordinates or readings, on a mesh where one is given."""
     if geometry is None:
         return NETWORKS[name](r, k, width, depth)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fem_diffusion.checks import check_kind
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply
 from fem_diffusion.diffusion.base.layouts import Layout
-from fem_diffusion.diffusion.network.mlp import Block, Network, harmonics
+from fem_diffusion.diffusion.network.mlp import Block, ScoreModule, harmonics
 from fem_diffusion.errors import InputError
 
 __all__ = ["FieldGeometry", "FieldNetwork"]
@@ -56,12 +56,19 @@ class FieldGeometry:
     std: Tensor
 
 
-class FieldNetwork(Network):
+class FieldNetwork(ScoreModule):
     """Residual network with layers on the mesh for N(v, angle, features of y); zero before training.
 
     It can be called once `on` has put it on a mesh. Sizes are as for `ResidualMLP`, with the number of fields that the
     layers on the mesh hold, `channels`, and of components of a gradient, `dimension`.
     """
+
+    modes: Tensor
+    projector: Tensor
+    gradients: Tensor
+    mean: Tensor
+    mean_gradient: Tensor
+    std: Tensor
 
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, channels: int = 8, dimension: int = 2):
         super().__init__(r=r, k=k, width=width, depth=depth, channels=channels, dimension=dimension)

@@ -7,10 +7,10 @@ from fem_diffusion.checks import check_count
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
 
-__all__ = ["Block", "Network", "ResidualMLP", "harmonics"]
+__all__ = ["Block", "ResidualMLP", "ScoreModule", "harmonics"]
 
 
-class Network(nn.Module):
+class ScoreModule(nn.Module):
     """What the networks here share; see `ScoreNetwork`. Sizes end up in `config`, from which files make it again."""
 
     def __init__(self, **sizes: int):
@@ -52,7 +52,7 @@ def harmonics(angle: Tensor) -> Tensor:
     return torch.cat([f(m * angle) for m in (1, 2, 4) for f in (torch.cos, torch.sin)], dim=-1)
 
 
-class ResidualMLP(Network):
+class ResidualMLP(ScoreModule):
     """Residual multilayer perceptron for N(v, angle, features of y); zero before training.
 
     It has r latents, k measurement features, and `depth` residual blocks around a stream of this width; InputError if

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply
 from fem_diffusion.diffusion.base.layouts import Layout
-from fem_diffusion.diffusion.network.mlp import Network, ResidualMLP
+from fem_diffusion.diffusion.network.mlp import ResidualMLP, ScoreModule
 from fem_diffusion.errors import InputError
 
 __all__ = ["SensorNetwork"]
@@ -15,7 +15,7 @@ _SEEN = 32
 _HEADS = 4
 
 
-class SensorNetwork(Network):
+class SensorNetwork(ScoreModule):
     """N(v, angle) for a located measurement: attention over sensors once, then a residual network at every noise level.
 
     Every sensor is a token: what it sees of the state and of the base coordinates, its noise, its reading and how that

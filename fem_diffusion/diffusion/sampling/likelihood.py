@@ -81,9 +81,9 @@ def _speed_and_divergence(conditioned: Conditioned, v: Tensor, angle: float,
         v = v.detach().requires_grad_()
         speed = conditioned.residual(v[None], angle)[0]
         if signs is None:
-            divergence = sum(torch.autograd.grad(speed[:, i].sum(), v, retain_graph=True)[0][:, i]
-                             for i in range(v.shape[1]))
+            divergence = torch.stack([torch.autograd.grad(speed[:, i].sum(), v, retain_graph=True)[0][:, i]
+                                      for i in range(v.shape[1])]).sum(0)
         else:
             products = (torch.autograd.grad(speed, v, sign.to(v), retain_graph=True)[0] for sign in signs)
-            divergence = sum((sign.to(v) * product).sum(1) for sign, product in zip(signs, products)) / len(signs)
+            divergence = torch.stack([(sign.to(v) * x).sum(1) for sign, x in zip(signs, products)]).mean(0)
     return speed.detach(), divergence

@@ -109,8 +109,8 @@ def _dpm_solver(run: Run) -> Tensor:
     for step, (start, end) in enumerate(zip(times[:-1], times[1:]), 1):
         ratio = process.sigma(end) / process.sigma(start)
         denoised, length = process.denoise(process.a(start) * x, start), -math.log(ratio)
-        first_order = earlier is None or step == len(times) - 1 < _FEW
-        change = 0.0 if first_order else length / 2 * (denoised - earlier[0]) / earlier[1]
+        first_order = step == len(times) - 1 < _FEW
+        change = 0.0 if earlier is None or first_order else length / 2 * (denoised - earlier[0]) / earlier[1]
         earlier, target = (denoised, length), denoised + change
         strength = process.alpha((start + end) / 2)
         x = target + ratio**(1 + strength) * (x - target)

@@ -37,6 +37,7 @@ from fem_diffusion.diffusion.formulation import Formulation, check_elementwise, 
 from fem_diffusion.diffusion.sampling import plain, whitened
 from fem_diffusion.diffusion.sampling.placement import place_angles
 from fem_diffusion.diffusion.sampling.scheme import Run, Scheme
+from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.errors import InputError
 from fem_diffusion.progress import bar
 
@@ -118,7 +119,7 @@ class Sampler:
     @property
     def scheme(self) -> Scheme:
         """How the method runs."""
-        return METHODS[self.coordinates][self.method]
+        return METHODS[self.coordinates][str(self.method)]
 
     @property
     def evaluations(self) -> int:
@@ -205,7 +206,7 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
                 callback(step, sigma, conditioned.located.colour(state).transpose(0, 1).contiguous())
         z = _draw(conditioned, n, sampler, generator, rows, report)
         if conditioned.support is not None:
-            _redraw(z, conditioned, sampler, generator, rows)
+            _redraw(z, conditioned, conditioned.support, sampler, generator, rows)
     return z.transpose(0, 1).contiguous()
 
 
@@ -225,9 +226,9 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     return conditioned.located.colour(w)
 
 
-def _redraw(z: Tensor, conditioned: Conditioned, sampler: Sampler, generator: torch.Generator, rows: int) -> None:
+def _redraw(z: Tensor, conditioned: Conditioned, support: Support, sampler: Sampler, generator: torch.Generator,
+            rows: int) -> None:
     """Draw the latents (n, B, r) that are outside the support again, in place."""
-    support = conditioned.support
     for _ in range(_REDRAWS):
         # A row that is not finite has diverged, which must be seen.
         outside = ~support.contains(z) & torch.isfinite(z).all(-1)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from scipy.stats import chisquare
-from torch import Tensor, nn
+from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion.base.density import emulator_density
@@ -26,7 +26,7 @@ from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
-from fem_diffusion.diffusion.network import build
+from fem_diffusion.diffusion.network import Network, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
@@ -181,7 +181,8 @@ def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _P
         values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
         axes = axes / values.clamp(min=_NEGLIGIBLE**2).sqrt()
         return float(torch.linalg.eigvalsh(axes.T @ (residual / unit / unit[:, None]) @ axes)[-1])
-    return _Parts(noise, covariance, 1 / unit if known else None, share, known and noise.constant)
+    constant = known and isinstance(noise, GaussianNoise) and noise.constant
+    return _Parts(noise, covariance, 1 / unit if known else None, share, constant)
 
 
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
@@ -212,7 +213,7 @@ class _Seen:
         return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
-class _Denoising(Task):
+class _Denoising(Task[Network]):
     """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
 
     name = "train"
@@ -240,7 +241,7 @@ class _Denoising(Task):
         self.surprise = float(torch.cat(surprise).mean())
         self.parts = [z, c, *(x for seen, draws in self.validation for x in (*seen.inputs, *draws))]
 
-    def network(self) -> nn.Module:
+    def network(self) -> Network:
         base, options = self.denoiser.base, self.options
         return build("sensors" if self.source.family else "latents", base.r, base.k, options.width, options.depth,
                      self.geometry)
@@ -273,12 +274,15 @@ class _Denoising(Task):
             return False
         generator = torch.Generator(z.device).manual_seed(self.options.seed + 3)
         conditioned = self._conditioned(self.denoiser, c, generator)
+        density = conditioned.density
+        if density is None:
+            return False
         w = torch.randn(_RANKED, *z.shape, generator=generator, dtype=z.dtype, device=z.device)
         for _ in range(CORRECTIONS):
-            w = conditioned.density.move(w, generator)[0]
+            w = density.move(w, generator)[0]
         found = torch.cat([conditioned.located.whiten(z)[None], w])
         # The energy and the distance from the base tell of all latents together.
-        more = torch.stack([conditioned.density.energy(found), found.square().sum(2)], 2)
+        more = torch.stack([density.energy(found), found.square().sum(2)], 2)
         found = torch.cat([found, more], 2)
         bins = (found[1:] < found[0]).sum(0) * _BINS // (_RANKED + 1)
         counts = torch.stack([(bins == i).sum(0) for i in range(_BINS)]).cpu().numpy()
@@ -290,7 +294,7 @@ class _Denoising(Task):
         moves = self.draws - 1 if self.denoiser.known and self.denoiser.base.emulator.head is not None else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
-    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: Network, index: Tensor, generator: torch.Generator) -> Tensor:
         seen = self.bank.select(index)
         draw = torch.randint(len(seen.w), (len(index),), generator=generator, device=index.device)
         w = seen.w.gather(0, draw[None, :, None].expand(1, -1, seen.w.shape[2]))
@@ -302,10 +306,10 @@ class _Denoising(Task):
         return torch.cat([(output(seen, v, angle) - target).square().mean((0, 2))
                           for seen, (v, angle, target) in self.validation])
 
-    def evaluate(self, network: nn.Module) -> Tensor:
+    def evaluate(self, network: Network) -> Tensor:
         return self._losses(lambda seen, v, angle: network(v, angle, *network.context(*seen.inputs)))
 
-    def spectrum(self, network: nn.Module) -> Spectrum:
+    def spectrum(self, network: Network) -> Spectrum:
         """Spectrum of the posterior in base coordinates, from the network's mean square over held-out measurements."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
         angles = (torch.arange(_SPECTRUM_ANGLES, dtype=torch.float64) + 0.5) / _SPECTRUM_ANGLES * math.pi / 2

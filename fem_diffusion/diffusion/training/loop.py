@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.progress import bar
 
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
+
+N = TypeVar("N", bound=nn.Module)
+Parameters = tuple[Tensor, ...] | list[Tensor]
 
 _FEWEST_HELD_OUT = 10
 # Beyond a log sigma of 20 noise levels leave the range of single precision.
@@ -113,7 +116,7 @@ class History:
     neighbour_ratio: float = 1.0
 
 
-class Task(Protocol):
+class Task(Protocol[N]):
     """What is learned."""
 
     name: str             # of the progress bar
@@ -121,27 +124,30 @@ class Task(Protocol):
     base_losses: Tensor   # of each held-out pair without a network, shape (held_out,)
     parts: list           # tensors that a checkpoint depends on
 
-    def network(self) -> nn.Module:
+    def network(self) -> N:
         """A network before training; the loop has seeded torch."""
+        ...
 
     def prepare(self, generator: torch.Generator) -> None:
         """Called after every evaluation and before the first step: what follows depends on the generator alone."""
 
-    def loss(self, network: nn.Module, index: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(self, network: N, index: Tensor, generator: torch.Generator) -> Tensor:
         """Loss of the entries `index` (B,), a scalar to be differentiated."""
+        ...
 
-    def evaluate(self, network: nn.Module) -> Tensor:
+    def evaluate(self, network: N) -> Tensor:
         """Loss of each held-out pair, shape (held_out,), from draws that are always the same."""
+        ...
 
 
-class Loop:
+class Loop(Generic[N]):
     """One training run.
 
     The file `checkpoint` holds all of its state, is written atomically at each evaluation, and the run resumes from it.
     InputError if its folder is missing; FileError if it is unreadable or belongs to another task or other options.
     """
 
-    def __init__(self, task: Task, options: TrainingOptions, checkpoint: str | os.PathLike | None):
+    def __init__(self, task: Task[N], options: TrainingOptions, checkpoint: str | os.PathLike | None):
         self.task, self.options, self.history = task, options, History()
         self.device = torch.device(options.device)
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
@@ -173,7 +179,7 @@ class Loop:
         warmup = max(1, round(0.02 * self.options.steps))
         return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.options.steps)))
 
-    def run(self, progress: bool) -> nn.Module | None:
+    def run(self, progress: bool) -> N | None:
         """Train; the network with the best loss on held-out pairs, or None where it does not beat the base."""
         options = self.options
         # Two runs that write one checkpoint would go on from each other's weights.
@@ -213,7 +219,7 @@ class Loop:
     def _record(self, train_loss: float) -> None:
         self.average.eval()
         with torch.no_grad():
-            losses = self.task.evaluate(self.average.module)
+            losses = self.task.evaluate(self.average.module)  # pyright: ignore[reportArgumentType]
         value = float(losses.mean())
         if not math.isfinite(value) or not math.isfinite(train_loss):
             raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
@@ -230,7 +236,7 @@ class Loop:
         if self.checkpoint is not None:
             save_state(self.checkpoint, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
-    def _result(self) -> nn.Module | None:
+    def _result(self) -> N | None:
         gain = self.task.base_losses - self.best_losses
         # Too few held-out pairs cannot speak for a network.
         threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
@@ -275,9 +281,9 @@ def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
     return order[held_out:], order[:held_out]
 
 
-def _warm_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+def _warm_average(decay: float) -> Callable[[Parameters, Parameters, Tensor | int], None]:
     """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
-    def update(averages: list[Tensor], currents: list[Tensor], n: Tensor) -> None:
+    def update(averages: Parameters, currents: Parameters, n: Tensor | int) -> None:
         get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
     return update
 

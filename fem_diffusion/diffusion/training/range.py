@@ -64,7 +64,7 @@ class TrainingRange:
             unlike = 1 - alike.clamp(max=1)**2
             worst = int(unlike.argmax())
             if float(unlike[worst]) > _UNLIKE:
-                findings.append(f"sensor {names[seeing[worst]]}: the most similar training sensor leaves "
+                findings.append(f"sensor {names[int(seeing[worst])]}: the most similar training sensor leaves "
                                 f"{unlike[worst]:.0%} of the prior variance of its signal unexplained (1 - squared "
                                 "correlation)")
             ratio = std[seeing] / strength[seeing]
