@@ -138,10 +138,11 @@ def run(name, folder, progress):
     predictions = problem.measurements(samples.values[:500], seed=0)
     draw_fluxes(drawn, folder / f"flux_{name}.png")
     if M.comm.rank == 0:
-        for draw, file in ((lambda: plot_predictive(drawn[0][3], predictions, ylabel="concentration [mol/m³]"),
-                            f"predictive_{name}.png"), (lambda: plot_history(model.history), f"training_{name}.png")):
-            draw().figure.savefig(folder / file, dpi=150)
-            plt.close("all")
+        axes = plot_predictive(drawn[0][3], predictions, ylabel="concentration [mol/m³]")
+        axes.figure.savefig(folder / f"predictive_{name}.png", dpi=150)
+        if model.history.step:
+            plot_history(model.history).figure.savefig(folder / f"training_{name}.png", dpi=150)
+        plt.close("all")
     say(f"{name} case finished after {time.perf_counter() - start:.0f} s; figures in {folder}")
     return rows, [right.get("error", (0.0, 0.0)) for _, _, right, _ in drawn]
 

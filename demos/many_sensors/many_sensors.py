@@ -180,7 +180,7 @@ def positive(folder, progress, pairs=20000, draws=400):
     for name, *values in rows:
         say(f"| {name} | " + " | ".join(f"{value:.1%}" for value in values) + " |")
     draw_layouts(drawn, folder / "positive.png")
-    if M.comm.rank == 0:
+    if M.comm.rank == 0 and model.history.step:
         plot_history(model.history).figure.savefig(folder / "training.png", dpi=150)
         plt.close("all")
     say(f"positive case finished after {time.perf_counter() - start:.0f} s; figures in {folder}")

@@ -217,7 +217,7 @@ class Rows:
         self._kept = result
         return result
 
-    def assign(self, k: int, i: int) -> None:
+    def write(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
             x.assign(rows(k)[i])

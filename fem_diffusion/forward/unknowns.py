@@ -82,7 +82,7 @@ class Unknown:
             return (values[:, :, None] * weights[k]).reshape(len(values), -1)
         return values
 
-    def assign(self, row: np.ndarray) -> None:
+    def write(self, row: np.ndarray) -> None:
         """Set the value from one row of `at`."""
         if self.strength:
             self.value.assign(float(row[0]))

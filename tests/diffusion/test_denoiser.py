@@ -85,7 +85,7 @@ def test_every_network_of_the_registry_is_one():
         assert all(hasattr(kind, part) for part in ("dtype", "see", "context", "__call__")), name
 
 
-@pytest.mark.parametrize("network", [3, "latents", nn.Linear(R, R), lambda v, angle: v], ids=str)
+@pytest.mark.parametrize("network", [3, "latents", nn.Linear(R, R), lambda v, angle: v])
 def test_what_is_no_network_is_refused(network):
     with pytest.raises(InputError, match="network is of type .*: give a ScoreNetwork or None"):
         Denoiser(linear_base(OPERATOR, NOISE), network)
