@@ -13,6 +13,7 @@ scalars), and the probability-flow equation is :math:`dv/d\theta = -N`.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,12 +88,12 @@ class Conditioned(Tensors):
 
     def select(self, index: Tensor) -> "Conditioned":
         """Some of the measurements, by their numbers."""
-        # What all measurements share stays as it is.
-        own = self.located, self.context, self.density and (self.density.rows, self.density.target)
-        located, context, seen = mapped(own, lambda x: x[index] if len(x) == len(self) > 1 else x)
-        located = replace(located, mean=self.located.mean[index])
-        density = self.density and replace(self.density, located=located, rows=seen[0], target=seen[1])
-        return replace(self, located=located, context=context, density=density)
+        def own(part: Any) -> Any:   # what all measurements share stays as it is
+            return mapped(part, lambda x: x[index] if len(x) == len(self) > 1 else x)
+        located = replace(own(self.located), mean=self.located.mean[index])
+        density = self.density and replace(self.density, located=located, rows=own(self.density.rows),
+                                           target=own(self.density.target))
+        return replace(self, located=located, context=own(self.context), density=density)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +142,14 @@ class Denoiser(Tensors):
         layout : Layout, optional
             Of each measurement or of all; where left out, the fixed sensors whose readings the emulator gives.
         """
-        base, fixed = self.base, layout is None
-        y = check_tensor(y, "The measurement", ("B", base.k if fixed else "k"), "sensors").to(base.mean)
-        if fixed:
+        base = self.base
+        y = check_tensor(y, "The measurement", ("B", base.k if layout is None else "k"), "sensors").to(base.mean)
+        if layout is None:
+            check_near(base.features(y))
             layout = Layout.readings(base.k, base.mean)
         else:
             _check_layout(layout, base.k, *y.shape)
-        check_near(base.features(y) if fixed else layout.standardised(y)[1])
+            check_near(layout.standardised(y)[1])
         located = base.locate(layout, y)
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,10 +12,10 @@ from fem_diffusion.checks import check_device
 
 __all__ = ["Tensors", "mapped"]
 
-T = TypeVar("T")
 Self = TypeVar("Self", bound="Tensors")
 
 
+@dataclass(frozen=True, eq=False)
 class Tensors:
     """Mixin of dataclasses that hold tensors, networks and further such parts."""
 
@@ -25,7 +25,7 @@ class Tensors:
         return mapped(self, lambda x: deepcopy(x).to(**to) if isinstance(x, nn.Module) else x.to(**to))
 
 
-def mapped(part: T, function: Callable[[Any], Any]) -> T:
+def mapped(part: Any, function: Callable[[Any], Any]) -> Any:
     """A copy with a function applied to every tensor and network in `Tensors` or in a tuple, however deep."""
     if isinstance(part, (Tensor, nn.Module)):
         return function(part)

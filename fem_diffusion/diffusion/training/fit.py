@@ -333,9 +333,9 @@ class _Denoising(Task[Network]):
     def collapse(self, denoiser: Denoiser, history: History) -> None:
         """Measure collapse, warn of it, and put it into the history."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
-        pairs = (self.z[:_HELD_OUT], self.c[:_HELD_OUT]), self.held_out
-        found = measure_collapse(*((self._conditioned(denoiser, c, generator), z) for z, c in pairs), self.z,
-                                 self.options.seed)
+        training, held_out = ((self._conditioned(denoiser, c, generator), z) for z, c in (
+            (self.z[:_HELD_OUT], self.c[:_HELD_OUT]), self.held_out))
+        found = measure_collapse(training, held_out, self.z, self.options.seed)
         found.warn()
         history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
 
