@@ -35,7 +35,7 @@ class Backward:
         at_once = [same and not x.moves for x in loads]
         for k in range(len(march.times) - 2, -1, -1):
             a = a + rows[:, :, march.saved == k + 1].sum(axis=2)
-            load.assign(k, 0)
+            load.write(k, 0)
             if march.varying:
                 assign(march.new, states[k + 1])
                 assign(march.old, states[k])
@@ -85,7 +85,7 @@ class Backward:
     def _value_rows(self, k: int, values: Rows, left: np.ndarray, result: np.ndarray) -> None:
         """Add what boundary values at step k, or the initial ones, contribute: what is left of the rows meets ∂g/∂m."""
         march = self.march
-        values.assign(k, 0)
+        values.write(k, 0)
         march.t.assign(march.times[k])
         for x, form in zip(values.part.unknowns, values.part.derivatives):
             result[:, x.columns] += x.pull(self._products(column(form), left), march.weights[x], k)

@@ -180,7 +180,7 @@ class March:
     def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int, sample: int) -> np.ndarray:
         """One step of member i by Newton's method, as owned coefficients."""
         solver, g = self._newton_solver
-        load.assign(k, i)
+        load.write(k, i)
         self.t.assign(self.between[k])
         for f, values in ((self.old, old), (self.new, start), (g, start)):
             assign(f, values)
@@ -212,7 +212,7 @@ class Rows:
         else:
             result = np.empty((len(self.ms), owned_size(part.march.V)))
             for i, row in enumerate(result):
-                self.assign(k, i)
+                self.write(k, i)
                 row[:] = part.value(k)
         self._kept = result
         return result
@@ -220,7 +220,7 @@ class Rows:
     def write(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""
         for x, rows in self._at.items():
-            x.assign(rows(k)[i])
+            x.write(rows(k)[i])
 
 
 class Part:

@@ -44,7 +44,7 @@ class Steady(March):
         assign(self.m, row)
         if len(self.M) > 1:
             for x in self.e.unknowns:
-                x.assign(row[x.columns])
+                x.write(row[x.columns])
 
     def solve(self) -> Function:
         """Solve for the parameter held in m and return u."""
