@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fem_diffusion import TrainingOptions
+from fem_diffusion import Sampler, TrainingOptions
 from fem_diffusion.fields.coefficients import field
 
 FILE = Path(__file__).parent.parent / "demos" / "source_release" / "source_release.py"
@@ -28,7 +28,7 @@ def _check_pictures(folder):
 def test_source_release_runs(demo, tmp_path):
     options = TrainingOptions(steps=40, evaluate_every=20, width=32)
     found = demo.run(tmp_path, pairs=160, cases=2, draws=19, samples=40, modes=12, options=options,
-                     sampling={"steps": 4})
+                     sampler=Sampler(steps=4))
     assert found.quantities.ranks.shape == (2, len(demo.QUANTITIES)) and found.hospital.ranks.shape == (2, 12)
     assert all(0 <= share <= 1 for share, _ in found.field.values())
     _check_pictures(tmp_path)
