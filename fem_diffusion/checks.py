@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from zlib import crc32
 
 import numpy as np
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choice", "check_count", "check_device",
            "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
-           "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words", "together"]
+           "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words", "stream", "together"]
 
 LARGEST = 1e100   # beyond, sums of squares leave the range of double precision
 
@@ -92,6 +93,11 @@ def check_seed(seed: Any, name: str = "seed") -> int:
     if not isinstance(seed, Integral) or isinstance(seed, (bool, np.bool_)) or seed < 0:
         raise InputError(f"{name} is {seed!r}: give a non-negative integer, so that the draw can be repeated.")
     return int(seed)
+
+
+def stream(seed: int, purpose: str) -> int:
+    """The seed of one use of a user's seed: draws for other purposes are independent of it."""
+    return int(np.random.SeedSequence([seed, crc32(purpose.encode())]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def check_count(n: Any, name: str = "n", least: int = 1) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,13 +10,14 @@ from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from numpy.typing import ArrayLike
+from scipy.sparse import issparse
 
-from fem_diffusion.checks import check_array, check_kind, check_seed
+from fem_diffusion.checks import check_array, check_kind, check_seed, stream, together
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import field
+from fem_diffusion.fields.coefficients import field, owned_size
 from fem_diffusion.forward.callable import CallableForward, as_forward
-from fem_diffusion.forward.protocol import Forward
+from fem_diffusion.forward.protocol import Differentiable, Forward
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.protocol import Prior, check_prior
@@ -115,14 +117,35 @@ class InverseProblem:
     def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
         """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
         clean = torch.from_numpy(self.readings(parameters))
-        generator = torch.Generator().manual_seed(check_seed(seed))
+        generator = torch.Generator().manual_seed(stream(check_seed(seed), "noise"))
         return (clean if self.noise is None else self.noise.sample(clean, generator)).numpy()
+
+    def sensitivity(self, m: Function) -> np.ndarray:
+        """Derivative of the readings by the parameter at `m`, owned dual coefficients (k, n_owned of M) (collective).
+
+        Raises InputError where sensors or forward problem have no derivative, or give no such array.
+        """
+        forward, observation = self.differentiable()
+        # Copies, because a solver of the user's own may write into what it gets, and return the same array again.
+        found: Any = forward.sensitivity(m.copy(deepcopy=True), observation.rows.copy())
+        dense, shape = found.toarray() if issparse(found) else np.array(found), (len(observation), owned_size(self.M))
+        return together(self.comm, lambda: check_array(dense, "The sensitivity of the forward problem", shape))
+
+    def differentiable(self) -> tuple[Differentiable, Observation]:
+        """Forward problem and sensors, with a derivative; InputError where there is none."""
+        if not isinstance(self.observation, Observation):
+            raise InputError(f"The observation is of type {type(self.observation).__name__}: a derivative takes an "
+                             "Observation, such as point_sensors(U, points).")
+        if not isinstance(self.forward, Differentiable):
+            raise InputError(f"The forward problem is of type {type(self.forward).__name__}, without derivative: give "
+                             "an AdvectionDiffusion, or an object with sensitivity(m, rows) as Differentiable has it.")
+        return self.forward, self.observation
 
     def __repr__(self) -> str:
         sensors = "any sensors of a family" if self.family else "a function" if self.k is None else f"{self.k} sensors"
-        return (f"InverseProblem: {type(self.prior).__name__} of {self.M.dim()} unknowns in {self.M.ufl_element()}\n"
-                f"    seen through {type(self.forward).__name__} by {sensors}, "
-                f"noise: {'none' if self.noise is None else type(self.noise).__name__}")
+        noise = "no noise of its own" if self.noise is None else type(self.noise).__name__
+        return (f"InverseProblem: {type(self.prior).__name__} of {self.M.dim()} unknowns, "
+                f"{type(self.forward).__name__}, {sensors}, {noise}")
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("An InverseProblem holds a mesh and cannot be copied or pickled: build it again.")

@@ -36,10 +36,8 @@ def test_it_knows_its_spaces_and_sensors():
     bare = _problem(observation=lambda u: u.dat.data_ro[:3])
     assert bare.U is None and bare.k is None
     assert _problem(forward=CallableForward(_solve, V, W), observation=lambda u: [1.0]).U == W
-    assert repr(problem).splitlines() == [
-        "InverseProblem: TransformedPrior of 9 unknowns in <CG1 on a interval>",
-        "    seen through CallableForward by 2 sensors, noise: GaussianNoise"]
-    assert "any sensors of a family, noise: none" in repr(family) and "by a function" in repr(bare)
+    assert repr(problem) == "InverseProblem: TransformedPrior of 9 unknowns, CallableForward, 2 sensors, GaussianNoise"
+    assert "any sensors of a family, no noise of its own" in repr(family) and ", a function, " in repr(bare)
 
 
 def test_readings_and_measurements():

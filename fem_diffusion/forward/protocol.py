@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
+from scipy.sparse import spmatrix
 
 __all__ = ["Differentiable", "Forward"]
 
@@ -38,6 +39,6 @@ class Forward(Protocol):
 class Differentiable(Forward, Protocol):
     """A forward problem that knows its derivative."""
 
-    def sensitivity(self, m: Function, rows: np.ndarray) -> np.ndarray:
+    def sensitivity(self, m: Function, rows: spmatrix | np.ndarray) -> np.ndarray:
         """``rows · du/dm`` at m: owned columns (k, n_owned of M), of rows whose owned columns are (k, n_owned of U)."""
         ...

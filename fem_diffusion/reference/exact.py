@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.checks import check_count, check_seed, stream
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.latents import check_measurement, sensitivity
+from fem_diffusion.reference.latents import check_measurement
 from fem_diffusion.samples import Samples
 
 __all__ = ["ExactPosterior", "exact"]
@@ -53,6 +53,7 @@ class ExactPosterior:
     def sample(self, n: int, *, seed: int) -> Samples:
         """Prior draws plus their own update (Matheron's rule): nothing dense is built, and any ranks will do."""
         n, seed = check_count(n), check_seed(seed)
+        seed = stream(seed, "exact")
         draws = self.prior.sample_many(n, seed)
         noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))
         seen = self.problem.comm.allreduce((draws - coefficients(self.prior.mean)) @ self.rows.T)
@@ -84,7 +85,7 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     if not isinstance(prior, GaussianCore):
         raise InputError(f"The prior is a {type(prior).__name__}: give a GaussianPrior, or take hmc.")
     mean = coefficients(prior.mean)
-    rows = whiten @ sensitivity(problem, mean)
+    rows = whiten @ problem.sensitivity(prior.mean)
     offset = whiten @ problem.readings(mean[None])[0]
     cross = prior.apply_covariance(rows)
     seen = comm.allreduce(rows @ cross.T)

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_flag, check_number, check_seed
+from fem_diffusion.checks import check_count, check_flag, check_number, check_seed, stream
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.progress import bar
+from fem_diffusion.progress import bar, tell
 from fem_diffusion.reference.latents import LatentProblem, map_point
 from fem_diffusion.samples import Samples
 
@@ -22,7 +22,6 @@ __all__ = ["ChainPosterior", "hmc"]
 # Beyond so many prior standard deviations a trajectory is refused without a solve.
 _FAR = 12
 _WARMUP = 10
-_TAIL_STREAM = 0x7A12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,7 +146,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         z = np.clip(centre + x.numpy() @ root, -_FAR, _FAR)
         change = comm.allreduce((latent.parameters(z) - at_centre) @ rows.T)
         return torch.from_numpy(comm.bcast((z + latent.pull_back((misfit + change) @ rows, z)) @ root.T))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(stream(seed, "chains"))
     x = torch.randn(chains, r, dtype=torch.float64, generator=generator)
     # A chain that starts where the model fails would never leave.
     x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
@@ -164,6 +163,8 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step, "
                          "unless the transform has no derivative, as a level set.")
     z = kept.reshape(-1, r)
-    tail = int(np.random.SeedSequence([seed, _TAIL_STREAM]).generate_state(1)[0])
+    tail = stream(seed, "tail")
     values = problem.prior.transform_many(latent.basis.decode(z, tail))
+    tell(f"hmc: {draws:,} draws of {chains:,} chains, {accepted:.0%} of the proposals accepted",
+         progress and problem.comm.rank == 0)
     return ChainPosterior(problem, Samples(problem.M, values, z), chains, accepted)

@@ -12,11 +12,9 @@ from fem_diffusion.diffusion import GaussianNoise
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.forward.protocol import Differentiable
-from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem, check_problem
 
-__all__ = ["LatentProblem", "check_measurement", "map_point", "sensitivity"]
+__all__ = ["LatentProblem", "check_measurement", "map_point"]
 
 
 def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +22,7 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
 
     InputError is raised without derivative, linear sensors or constant Gaussian noise, or if y does not fit them.
     """
-    _, observation = _differentiable(problem)
+    _, observation = check_problem(problem).differentiable()
     y = check_array(y, "y", (len(observation),), names=observation.names)
     noise = check_kind(problem.noise, "The noise", GaussianNoise, "GaussianNoise, because references need its density")
     if noise.relative.any():
@@ -38,25 +36,6 @@ def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarra
         return y, np.linalg.inv(np.linalg.cholesky(scaled)) / std
     except np.linalg.LinAlgError:
         raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None
-
-
-def _differentiable(problem: InverseProblem) -> tuple[Differentiable, Observation]:
-    """Solver and sensors of a problem with a derivative; InputError where it has none."""
-    check_problem(problem)
-    if not isinstance(problem.observation, Observation):
-        raise InputError(f"The observation is of type {type(problem.observation).__name__}: references take an "
-                         "Observation, such as point_sensors(U, points).")
-    if not isinstance(problem.forward, Differentiable):
-        raise InputError(f"The forward problem is of type {type(problem.forward).__name__}, without derivative: give "
-                         "an AdvectionDiffusion, or an object with sensitivity(m, rows) as Differentiable lists it.")
-    return problem.forward, problem.observation
-
-
-def sensitivity(problem: InverseProblem, m: np.ndarray) -> np.ndarray:
-    """Derivative of the readings by the parameter at its coefficients m (n_owned of M,): owned columns (k, n_owned)."""
-    # Copies: a solver of the user's own may write into what it gets, and return the same array again.
-    forward, observation = _differentiable(problem)
-    return np.array(forward.sensitivity(field(problem.M, m), observation.rows.copy()))
 
 
 class LatentProblem:
@@ -105,7 +84,7 @@ class LatentProblem:
 
     def linearised(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Derivatives of the whitened misfit at z (r,): by the parameter (k, n_owned of M), and by latents (k, r)."""
-        rows = self.whiten @ sensitivity(self.problem, self.parameters(z[None])[0])
+        rows = self.whiten @ self.problem.sensitivity(field(self.problem.M, self.parameters(z[None])[0]))
         pulled = self.problem.prior.pull_back(rows, self.basis.decode(z[None])[0])
         return rows, self.problem.comm.allreduce(pulled @ self.basis.scaled_modes.T)
 

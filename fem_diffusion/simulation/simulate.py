@@ -14,7 +14,7 @@ from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.fields.events import event
 from fem_diffusion.problem import InverseProblem, check_problem
-from fem_diffusion.progress import bar
+from fem_diffusion.progress import LOG, bar
 from fem_diffusion.simulation.data_set import Block, DataSet, Folder
 from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths
 
@@ -86,6 +86,7 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
     with event("simulate"), contextlib.ExitStack() as stack:
         job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states)))
         shown = stack.enter_context(bar(n, "simulate", progress and not problem.comm.rank and not member))
+        LOG.info("simulate: %s samples, seed %s, %s", n, seed, "in memory" if path is None else f"in {path}")
         tally = Tally(seed, block, n, skip)
         if path is None:
             return _told(_joined(_advance(job, n, shown.update, tally), tally))

@@ -117,7 +117,7 @@ def test_covariance_is_symmetric_and_that_of_the_samples(bcs):
 
 
 def test_karhunen_loeve_traces(square):
-    """The eigenvalues of C M sum to the integral of the variance, as bridge.py relies on."""
+    """The eigenvalues of C M sum to the integral of the variance, as bases rely on."""
     prior = GaussianPrior(square, 0.7, 0.3)
     M = assemble(inner(TrialFunction(square), TestFunction(square)) * dx, mat_type="aij").petscmat
     M = M.convert("dense").getDenseArray()

@@ -50,7 +50,7 @@ def chains(basis):
     ({"noise": GaussianNoise(covariance=np.ones((4, 4)))}, "singular, so there is no density: add a std"),
     ({"noise": GaussianNoise(covariance=np.diag([1.0, 1.0, 1.0, 0.0]))}, "singular"),
     ({"forward": lambda m: Function(V)}, "CallableForward, without derivative: give an AdvectionDiffusion"),
-    ({"observation": lambda u: np.zeros(4)}, "type function: references take an Observation"),
+    ({"observation": lambda u: np.zeros(4)}, "type function: a derivative takes an Observation"),
     ({"observation": SensorFamily(SensorKind(SENSORS, 0.1, (1, 4))), "noise": None}, "type SensorFamily"),
 ])
 def test_problems_that_references_do_not_take(problem, chains, change, words):

@@ -243,4 +243,4 @@ def test_any_number_of_ranks_gives_the_same_posterior():
 def test_chains_that_do_not_move_are_told():
     problem = _problem(lambda f: conditional(gt(f, 0.0), 2.0, 1.0))
     with pytest.raises(SolveError, match="accepted 0.0% of its proposals.*no derivative"):
-        hmc(problem, [1.2, 1.2, 1.1], seed=0, chains=4, draws=2, progress=False)
+        hmc(problem, [1.2, 1.2, 1.1], seed=2, chains=4, draws=2, progress=False)
