@@ -37,7 +37,7 @@ def _denoiser(name, emulated=True):
             for parameter in () if module is None else module.parameters():
                 nn.init.normal_(parameter, std=0.3)
     emulator.matrix, emulator.residual = torch.ones(K, R).double() * 0.5, 0.1 * torch.eye(K).double()
-    emulator.scale = torch.ones(K).double()
+    emulator.scale = torch.eye(K).double()
     base = GaussianBase(torch.ones(R).double(), 2 * torch.eye(R).double(), emulator.requires_grad_(False), 3)
     spectrum = Spectrum(torch.ones(2).double(), torch.ones(2).double())
     support = Support(torch.full((R,), -torch.inf).double(), torch.full((R,), 50.0).double())

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion.base.density import emulator_density
-from fem_diffusion.diffusion.base.emulator import fit_emulator
+from fem_diffusion.diffusion.base.emulator import fit_emulator, roots
 from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
@@ -131,14 +131,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
 class _Parts(Tensors):
     """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
 
-    `covariance` (s, s) is the noise that the base's residual has to hold, `weights` (s,) tells what errors of
-    coordinates count, `share` how much an emulator's error makes of the noise, `constant` whether the noise is Gaussian
+    `covariance` (s, s) is the noise that the base's residual has to hold, `errors` what errors of coordinates
+    count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise, `constant` whether the noise is Gaussian
     and known.
     """
 
     noise: GaussianNoise | CallableNoise | LayoutFamily | None
     covariance: Tensor
-    weights: Tensor | None
+    errors: Tensor | None
     share: Callable[[Tensor], float]
     constant: bool
 
@@ -165,24 +165,22 @@ def _family(c: Tensor, family: LayoutFamily) -> _Parts:
     def share(residual: Tensor) -> float:
         return float((((rows @ residual) * rows).sum(1) / std**2).max())
     family = family.to("cpu", torch.float64)
-    return _Parts(family, c.new_zeros(s, s), family.weights, share, True)
+    return _Parts(family, c.new_zeros(s, s), 1 / family.weights, share, True)
 
 
 def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _Parts:
     k = y.shape[1]
     noise = as_noise(noise, k)
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
-    unit = covariance.diagonal().sqrt()
-    known = isinstance(noise, GaussianNoise) and bool((unit > 0).all())
+    known = isinstance(noise, GaussianNoise) and bool((covariance.diagonal() > 0).all())
 
     def share(residual: Tensor) -> float:
         if not known:
             return math.inf
-        values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
-        axes = axes / values.clamp(min=_NEGLIGIBLE**2).sqrt()
-        return float(torch.linalg.eigvalsh(axes.T @ (residual / unit / unit[:, None]) @ axes)[-1])
+        whitener, _ = roots(covariance)
+        return float(torch.linalg.eigvalsh(whitener @ residual @ whitener.T)[-1])
     constant = known and isinstance(noise, GaussianNoise) and noise.constant
-    return _Parts(noise, covariance, 1 / unit if known else None, share, constant)
+    return _Parts(noise, covariance, covariance if known else None, share, constant)
 
 
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
@@ -191,10 +189,10 @@ def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool,
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, CallableNoise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
-    if parts.weights is None:
+    if parts.errors is None:
         return [fit_base(z, centred, parts.covariance, standard_prior)]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, 1 / parts.weights, options=options, progress=progress,
+    emulator, _ = fit_emulator(z, y, parts.errors, options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     emulator.residual = emulator.residual + parts.covariance
     base = check_base(GaussianBase(*moments, emulator))
