@@ -119,5 +119,6 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
         seen, covariance = seen * noise.weights, torch.eye(seen.shape[1], dtype=seen.dtype)
     else:
         covariance = None if noise is None else noise.covariance(seen.double())
+    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or getattr(noise, "constant", False))
     z = torch.from_numpy(basis.encode(data.coefficients))
-    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance)))
+    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance, known)))
