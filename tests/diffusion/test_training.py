@@ -275,7 +275,9 @@ def test_numbers_of_numpy_are_the_same_options():
 @pytest.mark.parametrize("change, words", [
     ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)"), ({"options": None}, "options is of type NoneType"),
     ({"base": None}, "base is None"), ({"geometry": 3}, "geometry is of type int"),
-    ({"progress": "no"}, "progress is 'no'"), ({"noise": 0.0}, "needs noise"),
+    ({"network": "none"}, "network is 'none'"), ({"network": "sensors"}, "for families: leave"),
+    ({"network": "field"}, "layers on the mesh: give geometry"), ({"progress": "no"}, "progress is 'no'"),
+    ({"noise": 0.0}, "needs noise"),
     ({"y": torch.ones(600, 2) * 1j}, "imaginary"), ({"z": np.ones((600, 3))}, "torch.as_tensor"),
 ])
 def test_wrong_arguments_are_refused(change, words):
