@@ -72,7 +72,7 @@ def specimens(folder: Path) -> dict[str, Specimen]:
             ("family model", many, SensorNetwork(3, many.states.r, 8, 1, 8, 2))):
         size = trained.denoiser.base.k
         emulator = weights_everywhere(Emulator(3, size, 8, 1))
-        emulator.matrix, emulator.scale = torch.ones(size, 3).double(), 0.1 * torch.ones(size).double()
+        emulator.matrix, emulator.scale = torch.ones(size, 3).double(), 0.1 * torch.eye(size).double()
         emulator.residual = 0.01 * torch.eye(size).double()
         denoiser = replace(trained.denoiser, network=weights_everywhere(network), spectrum=spectrum, support=support,
                            base=replace(trained.denoiser.base, emulator=emulator, updates=2))

@@ -1,6 +1,6 @@
 """Trained models in files: tensors and settings, and checks at the door that they make up a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -14,23 +14,28 @@ from fem_diffusion.diffusion.network import NETWORKS
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.training.loop import History, unpack_history
+from fem_diffusion.errors import InputError
 from fem_diffusion.files import Content
 
 __all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
 
 N = TypeVar("N", bound=nn.Module)
 REMEDY = "Copy it again, or train anew."
+# A network of a user's own may make no use of a size, which its tensors do not bound then.
+_UNUSED = 1024
 
 
 def pack(parts: dict) -> tuple[dict, dict]:
     """Arrays and values of a file, for `files.write`, by the names of its parts.
 
-    A part is a dataclass of tensors and numbers, a network with its sizes in `config`, or None.
+    A part is a dataclass of tensors and numbers, an emulator or a network of the registry, or None.
     """
     arrays, values = {}, {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            values[name] = {"class": type(part).__name__, "sizes": part.config}
+            kinds = {"emulator": Emulator, **NETWORKS}
+            values[name] = {"class": next(key for key, kind in kinds.items() if type(part) is kind),
+                            "sizes": part.config}
             content = part.state_dict()
         else:
             content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
@@ -57,7 +62,7 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
     return kind(**found, **tensors)
 
 
-def _unpack_network(content: Content, name: str, kinds: Sequence[type[N]], sizes: dict) -> N | None:
+def _unpack_network(content: Content, name: str, kinds: Mapping[str, type[N]], sizes: dict) -> N | None:
     """A network of a file, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
@@ -69,9 +74,10 @@ def _unpack_network(content: Content, name: str, kinds: Sequence[type[N]], sizes
     start = f"{name}."
     tensors = {key[len(start):]: torch.from_numpy(x) for key, x in content.arrays.items() if key.startswith(start)}
     numbers, config = sum(x.numel() for x in tensors.values()), settings.get("sizes")
-    kind = next((kind for kind in kinds if kind.__name__ == settings.get("class")), None)
+    kind = kinds.get(str(settings.get("class")))
     if kind is None or not isinstance(config, dict) or not all(
-            type(x) is int and 0 <= x <= numbers for x in config.values()) or config.get("depth", 0) > len(tensors):
+            type(x) is int and 0 <= x <= max(numbers, _UNUSED) for x in config.values()) or (
+            config.get("depth", 0) > max(len(tensors), _UNUSED)):
         raise content.error(f"holds no network {name!r} of known class and sizes ({settings!r:.200})")
     if any(config.get(key) != size for key, size in sizes.items()):
         raise content.error(f"holds a network {name!r} of sizes {config!r:.200}, which do not fit {sizes}")
@@ -91,9 +97,17 @@ def _unpack_network(content: Content, name: str, kinds: Sequence[type[N]], sizes
 
 
 def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
-    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh."""
-    base = denoiser.base
-    arrays, values = pack({"emulator": base.emulator, "network": denoiser.network, "spectrum": denoiser.spectrum,
+    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh.
+
+    InputError unless its network is of the registry and has its sizes in `config`.
+    """
+    base, network = denoiser.base, denoiser.network
+    if network is not None and not (type(network) in NETWORKS.values() and isinstance(
+            getattr(network, "config", None), dict)):
+        name = type(network).__name__
+        raise InputError(f"A network of type {name} cannot be made again from a file: let {name} derive from "
+                         f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
+    arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,
                            "support": denoiser.support})
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
             values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
@@ -107,8 +121,8 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
     updates = content.value("updates", int)
     if not r or (factor.diagonal() == 0).any() or bool(factor.tril(-1).any()) or not 1 <= updates <= UPDATES:
         raise content.error("holds no base")
-    emulator = _unpack_network(content, "emulator", [Emulator], {"r": r, "s": k})
-    network = _unpack_network(content, "network", list(NETWORKS.values()), {"r": r, "k": k})
+    emulator = _unpack_network(content, "emulator", {"emulator": Emulator}, {"r": r, "s": k})
+    network = _unpack_network(content, "network", NETWORKS, {"r": r, "k": k})
     if emulator is None:
         raise content.error("holds no emulator")
     spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})

@@ -9,7 +9,8 @@ import torch
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion import (
-    CallableNoise, Denoiser, GaussianNoise, History, LayoutFamily, TrainingOptions, TrainingRange, fit_denoiser,
+    NETWORKS, CallableNoise, Denoiser, GaussianNoise, History, LayoutFamily, TrainingOptions, TrainingRange,
+    fit_denoiser,
 )
 from fem_diffusion.diffusion.base.visible import visible_modes
 from fem_diffusion.errors import DataError, InputError
@@ -47,9 +48,10 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     basis : ModalBasis, optional
         Coordinates of the fields. Where left out, as many leading modes of the prior as the readings can tell from
         their noise; the rest of a Gaussian prior is drawn when sampling.
-    network : {"latents", "field"}
+    network : {"latents", "field"} or str
         For fixed sensors fully connected between latents and measurements, or with layers on the mesh, for one scalar
-        unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md.
+        unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md. Another
+        name of `fem_diffusion.diffusion.NETWORKS` for a network of one's own.
     state_modes : int, optional
         For a family, number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of
         the variance, at most 256.
@@ -67,7 +69,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     check_kind(problem, "problem", InverseProblem, "InverseProblem(prior, forward, observation, noise)")
     check_kind(data, "data", DataSet, "what simulate or load_pairs returned")
     check_options(options, TrainingOptions)
-    check_choice(network, "network", ("latents", "field"))
+    check_choice(network, "network", [name for name, kind in NETWORKS.items() if not kind.families])
     if problem.family and network != "latents":
         raise InputError("A family has a network over its sensors: leave network out.")
     if not len(data) or len(data.coefficients) != len(data):
@@ -85,11 +87,12 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     with event("encode"):
         z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
-    geometry = field_geometry(basis) if network == "field" else None
+    geometry = field_geometry(basis) if NETWORKS[network].mesh else None
 
     def run() -> tuple[Denoiser, History]:
-        return fit_denoiser(torch.from_numpy(z), seen, noise, standard_prior=standard_prior, options=options,
-                            checkpoint=checkpoint, geometry=geometry, progress=progress)
+        return fit_denoiser(torch.from_numpy(z), seen, noise, network=None if problem.family else network,
+                            standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
+                            progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
     model = Model(problem, basis, denoiser, history, states, shown)
@@ -119,5 +122,6 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
         seen, covariance = seen * noise.weights, torch.eye(seen.shape[1], dtype=seen.dtype)
     else:
         covariance = None if noise is None else noise.covariance(seen.double())
+    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or getattr(noise, "constant", False))
     z = torch.from_numpy(basis.encode(data.coefficients))
-    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance)))
+    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance, known)))

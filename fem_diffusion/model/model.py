@@ -139,14 +139,16 @@ class Model:
         emulator = "a linear emulator" if base.emulator.head is None else "a network as emulator"
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
-            gain = 1 - min(history.validation) / history.base
-            network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
+            network = "a network under the Gaussian base"
+            if history.validation:
+                gain = 1 - min(history.validation) / history.base
+                network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
         elif base.emulator.head is None:
-            network += ", which is exact"
+            network += ", which is exact as far as held-out pairs tell"
         else:
-            network += ", from which moves under the emulator's density reach the posterior"
+            network += ", from which moves under the emulator's density reach the posterior as far as they tell"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
                 f"{network}")
 

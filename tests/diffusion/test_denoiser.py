@@ -104,7 +104,7 @@ def _random(network):
 def _bent_base(updates):
     """A base whose emulator is not affine: each measurement has a factor of its own."""
     emulator = Emulator(R, K, 8, 1)
-    emulator.matrix, emulator.residual, emulator.scale = OPERATOR, 0.1 * torch.eye(K).double(), torch.ones(K).double()
+    emulator.matrix, emulator.residual, emulator.scale = OPERATOR, 0.1 * torch.eye(K).double(), torch.eye(K).double()
     _random(emulator)
     return GaussianBase(torch.zeros(R).double(), torch.eye(R).double(), emulator, updates)
 

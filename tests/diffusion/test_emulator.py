@@ -137,3 +137,19 @@ def test_noise_that_grows_with_the_readings_gets_no_density():
     denoiser, _ = fit_denoiser(z, bent_map(z), noise, standard_prior=True, options=replace(QUICK, steps=100))
     conditioned = denoiser.at(torch.ones(1, 2).double())
     assert not denoiser.known and conditioned.density is None and denoiser.base.emulator.head is not None
+
+
+def test_what_noise_shares_hides_no_curve_of_a_difference():
+    drift, apart = 1.0, 1e-3
+    noise = GaussianNoise(covariance=drift**2 * np.ones((2, 2)) + apart**2 * np.eye(2))
+    z = torch.randn(3000, 2, generator=random(), dtype=torch.float64)
+
+    def readings(z):
+        return torch.stack([z[:, 0], z[:, 0] + 3 * apart * z[:, 1]**2], 1)
+    denoiser, _ = fit_denoiser(z, readings(z), noise, standard_prior=True,
+                               options=replace(QUICK, steps=1000, depth=3), progress=False)
+    assert denoiser.base.emulator.head is not None and denoiser.network is not None
+    y = readings(torch.tensor([[0.3, 2.0]], dtype=torch.float64))
+    found = draw(denoiser.at(y), 4000, Sampler())[:, 1]
+    # Modes at -2 and 2, 0.1 wide each; the base says N(0, 1), of which 0.13 is so far out.
+    assert (found.abs() > 1.5).double().mean() > 0.9 and 0.3 < (found > 0).double().mean() < 0.7

@@ -9,12 +9,13 @@ from torch import nn
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import (
-    NETWORKS, Denoiser, Emulator, FieldGeometry, GaussianBase, History, Layout, Sampler, Spectrum, Support, linear_base,
+    NETWORKS, CallableNoise, Denoiser, Emulator, FieldGeometry, GaussianBase, History, Layout, Sampler, ScoreModule,
+    Spectrum, Support, TrainingOptions, fit_denoiser, linear_base,
 )
 from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
-from fem_diffusion.errors import FileError
-from truths import draw, random
+from fem_diffusion.errors import FileError, InputError
+from truths import GaussianTruth, draw, random
 
 R, K = 3, 2
 HISTORY = History([10], [1.0], [0.9], 1.0, 10, 0.9, 1.1)
@@ -37,7 +38,7 @@ def _denoiser(name, emulated=True):
             for parameter in () if module is None else module.parameters():
                 nn.init.normal_(parameter, std=0.3)
     emulator.matrix, emulator.residual = torch.ones(K, R).double() * 0.5, 0.1 * torch.eye(K).double()
-    emulator.scale = torch.ones(K).double()
+    emulator.scale = torch.eye(K).double()
     base = GaussianBase(torch.ones(R).double(), 2 * torch.eye(R).double(), emulator.requires_grad_(False), 3)
     spectrum = Spectrum(torch.ones(2).double(), torch.ones(2).double())
     support = Support(torch.full((R,), -torch.inf).double(), torch.full((R,), 50.0).double())
@@ -81,6 +82,41 @@ def test_a_base_alone_is_a_denoiser(tmp_path):
     again, history = unpack_denoiser(_written(tmp_path / "model", denoiser))
     assert (again.network, again.spectrum, again.support) == (None, None, None) and not again.known
     torch.testing.assert_close(again.at(Y).located.mean, denoiser.at(Y).located.mean, rtol=0, atol=0)
+
+
+class Small(ScoreModule):
+    """A linear network of a user's own."""
+
+    def __init__(self, r, k, width, depth):
+        super().__init__(r=r, k=k, width=width, depth=depth)
+        self.layer = nn.Linear(r + k, r)
+
+    def forward(self, v, angle, features):
+        return self.layer(torch.cat([v, features.expand(*v.shape[:2], -1)], 2))
+
+
+def test_a_registered_network_is_trained_saved_and_loaded_by_its_name(tmp_path, monkeypatch):
+    z = torch.randn(400, R, generator=random(), dtype=torch.float64)
+    options = TrainingOptions(steps=300, evaluate_every=100, batch=64)
+    y, noise = z[:, :K] * 2, CallableNoise(lambda y, g: y + 0.1 * torch.randn(y.shape, generator=g, dtype=y.dtype))
+    with pytest.raises(InputError, match="network is 'small'"):
+        fit_denoiser(z, y, noise, network="small", options=options)
+    monkeypatch.setitem(NETWORKS, "small", Small)
+    denoiser, history = fit_denoiser(z, y, noise, network="small", base="plain", options=options, progress=False)
+    assert isinstance(denoiser.network, Small) and min(history.validation) < history.base
+    content = _written(tmp_path / "model", denoiser)
+    again, _ = unpack_denoiser(content)
+    assert content.values["network"]["class"] == "small" and type(again.network) is Small
+    torch.testing.assert_close(_draws(again, "small"), _draws(denoiser, "small"), rtol=0, atol=0)
+    del denoiser.network.config
+    with pytest.raises(InputError, match="derive from ScoreModule"):
+        pack_denoiser(denoiser, history)
+    monkeypatch.delitem(NETWORKS, "small")
+    with pytest.raises(FileError, match="known class and sizes"):
+        unpack_denoiser(content)
+    for network in (again.network, GaussianTruth([0.0], [[1.0]])):
+        with pytest.raises(InputError, match=r"register it, NETWORKS\['mine'\] = "):
+            pack_denoiser(Denoiser(again.base, network), history)
 
 
 def _set(name, value):

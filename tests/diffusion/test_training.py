@@ -15,9 +15,10 @@ from fem_diffusion.diffusion import (
     constant_moment, fit_base, fit_denoiser, linear_base, measure_collapse, straight_line, sub_variance_preserving,
     variance_exploding, variance_preserving,
 )
+from fem_diffusion.diffusion.training.fit import even
 from fem_diffusion.diffusion.training.loop import Loop
 from fem_diffusion.errors import InputError, FileError, SolveError
-from truths import Known, draw
+from truths import Known, draw, random
 
 QUICK = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2, batch=128)
 NOISE = GaussianNoise(std=0.1)
@@ -111,6 +112,28 @@ def test_a_known_linear_problem_trains_nothing_and_is_exact(noise, monkeypatch):
     torch.testing.assert_close(conditioned.located.covariance, exact.covariance)
     samples = draw(conditioned, 4000, Sampler(steps=1))
     assert min(moment_p_values(samples.numpy(), exact.mean[0].numpy(), exact.covariance[0].numpy())) > 1e-4
+
+
+def test_modes_left_out_of_a_linear_problem_are_noise_and_train_nothing():
+    z = torch.randn(2000, 3, generator=random(), dtype=torch.float64)
+    left_out = 0.3 * torch.randn(2000, 2, generator=random(1), dtype=torch.float64)
+    denoiser, history = fit_denoiser(z, z @ OPERATOR.T + left_out, NOISE, standard_prior=True, options=QUICK)
+    assert denoiser.network is None and denoiser.base.emulator.head is None and history.step == []
+    expected = torch.full((2,), 0.1, dtype=torch.float64)
+    torch.testing.assert_close(denoiser.base.emulator.residual.diagonal(), expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("latents, factor", [(20, 1.05), (20, 0.95), (1, 1.15), (1, 0.85), (20, 1.0)])
+def test_samples_that_are_too_wide_or_narrow_are_seen(latents, factor):
+    found = torch.randn(5, 2048, 20, generator=random(), dtype=torch.float64)
+    found[1:, :, :latents] *= factor
+    values = even(found, torch.randn(2048, 8, generator=random(1), dtype=torch.float64), 20)
+    assert (float(values.min()) * len(values) > 1e-3) == (factor == 1)
+
+
+def test_samples_of_a_prior_that_ignores_its_measurement_are_seen():
+    found = torch.randn(5, 1000, 2, generator=random(), dtype=torch.float64)
+    assert float(even(found, found[0, :, :1]**2, 2).min()) < 1e-10
 
 
 def test_a_linear_problem_stays_exact_where_it_is_not_known_to_be_one():
@@ -252,7 +275,9 @@ def test_numbers_of_numpy_are_the_same_options():
 @pytest.mark.parametrize("change, words", [
     ({"options": {"steps": 3}}, r"TrainingOptions\(\*\*options\)"), ({"options": None}, "options is of type NoneType"),
     ({"base": None}, "base is None"), ({"geometry": 3}, "geometry is of type int"),
-    ({"progress": "no"}, "progress is 'no'"), ({"noise": 0.0}, "needs noise"),
+    ({"network": "none"}, "network is 'none'"), ({"network": "sensors"}, "for families: leave"),
+    ({"network": "field"}, "layers on the mesh: give geometry"), ({"progress": "no"}, "progress is 'no'"),
+    ({"noise": 0.0}, "needs noise"),
     ({"y": torch.ones(600, 2) * 1j}, "imaginary"), ({"z": np.ones((600, 3))}, "torch.as_tensor"),
 ])
 def test_wrong_arguments_are_refused(change, words):

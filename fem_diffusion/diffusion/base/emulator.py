@@ -20,7 +20,7 @@ from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
-__all__ = ["Emulator", "affine_emulator", "fit_emulator", "regress", "spread"]
+__all__ = ["Emulator", "affine_emulator", "fit_emulator", "regress", "roots", "spread"]
 
 # A regression gains from more width than a score network does (docs/training.md).
 _WIDER = 2
@@ -45,7 +45,7 @@ class Emulator(nn.Module):
     offset: Tensor     # f_0, shape (s,)
     centre: Tensor     # what is taken from latents before the network sees them, shape (r,)
     unit: Tensor       # what they are divided by then, shape (r,)
-    scale: Tensor      # what the network's output is multiplied by, shape (s,)
+    scale: Tensor      # what the network's output is multiplied by, from the right, shape (s, s)
     residual: Tensor   # covariance of c - f(z) on held-out pairs, shape (s, s)
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
@@ -53,7 +53,7 @@ class Emulator(nn.Module):
         r, s, width = (check_count(n, name) for name, n in (("r", r), ("s", s), ("width", width)))
         depth = check_count(depth, "depth", least=0)
         self.config = {"r": r, "s": s, "width": width, "depth": depth}
-        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s,)), ("residual", (s, s)),
+        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s, s)), ("residual", (s, s)),
                             ("centre", (r,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("unit", torch.ones(r, dtype=torch.float64))
@@ -79,7 +79,7 @@ class Emulator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """State coordinates (B, s) for latents (B, r), in double precision."""
         affine = self.offset + z.double() @ self.matrix.T
-        return affine if self.head is None else affine + self.scale * self.correction(z).double()
+        return affine if self.head is None else affine + self.correction(z).double() @ self.scale
 
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
@@ -94,12 +94,12 @@ class Emulator(nn.Module):
             slopes.append(gate * (1 + before * (1 - gate)))   # of silu
 
         def pull(covector: Tensor) -> Tensor:
-            back = (covector * self.scale).float() @ head.weight
+            back = (covector @ self.scale.T).float() @ head.weight
             for number in reversed(range(len(self.hidden))):
                 through = (back * slopes[number]) @ self.hidden[number].weight  # pyright: ignore[reportOperatorIssue]
                 back = back + through if number else through
             return covector @ self.matrix + back.double() / self.unit
-        return affine + self.scale * head(x).double(), pull
+        return affine + head(x).double() @ self.scale, pull
 
 
 class _Regression(Task[Emulator]):
@@ -128,6 +128,16 @@ def spread(centred: Tensor) -> Tensor:
     """Root mean square of each column, shape (r,); 1 where it is zero."""
     size = centred.square().mean(0).sqrt()
     return torch.where(size > 0, size, 1.0)
+
+
+def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """W and F (s, s) with W F = 1 and F Fᵀ the covariance (s, s), whose eigenvalues are held above rounding."""
+    # Each coordinate in units of its own; symmetric: eigenvectors of close eigenvalues turn with rounding, their
+    # products do not.
+    unit = covariance.diagonal().sqrt()
+    values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
+    root = values.clamp(min=values[-1] * torch.finfo(values.dtype).eps * len(values)).sqrt()
+    return vectors / root @ vectors.T / unit, unit[:, None] * (vectors * root @ vectors.T)
 
 
 def regress(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,8 +172,8 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     z, c : Tensor
         Latents, shape (n, r), and coordinates, shape (n, s).
     noise : Tensor
-        Errors of each coordinate that count alike, positive, shape (s,): standard deviations of the readings' noise;
-        of state modes one over their standard deviation, such that errors count as they do in the state.
+        Errors that count alike, as a covariance (s, s) or positive standard deviations (s,): of the readings' noise; of
+        state modes one over their standard deviation, such that errors count as they do in the state.
     options : TrainingOptions
         Of the network, which is twice as wide.
     checkpoint, progress : path, optional, and bool
@@ -172,19 +182,24 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     check_options(options, TrainingOptions).check()
     check_flag(progress, "progress")
     check_pairs(z, c, 1)
-    noise = check_tensor(noise, "noise", (c.shape[1],), "coordinates").double().cpu()
-    if not (noise > 0).all():
+    s = c.shape[1]
+    square = isinstance(noise, Tensor) and noise.ndim == 2
+    noise = check_tensor(noise, "noise", (s, s) if square else (s,), "coordinates").double().cpu()
+    if not ((noise.diagonal() if square else noise) > 0).all():
         raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
     training, held_out = hold_out(len(z), options)
     if len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
     z, c = z.double().cpu(), c.double().cpu()
     matrix, offset, _ = regress(z[training], c[training])
-    rest = (c - offset - z @ matrix.T) / noise
-    size = rest[training].square().sum(1).mean().sqrt()
+    # Noise that two sensors share leaves their difference sharp: only in the noise's own axes errors count alike.
+    whitener, root = roots(noise if square else torch.diag(noise**2))
+    rest = (c - offset - z @ matrix.T) @ whitener.T
+    left = rest[training].T @ rest[training] / len(training)
+    size = left.trace().sqrt()
     network, history = None, History()
-    if float(rest[training].square().mean(0).max()) > _SMALL and (
-            float(size) > _ROUNDING * float((c[training].std(0) / noise).norm())):
+    if float(torch.linalg.eigvalsh(left)[-1]) > _SMALL and (
+            float(size) > _ROUNDING * float(((c[training] - offset) @ whitener.T).square().sum(1).mean().sqrt())):
         options = replace(options, width=_WIDER * options.width)
         with threads(options.threads):
             device = torch.device(options.device)
@@ -196,7 +211,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     if network is None:
         return affine_emulator(*regress(z, c)), history
     emulator = network.to("cpu").eval().requires_grad_(False)
-    emulator.centre, emulator.unit, emulator.scale = centre, unit, size * noise
+    emulator.centre, emulator.unit, emulator.scale = centre, unit, size * root.T
     emulator.matrix, emulator.offset = matrix, offset
     defect = (c - emulator(z))[held_out]
     emulator.residual = defect.T @ defect / len(defect)

@@ -24,7 +24,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.base.emulator import Emulator
+from fem_diffusion.diffusion.base.emulator import Emulator, roots
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.errors import SolveError
@@ -129,12 +129,7 @@ class GaussianBase(Tensors):
         """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
         covariance = signal @ signal.T + self.noise(Layout.readings(self.k, self.mean))[0]
-        unit = covariance.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh(covariance / unit / unit[:, None])
-        floor = values[-1] * torch.finfo(values.dtype).eps * len(values)
-        # Symmetric roots: eigenvectors of close eigenvalues turn with rounding, their products do not.
-        whitener = vectors / values.clamp(min=floor).sqrt() @ vectors.T / unit
-        return self.emulator.offset + self.emulator.matrix @ self.mean, whitener
+        return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
         """Measurements `y` (B, k) by fixed sensors, centred and whitened under the prior, shape (B, k)."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import regress, spread
+from fem_diffusion.diffusion.checks import check_pairs
 
 __all__ = ["visible_modes"]
 
@@ -17,17 +18,24 @@ __all__ = ["visible_modes"]
 _LOSS, _MARGIN = 0.1, 1.25
 # What least squares may leave of a linear problem, as a share of the noise.
 _FLAT = 0.01
+# Below so many pairs there is nothing to compare.
+_FEWEST = 20
 # Pairs that are looked at, share of them held out, points of derivatives, rounds of weights, and ridges in units of the
 # kernel's mean eigenvalue.
 _LOOKED_AT, _HELD_OUT, _POINTS, _ROUNDS, _RIDGES = 2000, 0.2, 200, 3, (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> int:
+def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: bool = True) -> int:
     """The fewest leading modes, 1 to r, with which the log density of held-out measurements is as good as with any.
 
-    Takes independent latents (n, r), those of the largest modes first, readings (n, k), and the covariance (k, k) of
-    noise that the readings do not hold yet, None where they hold all of it.
+    All modes of a linear problem with `known` laws of latents and noise: more of them are more accurate, and cost
+    nothing, because no network is trained there. Takes independent latents (n, r), those of the largest modes first,
+    readings (n, k), and the covariance (k, k) of noise that the readings do not hold yet, None where they hold all of
+    it. InputError if shapes disagree, a value is not finite, or there is one pair alone.
     """
+    check_pairs(z, y)
+    if len(z) < _FEWEST:
+        return min(z.shape[1], max(1, len(z) // 4))
     z, y = z[:_LOOKED_AT].double().cpu(), y[:_LOOKED_AT].double().cpu()
     unit = spread(y - y.mean(0))
     z, y = (z - z.mean(0)) / spread(z - z.mean(0)), (y - y.mean(0)) / unit
@@ -37,6 +45,8 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> int:
     # Where least squares leaves nothing beside the noise, there is no more to learn.
     flat = _Regression(z, y, noise, weights, curved=False)
     curved = bool(len(unit) - torch.cholesky_solve(noise, flat.root).trace() > _FLAT)
+    if known and not curved:
+        return z.shape[1]
     for _ in range(_ROUNDS if curved else 0):
         weights = _Regression(z, y, noise, weights).importance().sqrt()
     most = min(z.shape[1], len(z) // 2)
@@ -51,7 +61,7 @@ class _Regression:
 
     def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True):
         held_out = round(_HELD_OUT * len(z))
-        self.weights, self.train = weights / weights.sum(), z[held_out:]
+        self.weights, self.train = weights / weights.sum().clamp(min=1e-300), z[held_out:]
         fewest = len(self.train) // 2
         # Least squares on as many latents as pairs would fit noise.
         self.matrix = y.new_zeros(y.shape[1], z.shape[1])
@@ -81,9 +91,9 @@ class _Regression:
 
 def _scores(defect: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Log density of each measurement with this defect (n, k), mean over its noise, and root of the covariance."""
-    seen = defect.T @ defect / len(defect)
+    covariance = defect.T @ defect / len(defect) + noise
     # Rounding is nothing to see.
-    root = torch.linalg.cholesky(seen + noise + 1e-12 * torch.eye(len(noise), dtype=noise.dtype))
+    root = torch.linalg.cholesky(covariance + 1e-12 * torch.diag(1 + covariance.diagonal()))
     white = torch.linalg.solve_triangular(root, defect.T, upper=False).square().sum(0)
     extra = torch.cholesky_solve(noise, root).trace()
     return -(white + extra) / 2 - root.diagonal().log().sum(), root

@@ -1,6 +1,5 @@
 """Score networks, interchangeable behind one protocol; a new one is a file here and a line in `NETWORKS`."""
 
-from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,14 +8,13 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
-from fem_diffusion.diffusion.network.mlp import ResidualMLP
+from fem_diffusion.diffusion.network.mlp import ResidualMLP, ScoreModule
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
 
-__all__ = ["NETWORKS", "Network", "ScoreNetwork", "build"]
+__all__ = ["NETWORKS", "ScoreModule", "ScoreNetwork", "build"]
 
-# By the names that `fit` takes and model files hold; each has its sizes in `config`, beginning with r and k.
-Network = ResidualMLP | FieldNetwork | SensorNetwork
-NETWORKS: Mapping[str, type[Network]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
+# By the names that `fit` and `fit_denoiser` take and model files hold. NETWORKS["mine"] = Mine adds a user's own.
+NETWORKS: dict[str, type[ScoreModule]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
 
 
 @runtime_checkable
@@ -51,8 +49,7 @@ class ScoreNetwork(Protocol):
         ...
 
 
-def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeometry | None = None) -> Network:
+def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeometry | None = None) -> ScoreModule:
     """A network of the registry before training: r latents, k coordinates or readings, on a mesh where one is given."""
-    if geometry is None:
-        return NETWORKS[name](r, k, width, depth)
-    return FieldNetwork(r, k, width, depth, dimension=len(geometry.gradients)).on(geometry)
+    more = {} if geometry is None else {"dimension": len(geometry.gradients)}
+    return NETWORKS[name](r=r, k=k, width=width, depth=depth, **more).on(geometry)

@@ -63,6 +63,7 @@ class FieldNetwork(ScoreModule):
     layers on the mesh hold, `channels`, and of components of a gradient, `dimension`.
     """
 
+    mesh = True
     modes: Tensor
     projector: Tensor
     gradients: Tensor

@@ -1,5 +1,7 @@
 """Score networks: residual networks with conditioning on noise level and measurement."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +13,14 @@ __all__ = ["Block", "ResidualMLP", "ScoreModule", "harmonics"]
 
 
 class ScoreModule(nn.Module):
-    """What the networks here share; see `ScoreNetwork`. Sizes end up in `config`, from which files make it again."""
+    """What the networks of `NETWORKS` share; see `ScoreNetwork`. It sees whitened measurements unless `see` differs.
+
+    Sizes end up in `config`, from which files make it again: at least r, k, width and depth.
+    """
+
+    families = False   # whether it is for families of sensors, not for fixed ones
+    mesh = False       # whether it has layers on a mesh
+    rate = 1.0         # what the learning rate is multiplied by
 
     def __init__(self, **sizes: int):
         super().__init__()
@@ -21,6 +30,10 @@ class ScoreModule(nn.Module):
     def dtype(self) -> torch.dtype:
         """Floating point type of the weights."""
         return next(self.parameters()).dtype
+
+    def on(self, geometry: Any) -> "ScoreModule":
+        """Itself: no layer is on a mesh."""
+        return self
 
     def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """Whitened measurements (B, k)."""

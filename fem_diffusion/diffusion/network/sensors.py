@@ -32,6 +32,9 @@ class SensorNetwork(ScoreModule):
         Width of a token, number of learned queries.
     """
 
+    families = True
+    rate = 0.25   # attention learns nothing at the rate that suits the fully connected network
+
     def __init__(self, r: int, k: int, width: int = 128, depth: int = 3, tokens: int = 64, queries: int = 8):
         super().__init__(r=r, k=k, width=width, depth=depth, tokens=tokens, queries=queries)
         if tokens % _HEADS:

@@ -1,0 +1,45 @@
+"""How many modes measurements can tell: all of a linear problem, the leading ones of others, a few from few pairs."""
+
+import pytest
+import torch
+
+from fem_diffusion.diffusion.base.visible import visible_modes
+from fem_diffusion.errors import InputError
+from truths import random
+
+
+def _latents(n, r):
+    return torch.randn(n, r, generator=random(), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_modes_that_cost_nothing_are_kept(curved, known):
+    z, operator = _latents(600, 20), torch.randn(20, 4, generator=random(1), dtype=torch.float64)
+    operator[3:] = 0
+    y = z @ operator
+    found = visible_modes(z, y + y**2 if curved else y, 0.01 * torch.eye(4), known)
+    assert found == 20 if known and not curved else 3 <= found <= 6
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 19, 20, 40])
+def test_few_pairs_leave_few_modes(n):
+    z = _latents(n, 12)
+    for noise in (None, torch.eye(3)):
+        assert 1 <= visible_modes(z, z[:, :3]**2, noise, known=False) <= max(1, n // 2)
+
+
+def test_readings_that_do_not_vary_tell_nothing():
+    z = _latents(100, 5)
+    for y in (torch.full((100, 2), 3.7).double(), torch.stack([z[:, 0], torch.ones(100).double()], 1)):
+        for noise in (None, torch.eye(2)):
+            assert 1 <= visible_modes(z, y, noise) <= 5
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda z: (z[:1], z[:1]), "simulate more"), (lambda z: (z[:0], z[:0]), "simulate more"),
+    (lambda z: (z, z.log()), "finite"), (lambda z: (z, z[:9]), "same pairs"), (lambda z: (0 * z, z), "same value"),
+])
+def test_wrong_pairs_are_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        visible_modes(*change(_latents(30, 3)), None)
