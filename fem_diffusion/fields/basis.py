@@ -32,7 +32,7 @@ from fem_diffusion.fields.modes import mass_action
 if TYPE_CHECKING:
     from fem_diffusion.prior.protocol import Prior
 
-__all__ = ["ModalBasis", "load_basis", "pack_basis", "unpack_basis"]
+__all__ = ["ModalBasis", "is_of", "load_basis", "pack_basis", "unpack_basis"]
 
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
@@ -236,21 +236,21 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
                          "the file: pass the TransformedPrior.")
     basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total), prior,
                        standard and prior is not None, weights and tuple(weights))
-    if basis.standard_prior and not _is_of(basis, modes[:, columns]):
+    if basis.standard_prior and not is_of(basis, prior):
         raise content.error("belongs to another prior")
     if not np.allclose(basis.encode(basis.decode(np.eye(basis.r))), np.eye(basis.r), rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     return basis
 
 
-def _is_of(basis: ModalBasis, modes: np.ndarray) -> bool:
-    """Whether mean and modes are those of the basis's prior, up to what modes are converged to."""
+def is_of(basis: ModalBasis, prior: "Prior | None") -> bool:
+    """Whether mean and modes are those of a prior, up to what modes are converged to."""
     comm, mean = basis.V.comm, coefficients(basis.mean)
-    core: Any = getattr(basis.prior, "core", None)
+    core: Any = getattr(prior, "core", None)
     if not (hasattr(core, "mean") and hasattr(core, "apply_covariance")):
         return False
     off = largest(comm, mean - coefficients(core.mean))
-    dual = mass_action(basis.V, basis.weights)(modes)
+    dual = mass_action(basis.V, basis.weights)(basis.modes)
     # As the modes see it, the covariance is diagonal.
     seen, unit = comm.allreduce(dual @ core.apply_covariance(dual).T), np.sqrt(basis.variances)
     same = np.abs(seen / unit / unit[:, None] - np.eye(len(unit))).max() < _SAME

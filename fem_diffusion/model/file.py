@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fem_diffusion import files
-from fem_diffusion.diffusion import TrainingRange
+from fem_diffusion.diffusion import Denoiser, GaussianNoise, TrainingRange
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
@@ -32,8 +32,9 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
         seen, shown = pack({"range": model.range})
-        files.write(path, "model", arrays | tensors | seen,
-                    values | settings | shown | {"family": model.problem.family})
+        files.write(path, "model", arrays | tensors | seen | {"noise": _noise(model.problem, model.denoiser)},
+                    values | settings | shown | {"family": model.problem.family, "linear": model.linear,
+                                                 "names": model.problem.names})
     on_root(model.problem.comm, write)
 
 
@@ -44,15 +45,26 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     basis = unpack_basis(content, "basis", problem.V, problem.prior)
     if basis.r != denoiser.base.r:
         raise content.error("holds a basis and a model of different sizes")
-    if content.value("family", bool) != problem.family or (problem.k or denoiser.base.k) != denoiser.base.k:
+    same = content.value("names", list) == list(problem.names) and problem.k in (None, denoiser.base.k)
+    if content.value("family", bool) != problem.family or not same:
         raise FileError(f"{path} was trained for other sensors: pass the problem of its training.")
-    parts = {"basis": basis, "denoiser": denoiser, "history": history}
+    stored, found = content.array("noise", None), _noise(problem, denoiser)
+    if stored.shape != found.shape or not np.allclose(stored, found, rtol=1e-6, atol=0):
+        raise FileError(f"{path} was trained for other noise: pass the problem of its training.")
+    parts = {"basis": basis, "denoiser": denoiser, "history": history, "linear": content.value("linear", bool)}
     if not problem.family:
         return parts
     states = unpack_basis(content, "states", problem.U)
     if states.r != denoiser.base.k:
         raise content.error("holds states and a model of different sizes")
     return parts | {"states": states, "range": _range(content, states.r)}
+
+
+def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
+    """Standard deviations of Gaussian noise of fixed sensors at the readings of the mean field; none of other noise."""
+    if problem.family or not isinstance(problem.noise, GaussianNoise):
+        return np.zeros(0)
+    return problem.noise.covariance(denoiser.base.emulator.offset[None]).diagonal().sqrt().numpy()
 
 
 def _range(content: files.Content, s: int) -> TrainingRange:

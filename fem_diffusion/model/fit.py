@@ -2,10 +2,12 @@
 
 import os
 import time
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import torch
+from mpi4py import MPI
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion import (
@@ -15,14 +17,15 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.visible import visible_modes
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.model.families import layout_family, sample_basis
-from fem_diffusion.model.model import Model
+from fem_diffusion.model.model import Model, check_basis, check_law
+from fem_diffusion.model.tail import linear_tail
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.prior.expansion import karhunen_loeve
-from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.prior.product import is_gaussian
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
 from fem_diffusion.simulation.simulate import DataSet
@@ -31,6 +34,8 @@ __all__ = ["fit"]
 
 # POD modes that are looked at, at most, and pairs that each mode wants.
 _MOST_POD, _PAIRS_A_MODE = 128, 4
+# What modes may miss of a reading, in units of its noise.
+_MISSED = 0.25
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
@@ -74,6 +79,11 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         raise InputError("A family has a network over its sensors: leave network out.")
     if not len(data) or len(data.coefficients) != len(data):
         raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
+    if not problem.comm.allreduce(data.coefficients.shape[1:] == (owned_size(problem.V),), MPI.LAND):
+        raise DataError(f"The data set holds fields of another space than {problem.V}: simulate the problem itself.")
+    if problem.k not in (None, data.readings.shape[1]):
+        raise DataError(f"The data set holds readings of {data.readings.shape[1]} sensors and the problem has "
+                        f"{problem.k}: simulate the problem itself.")
     states = shown = None
     noise, seen = problem.noise, torch.as_tensor(data.readings)
     if isinstance(problem.observation, SensorFamily):
@@ -81,12 +91,12 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
-    if basis is None:
-        basis = _visible(problem, data, seen, noise)
-    check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior) or pod(...)")
+    given = basis is not None
+    basis = check_basis(basis, problem) if basis is not None else _visible(problem, data, seen, noise)
     with event("encode"):
         z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
+    check_law(basis, problem)
     geometry = field_geometry(basis) if NETWORKS[network].mesh else None
 
     def run() -> tuple[Denoiser, History]:
@@ -95,7 +105,10 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
-    model = Model(problem, basis, denoiser, history, states, shown)
+    tail = None if problem.family else linear_tail(problem, basis, denoiser.base, known=False)
+    if tail is None and given:
+        _warn(problem, basis, denoiser)
+    model = Model(problem, basis, denoiser, history, states, shown, linear=tail is not None)
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
@@ -108,11 +121,30 @@ def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
     return basis.standard_prior and not data.skipped
 
 
+def _warn(problem: InverseProblem, basis: ModalBasis, denoiser: Denoiser) -> None:
+    """Warn where modes of a Gaussian prior miss more of the readings than its noise forgives, and nothing tells them.
+
+    Such modes are drawn from the prior, whatever the readings say of them.
+    """
+    noise, emulator = problem.noise, denoiser.base.emulator
+    if not (isinstance(noise, GaussianNoise) and noise.constant and emulator.head is None and basis.standard_prior):
+        return
+    covariance = noise.covariance(emulator.offset[None])
+    unit = covariance.diagonal().clamp(min=1e-300).sqrt()
+    values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
+    axes = axes / values.clamp(min=1e-4).sqrt() / unit[:, None]
+    worst = float(torch.linalg.eigvalsh(axes.T @ (emulator.residual - covariance) @ axes)[-1].clamp(min=0).sqrt())
+    if worst > _MISSED:
+        warnings.warn(f"The {basis.r} modes leave up to {worst:.2g} noise standard deviations of the readings "
+                      "unexplained, and samples draw all other modes from the prior: take more modes, leave basis out, "
+                      "or give the forward problem its sensitivity.", stacklevel=3)
+
+
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
              noise: LayoutFamily | GaussianNoise | CallableNoise | None) -> ModalBasis:
     """As many leading modes of the prior as readings, or coordinates of the state, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
-    if isinstance(problem.prior.core, GaussianCore):
+    if is_gaussian(problem.prior.core):
         basis = karhunen_loeve(problem.prior)
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from fem_diffusion.checks import check_kind, check_readings
 from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.basis import ModalBasis, is_of
 from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
 from fem_diffusion.model.file import read_model, write_model
@@ -20,7 +20,7 @@ from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
 
-__all__ = ["Model", "load_model"]
+__all__ = ["Model", "check_basis", "check_law", "load_model"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,6 +44,11 @@ class Model:
         Coordinates of the states, for a family.
     range : TrainingRange or None
         What training has seen of sensors, for a family.
+    linear : bool
+        Whether the training has found fixed sensors to read the modes left out by the solver's derivative, so that
+        their law given the readings is known on every mesh.
+
+    InputError where one does not fit the others.
     """
 
     problem: InverseProblem
@@ -52,23 +57,25 @@ class Model:
     history: History
     states: ModalBasis | None = None
     range: TrainingRange | None = None
+    linear: bool = False
 
     def __post_init__(self) -> None:
-        if self.basis.V != self.problem.V:
-            raise InputError(f"The basis is on {self.basis.V} and the fields of the problem are in {self.problem.V}: "
-                             "pass a basis of the problem's prior.")
+        check_law(check_basis(self.basis, self.problem), self.problem)
         if self.basis.r != self.denoiser.base.r:
             raise InputError(f"The basis has {self.basis.r} modes and the model {self.denoiser.base.r} latents: pass a "
                              "basis of the same size, of the prior of the training.")
         if len({self.problem.family, self.states is not None, self.range is not None}) > 1:
             raise InputError("A family, a basis of its states and the range of its training belong together: give all "
                              "or none.")
+        if self.problem.k not in (None, self.denoiser.base.k):
+            raise InputError(f"The problem has {self.problem.k} sensors and the model {self.denoiser.base.k}: pass a "
+                             "problem with the sensors of the training.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
 
     @cached_property
     def tail(self) -> LinearTail | None:
         """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
-        return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base)
+        return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base, self.linear)
 
     def condition(self, y: ArrayLike, observation: Observation | None = None,
                   noise: GaussianNoise | ArrayLike | None = None) -> Posterior:
@@ -162,7 +169,23 @@ class Model:
 def load_model(path: str | os.PathLike, problem: InverseProblem) -> Model:
     """Read what `Model.save` wrote, for the problem of the training on the same mesh; no code in the file is run.
 
-    FileError if the file is damaged, foreign, or belongs to another mesh, space, prior or set of sensors.
+    FileError if the file is damaged, foreign, or belongs to another mesh, space, prior, noise or set of sensors.
     """
     check_kind(problem, "problem", InverseProblem, "the InverseProblem of the training")
     return Model(problem, **read_model(path, problem))
+
+
+def check_basis(basis: ModalBasis, problem: InverseProblem) -> ModalBasis:
+    """A basis of the fields of a problem; InputError if it is of other fields."""
+    check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior) or pod(...)")
+    if basis.V != problem.V:
+        raise InputError(f"The basis is on {basis.V} and the fields of the problem are in {problem.V}: pass a basis of "
+                         "the problem's prior.")
+    return basis
+
+
+def check_law(basis: ModalBasis, problem: InverseProblem) -> None:
+    """InputError where a Karhunen-Loeve basis is of another prior than that of a problem (collective)."""
+    same = basis.prior is not None and basis.prior.core is problem.prior.core
+    if basis.standard_prior and not same and not is_of(basis, problem.prior):
+        raise InputError("The modes of the basis are those of another prior: pass karhunen_loeve(problem.prior, r).")

@@ -97,7 +97,7 @@ class Posterior:
         The samples are of this posterior or another one in the same basis, InputError if they have another number of
         latents. Modes past r are left out.
         """
-        z = torch.as_tensor(samples.latents)[None]
+        z = torch.as_tensor(check_kind(samples, "samples", Samples, "what sample returned").latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())
 
     def __repr__(self) -> str:

@@ -11,13 +11,14 @@ With z from the posterior in which :math:`H t` counts as noise, both together ar
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from mpi4py import MPI
 
 from fem_diffusion.diffusion import GaussianBase, GaussianNoise
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
-from fem_diffusion.prior.protocol import GaussianCore
+from fem_diffusion.prior.product import is_gaussian
 from fem_diffusion.problem import InverseProblem
 
 __all__ = ["LinearTail", "linear_tail"]
@@ -55,30 +56,34 @@ class LinearTail:
         return draws + missed @ self.gain
 
 
-def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase) -> LinearTail | None:
+def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, known: bool) -> LinearTail | None:
     """What the readings of a problem tell of the rest; None where it is not linear or they tell nothing (collective).
 
-    The problem has fixed sensors; the base is of its readings, fitted in the basis.
+    The problem has fixed sensors; the base is of its readings, fitted in the basis, or in that of another mesh where
+    the problem is `known` to be linear. Relative noise counts by its mean over the prior.
     """
-    prior, forward, noise, k = problem.prior, problem.forward, problem.noise, base.k
+    prior, forward, noise, emulator = problem.prior, problem.forward, problem.noise, base.emulator
     if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)
-            and isinstance(noise, GaussianNoise) and noise.constant and base.emulator.head is None
-            and basis.standard_prior and isinstance(prior, GaussianCore) and prior.core is prior):
+            and isinstance(noise, GaussianNoise) and emulator.head is None
+            and basis.standard_prior and is_gaussian(prior) and prior.core is prior):
         return None
-    R = noise.covariance(base.mean.new_zeros(1, k)).numpy()
-    residual = base.emulator.residual.numpy() - R
-    unit = np.sqrt(R.diagonal())
-    if not (unit > 0).all():
-        return None
-    # All ranks hold the same base, so they go on together.
-    rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows))
+    # All ranks hold the same base, so they go on together. A solver may write into what it gets.
+    rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows.copy()))
     seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
     cross = prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)
-    signal = np.linalg.norm(seen / unit / unit[:, None], 2)
-    if signal < _UNSEEN or np.linalg.norm((seen - residual) / unit / unit[:, None], 2) > _ALIKE * signal:
+    matrix, offset = emulator.matrix.numpy(), emulator.offset.numpy()
+    # Two points with the mean and the variance of the readings have their mean square.
+    mean = offset + matrix @ base.mean.numpy()
+    spread = np.sqrt(((matrix @ base.factor.numpy())**2).sum(axis=1) + seen.diagonal())
+    R = noise.covariance(torch.from_numpy(np.stack([mean - spread, mean + spread]))).numpy()
+    unit = np.sqrt(R.diagonal())
+    if not (unit > 0).all():
+        return None
+    signal, off = (np.linalg.norm(x / unit / unit[:, None], 2) for x in (seen, seen + R - emulator.residual.numpy()))
+    if signal < _UNSEEN or not known and off > _ALIKE * signal:
         return None
     gain = np.linalg.solve((seen + R) / unit / unit[:, None], cross / unit[:, None]) / unit[:, None]
     values, axes = np.linalg.eigh(R / unit / unit[:, None])
     root = unit[:, None] * axes * np.sqrt(values.clip(min=0))
-    return LinearTail(rows, gain, base.emulator.matrix.numpy(), base.emulator.offset.numpy(), root)
+    return LinearTail(rows, gain, matrix, offset, root)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TypeGuard
 
 import numpy as np
 from firedrake import DirichletBC, Function, MixedFunctionSpace
@@ -107,7 +108,7 @@ class ProductPrior(Prior):
         return f"ProductPrior({list(self.priors)!r})"
 
 
-def is_gaussian(prior: Prior) -> bool:
+def is_gaussian(prior: Prior) -> TypeGuard[GaussianCore]:
     """Whether a prior, or every component of a product, is Gaussian and known by mean and covariance."""
     parts = prior.priors if isinstance(prior, ProductPrior) else (prior,)
     return all(isinstance(part, GaussianCore) for part in parts)
