@@ -64,7 +64,7 @@ def naive(z: Tensor, y: Tensor, steps: int, width: int, depth: int, progress: bo
 
 def variance_ratio(denoiser: Denoiser, exact: Denoiser, y: Tensor) -> float:
     """Variance of 64 samples for each of up to 200 measurements (m, 2), over the exact posterior variance."""
-    z = sample_latents(denoiser.at(y[:200]), 64, Sampler(steps=40, method="heun"), seed=2)
+    z = sample_latents(denoiser.at(y[:200]), 64, Sampler(steps=40, method="heun"), seed=2, progress=False)
     # In coordinates in which the exact posterior has variance one, whatever the measurement.
     return float(exact.at(y[:200]).located.whiten(z.transpose(0, 1)).var(0).mean())
 

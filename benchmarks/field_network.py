@@ -37,7 +37,8 @@ def step_time(z: Tensor, y: Tensor, noise: CallableNoise, options: TrainingOptio
         start = time.process_time()
         # With so few held-out pairs no network is kept, so nothing is measured after training.
         few = replace(options, steps=steps, evaluate_every=steps, validation_fraction=0.002)
-        fit_denoiser(z[:3000], y[:3000], noise, options=few, network=geometry and "field", geometry=geometry)
+        fit_denoiser(z[:3000], y[:3000], noise, options=few, network=geometry and "field", geometry=geometry,
+                     progress=False)
         return time.process_time() - start
     spent(5)
     return (spent(45) - spent(5)) / 40
@@ -58,7 +59,8 @@ def denoising_loss(denoiser: Denoiser, z: Tensor, y: Tensor, noise: CallableNois
 def score(denoiser: Denoiser, z: Tensor, y: Tensor, noise: CallableNoise, scale: Tensor) -> np.ndarray:
     """Energy score of samples of sqrt(m) in L2, in units of the prior's spread; one for each pair."""
     y = noise.sample(y, torch.Generator().manual_seed(2))
-    return energy_score((sample_latents(denoiser.at(y), DRAWS, seed=3) * scale).numpy(), (z * scale).numpy())
+    drawn = sample_latents(denoiser.at(y), DRAWS, seed=3, progress=False)
+    return energy_score((drawn * scale).numpy(), (z * scale).numpy())
 
 
 def run(folder: Path, pairs: int = 40000, seconds: float = 100.0, seeds: tuple[int, ...] = (0, 1),
@@ -86,7 +88,8 @@ def run(folder: Path, pairs: int = 40000, seconds: float = 100.0, seeds: tuple[i
             options = TrainingOptions(steps=steps, width=width, seed=seed, validation_fraction=0.02,
                                       evaluate_every=-(-steps // 4))
             start = time.process_time()
-            denoiser, _ = fit_denoiser(z, y, noise, network=where and "field", options=options, geometry=where)
+            denoiser, _ = fit_denoiser(z, y, noise, network=where and "field", options=options, geometry=where,
+                                       progress=False)
             spent = time.process_time() - start
             weights = sum(p.numel() for p in denoiser.network.parameters()) if denoiser.network else 0
             loss, error = denoising_loss(denoiser, z_new, y_new, noise)

@@ -147,7 +147,8 @@ def training(problem: Problem, base: str, seed: int, size: Size) -> Training:
 
     def fit(checkpoint: Path) -> Denoiser:
         z, y = (torch.as_tensor(x) for x in problem.draw(size.pairs, seed))
-        return fit_denoiser(z, y, None, base=base, options=replace(size.options, seed=seed), checkpoint=checkpoint)[0]
+        return fit_denoiser(z, y, None, base=base, options=replace(size.options, seed=seed), checkpoint=checkpoint,
+                            progress=False)[0]
     return Training(problem.name, base, seed, fit, torch.as_tensor(problem.observations), size.samples,
                     exact_scores(problem, size, seed), cells)
 

@@ -32,8 +32,8 @@ FIELDS = ("task", "method", "seed", "observation", "c2st", "training_s", "sampli
 
 def ours(task, theta: Tensor, x: Tensor, seed: int) -> Callable[[Tensor], Tensor]:
     """The default call; returns a function from a measurement (1, k) to samples."""
-    denoiser, _ = fit_denoiser(theta, x)
-    return lambda y: sample_latents(denoiser.at(y), SAMPLES, seed=seed)[0]
+    denoiser, _ = fit_denoiser(theta, x, progress=False)
+    return lambda y: sample_latents(denoiser.at(y), SAMPLES, seed=seed, progress=False)[0]
 
 
 def peer(name: str) -> Callable:

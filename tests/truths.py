@@ -98,7 +98,7 @@ def at_zero(network=None, r=1, size=1, spectrum=None, support=None):
 
 def draw(conditioned, n, sampler, seed=0, **settings):
     """Latents (n, r) of one measurement."""
-    return sample_latents(conditioned, n, sampler, seed=seed, **settings)[0]
+    return sample_latents(conditioned, n, sampler, seed=seed, progress=False, **settings)[0]
 
 
 def random(seed=0):

@@ -162,7 +162,8 @@ def _row(training: Training, combination: Combination, conditioned: Conditioned)
     seed = zlib.crc32(f"{training.problem} {training.seed}".encode())
     start = time.perf_counter()
     try:
-        z = sample_latents(replace(conditioned, network=counter), training.draws, sampler, seed=seed).cpu().numpy()
+        z = sample_latents(replace(conditioned, network=counter), training.draws, sampler, seed=seed,
+                           progress=False).cpu().numpy()
     except SolveError:
         z = np.full((len(conditioned), training.draws, conditioned.r), np.nan)
     seconds = time.perf_counter() - start
@@ -285,7 +286,8 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
     def training(base: str, seed: int) -> Training:
         def fit(file: Path) -> Denoiser:
             mine = replace(options, seed=seed)
-            return fit_denoiser(z[rest], y[rest], noise, base=base, options=mine, checkpoint=file)[0]
+            return fit_denoiser(z[rest], y[rest], noise, base=base, options=mine, checkpoint=file,
+                                progress=False)[0]
         return Training("data", base, seed, fit, measured, plan.draws, score, plan.combinations)
 
     def score(samples: np.ndarray, _: Combination) -> dict[str, float]:

@@ -32,7 +32,7 @@ from fem_diffusion.errors import InputError
 __all__ = ["Conditioned", "Denoiser"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Conditioned(Tensors):
     """A denoiser with B measurements built in: all that samplers, densities and corrections see.
 
@@ -96,7 +96,7 @@ class Conditioned(Tensors):
         return replace(self, located=located, context=own(self.context), density=density)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Denoiser(Tensors):
     """Gaussian base and network together. InputError if a part is of the wrong kind.
 

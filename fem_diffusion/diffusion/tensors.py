@@ -24,6 +24,15 @@ class Tensors:
         to = {"device": check_device(device), "dtype": dtype}
         return mapped(self, lambda x: deepcopy(x).to(**to) if isinstance(x, nn.Module) else x.to(**to))
 
+    def __repr__(self) -> str:
+        def short(part: Any) -> str:
+            if isinstance(part, Tensor):
+                return str(tuple(part.shape))
+            if isinstance(part, tuple):
+                return f"[{', '.join(map(short, part))}]"
+            return repr(part) if part is None or isinstance(part, (bool, int)) else type(part).__name__
+        return f"{type(self).__name__}({', '.join(f'{f.name}: {short(getattr(self, f.name))}' for f in fields(self))})"
+
 
 def mapped(part: Any, function: Callable[[Any], Any]) -> Any:
     """A copy with a function applied to every tensor and network in `Tensors` or in a tuple, however deep."""

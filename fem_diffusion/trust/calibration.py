@@ -175,6 +175,7 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
 
     def run() -> Calibration:
         measured = y if noise is None else noise.sample(y, torch.Generator().manual_seed(seed))
-        z = sample_latents(model.denoiser.at(measured), draws, sampler, seed=seed + 1).cpu().numpy()
+        z = sample_latents(model.denoiser.at(measured), draws, sampler, seed=seed + 1,
+                           progress=False).cpu().numpy()
         return calibrate(z[:, :, :leading], truth[:, :leading], levels)
     return on_root(model.problem.comm, run)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fem_diffusion.diffusion import (
-    Denoiser, Emulator, GaussianNoise, Layout, Sampler, TrainingOptions, fit_denoiser, fit_emulator,
+    Denoiser, Emulator, GaussianNoise, History, Layout, Sampler, TrainingOptions, fit_denoiser, fit_emulator,
 )
 from truths import bent_map, draw, errors, quadrature, random
 
@@ -153,3 +153,11 @@ def test_what_noise_shares_hides_no_curve_of_a_difference():
     found = draw(denoiser.at(y), 4000, Sampler())[:, 1]
     # Modes at -2 and 2, 0.1 wide each; the base says N(0, 1), of which 0.13 is so far out.
     assert (found.abs() > 1.5).double().mean() > 0.9 and 0.3 < (found > 0).double().mean() < 0.7
+
+
+def test_what_prints_is_short(fixed):
+    conditioned = fixed.at(torch.zeros(3, 2).double())
+    for part in (fixed, fixed.base, fixed.base.emulator, conditioned, conditioned.located, History(),
+                 History([10], [1.0], [0.9], 1.0, 10)):
+        text = repr(part)
+        assert text.startswith(type(part).__name__) and "tensor" not in text and len(text) < 240, text

@@ -29,7 +29,7 @@ _LEAPS = 4
 _ROWS = 4096
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EmulatorDensity(Tensors):
     """Posterior densities of B measurements in base coordinates; from `emulator_density`.
 

@@ -63,6 +63,9 @@ class Emulator(nn.Module):
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
 
+    def __repr__(self) -> str:
+        return f"Emulator({', '.join(f'{name}={size}' for name, size in self.config.items())})"
+
     def _input(self, z: Tensor) -> Tensor:
         """Latents (B, r) as the network sees them: centred before they lose precision."""
         return ((z.double() - self.centre) / self.unit).float()
@@ -160,7 +163,7 @@ def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulato
 
 
 def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
-                 checkpoint: str | os.PathLike | None = None, progress: bool = False) -> tuple[Emulator, History]:
+                 checkpoint: str | os.PathLike | None = None, progress: bool = True) -> tuple[Emulator, History]:
     """Regress coordinates of what sensors see on latents: emulator, on the CPU, and training curve of its network.
 
     It is affine where a network does not help on held-out pairs; losses are in units of what the affine map leaves.

@@ -40,7 +40,7 @@ _FLOOR = 1e-12
 _TOGETHER = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Located(Tensors):
     """Gaussians N(mean, P) of B measurements, with P⁻¹ = M Mᵀ, and what the sensors see there.
 
@@ -85,7 +85,7 @@ class Located(Tensors):
         return self.mean + apply(self.factor, w)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GaussianBase(Tensors):
     """Law of the latents and emulator: gives a Gaussian for every measurement by any sensors.
 

@@ -18,7 +18,7 @@ from fem_diffusion.errors import InputError
 __all__ = ["Layout", "LayoutFamily", "LayoutKind"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layout(Tensors):
     """Linear sensors of B measurements: reading = offset + rows · c + noise.
 

@@ -168,7 +168,7 @@ def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,
 
 def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(), *, seed: int,
                    callback: Callable[[int, float, Tensor], None] | None = None, memory: int = 2**28,
-                   progress: bool = False) -> Tensor:
+                   progress: bool = True) -> Tensor:
     """Draw n latent vectors for each measurement: z (B, n, r), of dtype and device of the base.
 
     Samples outside the support of the latents are drawn again, with evaluations of their own, up to 20 times; a warning

@@ -74,7 +74,7 @@ def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Condi
 
     def log_spread(conditioned: Conditioned) -> float:
         few = conditioned.select(torch.arange(min(len(conditioned), _PAIRS)))
-        w = few.located.whiten(sample_latents(few, _SAMPLES, sampler, seed=seed).transpose(0, 1))
+        w = few.located.whiten(sample_latents(few, _SAMPLES, sampler, seed=seed, progress=False).transpose(0, 1))
         return float(w.var(0).sum(1).log().mean()) / 2
     sampler, scale = Sampler(steps=_STEPS, corrections=0), trained.std(0)
 
@@ -86,6 +86,6 @@ def measure_collapse(training: tuple[Conditioned, Tensor], held_out: tuple[Condi
     apart = distance(z)
     if not apart > 0:
         raise InputError("Held-out latents are training latents: pass pairs that training has not seen.")
-    drawn = sample_latents(conditioned, 1, sampler, seed=seed)[:, 0]
+    drawn = sample_latents(conditioned, 1, sampler, seed=seed, progress=False)[:, 0]
     spread = math.exp(log_spread(training[0]) - log_spread(held_out[0]))
     return Collapse(spread, distance(drawn) / apart)

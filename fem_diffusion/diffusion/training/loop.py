@@ -94,7 +94,7 @@ class TrainingOptions:
         check_device(self.device)
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """Training curve: losses at each evaluation; 1 is the loss of the base where the base is the truth.
 
@@ -115,6 +115,12 @@ class History:
     best_step: int = 0
     spread_ratio: float = 1.0
     neighbour_ratio: float = 1.0
+
+    def __repr__(self) -> str:
+        if not self.step:
+            return "History: no training"
+        return (f"History: {self.step[-1]} steps, losses {self.base:.4g} of the base and {min(self.validation):.4g}, "
+                f"step {self.best_step} kept")
 
 
 class Task(Protocol[N]):
