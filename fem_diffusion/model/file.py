@@ -13,7 +13,7 @@ from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack,
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.fields.keyed import read_everywhere
+from fem_diffusion.fields.keyed import gather_rows, own_columns, read_everywhere
 from fem_diffusion.problem import InverseProblem
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     if model.states is not None:
         parts = pack_basis(model.states, "states")
         arrays, values = arrays | parts[0], values | parts[1]
+
+    if model.rows is not None:
+        arrays = arrays | {"rows": gather_rows(model.basis.V, model.rows)}
 
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
@@ -52,6 +55,9 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     if stored.shape != found.shape or not np.allclose(stored, found, rtol=1e-6, atol=0):
         raise FileError(f"{path} was trained for other noise: pass the problem of its training.")
     parts = {"basis": basis, "denoiser": denoiser, "history": history, "linear": content.value("linear", bool)}
+    if "rows" in content.arrays:
+        rows = content.array("rows", denoiser.base.k, len(content.arrays["basis.key"]))
+        parts["rows"] = rows[:, own_columns(content, "basis.key", "basis.element", problem.V)]
     if not problem.family:
         return parts
     states = unpack_basis(content, "states", problem.U)

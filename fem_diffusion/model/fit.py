@@ -20,9 +20,10 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.model.families import layout_family, sample_basis
 from fem_diffusion.model.model import Model, check_basis, check_law
-from fem_diffusion.model.tail import linear_tail
+from fem_diffusion.model.tail import linear_tail, pair_rows
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.product import is_gaussian
@@ -105,10 +106,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
-    tail = None if problem.family else linear_tail(problem, basis, denoiser.base, known=False)
-    if tail is None and given:
-        _warn(problem, basis, denoiser)
-    model = Model(problem, basis, denoiser, history, states, shown, linear=tail is not None)
+    linear, rows = _rest(problem, data, basis, denoiser, given)
+    model = Model(problem, basis, denoiser, history, states, shown, linear, rows)
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
@@ -121,23 +120,34 @@ def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
     return basis.standard_prior and not data.skipped
 
 
-def _warn(problem: InverseProblem, basis: ModalBasis, denoiser: Denoiser) -> None:
-    """Warn where modes of a Gaussian prior miss more of the readings than its noise forgives, and nothing tells them.
+def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: Denoiser,
+          given: bool) -> tuple[bool, np.ndarray | None]:
+    """Whether readings are known to be linear in the modes left out, and by which rows where pairs alone tell.
 
-    Such modes are drawn from the prior, whatever the readings say of them.
+    A warning where modes of a `given` basis of a Gaussian prior miss more of the readings than noise forgives and
+    nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
     noise, emulator = problem.noise, denoiser.base.emulator
-    if not (isinstance(noise, GaussianNoise) and noise.constant and emulator.head is None and basis.standard_prior):
-        return
-    covariance = noise.covariance(emulator.offset[None])
+    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior):
+        return False, None
+    if linear_tail(problem, basis, denoiser.base, known=False) is not None:
+        return True, None
+    covariance = noise.covariance(torch.as_tensor(data.readings).double())
     unit = covariance.diagonal().clamp(min=1e-300).sqrt()
     values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
     axes = axes / values.clamp(min=1e-4).sqrt() / unit[:, None]
     worst = float(torch.linalg.eigvalsh(axes.T @ (emulator.residual - covariance) @ axes)[-1].clamp(min=0).sqrt())
-    if worst > _MISSED:
+    if worst < _MISSED:
+        return False, None
+    if not isinstance(problem.forward, Differentiable) and problem.prior.core is problem.prior:
+        rows = pair_rows(problem, data)
+        if linear_tail(problem, basis, denoiser.base, False, rows) is not None:
+            return True, rows
+    if given:
         warnings.warn(f"The {basis.r} modes leave up to {worst:.2g} noise standard deviations of the readings "
                       "unexplained, and samples draw all other modes from the prior: take more modes, leave basis out, "
                       "or give the forward problem its sensitivity.", stacklevel=3)
+    return False, None
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,

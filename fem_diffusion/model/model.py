@@ -6,12 +6,14 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from mpi4py import MPI
 from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_kind, check_readings
 from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
+from fem_diffusion.fields.coefficients import owned_size
 from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
 from fem_diffusion.model.file import read_model, write_model
@@ -45,8 +47,10 @@ class Model:
     range : TrainingRange or None
         What training has seen of sensors, for a family.
     linear : bool
-        Whether the training has found fixed sensors to read the modes left out by the solver's derivative, so that
-        their law given the readings is known on every mesh.
+        Whether the training has found that fixed sensors are linear in the modes left out, whose law given the readings
+        is known then.
+    rows : numpy.ndarray or None
+        Their derivative as pairs show it, shape (k, n_owned), where the solver has none; for the mesh of the training.
 
     InputError where one does not fit the others.
     """
@@ -58,6 +62,7 @@ class Model:
     states: ModalBasis | None = None
     range: TrainingRange | None = None
     linear: bool = False
+    rows: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_law(check_basis(self.basis, self.problem), self.problem)
@@ -70,12 +75,17 @@ class Model:
         if self.problem.k not in (None, self.denoiser.base.k):
             raise InputError(f"The problem has {self.problem.k} sensors and the model {self.denoiser.base.k}: pass a "
                              "problem with the sensors of the training.")
+        fits = self.rows is None or self.rows.shape == (self.denoiser.base.k, owned_size(self.problem.V))
+        if not self.problem.comm.allreduce(fits, MPI.LAND):
+            raise InputError("What pairs told of the modes left out belongs to the mesh of the training: give rows="
+                             "None to draw them from the prior, or train with a forward problem that has a sensitivity.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
 
     @cached_property
     def tail(self) -> LinearTail | None:
         """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
-        return None if self.problem.family else linear_tail(self.problem, self.basis, self.denoiser.base, self.linear)
+        base = self.denoiser.base
+        return None if self.problem.family else linear_tail(self.problem, self.basis, base, self.linear, self.rows)
 
     def condition(self, y: ArrayLike, observation: Observation | None = None,
                   noise: GaussianNoise | ArrayLike | None = None) -> Posterior:

@@ -16,15 +16,20 @@ from mpi4py import MPI
 
 from fem_diffusion.diffusion import GaussianBase, GaussianNoise
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.modes import mass_action
 from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.product import is_gaussian
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.simulation.data_set import DataSet
 
-__all__ = ["LinearTail", "linear_tail"]
+__all__ = ["LinearTail", "linear_tail", "pair_rows"]
 
 # Signal of the rest below this share of the noise's variance is none; how far the pairs may be from what H says of it.
 _UNSEEN, _ALIKE = 1e-6, 0.2
+# Pairs that each mode wants, and the variance that modes are to keep, of few unknowns and of many.
+_PAIRS_A_MODE, _ALL, _MOST = 2, 1 - 1e-6, 0.999
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,19 +61,25 @@ class LinearTail:
         return draws + missed @ self.gain
 
 
-def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, known: bool) -> LinearTail | None:
+def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, known: bool,
+                rows: np.ndarray | None = None) -> LinearTail | None:
     """What the readings of a problem tell of the rest; None where it is not linear or they tell nothing (collective).
 
     The problem has fixed sensors; the base is of its readings, fitted in the basis, or in that of another mesh where
-    the problem is `known` to be linear. Relative noise counts by its mean over the prior.
+    the problem is `known` to be linear. Relative noise counts by its mean over the prior. Without `rows` of `pair_rows`
+    it takes a derivative of the solver.
     """
     prior, forward, noise, emulator = problem.prior, problem.forward, problem.noise, base.emulator
-    if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)
-            and isinstance(noise, GaussianNoise) and emulator.head is None
-            and basis.standard_prior and is_gaussian(prior) and prior.core is prior):
+    if not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior and is_gaussian(prior)
+            and prior.core is prior):
         return None
-    # All ranks hold the same base, so they go on together. A solver may write into what it gets.
-    rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows.copy()))
+    # All ranks hold the same base, so they go on together.
+    found = rows is not None
+    if rows is None:
+        if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)):
+            return None
+        # A solver may write into what it gets.
+        rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows.copy()))
     seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
     cross = prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)
@@ -80,10 +91,28 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, 
     unit = np.sqrt(R.diagonal())
     if not (unit > 0).all():
         return None
-    signal, off = (np.linalg.norm(x / unit / unit[:, None], 2) for x in (seen, seen + R - emulator.residual.numpy()))
-    if signal < _UNSEEN or not known and off > _ALIKE * signal:
+    signal, noise, left = (x / unit / unit[:, None] for x in (seen, R, emulator.residual.numpy() - R - seen))
+    strength = np.linalg.norm(signal, 2)
+    if strength < _UNSEEN or not known and np.linalg.norm(left, 2) > _ALIKE * strength:
         return None
-    gain = np.linalg.solve((seen + R) / unit / unit[:, None], cross / unit[:, None]) / unit[:, None]
-    values, axes = np.linalg.eigh(R / unit / unit[:, None])
+    if found:
+        # What pairs do not tell counts as noise, as it does in the base.
+        values, axes = np.linalg.eigh(left)
+        noise = noise + axes * values.clip(min=0) @ axes.T
+    gain = np.linalg.solve(signal + noise, cross / unit[:, None]) / unit[:, None]
+    values, axes = np.linalg.eigh(noise)
     root = unit[:, None] * axes * np.sqrt(values.clip(min=0))
     return LinearTail(rows, gain, matrix, offset, root)
+
+
+def pair_rows(problem: InverseProblem, data: DataSet) -> np.ndarray:
+    """The derivative that pairs show where a Gaussian prior and a solver are all that is known: owned, (k, n_owned).
+
+    By least squares on the prior's leading modes, as many as the pairs can tell (collective).
+    """
+    most = max(1, len(data) // _PAIRS_A_MODE)
+    basis = karhunen_loeve(problem.prior, retained=_ALL if problem.V.dim() <= most else _MOST)
+    basis = basis.leading(min(basis.r, most))
+    z, y = (x - x.mean(axis=0) for x in (basis.encode(data.coefficients), np.asarray(data.readings, dtype=float)))
+    matrix = np.linalg.lstsq(z, y, rcond=None)[0].T / np.sqrt(basis.variances)
+    return matrix @ mass_action(basis.V, basis.weights)(basis.modes)

@@ -12,11 +12,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from firedrake import Function, FunctionSpace, RectangleMesh, SpatialCoordinate, dx, exp
+from firedrake import Function, FunctionSpace, RectangleMesh, SpatialCoordinate, UnitSquareMesh, dx, exp
 
 from fem_diffusion import (
     CallableNoise, DataSet, GaussianNoise, GaussianPrior, InverseProblem, ModalBasis, Sampler, TrainingOptions, fit,
-    functionals, karhunen_loeve, point_sensors,
+    exact, functionals, karhunen_loeve, point_sensors, simulate,
 )
 from fem_diffusion.comparison import sliced_wasserstein
 from fem_diffusion.fields.modes import mass_action
@@ -125,3 +125,37 @@ def test_sums_over_nodes_have_another_law(coarse, monkeypatch, mass_matrix):
     monkeypatch.setattr("fem_diffusion.fields.geometry.field_geometry", geometry)
     distance, chance = _distance(coarse, _basis(20, True))
     assert distance < chance if mass_matrix else distance > 1.5 * chance
+
+
+class _Identity:
+    """The field itself, with its derivative."""
+
+    def __init__(self, V):
+        self.M = self.U = V
+
+    def __call__(self, m):
+        return m.copy(deepcopy=True)
+
+    def solve_many(self, parameters):
+        return parameters.copy()
+
+    def sensitivity(self, m, rows):
+        return rows.toarray()
+
+
+def test_what_the_modes_leave_out_is_known_on_another_mesh():
+    """Point sensors of a rough field read another rest there than in training."""
+    def problem(n):
+        V = FunctionSpace(UnitSquareMesh(n, n), "CG", 1)
+        sensors = point_sensors(V, [(x, y) for x in (0.2, 0.5, 0.8) for y in (0.2, 0.5, 0.8)])
+        return InverseProblem(GaussianPrior(V, std=1.0, correlation_length=0.4), _Identity(V), sensors, 0.1)
+    here, there = problem(10), problem(13)
+    model = fit(here, simulate(here, 1500, seed=1, progress=False), basis=karhunen_loeve(here.prior, 12),
+                options=OPTIONS, progress=False)
+    y = here.measurements(here.prior.sample_many(1, 5), seed=77)[0]
+    moved = replace(model, problem=there, basis=karhunen_loeve(there.prior, 12))
+    draws, right = moved.condition(y).sample(3000, seed=2, progress=False), exact(there, y)
+    mean, std = (f.dat.data_ro for f in (right.mean(), right.std()))
+    assert np.abs((draws.mean().dat.data_ro - mean) / std).max() < 0.4
+    assert np.linalg.norm(draws.std().dat.data_ro - std) < 0.05 * np.linalg.norm(std)
+    assert np.sqrt(np.mean(((there.readings(draws.values) - y) / 0.1)**2)) < 1.15

@@ -11,10 +11,11 @@ from firedrake import (
 from firedrake.petsc import PETSc
 
 from fem_diffusion import (
-    AdvectionDiffusion, Boundary, CallablePrior, DataSet, GaussianPrior, InverseProblem, Physics, SensorFamily,
-    SensorKind, TrainingOptions, TransformedPrior, exact, fit, karhunen_loeve, load_model, point_sensors, pod, simulate,
+    AdvectionDiffusion, Boundary, CallablePrior, DataSet, GaussianNoise, GaussianPrior, InverseProblem, Physics,
+    ProductPrior, SensorFamily, SensorKind, TrainingOptions, TransformedPrior, exact, fit, karhunen_loeve, load_model,
+    point_sensors, pod, simulate,
 )
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import DataError, FileError, InputError
 
 NOISE = 0.05
 Y = np.array([1.4, 1.2, 1.6, 1.3])
@@ -94,12 +95,18 @@ def test_a_model_moves_to_another_mesh_with_all_that_it_leaves_out(job, n):
     assert max(errors[0]) < 0.1 < max(errors[1])
 
 
-def test_what_does_not_belong_together_is_refused(job):
+def test_what_does_not_belong_together_is_refused(job, tmp_path):
     problem, data, model = job
-    there = _problem(4)
+    there, fewer = _problem(4), problem.observation[[0, 1, 2]]
+    other = GaussianPrior(problem.M, std=0.5, correlation_length=1.0, mean=0.2, bcs=problem.prior.bcs)
+    # The same law, built anew, is no other one.
+    replace(model, problem=replace(problem, prior=_gaussian(problem.M)))
     for change, words in (({"problem": there}, "The basis is on"),
                           ({"basis": karhunen_loeve(there.prior, 3)}, "The basis is on"),
-                          ({"basis": karhunen_loeve(problem.prior, 2)}, "2 modes and the model 3 latents")):
+                          ({"basis": karhunen_loeve(problem.prior, 2)}, "2 modes and the model 3 latents"),
+                          ({"basis": karhunen_loeve(other, 3)}, "another prior"),
+                          ({"problem": replace(problem, prior=other)}, "another prior"),
+                          ({"problem": replace(problem, observation=fewer)}, "has 3 sensors and the model 4")):
         with pytest.raises(InputError, match=words):
             replace(model, **change)
     with pytest.raises(InputError, match="leave observation and noise out"):
@@ -108,18 +115,87 @@ def test_what_does_not_belong_together_is_refused(job):
         model.condition(Y, noise=0.1)
     with pytest.raises(InputError, match="problem is of type ModalBasis"):
         load_model("model", model.basis)
+    with pytest.raises(InputError, match="samples is of type ndarray"):
+        model.condition(Y).log_density(np.zeros((2, 3)))
+    with pytest.raises(DataError, match="readings of 4 sensors and the problem has 3"):
+        fit(replace(problem, observation=fewer), data)
+    with pytest.raises(DataError, match="fields of another space"):
+        fit(there, data)
+    with pytest.raises(InputError, match="The basis is on"):
+        fit(problem, data, basis=karhunen_loeve(there.prior, 3))
+    model.save(tmp_path / "model")
+    reverse = problem.observation[[3, 2, 1, 0]]
+    for change, words in (({"observation": reverse}, "sensors"), ({"noise": 5.0}, "noise"), ({"noise": None}, "noise")):
+        with pytest.raises(FileError, match=f"trained for other {words}"):
+            load_model(tmp_path / "model", replace(problem, **change))
 
 
 def test_there_is_a_tail_only_where_the_readings_see_one(job):
     problem, data, model = job
     assert model.tail is not None
-    y, few = data.readings[0], {"data": data, "options": OPTIONS, "progress": False}
+    few = {"data": data, "options": OPTIONS, "progress": False}
     # All modes, or modes without a prior behind them, leave nothing to tell.
     assert fit(problem, basis=karhunen_loeve(problem.prior, 23), **few).tail is None
     assert fit(problem, basis=pod(problem.V, data.coefficients, 3), **few).tail is None
-    # A plain function has no derivative: what is left out counts as noise.
-    plain = fit(replace(problem, forward=lambda m: problem.forward(m)), basis=model.basis, **few)
-    assert plain.tail is None and plain.condition(y).sample(2, seed=0, progress=False).latents.shape == (2, 3)
+    # Relative noise counts by its mean.
+    noise = GaussianNoise(std=NOISE, relative=0.01)
+    assert fit(replace(problem, noise=noise), basis=model.basis, **few).tail is not None
+    # Behind a transform the law of the rest is not Gaussian.
+    prior = TransformedPrior(problem.prior, lambda m: 1 * m)
+    with pytest.warns(UserWarning, match="3 modes leave up to .* unexplained.*take more modes"):
+        assert fit(replace(problem, prior=prior), basis=karhunen_loeve(prior, 3), **few).tail is None
+
+
+def test_pairs_tell_of_the_rest_where_the_solver_has_no_derivative(job, tmp_path):
+    problem, data, model = job
+    plain = replace(problem, forward=lambda m: problem.forward(m))
+    found = fit(plain, data, basis=model.basis, options=OPTIONS, progress=False)
+    ours, right = (one.tail.rows @ model.basis.scaled_modes.T for one in (found, model))
+    np.testing.assert_allclose(ours, right, atol=1e-5)
+    found.save(tmp_path / "model")
+    mean, std = exact(problem, Y).mean(), exact(problem, Y).std()
+    for one in (found, load_model(tmp_path / "model", plain)):
+        draws = one.condition(Y).sample(2000, seed=0, progress=False)
+        for ours, right in ((draws.mean(), mean), (draws.std(), std)):
+            assert (assemble((ours - right)**2 * dx) / assemble(right**2 * dx))**0.5 < 0.1
+    there = _problem(4)
+    with pytest.raises(InputError, match="belongs to the mesh of the training: give rows=None"):
+        replace(found, problem=there, basis=karhunen_loeve(there.prior, 3))
+
+
+def test_a_solver_may_write_into_the_rows_that_it_gets(job):
+    problem, _, model = job
+    before = problem.observation.rows.toarray()
+
+    class Careless:
+        M, U = problem.forward.M, problem.forward.U
+
+        def __call__(self, m):
+            return problem.forward(m)
+
+        def solve_many(self, parameters):
+            return problem.forward.solve_many(parameters)
+
+        def sensitivity(self, m, rows):
+            found = problem.forward.sensitivity(m, rows)
+            rows.data[:] = 0
+            return found
+    np.testing.assert_allclose(replace(model, problem=replace(problem, forward=Careless())).tail.rows, model.tail.rows)
+    np.testing.assert_array_equal(problem.observation.rows.toarray(), before)
+
+
+def test_a_product_with_a_prior_of_no_known_law_has_pod_modes(job):
+    problem, *_ = job
+    V, M = problem.U, problem.M
+    prior = ProductPrior([problem.prior, CallablePrior(
+        M, lambda seed: Function(M).assign(np.random.default_rng(seed).uniform()))])
+
+    def forward(m):
+        first, second = m.subfunctions
+        return problem.forward(Function(M).assign(first + second))
+    both = InverseProblem(prior, forward, point_sensors(V, [(1.0, 0.1), (3.0, 0.1)]), NOISE)
+    data = simulate(both, 100, seed=1, progress=False)
+    assert not fit(both, data, options=OPTIONS, progress=False).basis.standard_prior
 
 
 def test_readings_with_noise_of_the_data_need_no_law(job):
