@@ -77,8 +77,8 @@ class Model:
                              "problem with the sensors of the training.")
         fits = self.rows is None or self.rows.shape == (self.denoiser.base.k, owned_size(self.problem.V))
         if not self.problem.comm.allreduce(fits, MPI.LAND):
-            raise InputError("What pairs told of the modes left out belongs to the mesh of the training: give rows="
-                             "None to draw them from the prior, or train with a forward problem that has a sensitivity.")
+            raise InputError("What pairs told of the modes left out belongs to the mesh of the training: give rows=None"
+                             " to draw the rest from the prior, or train with a solver that has a sensitivity.")
         object.__setattr__(self, "denoiser", on_mesh(self.denoiser, self.basis))
 
     @cached_property
