@@ -10,12 +10,13 @@ from fem_diffusion.diffusion.formulation import (
     sub_variance_preserving as sub_variance_preserving, variance_exploding as variance_exploding,
     variance_preserving as variance_preserving,
 )
+from fem_diffusion.diffusion.network import ScoreNetwork as ScoreNetwork
 from fem_diffusion.diffusion.noise import CallableNoise as CallableNoise, GaussianNoise as GaussianNoise
 from fem_diffusion.diffusion.sampling.likelihood import log_density as log_density
 from fem_diffusion.diffusion.sampling.sample import Sampler as Sampler, churn as churn, sample_latents as sample_latents
 from fem_diffusion.diffusion.training.collapse import CollapseWarning as CollapseWarning
 from fem_diffusion.diffusion.training.fit import fit_denoiser as fit_denoiser
-from fem_diffusion.diffusion.training.loop import TrainingOptions as TrainingOptions
+from fem_diffusion.diffusion.training.loop import History as History, TrainingOptions as TrainingOptions
 from fem_diffusion.diffusion.training.range import FamilyWarning as FamilyWarning
 from fem_diffusion.errors import (
     DataError as DataError, FemDiffusionError as FemDiffusionError, FileError as FileError, InputError as InputError,
@@ -41,7 +42,7 @@ from fem_diffusion.observation.linear import (
 from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod as pod
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior
-from fem_diffusion.prior.protocol import Prior as Prior
+from fem_diffusion.prior.protocol import GaussianCore as GaussianCore, Prior as Prior
 from fem_diffusion.prior.transformed import (
     CallablePrior as CallablePrior, TransformedPrior as TransformedPrior, level_set as level_set,
 )

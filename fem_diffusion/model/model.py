@@ -165,7 +165,7 @@ class Model:
         elif base.emulator.head is None:
             network += ", which is exact as far as held-out pairs tell"
         else:
-            network += ", from which moves under the emulator's density reach the posterior as far as they tell"
+            network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
                 f"{network}")
 
