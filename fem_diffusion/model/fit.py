@@ -152,7 +152,7 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
              noise: LayoutFamily | GaussianNoise | CallableNoise | None) -> ModalBasis:
-    """As many leading modes of the prior as readings, or coordinates of the state, can tell from their noise."""
+    """As many leading modes of the prior as readings, of a family those of many sensors, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
     if is_gaussian(problem.prior.core):
         basis = karhunen_loeve(problem.prior)
@@ -160,8 +160,8 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))
     if isinstance(noise, LayoutFamily):
-        # In units in which errors of all coordinates count alike.
-        seen, covariance = seen * noise.weights, torch.eye(seen.shape[1], dtype=seen.dtype)
+        rows, std = noise.dense()
+        seen, covariance = seen @ rows.T, torch.diag(std**2)
     else:
         covariance = None if noise is None else noise.covariance(seen.double())
     known = basis.standard_prior and (isinstance(noise, LayoutFamily) or getattr(noise, "constant", False))

@@ -149,6 +149,14 @@ class LayoutFamily(Tensors):
         weights = rows.square().mean(0).sqrt()
         return weights.clamp(min=1e-6 * float(weights.max()) or 1.0)
 
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """Rows (k, s) and least noise (k,) of twice as many sensors of every kind as a layout can have, at random."""
+        generator = torch.Generator().manual_seed(0)
+        chosen = [(kind, torch.randperm(len(kind.rows), generator=generator)[:2 * kind.count[1]])
+                  for kind in self.kinds]
+        return (torch.cat([kind.rows[i].flatten(0, 1) for kind, i in chosen]),
+                torch.cat([kind.std[0][i].flatten() for kind, i in chosen]))
+
     def draw(self, size: int, generator: torch.Generator) -> Layout:
         """Independent layouts, `size` of them."""
         parts = [vars(kind.draw(size, generator)).values() for kind in self.kinds]
