@@ -9,6 +9,7 @@ import torch
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, GaussianNoise, History, Layout, Sampler, TrainingOptions, fit_denoiser, fit_emulator,
 )
+from fem_diffusion.errors import InputError
 from truths import bent_map, draw, errors, quadrature, random
 
 STD, UNIT = torch.tensor([0.3, 0.3]).double(), torch.tensor([1e-6, 1e6]).double()
@@ -161,3 +162,13 @@ def test_what_prints_is_short(fixed):
                  History([10], [1.0], [0.9], 1.0, 10)):
         text = repr(part)
         assert text.startswith(type(part).__name__) and "tensor" not in text and len(text) < 240, text
+
+
+@pytest.mark.parametrize("checkpoint", [3, b"", "", 2.5])
+def test_what_is_no_path_is_no_checkpoint(checkpoint, tmp_path, monkeypatch):
+    """A number must not become the name of the emulator's file."""
+    monkeypatch.chdir(tmp_path)
+    z = torch.randn(200, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with pytest.raises(InputError, match="checkpoint is"):
+        fit_denoiser(z, torch.exp(z), 0.1, standard_prior=True, checkpoint=checkpoint, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
 from fem_diffusion.diffusion.base.emulator import fit_emulator, roots, spread
 from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
@@ -95,6 +95,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     check_flag(standard_prior, "standard_prior")
     check_flag(progress, "progress")
     check_options(options, TrainingOptions).check()
+    # Before any work: the emulator writes to a name made from it.
+    checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
     check_pairs(z, y, 1 if base == "gaussian" else None)  # before the noise model sees them
     if geometry is not None:
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
