@@ -19,10 +19,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 # A room may import those above it in this list, and those beside it.
 LEVELS = [["errors"], ["checks"], ["files", "progress"], ["diffusion"], ["fields"], ["observation"], ["forward"],
-          ["prior", "density_pde"], ["problem"], ["simulation"], ["model", "samples"],
+          ["prior", "density_pde"], ["problem"], ["simulation"], ["certificate"], ["model", "samples"],
           ["reference", "trust", "comparison", "plot"]]
-# Samples draw themselves.
-ALLOWED = {("samples", "plot")}
+# Samples draw themselves, a posterior checks and corrects itself.
+ALLOWED = {("samples", "plot"), ("model", "trust")}
 
 
 def _named(path):
