@@ -28,6 +28,7 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as Adve
 from fem_diffusion.forward.callable import CallableForward as CallableForward
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
+from fem_diffusion.forward.taped import Taped as Taped
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion as TransientAdvectionDiffusion
 from fem_diffusion.model.fit import fit as fit
 from fem_diffusion.model.model import Model as Model, load_model as load_model
@@ -50,6 +51,7 @@ from fem_diffusion.problem import InverseProblem as InverseProblem
 from fem_diffusion.reference.exact import ExactPosterior as ExactPosterior, exact as exact
 from fem_diffusion.reference.hmc import ChainPosterior as ChainPosterior, hmc as hmc
 from fem_diffusion.samples import Samples as Samples, load_samples as load_samples
+from fem_diffusion.simulation.journal import Journal as Journal
 from fem_diffusion.simulation.simulate import (
     DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
     simulated_parameter as simulated_parameter,
