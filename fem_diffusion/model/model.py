@@ -118,7 +118,7 @@ class Model:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
             y = check_readings(y, self.denoiser.base.k, self.problem.names)
-            return Posterior(self.problem, self.basis, self.denoiser.at(torch.from_numpy(y)[None]), self.tail, y)
+            return Posterior(self.problem, self.basis, self.denoiser.at(torch.from_numpy(y)[None]), y, self.tail)
         observation = no_sensors(self.states.V) if observation is None else observation
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
@@ -137,9 +137,11 @@ class Model:
         present = torch.ones(1, len(there), dtype=torch.bool)
         seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
-        layout, reading = decorrelated(rows, offset, covariance, reading)
-        problem = replace(self.problem, observation=observation, noise=law)
-        return Posterior(problem, self.basis, self.denoiser.at(reading[None], layout))
+        layout, whole = decorrelated(rows, offset, covariance, reading)
+        chosen = observation[there.numpy()] if len(there) else no_sensors(self.states.V)
+        law = law.select(there) if isinstance(law, GaussianNoise) and len(there) else None
+        problem = replace(self.problem, observation=chosen, noise=law)
+        return Posterior(problem, self.basis, self.denoiser.at(whole[None], layout), reading.numpy())
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all but the problem to one safetensors file, from which `load_model` reads it on any number of ranks.

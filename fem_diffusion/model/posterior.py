@@ -28,22 +28,22 @@ class Posterior:
     Parameters
     ----------
     problem : InverseProblem
-        With the sensors and the noise of the measurement.
+        Of fixed sensors: those of the measurement, of a family without those that failed, and their noise.
     basis : ModalBasis
         Coordinates of the fields.
     conditioned : Conditioned
         The denoiser with the measurement built in.
+    y : numpy.ndarray
+        The measurement, shape (k,), the same on all ranks, without sensors that failed.
     tail : LinearTail or None
         What the readings tell of modes past those of the basis, where the problem is linear.
-    y : numpy.ndarray or None
-        The measurement, shape (k,), where there is a tail.
     """
 
     problem: InverseProblem
     basis: ModalBasis
     conditioned: Conditioned
+    y: np.ndarray
     tail: LinearTail | None = None
-    y: np.ndarray | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
                device: str = "cpu", callback: Callable[[int, float, torch.Tensor], None] | None = None,
@@ -82,7 +82,7 @@ class Posterior:
             # A stream of its own, apart from that of the latents and from those of the training pairs.
             stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
             values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None and self.y is not None:
+            if refill and self.tail is not None:
                 part = self.basis.decode(z)
                 values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
             return Samples(self.problem.M, self.problem.prior.transform_many(values), z)

@@ -18,7 +18,7 @@ from fem_diffusion import (
     point_sensors, random_points, simulate,
 )
 from fem_diffusion.comparison import moment_p_values
-from fem_diffusion.diffusion import SensorNetwork, Spectrum
+from fem_diffusion.diffusion import SensorNetwork, Spectrum, as_noise
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.errors import DataError, InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
@@ -130,7 +130,19 @@ def test_failed_sensors_are_left_out_and_none_leave_the_prior(job):
     failed = model.condition([y[0], np.nan, y[2]], points, noise).sample(50, seed=0)
     less = model.condition(y[[0, 2]], points[[0, 2]], GaussianNoise(std=0.05)).sample(50, seed=0)
     np.testing.assert_allclose(failed.values, less.values, rtol=1e-9)
+    # The problem is that of the sensors that are there, whatever their noise is.
+    covariance = np.array([[4.0, 0.0, 1.0], [0.0, 4.0, 0.0], [1.0, 0.0, 9.0]]) * 1e-4
+    for law, same in ((noise, [0.05, 0.05]), (GaussianNoise(covariance=covariance), None),
+                      (GaussianNoise(0.05, relative=[0.1, 0.2, 0.3]), GaussianNoise(0.05, relative=[0.1, 0.3]))):
+        posterior = model.condition([y[0], np.nan, y[2]], points, law)
+        problem, two = posterior.problem, torch.tensor(y[[0, 2]])[None]
+        expected = GaussianNoise(covariance=covariance[::2, ::2]) if same is None else as_noise(same)
+        np.testing.assert_array_equal(posterior.y, y[[0, 2]])
+        np.testing.assert_allclose(problem.noise.covariance(two), expected.covariance(two))
+        assert problem.k == 2 and problem.names == (points.names[0], points.names[2])
+        np.testing.assert_allclose(problem.readings(prior.mean.dat.data_ro[None]), two)
     for nothing in (model.condition([]), model.condition(3 * [np.nan], points, noise)):
+        assert nothing.problem.k == 0 and nothing.y.shape == (0,)
         latents = nothing.sample(3000, seed=1).latents
         assert min(moment_p_values(latents, np.zeros(model.basis.r), np.eye(model.basis.r))) > 1e-4
 
