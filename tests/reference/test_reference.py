@@ -21,7 +21,8 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.reference.exact import exact
 from fem_diffusion.reference.hmc import hmc
-from fem_diffusion.reference.latents import LatentProblem, map_point
+from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.point import find_point
 
 R, K = 4, 3
 CORRELATED = GaussianNoise(std=0.05, covariance=0.1**2 * np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]]))
