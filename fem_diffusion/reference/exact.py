@@ -80,10 +80,10 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
 
     InputError is raised if the problem is not of that kind, or y is of another shape or not finite.
     """
-    problem.differentiable() if isinstance(problem, InverseProblem) and not problem.family else None
     likelihood = Likelihood(problem, y)
     if not likelihood.gaussian:
-        raise InputError(f"The noise is {'relative' if likelihood.constant is False else 'not Gaussian'}, so the posterior is not Gaussian: take hmc, or give GaussianNoise of constant covariance.")
+        raise InputError(f"The noise is {'not Gaussian' if likelihood.constant else 'relative'}, so the posterior is "
+                         "not Gaussian: take hmc, or give GaussianNoise of constant covariance.")
     y, whiten = likelihood.y, likelihood.matrix(likelihood.y)
     prior, comm = problem.prior, problem.comm
     if not isinstance(prior, GaussianCore):

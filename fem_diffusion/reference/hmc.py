@@ -144,7 +144,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     # A chain that starts where the model fails would never leave.
     x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
     kept, accepted = np.empty((chains, draws, r)), 0.0
-    with bar(_WARMUP + draws, "hmc", progress and not comm.rank) as shown:
+    with bar(_WARMUP + draws, "hmc", progress and not problem.comm.rank) as shown:
         for i in range(-_WARMUP, draws):
             length = step * (0.8 + 0.4 * float(torch.rand((), generator=generator)))
             x, accept = hamiltonian_move(x, energy, force, length, leaps, generator)

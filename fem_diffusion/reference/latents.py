@@ -24,7 +24,7 @@ __all__ = ["FAR", "LatentProblem"]
 
 # Beyond so many prior standard deviations nothing is solved.
 FAR = 12.0
-# Steps of differences in latents: of readings, which carry the solver's tolerance, and of a log density, which does not.
+# Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
 _STEP, _FINE = 1e-3, 1e-5
 _MISTAKES = (InputError, FileError, InstallError)
 
@@ -71,10 +71,11 @@ class LatentProblem:
                                 "karhunen_loeve(prior)")
         if self.basis.V != problem.V:
             raise InputError("The basis is not in the space of the prior's fields: give karhunen_loeve(problem.prior).")
-        if self.basis.standard_prior == (log_prior is not None):
-            raise InputError("The latents of this basis are standard normal under the prior: leave log_prior out."
-                             if log_prior else "The basis has no standard normal latents, so their prior density is "
-                             "not known: give karhunen_loeve(problem.prior), or log_prior=.")
+        if self.basis.standard_prior and log_prior is not None:
+            raise InputError("The latents of this basis are standard normal under the prior: leave log_prior out.")
+        if not self.basis.standard_prior and log_prior is None:
+            raise InputError("The basis has no standard normal latents, so their prior density is not known: give "
+                             "karhunen_loeve(problem.prior), or log_prior=.")
         self._log_prior, self._ensemble = log_prior, check_kind(
             ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
         self.r, self.solves, self.pulls, self.failure = self.basis.r, 0, 0, ""
@@ -143,7 +144,7 @@ class LatentProblem:
                 found = np.array([row[self.r:] @ self._differences(row[:self.r]) for row in slopes])
             gradient[inside] = found - self._prior_slope(z[inside])
             # A state whose adjoint fails counts as failed.
-            broken = ~np.isfinite(gradient).all(axis=1)
+            broken = (~np.isfinite(gradient)).any(axis=1)
             energy, gradient = np.where(broken, np.inf, energy), np.where(broken[:, None], 0.0, gradient)
         return self.everyone.bcast((energy, gradient))
 
@@ -254,12 +255,12 @@ class LatentProblem:
         """Readings (B, k) of parameters as one block, with NaN; None where a solve raises."""
         problem, comm = self.problem, self.problem.comm
         try:
-            if isinstance(problem.observation, Observation):
+            if isinstance(observation := problem.observation, Observation):
                 states = together(comm, lambda: np.array(problem.forward.solve_many(parameters.copy()), dtype=float))
                 bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
-                read = together(comm, lambda: problem.observation.apply(np.where(bad[:, None], 0.0, states)))
+                read = together(comm, lambda: observation.apply(np.where(bad[:, None], 0.0, states)))
             else:
-                read, bad = together(comm, lambda: self._instrument(parameters)), np.zeros(len(parameters), dtype=bool)
+                read, bad = together(comm, lambda: self._instrument(parameters)), np.zeros(len(parameters), bool)
         except _MISTAKES:
             raise
         except Exception as error:
@@ -288,7 +289,7 @@ class LatentProblem:
         return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
 
     def _sensitivity(self, parameter: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-        """Derivative (l, n_owned of M) at owned coefficients of rows over the readings (l, k); all readings for None."""
+        """Derivative (l, n_owned of M) at owned coefficients of rows over the readings (l, k), or of all readings."""
         problem = self.problem
         forward, observation = problem.differentiable()
         m = field(problem.M, parameter)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from firedrake import Constant, Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh, assemble, dx, exp
+from firedrake import Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh, exp
 from scipy.stats import multivariate_normal, norm
 
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
@@ -16,7 +16,7 @@ from fem_diffusion.forward.physics import Boundary
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.gaussian import GaussianPrior
-from fem_diffusion.prior.transformed import TransformedPrior, level_set
+from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.point import map_point
@@ -189,7 +189,8 @@ def test_modes_past_r_are_seen_where_the_readings_see_them(curved):
     ({"noise": CallableNoise(lambda y, g: y)}, "without a density: give CallableNoise(function, log_density)"),
     ({"noise": CallableNoise(lambda y, g: y, lambda y, clean: torch.zeros(2, 2))}, "gives (2, 2) for 1 rows"),
     ({"noise": CallableNoise(lambda y, g: y, lambda y, clean: 0.0)}, "gives float for 1 rows"),
-    ({"noise": None}, "The noise is of type NoneType"), ({"noise": GaussianNoise(covariance=np.ones((3, 3)))}, "singular"),
+    ({"noise": None}, "The noise is of type NoneType"),
+    ({"noise": GaussianNoise(covariance=np.ones((3, 3)))}, "singular"),
 ])
 def test_noise_without_a_density_is_told(curved, basis, change, words):
     with pytest.raises(InputError, match=re.escape(words)):
