@@ -145,7 +145,7 @@ class LatentProblem:
             gradient[inside] = found - self._prior_slope(z[inside])
             # A state whose adjoint fails counts as failed.
             broken = (~np.isfinite(gradient)).any(axis=1)
-            energy, gradient = np.where(broken, np.inf, energy), np.where(broken[:, None], 0.0, gradient)
+            energy, gradient = np.where(broken, np.inf, energy), np.where(np.asarray(broken)[:, None], 0.0, gradient)
         return self.everyone.bcast((energy, gradient))
 
     def whitened(self, readings: np.ndarray) -> np.ndarray:
