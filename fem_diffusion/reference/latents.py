@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 from firedrake import Ensemble
+from firedrake.adjoint import stop_annotating
 from mpi4py import MPI
-from scipy.sparse import issparse
 
 from fem_diffusion.checks import LARGEST, check_array, check_kind, check_seed, stream, together
 from fem_diffusion.errors import FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.forward.protocol import Forward
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.progress import tell
 from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.samples import Samples
 
@@ -79,6 +81,7 @@ class LatentProblem:
         self._log_prior, self._ensemble = log_prior, check_kind(
             ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
         self.r, self.solves, self.pulls, self.failure = self.basis.r, 0, 0, ""
+        self._told = False
 
     @property
     def everyone(self) -> MPI.Comm:
@@ -127,26 +130,32 @@ class LatentProblem:
 
         Nothing is solved where z is more than 12 prior standard deviations out.
         """
-        return self._evaluated(z)[0]
+        z, prior, inside = self._reached(z)
+        readings = np.full((len(z), len(self.y)), np.nan)
+        readings[inside] = self.readings(z[inside])
+        # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
+        return self.everyone.bcast(self._energy(prior, readings))
 
     def energy_and_gradient(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`energy` (B,) and its gradient (B, r), zero where it is infinite: one solve and one adjoint solve each.
 
         Where there is no derivative, central differences of the readings, by 2 r more solves each.
         """
-        energy, readings = self._evaluated(z)
-        inside, gradient = np.isfinite(energy), np.zeros_like(z)
-        if inside.any():
-            slopes = np.hstack([z[inside], self._likelihood.score(readings[inside])])
-            if self.differentiable:
-                found = self._shared(slopes, lambda mine: self._pulled(mine[:, :self.r], mine[:, self.r:]), self.r)
-            else:
-                found = np.array([row[self.r:] @ self._differences(row[:self.r]) for row in slopes])
-            gradient[inside] = found - self._prior_slope(z[inside])
-            # A state whose adjoint fails counts as failed.
-            broken = (~np.isfinite(gradient)).any(axis=1)
-            energy, gradient = np.where(broken, np.inf, energy), np.where(np.asarray(broken)[:, None], 0.0, gradient)
-        return self.everyone.bcast((energy, gradient))
+        z, prior, inside = self._reached(z)
+        readings, gradient = np.full((len(z), len(self.y)), np.nan), np.zeros_like(z)
+        if inside.any() and self.differentiable:
+            found = self._shared(z[inside], self._read_and_pulled, len(self.y) + self.r)
+            readings[inside], gradient[inside] = np.split(found, [len(self.y)], axis=1)
+        elif inside.any():
+            readings[inside] = self.readings(z[inside])
+            solved = np.isfinite(readings).all(axis=1)
+            scores = self._likelihood.score(readings[solved])
+            gradient[solved] = [score @ self._differences(row) for row, score in zip(z[solved], scores)]
+        energy = self._energy(prior, readings)
+        # A state whose adjoint fails counts as failed.
+        there = np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
+        gradient[there] -= self._prior_slope(z[there])
+        return self.everyone.bcast((np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)))
 
     def whitened(self, readings: np.ndarray) -> np.ndarray:
         """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).
@@ -169,8 +178,8 @@ class LatentProblem:
                              "check it there.")
         W = self._likelihood.matrix(readings[0])
         if self.differentiable:
-            jacobian = together(self.everyone, lambda: self._back(W @ self._rows(z), z))
-            self.pulls += len(W)
+            rows, at = W @ self._rows(z), self.basis.decode(z[None])[0]
+            jacobian = self.problem.comm.allreduce(self.problem.prior.pull_back(rows, at) @ self.basis.scaled_modes.T)
         else:
             jacobian = W @ self._differences(z)
         return self.everyone.bcast((self.whitened(readings)[0], jacobian))
@@ -186,6 +195,29 @@ class LatentProblem:
         else:
             gradient = self.energy_and_gradient(z[None])[1][0]
         return gradient, np.eye(self.r) + jacobian.T @ jacobian
+
+    def linear_force(self, z: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """Gradients (B, r) of an energy with the forward problem linearised at z (r,), without solves.
+
+        In the parameter, so that transforms stay what they are; in the latents where there is no derivative. Costs and
+        errors of `linearised`.
+        """
+        at, comm = self.readings(z[None]), self.problem.comm
+        if np.isnan(at).any():
+            raise SolveError(f"The forward problem has no solution where it is to be linearised ({self.failure}): "
+                             "check it there.")
+        there, smooth = self.parameters(z[None]), self.differentiable
+        rows = self._rows(z) if smooth else self._differences(z)
+
+        def force(x: np.ndarray) -> np.ndarray:
+            if smooth:
+                fields = self.basis.decode(x)
+                change = comm.allreduce((self.problem.prior.transform_many(fields) - there) @ rows.T)
+                pulled = self._back(self._likelihood.score(at + change) @ rows, fields)
+            else:
+                pulled = self._likelihood.score(at + (x - z) @ rows.T) @ rows
+            return self.everyone.bcast(pulled - self._prior_slope(x))
+        return force
 
     def samples(self, z: np.ndarray, seed: int) -> Samples:
         """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD."""
@@ -208,16 +240,16 @@ class LatentProblem:
         change = self._shared(np.arange(len(z))[:, None], difference, len(self.y))
         return float(self.everyone.bcast((np.sqrt((change**2).mean(axis=0)) / self._likelihood.std).max()))
 
-    def _evaluated(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Energy (B,) and readings (B, k) at latents z (B, r)."""
+    def _reached(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Latents (B, r), their log prior (B,), and which of them are to be solved for (B,)."""
         z = check_array(z, "z", ("B", self.r))
-        prior, readings = self.log_prior(z), np.full((len(z), len(self.y)), np.nan)
-        inside = (np.abs(z).max(axis=1) < FAR) & np.isfinite(prior)
-        if inside.any():
-            readings[inside] = self.readings(z[inside])
-        energy = np.where(inside, -prior - self.log_likelihood(readings), np.inf)
-        # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
-        return self.everyone.bcast((np.where(energy == -np.inf, np.inf, energy), readings))
+        prior = self.log_prior(z)
+        return z, prior, self.everyone.bcast((np.abs(z) < FAR).all(axis=1) & np.isfinite(prior))
+
+    def _energy(self, prior: np.ndarray, readings: np.ndarray) -> np.ndarray:
+        """Energies (B,) from log prior (B,) and readings (B, k)."""
+        energy = -prior - self._likelihood.log_density(readings)
+        return np.where(np.isfinite(energy), energy, np.inf)
 
     def _shared(self, z: np.ndarray, run: Callable[[np.ndarray], np.ndarray], columns: int) -> np.ndarray:
         """Rows of `run` (B, columns) for rows z, shared out over the members of an ensemble."""
@@ -233,53 +265,61 @@ class LatentProblem:
         self.solves, self.pulls = (int(x) for x in before + spent)
         return found
 
-    def _solve(self, parameters: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of owned parameters (B, n_owned of M), rows of NaN where there are none."""
-        comm, found = self.problem.comm, np.full((len(parameters), len(self.y)), np.nan)
+    def _solve(self, parameters: np.ndarray, derivative: bool = False) -> np.ndarray:
+        """Readings (B, k) of owned parameters (B, n_owned of M), rows of NaN where there are none.
+
+        With `derivative` by the solver that keeps what a derivative needs.
+        """
+        problem, comm, found = self.problem, self.problem.comm, np.full((len(parameters), len(self.y)), np.nan)
+        solver, observation = problem.forward, problem.observation
+        if derivative:
+            solver = problem.differentiable()[0]
         good = np.flatnonzero(comm.allreduce((~(np.abs(parameters) <= LARGEST)).any(axis=1).astype(int)) == 0)
         # A plain function gains nothing from blocks.
-        blocks = not isinstance(self.problem.forward, CallableForward) and isinstance(
-            self.problem.observation, Observation)
+        blocks = not isinstance(solver, CallableForward) and isinstance(observation, Observation)
         for rows in [good] if blocks and len(good) else good[:, None]:
-            self.solves += len(rows)
-            read = self._attempt(parameters[rows])
-            if read is None and len(rows) > 1:
-                self.solves += len(rows)
-                found[rows] = [np.full(len(self.y), np.nan) if one is None else one[0]
-                               for one in (self._attempt(parameters[i:i + 1]) for i in rows)]
-            elif read is not None:
-                found[rows] = read
+            for part in [rows] if len(rows) == 1 else [rows, *rows[:, None]]:
+                self.solves += len(part)
+                read = self._attempt(lambda: self._read(solver, parameters[part]))
+                if read is not None:
+                    found[part] = read
+                    if len(part) == len(rows):
+                        break
+        found[(~(np.abs(found) <= LARGEST)).any(axis=1)] = np.nan
+        if not self.failure and np.isnan(found).any():
+            self.failure = "state or readings are not finite"
         return found
 
-    def _attempt(self, parameters: np.ndarray) -> np.ndarray | None:
-        """Readings (B, k) of parameters as one block, with NaN; None where a solve raises."""
-        problem, comm = self.problem, self.problem.comm
+    def _attempt(self, run: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """Result of the user's code; None where it raises on some rank. Mistakes are raised."""
         try:
-            if isinstance(observation := problem.observation, Observation):
-                states = together(comm, lambda: np.array(problem.forward.solve_many(parameters.copy()), dtype=float))
-                bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
-                read = together(comm, lambda: observation.apply(np.where(bad[:, None], 0.0, states)))
-            else:
-                read, bad = together(comm, lambda: self._instrument(parameters)), np.zeros(len(parameters), bool)
+            with stop_annotating():
+                return together(self.problem.comm, run)
         except _MISTAKES:
             raise
         except Exception as error:
             self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
             return None
-        bad = bad | (~(np.abs(read) <= LARGEST)).any(axis=1)
-        if bad.any():
-            self.failure = "state or readings are not finite"
-        return np.where(bad[:, None], np.nan, read)
 
-    def _instrument(self, parameters: np.ndarray) -> np.ndarray:
-        """Readings by a nonlinear instrument, of the right number."""
-        observe, forward, M = self.problem.observation, self.problem.forward, self.problem.M
-        read = np.array([np.array(observe(forward(field(M, row))), ndmin=1, dtype=float)  # pyright: ignore
-                         for row in parameters])
+    def _read(self, solver: Forward, parameters: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of parameters, those of states that are not finite NaN."""
+        comm, M, observe = self.problem.comm, self.problem.M, self.problem.observation
+        if isinstance(observe, Observation):
+            states = np.array(solver.solve_many(parameters.copy()), dtype=float)
+            bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
+            return np.where(bad[:, None], np.nan, observe.apply(np.where(bad[:, None], 0.0, states)))
+        instrument: Any = observe
+        read = np.array([np.array(instrument(solver(field(M, row))), ndmin=1, dtype=float) for row in parameters])
         if read.shape != (len(parameters), len(self.y)):
             raise InputError(f"The observation gives {read.shape[1:]} readings and y holds {len(self.y)}: give as many "
                              "as the observation has.")
         return read
+
+    def _rows(self, z: np.ndarray) -> np.ndarray:
+        """Derivative of the readings by the parameter at latents z (r,), owned: shape (k, n_owned of M)."""
+        self.pulls += len(self.y)
+        m = field(self.problem.M, self.parameters(z[None])[0])
+        return together(self.everyone, lambda: self.problem.sensitivity(m))
 
     def _prior_slope(self, z: np.ndarray) -> np.ndarray:
         """Derivative of the prior's log density at latents (B, r)."""
@@ -288,24 +328,13 @@ class LatentProblem:
         steps = _FINE * np.eye(self.r)
         return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
 
-    def _sensitivity(self, parameter: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
-        """Derivative (l, n_owned of M) at owned coefficients of rows over the readings (l, k), or of all readings."""
-        problem = self.problem
-        forward, observation = problem.differentiable()
-        m = field(problem.M, parameter)
-        if rows is None:
-            return problem.sensitivity(m)
-        found: Any = forward.sensitivity(m, rows @ observation.rows)
-        return check_array(found.toarray() if issparse(found) else np.array(found), "The sensitivity of the forward "
-                           "problem", (len(rows), len(parameter)))
-
-    def _rows(self, z: np.ndarray) -> np.ndarray:
-        """Derivative of the readings by the parameter at latents z (r,), owned: shape (k, n_owned of M)."""
-        return self._sensitivity(self.parameters(z[None])[0], None)
-
-    def _back(self, rows: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Derivatives by latents (l, r) for owned ones by the parameter (l, n_owned of M), at latents z (r,)."""
-        pulled = self.problem.prior.pull_back(rows, self.basis.decode(z[None])[0])
+    def _back(self, rows: np.ndarray, fields: np.ndarray) -> np.ndarray:
+        """Derivatives by latents (B, r) for those by the parameter, owned (B, n_owned of M), at a field for each."""
+        prior = self.problem.prior
+        if self._pointwise:
+            pulled = rows * prior.slope_many(fields)
+        else:
+            pulled = np.concatenate([prior.pull_back(row[None], at) for row, at in zip(rows, fields)])
         return self.problem.comm.allreduce(pulled @ self.basis.scaled_modes.T)
 
     @cached_property
@@ -317,31 +346,31 @@ class LatentProblem:
             return False
         return True
 
-    def _pulled(self, z: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        """Gradients (B, r) at latents (B, r) of what has derivatives `scores` (B, k) by the readings.
+    def _read_and_pulled(self, z: np.ndarray) -> np.ndarray:
+        """Readings and the gradient of -log p(y | readings) at latents (B, r): (B, k + r), NaN where solves fail.
 
-        Rows are NaN where the adjoint solve fails.
+        One latent after the other, so that a solver that keeps its last solve has it ready for the derivative.
         """
-        comm, prior, fields = self.problem.comm, self.problem.prior, self.basis.decode(z)
-        parameters, found = prior.transform_many(fields), np.full((len(z), owned_size(self.problem.M)), np.nan)
-        self.pulls += len(z)
-        failed = np.zeros(len(z), dtype=bool)
-        for i, row in enumerate(found):
-            try:
-                row[:] = together(comm, lambda: self._sensitivity(parameters[i], scores[i:i + 1])[0])
-            except _MISTAKES:
-                raise
-            except Exception as error:
-                self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                failed[i], row[:] = True, 0.0
-        if self._pointwise:
-            pulled = found * prior.slope_many(fields)
-        else:
-            pulled = np.concatenate([prior.pull_back(row[None], at) for row, at in zip(found, fields)])
-        return np.where(failed[:, None], np.nan, comm.allreduce(pulled @ self.basis.scaled_modes.T))
+        problem, fields, k = self.problem, self.basis.decode(z), len(self.y)
+        parameters, found = problem.prior.transform_many(fields), np.full((len(z), k + self.r), np.nan)
+        observation = problem.differentiable()[1]
+        for i in range(len(z)):
+            read = self._solve(parameters[i:i + 1], derivative=True)
+            found[i, :k] = read[0]
+            if np.isfinite(read).all():
+                self.pulls += 1
+                row = self._likelihood.score(read) @ observation.rows
+                pulled = self._attempt(lambda: problem.sensitivity(field(problem.M, parameters[i]), row))
+                if pulled is not None:
+                    found[i, k:] = self._back(pulled, fields[i:i + 1])
+        return found
 
     def _differences(self, z: np.ndarray) -> np.ndarray:
         """Derivative of the readings by latents (k, r) at z (r,), by central differences: 2 r solves."""
         steps = _STEP * np.vstack([np.eye(self.r), -np.eye(self.r)])
+        if not self._told:
+            tell("The forward problem, its sensors, noise or transform have no derivative: differences in the latents "
+                 "take its place.", self.everyone.rank == 0)
+            self._told = True
         ahead, behind = np.split(self.readings(z + steps), 2)
         return (ahead - behind).T / (2 * _STEP)
