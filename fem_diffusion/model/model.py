@@ -221,7 +221,7 @@ class Model:
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
-                f"{network}")
+                f"{network}" + ", refined for one measurement" * (self.near is not None))
 
     def __repr__(self) -> str:
         return f"Model: {self.summary}\n{self.problem!r}"

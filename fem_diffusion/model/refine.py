@@ -26,6 +26,7 @@ from fem_diffusion.diffusion import (
     NETWORKS, Conditioned, Denoiser, GaussianBase, GaussianNoise, History, MeasurementWarning, TrainingOptions,
     fit_denoiser, fit_emulator, sample_latents,
 )
+from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
 from fem_diffusion.errors import DataError, InputError, SolveError
@@ -43,6 +44,8 @@ __all__ = ["refine"]
 
 # Fewest simulations of a round; share of them that judge; how far others are pulled from the mean, at most.
 _FEWEST, _HELD_OUT, _WIDER = 20, 0.25, 1.5
+# Error of an emulator, in standard deviations of the noise, that widens the posterior too much.
+_ROUGH = 0.5
 # Samples that a region is made around, and how much wider it is than the farthest of them.
 _SAMPLES, _MARGIN = 2000, 1.2
 # Solves at once; draws of a prior of which the region may hold few; sweeps of a chain that walks in it.
@@ -81,6 +84,11 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     InputError, DataError, SolveError
         If an argument is out of range, the data are of another problem, more than half of a round's simulations fail,
         too few pairs are left in a region, or training fails.
+
+    Warns
+    -----
+    MeasurementWarning
+        If the emulator still errs by more than half a standard deviation of the noise where the posterior is.
     """
     start = time.perf_counter()
     check_kind(model, "model", Model, "what fit or refine returned")
@@ -95,7 +103,11 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         warnings.simplefilter("ignore", MeasurementWarning)
         posterior = replace(model, near=None).condition(y, observation, noise)
     problem, y = posterior.problem, posterior.y
-    if problem.k != data.readings.shape[1] and isinstance(problem.observation, Observation):
+    if model.problem.family and isinstance(problem.noise, GaussianNoise) and not problem.noise.constant:
+        # As the model of the family has it: the reading stands for the value without noise.
+        R = problem.noise.covariance(torch.from_numpy(y)[None])
+        problem = replace(problem, noise=GaussianNoise(covariance=R))
+    if model.problem.family and isinstance(problem.observation, Observation):
         if data.states is None:
             raise DataError("A model of a family is refined with the states of its training: pass its data set.")
         data = replace(data, readings=problem.observation.apply(data.states), states=None)
@@ -154,9 +166,8 @@ class _Pairs:
 def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.ndarray, sizes: list[int], seed: int,
               options: TrainingOptions, show: bool) -> tuple[Denoiser, History]:
     """Rounds for standard normal latents and Gaussian noise: an emulator that is right near the measurement."""
-    problem, noise, history = pairs.problem, pairs.problem.noise, History()
+    problem, noise, denoiser, history, error = pairs.problem, pairs.problem.noise, first, History(), 0.0
     assert isinstance(noise, GaussianNoise)
-    denoiser = first
     for number, size in enumerate(sizes):
         rng = np.random.default_rng([seed, number])
         z = _drawn(problem, conditioned, size, stream(seed, f"round {number}"))
@@ -183,6 +194,10 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
         tell(f"refine: round {number + 1}: {added} of {size} solves in {before + added:,} pairs, the emulator leaves "
              f"up to {error:.2g} noise standard deviations of a reading at the posterior", show)
         conditioned = denoiser.at(torch.from_numpy(y)[None])
+    if error > _ROUGH:
+        warnings.warn(f"After {len(sizes)} rounds the emulator still leaves up to {error:.2g} noise standard deviations"
+                      " of a reading where it puts the posterior, which is wide for that: raise n or rounds, or correct "
+                      "the samples with the solver itself.", MeasurementWarning, stacklevel=3)
     if first.network is not None:
         # Where a network was worth it, samples start from one again: it learns from draws of the prior alone.
         name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),
@@ -196,12 +211,9 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
 
 def _error(base: GaussianBase, covariance: torch.Tensor) -> float:
     """Largest error of an emulator in any combination of readings, in standard deviations of its noise."""
-    unit = covariance.diagonal().sqrt()
-    root = torch.linalg.cholesky(covariance / unit / unit[:, None])
-    left = (base.emulator.residual - covariance) / unit / unit[:, None]
-    half = torch.linalg.solve_triangular(root, left, upper=False)
-    whole = torch.linalg.solve_triangular(root, half.mT, upper=False)
-    return float(torch.linalg.eigvalsh((whole + whole.mT) / 2)[-1].clamp(min=0).sqrt())
+    whitener = roots(covariance)[0]
+    left = whitener @ (base.emulator.residual - covariance) @ whitener.T
+    return float(torch.linalg.eigvalsh(left)[-1].clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True, eq=False)
