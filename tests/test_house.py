@@ -21,8 +21,8 @@ TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 LEVELS = [["errors"], ["checks"], ["files", "progress"], ["diffusion"], ["fields"], ["observation"], ["forward"],
           ["prior", "density_pde"], ["problem"], ["simulation"], ["model", "samples"],
           ["reference", "trust", "comparison", "plot"]]
-# Samples draw themselves.
-ALLOWED = {("samples", "plot")}
+# Samples draw themselves, posteriors check themselves.
+ALLOWED = {("samples", "plot"), ("model", "trust")}
 
 
 def _named(path):
