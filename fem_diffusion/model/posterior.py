@@ -87,10 +87,10 @@ class Posterior:
         n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
         if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
-            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far as "
-                             f"all that training has seen: {', '.join(self.distance.worst)} read otherwise. Check those"
-                             " sensors; or take laplace(problem, y), which needs no training, or "
-                             "posterior.correct(...), which moves samples by the solver itself.")
+            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
+                             f"as all that training has seen, mostly at sensor {', '.join(self.distance.worst)}: check "
+                             "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
+                             "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
         def draw() -> np.ndarray:

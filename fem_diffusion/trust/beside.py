@@ -15,7 +15,7 @@ from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.product import is_gaussian
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.samples import Samples
 
 __all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
@@ -47,8 +47,11 @@ def gaussian(problem: InverseProblem,
 
 
 def in_modes(posterior: Any, problem: InverseProblem, y: np.ndarray, n: int,
-             seed: int) -> tuple[LatentProblem, np.ndarray, ModalBasis | None]:
-    """The measurement in latents, n samples in these (n, r), and the model's own modes where they are fewer."""
+             seed: int, notes: list[str]) -> tuple[LatentProblem, np.ndarray, ModalBasis | None]:
+    """The measurement in latents, n samples in these (n, r), and the model's own modes where they are fewer.
+
+    What is to be said of them goes to the notes.
+    """
     own = getattr(posterior, "basis", None)
     fields = None
     if isinstance(posterior, Posterior):
@@ -62,6 +65,7 @@ def in_modes(posterior: Any, problem: InverseProblem, y: np.ndarray, n: int,
             raise InputError("The prior is not Gaussian: a check takes the modes of the posterior's basis.")
         # Principal components are uncorrelated and of unit variance.
         latent = LatentProblem(problem, y, own, log_prior=lambda z: -(z**2).sum(axis=1) / 2)
+        notes.append("The law of these modes under the prior is not known: it counts as Gaussian.")
         return latent, problem.comm.bcast(samples.latents), None
     basis = karhunen_loeve(problem.prior)
     r = samples.latents.shape[1]
@@ -92,7 +96,7 @@ class Local:
 
     Attributes are `samples` (n, r), those whose solves have not failed (`failed` have), `readings` (n, k), `gradient`
     (n, r) of the energy; the point `z` (r,), the readings `at` (k,) there, whitened `misfit` (k,) and its derivative
-    `jacobian` (k, r); and `notes`.
+    `jacobian` (k, r); whether nearly all are `lost`; and `notes`.
     """
 
     def __init__(self, latent: LatentProblem, z: np.ndarray, solves: int):
@@ -106,19 +110,23 @@ class Local:
         # A state whose adjoint fails counts as failed.
         good = np.isfinite(found[0]).all(axis=1) & (True if found[1] is None else np.isfinite(found[1]))
         self.samples, self.readings, self.failed = z[good], found[0][good], int((~good).sum())
+        self.lost = self.failed > len(z) - _FEWEST
         if self.failed:
-            self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples: they are far from "
-                              "anything that belongs to this problem.")
-        if good.sum() < _FEWEST:
+            self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples, or they are more than"
+                              f" {FAR:g} prior standard deviations out: they do not belong to this problem.")
+        if self.lost and not smooth:
             raise InputError(f"The solver has no solution for {self.failed} of {len(z)} samples ({latent.failure}): the"
-                             " posterior is of no use here; take laplace(problem, y) or hmc(problem, y).")
-        start = self.samples.mean(axis=0)
+                             " posterior is of no use here; take hmc(problem, y).")
+        # Samples that are lost say nothing of where the posterior is, and the prior mean does.
+        start = np.zeros(latent.r) if self.lost else self.samples.mean(axis=0)
         if smooth:
             self._search(start, latent.linearised)
         else:
             slope = self._secants(start, count)
             self._search(start, lambda x: (latent.whitened(latent.readings(x[None]))[0], slope))
             self.notes.append(f"The solver has no derivative: it is taken along {count} directions by differences.")
+        if self.lost:
+            self.readings = self.at[None]
         self.gradient = self.samples + latent.whitened(self.readings) @ self.jacobian if found[2] is None else (
             found[2][good])
 

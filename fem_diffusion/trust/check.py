@@ -138,21 +138,22 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     if not len(y):
         raise InputError("Without a sensor the posterior is the prior: there is nothing to check.")
     problem, y, notes, draws = gaussian(problem, y)
-    latent, z, own = in_modes(posterior, problem, y, solves - SEARCH, seed)
+    latent, z, own = in_modes(posterior, problem, y, solves - SEARCH, seed, notes)
     found = Local(latent, z, solves)
     refill = unseen(latent, own, found.jacobian) if own is not None else 0.0
     whiten = latent.noise_matrix(found.at)
     errors = None if draws is None else draws @ whiten.T
     rest = latent.everyone.bcast(residual(found.misfit, found.z, found.jacobian, whiten, errors,
                                           stream(seed, "check"), _LEVEL))
-    told, others = latent.everyone.bcast(shapes(found.samples, found.gradient, found.jacobian))
+    told, others = (None, None) if found.lost else latent.everyone.bcast(
+        shapes(found.samples, found.gradient, found.jacobian))
     distance = getattr(posterior, "distance", None)
-    calibration_p = pairs = None
+    calibration_p = pairs = fault = None
     if data is not None:
         if not isinstance(posterior, Posterior):
             raise InputError("data shows how a model answers near the measurement: leave it out for a posterior "
                              "without a model.")
-        calibration_p, pairs = local_calibration(posterior, data, seed), more_pairs(posterior, data)
+        (calibration_p, fault), pairs = local_calibration(posterior, data, seed), more_pairs(posterior, data)
     names = tuple(map(str, problem.names or range(len(y))))
     std = np.linalg.norm(np.linalg.inv(whiten), axis=1)
     expected = [(names[i], y[i], y[i] - rest.t[i] * rest.spread[i], rest.spread[i]) for i in rest.odd]
@@ -162,6 +163,10 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     notes += found.notes
     if found.failed > 0:
         light = "red" if found.failed > len(z) // 4 else "yellow" if light == "green" else light
+    if found.lost:
+        verdict = "biased" if verdict == "trustworthy" else verdict
+        sentences = [] if verdict == "biased" else sentences
+        notes.append(_REPAIR)
     if refill > _REFILL and getattr(posterior, "tail", None) is None:
         light = "yellow" if light == "green" else light
         notes.append(f"Modes that the model draws from the prior add up to {refill:.2g} noise standard deviations to a "
@@ -173,8 +178,9 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     if calibration_p is not None:
         good = calibration_p >= _LEVEL
         light = "yellow" if light == "green" and not good else light
-        notes.append(f"On the pairs nearest to this measurement the model is {'' if good else 'not '}calibrated "
-                     f"(p = {_p(calibration_p)}).")
+        verdict = fault if fault and not good and verdict == "trustworthy" else verdict
+        notes.append(f"On the pairs nearest to this measurement the model is "
+                     f"{'calibrated' if good else f'not calibrated, but {fault}'} (p = {_p(calibration_p)}).")
     if pairs:
         notes.append(pairs)
     main = told or others
@@ -235,17 +241,19 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: list[t
     for _, kind, bad, sentence in sorted(faults, key=lambda fault: -fault[0]):
         say(kind, "red" if bad else "yellow", sentence)
     if verdict in ("biased", "too wide", "too narrow"):
-        words.append("posterior.correct(...) mends that with the solver; laplace(problem, y) and hmc(problem, y) need "
-                     "no model.")
+        words.append(_REPAIR)
     if verdict == "trustworthy":
         main = told or others
-        words.append(f"Samples explain the measurement: their readings miss it by {misfit:.2g} noise standard "
+        words.append(f"Samples explain the measurement: their readings miss it by {misfit:.1f} noise standard "
                      f"deviations (root mean square), and what nothing explains of it is as the noise would leave it "
                      f"(p = {_p(rest.p)}).")
         if main is not None:
-            words.append(f"The posterior is as wide as the solver says (factor {main.width:.2g}) and where it says "
-                         f"(off by {main.shift:.2g} posterior standard deviations), as far as these solves tell.")
+            words.append(f"The posterior is as wide as the solver says (factor {main.width:.2f}) and where it says "
+                         f"(off by {main.shift:.2f} posterior standard deviations), as far as these solves tell.")
     return verdict, light, words
+
+
+_REPAIR = "posterior.correct(...) mends that with the solver; laplace(problem, y) and hmc(problem, y) need no model."
 
 
 def _p(value: float) -> str:

@@ -25,11 +25,12 @@ _SHARE, _MOST, _LEAST, _DRAWS, _LEADING = 0.1, 200, 40, 19, 10
 _WORTH = 0.1
 
 
-def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> float:
+def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> tuple[float, str]:
     """p-value of the truths of the pairs nearest to a measurement being draws of their posteriors (collective).
 
-    Near is meant in readings with noise, whitened over all pairs. InputError if the posterior has no model or the pairs
-    are too few; DataError if they are of other sensors.
+    Beside it what is wrong most, if anything is: "biased", "too wide" or "too narrow". Near is meant in readings with
+    noise, whitened over all pairs. InputError if the posterior has no model or the pairs are too few; DataError if they
+    are of other sensors.
     """
     clean, locate = _clean(posterior, data), posterior.locate
     if locate is None or len(clean) < _LEAST:
@@ -38,7 +39,7 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> float
     z = posterior.basis.encode(data.coefficients)[:, :_LEADING]
     noise, y = posterior.problem.noise, posterior.y
 
-    def run() -> float:
+    def run() -> tuple[float, str]:
         generator = torch.Generator().manual_seed(stream(seed, "neighbours"))
         noisy = torch.from_numpy(clean) if noise is None else noise.sample(torch.from_numpy(clean), generator)
         read = noisy.numpy()
@@ -49,7 +50,12 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> float
         away = np.linalg.norm((white - (y - centre) / unit) @ axes, axis=1)
         near = np.argsort(away)[:min(_MOST, max(_LEAST, round(_SHARE * len(away))))]
         draws = sample_latents(locate(read[near]), _DRAWS, Sampler(), seed=stream(seed, "neighbours"), progress=False)
-        return calibrate(draws.numpy()[:, :, :_LEADING], z[near]).p_value
+        found = calibrate(draws.numpy()[:, :, :_LEADING], z[near])
+        place = (found.ranks + 0.5) / (_DRAWS + 1) - 0.5
+        # Means and mean sizes of uniform ranks, in units of their own chance.
+        off, out = (12**0.5 * np.abs(place.mean(axis=0))).max(), 48**0.5 * (np.abs(place).mean(axis=0) - 0.25)
+        size = out[np.abs(out).argmax()]
+        return found.p_value, "biased" if off > abs(size) else "too narrow" if size > 0 else "too wide"
     return on_root(posterior.problem.comm, run)
 
 
@@ -63,9 +69,10 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
         gain = learning_gain(torch.from_numpy(z), torch.from_numpy(clean), covariance)
         if gain is None:
             return "The pairs are too few to tell whether more would help."
-        helps = gain > _WORTH
-        return (f"Twice as many pairs would {'gain about' if helps else 'change'} {gain:.2g} nats of a measurement's "
-                f"log density over these {z.shape[1]} modes: {'simulate more' if helps else 'there are enough'}.")
+        if gain < _WORTH:
+            return f"Twice as many pairs would gain next to nothing over these {z.shape[1]} modes: there are enough."
+        return (f"Twice as many pairs would gain about {gain:.2g} nats of a measurement's log density over these "
+                f"{z.shape[1]} modes: simulate more.")
     return on_root(posterior.problem.comm, run)
 
 
