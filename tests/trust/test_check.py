@@ -114,8 +114,7 @@ def _run(problem, number, wide=1.0, shift=0.0, noise=1.0, broken=0.0, seed=0):
     return found
 
 
-SLOW = [pytest.param(0.15, id="bent", marks=pytest.mark.slow), pytest.param(0.4, id="bent strongly",
-                                                                           marks=pytest.mark.slow)]
+SLOW = [pytest.param(bend, id=f"bent by {bend}", marks=pytest.mark.slow) for bend in (0.15, 0.4)]
 
 
 @pytest.mark.parametrize("bend", [pytest.param(0.0, id="linear"), *SLOW])
