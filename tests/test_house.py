@@ -21,7 +21,7 @@ TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 LEVELS = [["errors"], ["checks"], ["files", "progress"], ["diffusion"], ["fields"], ["observation"], ["forward"],
           ["prior", "density_pde"], ["problem"], ["simulation"], ["certificate"], ["model", "samples"],
           ["reference", "trust", "comparison", "plot"]]
-# Samples draw themselves, a posterior checks and corrects itself.
+# Samples draw themselves; posteriors check, correct and report themselves.
 ALLOWED = {("samples", "plot"), ("model", "trust")}
 
 
