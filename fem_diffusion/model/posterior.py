@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from fem_diffusion.fields.events import event
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
+
+if TYPE_CHECKING:
+    from fem_diffusion.simulation.data_set import DataSet
+    from fem_diffusion.trust.check import Check
 
 __all__ = ["Posterior"]
 
@@ -41,6 +46,8 @@ class Posterior:
         What the readings tell of modes past those of the basis, where the problem is linear.
     distance : Distance or None
         How far the measurement is from those of the training, where these are known.
+    locate : Callable or None
+        Conditions the denoiser on other measurements (B, k) by the same sensors.
     """
 
     problem: InverseProblem
@@ -49,6 +56,7 @@ class Posterior:
     y: np.ndarray
     tail: LinearTail | None = None
     distance: Distance | None = None
+    locate: Callable[[np.ndarray], Conditioned] | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
                extrapolate: bool = False, device: str = "cpu",
@@ -81,10 +89,10 @@ class Posterior:
         n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
         if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
-            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far as "
-                             f"all that training has seen: {', '.join(self.distance.worst)} read otherwise. Check those"
-                             " sensors; or take laplace(problem, y), which needs no training, or "
-                             "posterior.correct(...), which moves samples by the solver itself.")
+            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
+                             f"as all that training has seen, mostly at sensor {', '.join(self.distance.worst)}: check "
+                             "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
+                             "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
         def draw() -> np.ndarray:
@@ -93,13 +101,17 @@ class Posterior:
                                   progress=progress)[0].cpu().numpy()
         with event("sample"):
             z = on_root(self.problem.comm, draw)
-            # A stream of its own, apart from that of the latents and from those of the training pairs.
-            stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
-            values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None:
-                part = self.basis.decode(z)
-                values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
-            return Samples(self.problem.M, self.problem.prior.transform_many(values), z)
+            return Samples(self.problem.M, self.problem.prior.transform_many(self.fields(z, seed, refill)), z)
+
+    def fields(self, z: np.ndarray, seed: int, refill: bool) -> np.ndarray:
+        """Coefficients (n, n_owned) of the fields, before any transform, that `sample` makes of latents (n, r)."""
+        # A stream of its own, apart from that of the latents and from those of the training pairs.
+        stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
+        values = self.basis.decode(z, stream if refill else None)
+        if not refill or self.tail is None:
+            return values
+        part = self.basis.decode(z)
+        return part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more."""
@@ -148,6 +160,12 @@ class Posterior:
 
         return correct(self, solves, seed=seed, draws=draws, log_prior=log_prior, path=path, ensemble=ensemble,
                        progress=progress)
+
+    def check(self, solves: int = 50, *, seed: int = 0, data: "DataSet | None" = None) -> "Check":
+        """What some solves say about this posterior, in words and numbers: see `fem_diffusion.trust.check`."""
+        from fem_diffusion.trust.check import check
+
+        return check(self, solves, seed=seed, data=data)
 
     def __repr__(self) -> str:
         network = "Gaussian" if self.conditioned.network is None else "Gaussian with a network"
