@@ -1,5 +1,6 @@
 """Every public name and the file it comes from: the one list, which __init__.py reads and type checkers follow."""
 
+from fem_diffusion.certificate import Certificate as Certificate
 from fem_diffusion.density_pde import (
     GaussianMixture as GaussianMixture, forward_density as forward_density, noise_times as noise_times,
     reverse_density as reverse_density,
