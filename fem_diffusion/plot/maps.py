@@ -89,7 +89,8 @@ def plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray 
         else:
             colours = ax.imshow(images[name], origin="lower", extent=plane.extent, **scale)
         colours.set_rasterized(True)    # a mesh is too many triangles for a vector graphic
-        ax.figure.colorbar(colours, ax=ax, label=panel.label)
+        # As high as the map, whatever its aspect.
+        ax.figure.colorbar(colours, cax=ax.inset_axes((1.03, 0, 0.05, 1)), label=panel.label)
         if grid is not None and name in arrows:
             _draw_arrows(ax, grid, arrows[name])
         ax.set_title(name if across is None else f"{name}\nat {across}", fontsize="medium")

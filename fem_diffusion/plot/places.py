@@ -17,7 +17,7 @@ from fem_diffusion.fields.coefficients import bounding_box, coefficients
 from fem_diffusion.fields.keyed import gather_rows
 from fem_diffusion.observation.points import locate, point_rows
 
-__all__ = ["Curve", "Plane", "boundary_curve", "line_curve", "mesh_curve", "plane_of"]
+__all__ = ["Curve", "Plane", "boundary_curve", "line_curve", "mesh_curve", "nodes_of", "plane_of"]
 
 _TOLERANCE = 1e-6       # of a cell's size
 _PIXELS, _ARROWS, _STEPS = 150, 16, 200
@@ -138,14 +138,14 @@ class Curve:
     nodal: bool
 
 
-def _nodes(V: WithGeometry) -> np.ndarray:
+def nodes_of(V: WithGeometry) -> np.ndarray:
     """Coordinates of the nodes owned here, shape (gdim, n_owned)."""
     return np.stack([coefficients(assemble(interpolate(c, V))) for c in SpatialCoordinate(V.mesh())])
 
 
 def mesh_curve(V: WithGeometry) -> Curve:
     """The nodes of a mesh of lines, along the coordinate that varies most."""
-    places = gather_rows(V, _nodes(V))
+    places = gather_rows(V, nodes_of(V))
     if places is None:      # everywhere but on rank 0
         return Curve(np.empty(0), np.empty((0, 0)), "", lambda rows: gather_rows(V, rows), True)
     x = places[np.argmax(np.ptp(places, axis=1))]
@@ -195,7 +195,7 @@ def boundary_curve(V: WithGeometry, marker: Any) -> Curve:
                          "markers.") from error
     mine = np.isin(np.arange(V.node_set.size), nodes)
     chosen = gather_rows(V, mine[None].astype(float))
-    places = gather_rows(V, _nodes(V))
+    places = gather_rows(V, nodes_of(V))
     count = V.comm.bcast(None if chosen is None else int(chosen.sum()))
     if count < 2:
         raise InputError(f"The space of the samples has {count} nodes on boundary {marker!r}: take a marker of the "

@@ -19,6 +19,7 @@ TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 LIMIT = "tab:red"       # of a threshold
 # More names than this cover the picture, more characters each other.
 _NAMED, _NAME = 40, 16
+_NEAR = 0.02    # of the length of a curve: a sensor is on it
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,14 @@ class Marks:
 
     def draw_along(self, axes: Axes, x: np.ndarray, places: np.ndarray) -> None:
         """Draw them at the foot of a curve with these positions x (p,) and places (p, gdim), each at the nearest."""
-        nearest = np.argmin(np.linalg.norm(self.points[:, None] - places, axis=2), axis=1)
+        apart = np.linalg.norm(self.points[:, None] - places, axis=2)
+        nearest, near = np.argmin(apart, axis=1), apart.min(axis=1) <= _NEAR * np.ptp(x)
         feet = axes.get_xaxis_transform()
-        axes.plot(x[nearest], np.full(len(nearest), 0.02), "^", color="white", markeredgecolor="black", markersize=6,
-                  transform=feet, clip_on=False, linestyle="none", label=f"{len(nearest)} sensors")
+        for some, colour, words in ((near, "black", "sensors"), (~near, "none", "sensors away from here")):
+            if some.any():
+                axes.plot(x[nearest[some]], np.full(some.sum(), 0.02), "^", markerfacecolor=colour, markersize=5,
+                          markeredgecolor="black" if colour == "black" else "grey", transform=feet, clip_on=False,
+                          linestyle="none", label=f"{some.sum()} {words}")
         for place, name in zip(x[nearest], self.names if len(self.names) <= _NAMED // 2 else ()):
             axes.annotate(name, (place, 0.02), (0, 7), xycoords=feet, textcoords="offset points", ha="center",
                           fontsize="xx-small", parse_math=False)
