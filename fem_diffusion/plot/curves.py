@@ -62,7 +62,7 @@ def plot_curve(curve: Curve, values: np.ndarray, axes: Any, truth: np.ndarray | 
         axes.axhline(asked.threshold, color=LIMIT, linewidth=1.2, linestyle=(0, (5, 2)), label=asked.limit)
         below.plot(x, share, color=LIMIT, linewidth=1.8)
         below.fill_between(x, 0, share, color=LIMIT, alpha=0.15, linewidth=0)
-        below.set(ylim=(0, 1), xlim=(x[0], x[-1]), ylabel=f"probability of\nmore than {asked.limit}")
+        below.set(ylim=(0, 1), xlim=(x[0], x[-1]), ylabel="probability\nof more")
         axes.label_outer()
         lowest = below
     lowest.set_xlabel(asked.position or asked.along(curve.label))

@@ -86,11 +86,11 @@ class Marks:
         apart = np.linalg.norm(self.points[:, None] - places, axis=2)
         nearest, near = np.argmin(apart, axis=1), apart.min(axis=1) <= _NEAR * np.ptp(x)
         feet = axes.get_xaxis_transform()
-        for some, colour, words in ((near, "black", "sensors"), (~near, "none", "sensors away from here")):
+        for some, colour, words in ((near, "black", ""), (~near, "none", " away from here")):
             if some.any():
                 axes.plot(x[nearest[some]], np.full(some.sum(), 0.02), "^", markerfacecolor=colour, markersize=5,
                           markeredgecolor="black" if colour == "black" else "grey", transform=feet, clip_on=False,
-                          linestyle="none", label=f"{some.sum()} {words}")
+                          linestyle="none", label=f"{some.sum()} sensor{'s' if some.sum() > 1 else ''}{words}")
         for place, name in zip(x[nearest], self.names if len(self.names) <= _NAMED // 2 else ()):
             axes.annotate(name, (place, 0.02), (0, 7), xycoords=feet, textcoords="offset points", ha="center",
                           fontsize="xx-small", parse_math=False)

@@ -158,11 +158,12 @@ def _exceeding(V: WithGeometry, values: np.ndarray, average: np.ndarray, unknown
     here = (values > unknown.threshold).any(axis=1) | above.any(axis=1)
     somewhere = float(comm.allreduce(here, MPI.LOR).mean())
     low, high = np.quantile(shares, [0.025, 0.975])
-    part = (f"The part of the domain where it does is {words.percent(shares.mean())}, with 95 % probability between "
-            f"{words.percent(low)} and {words.percent(high)}.")
+    part = f"The part of the domain where it does is {words.percent(shares.mean())}"
+    if high > low:
+        part += f", with 95 % probability between {words.percent(low)} and {words.percent(high)}"
     return [f"The probability that the {unknown.name} exceeds {unknown.limit} somewhere is "
             f"{words.chance(somewhere, n)}; that its average does, "
-            f"{words.chance(float((average > unknown.threshold).mean()), n)}. {part}"]
+            f"{words.chance(float((average > unknown.threshold).mean()), n)}. {part}."]
 
 
 class _Drawing:
@@ -247,7 +248,7 @@ class _Drawing:
         drawn = self._attempt(lambda: plot_samples(self.samples, axes, quantile=_QUANTILES, **given), "A map")
         for figure, ax, (key, (title, text)) in zip(figures, axes, titles.items()):
             if drawn and (first or key in ("mean", "std", "more")):
-                place = "" if where is None else f", {where[0]} = {words.number(where[1], self.asked.mesh_units)}"
+                place = "" if where is None else f", {where[0]} = {words.place([where[1]], self.asked.mesh_units)}"
                 ax.set_title("")    # the page has it
                 self._add(figure, title + place, text)
         return drawn
@@ -272,7 +273,12 @@ class _Drawing:
         figure = new_figure(6.0, 4.6 if limit else 3.4)
         axes = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1)) if limit else figure.add_subplot()
         drawn = self._attempt(lambda: plot_samples(self.samples, axes, **self.given, **where), "A band")
-        if drawn:
+        if drawn and self.root:
+            first = figure.axes[0]
+            if legend := first.get_legend():
+                legend.remove()     # beside the curves there is room for it
+            figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small",
+                          frameon=False)
             self._add(figure, title, f"Mean, 95 % band and single samples of the {self.name}.", wide=True)
 
 

@@ -36,7 +36,8 @@ def picture_of(figure: Figure, title: str, words: str, wide: bool = False) -> Pi
     """A figure as a picture, the same bytes whenever it is drawn."""
     image = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "fem_diffusion", "svg.fonttype": "path"}):
-        figure.savefig(image, format="svg", dpi=_DPI, metadata={"Date": None, "Creator": None})
+        figure.savefig(image, format="svg", dpi=_DPI, bbox_inches="tight", pad_inches=0.03,
+                       metadata={"Date": None, "Creator": None})
     return Picture(f"data:image/svg+xml;base64,{base64.b64encode(image.getvalue()).decode()}", title, words, wide)
 
 
@@ -59,5 +60,5 @@ def readings_picture(y: np.ndarray, clean: np.ndarray, std: np.ndarray, names: S
                         rotation=0 if short else 45, ha="center" if short else "right")
     else:
         axes.set_xlabel("number of the reading")
-    figure.legend(loc="outside upper center", ncols=3, fontsize="x-small", frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize="small", frameon=False)
     return figure

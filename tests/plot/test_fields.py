@@ -67,7 +67,7 @@ def test_sensors_are_drawn_where_they_are_with_the_names_of_users():
     assert [text.get_text() for text in samples.plot(sensors=vector)[0].texts] == ["0", "2", "4"]
     line = samples.plot(line=((0, 0.5), (1, 0.5)), sensors=named)
     feet = {line.get_label(): line.get_xdata() for line in line.lines}
-    np.testing.assert_allclose(feet["1 sensors"], [0.5])
+    np.testing.assert_allclose(feet["1 sensor"], [0.5])
     np.testing.assert_allclose(feet["2 sensors away from here"], [0.1, 0.9])
 
 
