@@ -1,5 +1,6 @@
 """Every public name and the file it comes from: the one list, which __init__.py reads and type checkers follow."""
 
+from fem_diffusion.certificate import Certificate as Certificate
 from fem_diffusion.density_pde import (
     GaussianMixture as GaussianMixture, forward_density as forward_density, noise_times as noise_times,
     reverse_density as reverse_density,
@@ -17,7 +18,9 @@ from fem_diffusion.diffusion.sampling.sample import Sampler as Sampler, churn as
 from fem_diffusion.diffusion.training.collapse import CollapseWarning as CollapseWarning
 from fem_diffusion.diffusion.training.fit import fit_denoiser as fit_denoiser
 from fem_diffusion.diffusion.training.loop import History as History, TrainingOptions as TrainingOptions
-from fem_diffusion.diffusion.training.range import FamilyWarning as FamilyWarning
+from fem_diffusion.diffusion.training.range import (
+    Distance as Distance, FamilyWarning as FamilyWarning, MeasurementWarning as MeasurementWarning,
+)
 from fem_diffusion.errors import (
     DataError as DataError, FemDiffusionError as FemDiffusionError, FileError as FileError, InputError as InputError,
     InstallError as InstallError, SolveError as SolveError,

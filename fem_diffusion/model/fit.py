@@ -37,6 +37,8 @@ __all__ = ["fit"]
 _MOST_POD, _PAIRS_A_MODE = 128, 4
 # What modes may miss of a reading, in units of its noise.
 _MISSED = 0.25
+# Pairs with which measurements are compared.
+_SEEN = 1000
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
@@ -107,7 +109,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
     linear, rows = _rest(problem, data, basis, denoiser, given)
-    model = Model(problem, basis, denoiser, history, states, shown, linear, rows)
+    some = np.unique(np.linspace(0, len(seen) - 1, _SEEN).round().astype(int))
+    model = Model(problem, basis, denoiser, history, states, shown, linear, rows, seen[some].double())
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
