@@ -57,3 +57,4 @@ from fem_diffusion.simulation.simulate import (
     DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
     simulated_parameter as simulated_parameter,
 )
+from fem_diffusion.trust.report import report as report

@@ -1,7 +1,10 @@
 """The posterior of one measurement by a trained model: Functions out."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +114,12 @@ class Posterior:
         """
         z = torch.as_tensor(check_kind(samples, "samples", Samples, "what sample returned").latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())
+
+    def report(self, path: str | os.PathLike, **given: Any) -> Path:
+        """Write a page for people who decide, with the verdict of `check`; see `fem_diffusion.report`."""
+        from fem_diffusion.trust.report import report
+
+        return report(self, path, **given)
 
     def __repr__(self) -> str:
         network = "Gaussian" if self.conditioned.network is None else "Gaussian with a network"

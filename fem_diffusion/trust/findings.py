@@ -156,7 +156,7 @@ def _exceeding(V: WithGeometry, values: np.ndarray, average: np.ndarray, unknown
     above = middles > unknown.threshold
     shares = comm.allreduce(above @ volumes) / comm.allreduce(volumes.sum())
     here = (values > unknown.threshold).any(axis=1) | above.any(axis=1)
-    somewhere = float(comm.allreduce(here, MPI.LOR).mean())
+    somewhere = float((comm.allreduce(here.astype(int)) > 0).mean())
     low, high = np.quantile(shares, [0.025, 0.975])
     part = f"The part of the domain where it does is {words.percent(shares.mean())}"
     if high > low:

@@ -4,6 +4,7 @@ One HTML file that needs no network: pictures are inside, there are no scripts, 
 printed.
 """
 
+import contextlib
 import os
 import platform
 import time
@@ -16,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-import fem_diffusion
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_file, check_flag, check_kind, check_number, check_seed, check_text
 from fem_diffusion.errors import InputError, InstallError
@@ -108,6 +108,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
         check_kind(text, label, (str, type(None)), "a string")
     check_text(reading, "reading")
     given = samples is not None
+    reason = None
     if samples is None:
         samples = _drawn(posterior, draws, seed, progress)
     elif check_kind(samples, "samples", Samples, "what sample or correct returned").V != problem.M:
@@ -116,7 +117,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
         raise InputError("A report needs at least 2 samples: draw more.")
     certificate = getattr(samples, "certificate", None)
     if check is None and certificate is None:
-        check = _check(posterior, solves, seed)
+        check, reason = _check(posterior, solves, seed)
     check = check or None
     unknowns = _unknowns(samples, name, units, threshold)
     asked = Asked(question is not None, mesh_units, lines, boundaries, slices, problem.observation)
@@ -125,7 +126,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     facts = _facts(posterior, samples, given, check, certificate, seen, seed, time.perf_counter() - start)
     names = " and ".join(unknown.name for unknown in unknowns)
     page = {"title": title or f"What the readings tell of the {names}",
-            "question": question or _question(unknowns, problem), "verdict": _verdict(check, certificate),
+            "question": question or _question(unknowns, problem), "verdict": _verdict(check, certificate, reason),
             "parts": parts, "readings": seen, "certificate": certificate, "check": check, "facts": facts,
             "certificate_rows": [] if certificate is None else _certificate(certificate),
             "date": datetime.now().strftime("%d %B %Y").lstrip("0"), "lights": _LIGHTS}
@@ -155,11 +156,14 @@ def _drawn(posterior: Any, draws: int | None, seed: int, progress: bool) -> Samp
     return posterior.sample(n, seed=seed, **more)
 
 
-def _check(posterior: Any, solves: int, seed: int) -> Any:
-    """What `check` says of a posterior."""
+def _check(posterior: Any, solves: int, seed: int) -> tuple[Any, str | None]:
+    """What `check` says of a posterior; None where it cannot say anything, and why."""
     from fem_diffusion.trust.check import check
 
-    return check(posterior, solves=solves, seed=seed)
+    try:
+        return check(posterior, solves=solves, seed=seed), None
+    except InputError as error:
+        return None, str(error)
 
 
 def _unknowns(samples: Samples, name: Any, units: Any, threshold: Any) -> list[Unknown]:
@@ -192,7 +196,7 @@ def _question(unknowns: Sequence[Unknown], problem: InverseProblem) -> str:
     return f"What {'is' if len(unknowns) == 1 else 'are'} the {names}, given {count}?{more}"
 
 
-def _verdict(check: Any, certificate: Any) -> Verdict:
+def _verdict(check: Any, certificate: Any, reason: str | None) -> Verdict:
     """The light of a check; of corrected samples without one the certificate speaks."""
     if check is not None:
         word = _LIGHTS[check.light]
@@ -203,7 +207,8 @@ def _verdict(check: Any, certificate: Any) -> Verdict:
             "These samples were corrected with the forward model itself: they are samples of the finite element "
             "posterior, as far as the certificate below tells.", *certificate.notes))
     return Verdict("grey", _LIGHTS["grey"], (
-        "Nobody has checked whether these samples can be trusted for this measurement: run check, some 50 solves.",))
+        "Nobody has checked whether these samples can be trusted for this measurement"
+        + (": run check, some 50 solves." if reason is None else f". {reason}"),))
 
 
 def _certificate(certificate: Any) -> list[tuple[str, str]]:
@@ -229,8 +234,7 @@ def _facts(posterior: Any, samples: Samples, given: bool, check: Any, certificat
            seed: int, duration: float) -> list[tuple[str, str]]:
     """What was run, as rows of a table."""
     problem = posterior.problem
-    mesh = problem.M.mesh()
-    cells = problem.comm.allreduce(mesh.cell_set.size)
+    cells = problem.comm.allreduce(next(iter(problem.M)).mesh().cell_set.size)
     solves = [(f"{words.counted(n)} for {what}", n) for n, what in (
         (0 if certificate is None else certificate.solves, "the correction"),
         (0 if check is None else check.solves, "the check"), (0 if seen is None else seen["solves"], "the predictions"))
@@ -249,10 +253,9 @@ def _versions() -> list[tuple[str, str]]:
     """What was running."""
     from petsc4py import PETSc
 
-    found = [("fem_diffusion", fem_diffusion.__version__)]
-    for package in ("firedrake", "torch", "numpy"):
-        try:
-            found.append(({"firedrake": "Firedrake", "torch": "PyTorch", "numpy": "NumPy"}[package], version(package)))
-        except PackageNotFoundError:
-            continue
+    found = []
+    for name, package in (("fem_diffusion", "fem_diffusion"), ("Firedrake", "firedrake"), ("PyTorch", "torch"),
+                          ("NumPy", "numpy")):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append((name, version(package)))
     return [*found, ("PETSc", ".".join(map(str, PETSc.Sys.getVersion()))), ("Python", platform.python_version())]
