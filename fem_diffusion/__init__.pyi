@@ -57,4 +57,5 @@ from fem_diffusion.simulation.simulate import (
     DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
     simulated_parameter as simulated_parameter,
 )
+from fem_diffusion.trust.check import Check as Check, check as check
 from fem_diffusion.trust.report import report as report

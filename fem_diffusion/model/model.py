@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, GaussianNoise, History, Layout, TrainingRange, as_noise, measure_distance,
+    Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, TrainingRange, as_noise, measure_distance,
 )
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
@@ -133,11 +133,13 @@ class Model:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
             y = check_readings(y, self.denoiser.base.k, self.problem.names)
-            conditioned = self.denoiser.at(torch.from_numpy(y)[None])
+
+            def fixed(y: np.ndarray) -> Conditioned:
+                return self.denoiser.at(torch.from_numpy(y))
             distance = self._distance(self.seen, self.denoiser.base.emulator.residual, self.problem, y)
             if distance is not None:
                 distance.warn()
-            return Posterior(self.problem, self.basis, conditioned, y, self.tail, distance)
+            return Posterior(self.problem, self.basis, fixed(y[None]), y, self.tail, distance, fixed)
         observation = no_sensors(self.states.V) if observation is None else observation
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
@@ -156,17 +158,19 @@ class Model:
         present = torch.ones(1, len(there), dtype=torch.bool)
         seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
-        layout, whole = decorrelated(rows, offset, covariance, reading)
-        chosen = observation[there.numpy()] if len(there) else no_sensors(self.states.V)
+
+        def chosen(y: np.ndarray) -> Conditioned:
+            layout, mixed = decorrelated(rows, offset, covariance, torch.from_numpy(y))
+            return self.denoiser.at(mixed, layout)
+        sensors = observation[there.numpy()] if len(there) else no_sensors(self.states.V)
         law = law.select(there) if isinstance(law, GaussianNoise) and len(there) else None
-        problem = replace(self.problem, observation=chosen, noise=law)
-        conditioned = self.denoiser.at(whole[None], layout)
+        problem = replace(self.problem, observation=sensors, noise=law)
         seen = None if self.seen is None or not len(there) else self.seen @ rows.T + offset
         distance = self._distance(seen, rows @ self.denoiser.base.emulator.residual @ rows.T + covariance, problem,
                                   reading.numpy())
         if distance is not None:
             distance.warn()
-        return Posterior(problem, self.basis, conditioned, reading.numpy(), None, distance)
+        return Posterior(problem, self.basis, chosen(reading.numpy()[None]), reading.numpy(), None, distance, chosen)
 
     def _distance(self, seen: torch.Tensor | None, residual: torch.Tensor, problem: InverseProblem,
                   y: np.ndarray) -> Distance | None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from fem_diffusion.fields.events import event
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
+
+if TYPE_CHECKING:
+    from fem_diffusion.simulation.data_set import DataSet
+    from fem_diffusion.trust.check import Check
 
 __all__ = ["Posterior"]
 
@@ -42,6 +46,8 @@ class Posterior:
         What the readings tell of modes past those of the basis, where the problem is linear.
     distance : Distance or None
         How far the measurement is from those of the training, where these are known.
+    locate : Callable or None
+        Conditions the denoiser on other measurements (B, k) by the same sensors.
     """
 
     problem: InverseProblem
@@ -50,6 +56,7 @@ class Posterior:
     y: np.ndarray
     tail: LinearTail | None = None
     distance: Distance | None = None
+    locate: Callable[[np.ndarray], Conditioned] | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
                extrapolate: bool = False, device: str = "cpu",
@@ -82,10 +89,10 @@ class Posterior:
         n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
         if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
-            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far as "
-                             f"all that training has seen: {', '.join(self.distance.worst)} read otherwise. Check those"
-                             " sensors; or take laplace(problem, y), which needs no training, or "
-                             "posterior.correct(...), which moves samples by the solver itself.")
+            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
+                             f"as all that training has seen, mostly at sensor {', '.join(self.distance.worst)}: check "
+                             "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
+                             "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
         def draw() -> np.ndarray:
@@ -94,13 +101,17 @@ class Posterior:
                                   progress=progress)[0].cpu().numpy()
         with event("sample"):
             z = on_root(self.problem.comm, draw)
-            # A stream of its own, apart from that of the latents and from those of the training pairs.
-            stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
-            values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None:
-                part = self.basis.decode(z)
-                values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
-            return Samples(self.problem.M, self.problem.prior.transform_many(values), z)
+            return Samples(self.problem.M, self.problem.prior.transform_many(self.fields(z, seed, refill)), z)
+
+    def fields(self, z: np.ndarray, seed: int, refill: bool) -> np.ndarray:
+        """Coefficients (n, n_owned) of the fields, before any transform, that `sample` makes of latents (n, r)."""
+        # A stream of its own, apart from that of the latents and from those of the training pairs.
+        stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
+        values = self.basis.decode(z, stream if refill else None)
+        if not refill or self.tail is None:
+            return values
+        part = self.basis.decode(z)
+        return part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more."""
@@ -114,6 +125,12 @@ class Posterior:
         """
         z = torch.as_tensor(check_kind(samples, "samples", Samples, "what sample returned").latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())
+
+    def check(self, solves: int = 50, *, seed: int = 0, data: "DataSet | None" = None) -> "Check":
+        """What some solves say about this posterior, in words and numbers: see `fem_diffusion.trust.check`."""
+        from fem_diffusion.trust.check import check
+
+        return check(self, solves, seed=seed, data=data)
 
     def report(self, path: str | os.PathLike, **given: Any) -> Path:
         """Write a page for people who decide, with the verdict of `check`; see `fem_diffusion.report`."""

@@ -21,7 +21,7 @@ from fem_diffusion.plot.samples import plot_samples
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust import words
-from fem_diffusion.trust.pictures import Picture, new_figure, picture_of, readings_picture
+from fem_diffusion.trust.inline import Picture, new_figure, picture_of, readings_picture
 
 __all__ = ["Asked", "Unknown", "findings", "readings"]
 
@@ -291,6 +291,7 @@ def readings(posterior: Any, samples: Samples, check: Any, label: str, solves: i
     y = np.asarray(y, dtype=float)
     if check is not None:
         clean, std = np.asarray(check.readings), np.broadcast_to(check.noise_std, y.shape)
+        clean = clean[np.isfinite(clean).all(axis=1)]
     else:
         used = min(solves, len(samples))
         clean = problem.readings(samples.values[np.linspace(0, len(samples) - 1, used).astype(int)])

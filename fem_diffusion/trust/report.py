@@ -24,12 +24,14 @@ from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust import words
+from fem_diffusion.trust.check import Check, check
 from fem_diffusion.trust.findings import Asked, Unknown, findings, readings
 
 __all__ = ["report"]
 
 _TEMPLATE = "report.html.j2"
 _DRAWS = 1000
+_LEAST = 30     # solves of a check
 # What a reader sees first; the shape beside the colour tells it to those who see no colours.
 _LIGHTS = {"green": "Trustworthy", "yellow": "Take care", "red": "Do not rely on it", "grey": "Not checked"}
 
@@ -44,11 +46,12 @@ class Verdict:
 
 
 def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequence[float | None] | None = None,
-           samples: Samples | None = None, check: Any = None, question: str | None = None, title: str | None = None,
-           name: str | Sequence[str] = "unknown", units: str | Sequence[str | None] | None = None,
-           mesh_units: str | None = None, reading: str = "reading", lines: Sequence | np.ndarray | None = None,
-           boundaries: Sequence[int | str] = (), slices: Sequence[tuple[str, float]] | None = None,
-           draws: int | None = None, solves: int = 50, seed: int = 0, progress: bool = True) -> Path:
+           samples: Samples | None = None, check: Check | bool | None = None, question: str | None = None,
+           title: str | None = None, name: str | Sequence[str] = "unknown",
+           units: str | Sequence[str | None] | None = None, mesh_units: str | None = None, reading: str = "reading",
+           lines: Sequence | np.ndarray | None = None, boundaries: Sequence[int | str] = (),
+           slices: Sequence[tuple[str, float]] | None = None, draws: int | None = None, solves: int = 50,
+           seed: int = 0, progress: bool = True) -> Path:
     """Write a page about a posterior: the question, maps or bands, readings, a verdict, and what was run (collective).
 
     Parameters
@@ -63,8 +66,8 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     samples : Samples, optional
         Those that the page shows, such as corrected ones; `draws` of them are drawn where left out, 1,000 or as many as
         there are.
-    check : Check or False, optional
-        The verdict; `check` is run where left out, unless the samples are corrected, and False leaves it out.
+    check : Check or bool, optional
+        The verdict; the check is made where left out, unless the samples are corrected, and False leaves it out.
     question, title : str, optional
         What is to be decided, in a sentence, and the heading.
     name, units : str, or sequence of them, optional
@@ -78,7 +81,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     slices : sequence of tuple of str and float, optional
         Planes of maps in three dimensions, such as ("z", 0.5); the three through the middle where left out.
     solves : int
-        Of the predicted readings and of the check.
+        Of the predicted readings, and of the check, 30 at least.
     progress : bool
         Show progress bars.
 
@@ -107,8 +110,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     for label, text in (("question", question), ("title", title), ("mesh_units", mesh_units)):
         check_kind(text, label, (str, type(None)), "a string")
     check_text(reading, "reading")
-    given = samples is not None
-    reason = None
+    given, reason = samples is not None, None
     if samples is None:
         samples = _drawn(posterior, draws, seed, progress)
     elif check_kind(samples, "samples", Samples, "what sample or correct returned").V != problem.M:
@@ -116,18 +118,20 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     if len(samples) < 2:
         raise InputError("A report needs at least 2 samples: draw more.")
     certificate = getattr(samples, "certificate", None)
-    if check is None and certificate is None:
-        check, reason = _check(posterior, solves, seed)
-    check = check or None
+    check_kind(check, "check", (Check, bool, type(None)), "what posterior.check() returned, or False")
+    if check is True or check is None and certificate is None:
+        found, reason = _checked(posterior, solves, seed)
+    else:
+        found = check or None
     unknowns = _unknowns(samples, name, units, threshold)
     asked = Asked(question is not None, mesh_units, lines, boundaries, slices, problem.observation)
     parts = [findings(samples.component(i), unknown, asked, problem, i, seed) for i, unknown in enumerate(unknowns)]
-    seen = readings(posterior, samples, None if given else check, reading, solves, seed)
-    facts = _facts(posterior, samples, given, check, certificate, seen, seed, time.perf_counter() - start)
+    seen = readings(posterior, samples, None if given else found, reading, solves, seed)
+    facts = _facts(posterior, samples, given, found, certificate, seen, seed, time.perf_counter() - start)
     names = " and ".join(unknown.name for unknown in unknowns)
     page = {"title": title or f"What the readings tell of the {names}",
-            "question": question or _question(unknowns, problem), "verdict": _verdict(check, certificate, reason),
-            "parts": parts, "readings": seen, "certificate": certificate, "check": check, "facts": facts,
+            "question": question or _question(unknowns, problem), "verdict": _verdict(found, certificate, reason),
+            "parts": parts, "readings": seen, "certificate": certificate, "facts": facts,
             "certificate_rows": [] if certificate is None else _certificate(certificate),
             "date": datetime.now().strftime("%d %B %Y").lstrip("0"), "lights": _LIGHTS}
     on_root(comm, lambda: files.write_bytes(path, _template().render(page).encode()))
@@ -156,12 +160,10 @@ def _drawn(posterior: Any, draws: int | None, seed: int, progress: bool) -> Samp
     return posterior.sample(n, seed=seed, **more)
 
 
-def _check(posterior: Any, solves: int, seed: int) -> tuple[Any, str | None]:
+def _checked(posterior: Any, solves: int, seed: int) -> tuple[Check | None, str | None]:
     """What `check` says of a posterior; None where it cannot say anything, and why."""
-    from fem_diffusion.trust.check import check
-
     try:
-        return check(posterior, solves=solves, seed=seed), None
+        return check(posterior, solves=max(_LEAST, solves), seed=seed), None
     except InputError as error:
         return None, str(error)
 

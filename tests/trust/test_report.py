@@ -6,9 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from fem_diffusion import (
 from fem_diffusion.certificate import Certificate
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust import words
+from fem_diffusion.trust.check import Check
 from fem_diffusion.trust.report import report
 
 CERTIFICATE = Certificate("gradient moves", 1987, 320, 12345678, 812.3456789, None, 1.0071234, 0.8612345, 0.2912345,
@@ -64,9 +64,10 @@ def _posterior(V, points, names=None, n=200):
 
 def _checked(posterior, light="green", verdict="trustworthy", *sentences):
     clean = posterior.problem.readings(posterior.samples.values[:50])
-    return SimpleNamespace(light=light, verdict=verdict, sentences=sentences or ("The samples explain the readings.",),
-                           solves=50, readings=clean, y=posterior.y, noise_std=np.full(len(posterior.y), 0.02),
-                           names=posterior.problem.names, sensor_p=np.linspace(1e-4, 1, len(posterior.y)))
+    found = dict(light=light, verdict=verdict, sentences=sentences or ("The samples explain the readings.",), solves=50,
+                 readings=clean, y=posterior.y, noise_std=np.full(len(posterior.y), 0.02),
+                 names=posterior.problem.names, sensor_p=np.linspace(1e-4, 1, len(posterior.y)))
+    return Check(**dict.fromkeys(field.name for field in fields(Check)) | found)
 
 
 @pytest.fixture(scope="module")
@@ -267,9 +268,14 @@ def test_what_cannot_be_drawn_is_told(tmp_path):
 def test_a_check_that_cannot_be_made_is_told(line, tmp_path, monkeypatch):
     def check(posterior, **given):
         raise InputError("The noise has no density: give one.")
-    monkeypatch.setitem(sys.modules, "fem_diffusion.trust.check", SimpleNamespace(check=check))
+    monkeypatch.setattr("fem_diffusion.trust.report.check", check)
     text = _text(report(line, tmp_path / "a.html").read_text())
     assert "Not checked" in text and "The noise has no density" in text
+
+
+def test_the_check_is_made_where_none_is_given(line, tmp_path):
+    text = _text(report(line, tmp_path / "a.html").read_text())
+    assert "Trustworthy" in text and "for the check" in text and "for the predictions" not in text
 
 
 def test_wrong_arguments_are_refused_and_leave_no_page(line, tmp_path, monkeypatch):
@@ -279,6 +285,7 @@ def test_wrong_arguments_are_refused_and_leave_no_page(line, tmp_path, monkeypat
             (dict(samples=line.samples[:1]), InputError, "at least 2"), (dict(question=3), InputError, "question is"),
             (dict(samples=line.samples.values), InputError, "samples is of type"), (dict(seed=-1), InputError, "seed"),
             (dict(path=tmp_path / "no" / "a.html"), FileError, "make it first"), (dict(solves=1), InputError, "solves"),
+            (dict(check="green"), InputError, "check is of"),
             (dict(path=tmp_path), FileError, "is a folder"), (dict(units=3), InputError, "units is of type")]:
         with pytest.raises(error, match=message):
             report(line, **{"path": path, "check": False} | given)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.emulator import regress, spread
 from fem_diffusion.diffusion.checks import check_pairs
 
-__all__ = ["visible_modes"]
+__all__ = ["learning_gain", "visible_modes"]
 
 # So much of a measurement's log density, in nats, may be lost; and a margin, because training sees more pairs.
 _LOSS, _MARGIN = 0.1, 1.25
@@ -56,11 +56,41 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: 
     return min(z.shape[1], round(_MARGIN * enough))
 
 
+def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> float | None:
+    """Log density of a held-out measurement, in nats, that twice as many pairs would gain; None where they are too few.
+
+    From what a quarter, a half and all of at most 2,000 of them reach, and how fast that grows. Arguments as for
+    `visible_modes`.
+    """
+    n = len(z)
+    check_pairs(z, y)
+    few = min(n, _LOOKED_AT)
+    if few < 4 * max(_FEWEST, z.shape[1] + 2):
+        return None
+    z, y = z[:few].double().cpu(), y[:few].double().cpu()
+    unit = spread(y - y.mean(0))
+    z, y = (z - z.mean(0)) / spread(z - z.mean(0)), (y - y.mean(0)) / unit
+    noise = y.new_zeros(len(unit), len(unit)) if noise_covariance is None else (
+        noise_covariance.double().cpu() / unit / unit[:, None])
+    weights = torch.ones(z.shape[1], dtype=z.dtype)
+    for _ in range(_ROUNDS):
+        weights = _Regression(z[:few // 2], y[:few // 2], noise, weights).importance().sqrt()
+    held_out = round(_HELD_OUT * few)
+    reached = []
+    for size in (few // 4, few // 2, few):
+        rows = torch.arange(held_out + round((1 - _HELD_OUT) * size))
+        reached.append(float(_Regression(z[rows], y[rows], noise, weights, held_out=held_out).scores.mean()))
+    first, second = (max(b - a, 0.0) for a, b in zip(reached, reached[1:]))
+    falls = min(1.0, second / first) if first > 0 else 1.0
+    return second * falls**(1 + torch.log2(torch.tensor(n / few)).item())
+
+
 class _Regression:
     """Least squares and a kernel for what it leaves; `scores` holds the log density of each held-out measurement."""
 
-    def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True):
-        held_out = round(_HELD_OUT * len(z))
+    def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True,
+                 held_out: int | None = None):
+        held_out = round(_HELD_OUT * len(z)) if held_out is None else held_out
         self.weights, self.train = weights / weights.sum().clamp(min=1e-300), z[held_out:]
         fewest = len(self.train) // 2
         # Least squares on as many latents as pairs would fit noise.
