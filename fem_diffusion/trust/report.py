@@ -19,7 +19,7 @@ import numpy as np
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_file, check_flag, check_kind, check_number, check_seed, check_text
-from fem_diffusion.errors import InputError, InstallError
+from fem_diffusion.errors import InputError, InstallError, SolveError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
@@ -164,7 +164,7 @@ def _checked(posterior: Any, solves: int, seed: int) -> tuple[Check | None, str 
     """What `check` says of a posterior; None where it cannot say anything, and why."""
     try:
         return check(posterior, solves=max(_LEAST, solves), seed=seed), None
-    except InputError as error:
+    except (InputError, SolveError) as error:
         return None, str(error)
 
 
