@@ -86,9 +86,9 @@ def plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray 
         scale = panel.scale or limits
         if plane is None:
             colours = tripcolor(field(V, panel.row), axes=ax, **scale)
+            colours.set_rasterized(True)    # a mesh is too many triangles for a vector graphic
         else:
-            colours = ax.imshow(images[name], origin="lower", extent=plane.extent, **scale)
-        colours.set_rasterized(True)    # a mesh is too many triangles for a vector graphic
+            colours = ax.imshow(images[name], origin="lower", extent=plane.extent, interpolation="none", **scale)
         # As high as the map, whatever its aspect.
         ax.figure.colorbar(colours, cax=ax.inset_axes((1.03, 0, 0.05, 1)), label=panel.label)
         if grid is not None and name in arrows:

@@ -21,7 +21,7 @@ from fem_diffusion.plot.places import boundary_curve, line_curve, mesh_curve
 from fem_diffusion.plot.style import Asked, check_axes, marks_of
 from fem_diffusion.samples import Samples
 
-__all__ = ["plot_samples"]
+__all__ = ["nodal_values", "plot_samples"]
 
 
 def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, truth: Function | None = None,
@@ -100,7 +100,7 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
         together(comm, lambda: check_axes(axes, V.dim()))
         asked = replace(asked, name=xlabel or "parameter", density=ylabel or "density")
         return plot_numbers(V, values, axes, truth, band, asked)
-    V, values, truth = _nodal(V, values, truth)
+    V, values, truth = nodal_values(V, values, truth)
     vector, mesh = values.ndim == 3, V.mesh()
     marks = together(comm, lambda: marks_of(sensors, mesh))
     if mesh.topological_dimension == 1 or line is not None or boundary is not None:
@@ -152,7 +152,7 @@ def _reference(reference: Sequence, size: int) -> np.ndarray:
     return np.stack([mean, *(others if len(others) == 2 else mean + 1.96 * np.outer([-1, 1], others[0]))])
 
 
-def _nodal(V: WithGeometry, values: np.ndarray, truth: np.ndarray | None) -> tuple[
+def nodal_values(V: WithGeometry, values: np.ndarray, truth: np.ndarray | None) -> tuple[
         WithGeometry, np.ndarray, np.ndarray | None]:
     """A scalar space with values at nodes, samples (n, n_owned) and truth there; (n, n_owned, dim) of vectors."""
     element, mesh = V.ufl_element(), V.mesh()

@@ -2,7 +2,7 @@
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import bounding_box, by_component, coefficients, is_real, multiply
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.plot.places import nodes_of
-from fem_diffusion.plot.samples import plot_samples
+from fem_diffusion.plot.samples import nodal_values, plot_samples
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust import words
@@ -107,12 +107,16 @@ def _of(share: float, n: int) -> str:
 
 
 def _of_field(samples: Samples, unknown: Unknown, before: np.ndarray, asked: Asked) -> list[str]:
-    """Sentences about a field, as far as its coefficients are values."""
-    V, comm, values = samples.V, samples.V.comm, samples.values
-    nodal = not V.value_shape and V.ufl_element().mapping() == "identity"
-    if not nodal:
-        return [f"The pictures show the magnitude of the {unknown.name}." if len(V.value_shape) == 1 else
-                f"The {unknown.name} has no values at nodes to be told in words."]
+    """Sentences about a scalar field, or about the magnitude of a vector field."""
+    try:
+        V, values, _ = nodal_values(samples.V, samples.values, None)
+        before = nodal_values(samples.V, before, None)[1]
+    except InputError:
+        return [f"The {unknown.name} has no values at nodes to be told in words."]
+    comm = V.comm
+    if values.ndim == 3:
+        values, before = np.linalg.norm(values, axis=2), np.linalg.norm(before, axis=2)
+        unknown = replace(unknown, name=f"magnitude of the {unknown.name}")
     share = coefficients(assemble(TestFunction(V) * dx).riesz_representation("l2"))
     volume = comm.allreduce(share.sum())
     average = comm.allreduce(values @ share) / volume
