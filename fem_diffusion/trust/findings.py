@@ -290,7 +290,7 @@ def readings(posterior: Any, samples: Samples, check: Any, label: str, solves: i
     """Readings against what the samples predict; None where the posterior holds no measurement (collective)."""
     problem, used = posterior.problem, 0
     y = getattr(check, "y", None) if check is not None else getattr(posterior, "y", None)
-    if y is None or problem.family:
+    if y is None or problem.family or not len(y):
         return None
     y = np.asarray(y, dtype=float)
     if check is not None:
@@ -322,8 +322,9 @@ def readings(posterior: Any, samples: Samples, check: Any, label: str, solves: i
             str(i) for i in range(len(y))]
         picture = picture_of(readings_picture(y, clean, std, shown, label), "Readings and predictions",
                              "Each measured reading beside the interval that the samples predict.", wide=True)
-    return {"sentence": text, "rows": rows, "left_out": len(y) - len(rows), "picture": picture, "solves": used,
-            "label": label}
+    judged = "Fit judges each reading beside all others" if check is not None else "Fit judges each reading by itself"
+    return {"sentence": text, "judged": f"{judged}: unusual below a probability of 5 %, conflicts below 0.1 %.",
+            "rows": rows, "left_out": len(y) - len(rows), "picture": picture, "solves": used, "label": label}
 
 
 def _fit(p: float) -> str:

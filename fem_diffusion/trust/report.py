@@ -202,8 +202,11 @@ def _verdict(check: Any, certificate: Any, reason: str | None) -> Verdict:
     """The light of a check; of corrected samples without one the certificate speaks."""
     if check is not None:
         word = _LIGHTS[check.light]
-        return Verdict(check.light, word if word.lower() == check.verdict else f"{word}: {check.verdict}",
-                       check.sentences)
+        if check.verdict == "trustworthy":
+            word = "Trustworthy, with care" if check.light == "yellow" else word
+        else:
+            word = f"{word}: {check.verdict}"
+        return Verdict(check.light, word, check.sentences)
     if certificate is not None:
         return Verdict("green", "Corrected", (
             "These samples were corrected with the forward model itself: they are samples of the finite element "

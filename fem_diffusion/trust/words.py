@@ -72,7 +72,7 @@ def plus_minus(mean: float, std: float, unit: str | None = None) -> str:
     """A mean with its standard deviation, both to two digits of the latter."""
     if not (math.isfinite(mean) and math.isfinite(std)) or std <= 0:
         return number(mean, unit)
-    return _joined((mean, std), std, " ± ", unit)
+    return _joined((mean, std), std, f"{_SPACE}±{_SPACE}", unit)
 
 
 def interval(low: float, high: float, unit: str | None = None) -> str:

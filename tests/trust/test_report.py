@@ -213,6 +213,11 @@ def test_lights_differ_in_word_and_shape(line, tmp_path, light, word, shape):
     assert page.partition('role="img"')[2].partition(">")[2].strip().startswith(shape)
 
 
+def test_an_answer_may_be_trustworthy_with_care(line, tmp_path):
+    page = report(line, tmp_path / "a.html", check=_checked(line, "yellow")).read_text()
+    assert "<strong>Trustworthy, with care</strong>" in page
+
+
 def test_corrected_samples_speak_by_their_certificate(line, tmp_path):
     corrected = replace(line.samples, certificate=CERTIFICATE)
     text = _text(report(line, tmp_path / "a.html", samples=corrected).read_text())
