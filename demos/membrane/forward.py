@@ -23,6 +23,7 @@ from fem_diffusion import SolveError, coefficients, field
 DATA = Path(__file__).parent / "data"
 SQUARES, BLOCKS = 32, 8
 LOAD = 10.0
+KEPT = 64  # factorisations, of 250 kB each: chains ask for all readings, then for all gradients
 POINTS = [(i / 14, j / 14) for i in range(1, 14) for j in range(1, 14)]
 
 
@@ -64,7 +65,7 @@ class Membrane:
                                    np.repeat(np.arange(BLOCKS**2), [low.sum() for low in lower]))),
                                  shape=((self._width + 2) * n, BLOCKS**2))
         self._stacked = vstack(stiffness, format="csr")
-        self._last = None
+        self._kept = {}
 
     def _assembled(self, mesh):
         """Nodes inside, stiffness matrix of each block and load, all in the order row by row."""
@@ -87,16 +88,19 @@ class Membrane:
         return inside, stiffness, coefficients(assemble(Constant(LOAD) * v * dx))[inside]
 
     def _solved(self, g):
-        """Factor of K(g) and the deflection inside, kept for the derivative at the same place."""
-        if self._last is None or not np.array_equal(self._last[0], g):
+        """Factor of K(g) and the deflection inside, of the last places kept for derivatives there."""
+        key = g.tobytes()
+        if key not in self._kept:
             bands = (self._bands @ np.exp(g)).reshape(self._width + 2, -1)
             try:
                 factor = cholesky_banded(bands, overwrite_ab=True, lower=True, check_finite=False)
             except np.linalg.LinAlgError as error:
                 raise SolveError(f"The stiffness matrix has no factor ({error}): log a is too far from its prior.")
-            self._last = g.copy(), factor, cho_solve_banded((factor, True), self._load, check_finite=False)
+            if len(self._kept) == KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = factor, cho_solve_banded((factor, True), self._load, check_finite=False)
             self.solves += 1
-        return self._last[1:]
+        return self._kept[key]
 
     def __call__(self, m):
         """The deflection for a Function in M."""
@@ -110,7 +114,7 @@ class Membrane:
         return states
 
     def sensitivity(self, m, rows):
-        """As `Differentiable.sensitivity`: (k, 64) for rows (k, 1089), by back-substitutions with the last factor."""
+        """As `Differentiable.sensitivity`: (k, 64) for rows (k, 1089), by back-substitutions with a factor."""
         g = coefficients(m)
         factor, u = self._solved(g)
         inside = rows[:, self._inside]
