@@ -21,18 +21,18 @@ from pathlib import Path
 import numpy as np
 from firedrake import (
     COMM_WORLD, Constant, DirichletBC, Function, FunctionSpace, Mesh, NonlinearVariationalProblem,
-    NonlinearVariationalSolver, RelabeledMesh, SpatialCoordinate, TestFunction, conditional, ds, dx, exp, grad, inner,
-    max_value,
+    NonlinearVariationalSolver, RelabeledMesh, SpatialCoordinate, TestFunction, assemble, conditional, ds, dx, exp,
+    grad, inner, max_value,
 )
 from firedrake.mesh import plex_from_cell_list
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
+from scipy.stats import chi2
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
 from fem_diffusion import fit, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions, coefficients, hmc
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.plot import plot_predictive
 
 PIPE, OUTSIDE = 1, 2
 RADIUS, HEATING = 0.2, 500.0  # m, W/m²
@@ -41,6 +41,8 @@ NOISE = 0.3  # K
 THERMOMETERS = [(0.5 + r * np.cos(a), 0.5 + r * np.sin(a)) for r, count in ((0.27, 8), (0.42, 12))
                 for a in 2 * np.pi * (np.arange(count) + 0.5) / count]  # m
 REGION = (0.65, 0.95)  # m, of x and of y: what the conductivity is asked for
+TRUTH = 11  # seed of truth and noise
+COLOURS = ("tab:orange", "tab:blue", "tab:green")
 
 # ## The problem, as in any Firedrake script
 
@@ -77,3 +79,119 @@ def conduction(n):
         solver.solve()
         return T.copy(deepcopy=True)
     return V, heat
+
+
+# ## What is added
+
+
+def infer(V, solver, pairs, folder, options, progress):
+    """Problem and trained model."""
+    prior = TransformedPrior(GaussianPrior(V, std=0.8, correlation_length=0.5), exp)  # added
+    sensors = point_sensors(V, THERMOMETERS)  # added
+    problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
+    data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
+    return problem, fit(problem, data, options=options, progress=progress)  # added
+
+
+# ## Is it right?
+
+
+def mean_in_region(V):
+    """The question: a function that gives the mean conductivity in the region, in W/(m K)."""
+    low, high = REGION
+    x, y = SpatialCoordinate(V.mesh())
+    middle, half = (low + high) / 2, (high - low) / 2
+    inside = Function(FunctionSpace(V.mesh(), "DG", 0))
+    inside.interpolate(conditional(max_value(abs(x - middle), abs(y - middle)) < half, 1, 0))
+    area = assemble(inside * dx)
+    return lambda k: assemble(k * inside * dx) / area
+
+
+def residuals(problem, y, samples, count=200):
+    """Mean square of the residuals of some samples in units of the noise; for the right posterior a mean of 1."""
+    readings = problem.readings(samples.values[:count])
+    return (((readings - y) / NOISE)**2).mean()
+
+
+def run(folder, n=6, pairs=4000, solves=2000, samples=2000, options=TrainingOptions(), chains=None, progress=True):
+    """The whole job; returns mean and standard deviation in the region and residuals of the three posteriors."""
+    start = time.perf_counter()
+    V, heat = conduction(n)
+    problem, model = infer(V, heat, pairs, folder, options, progress)
+    print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
+    truth = problem.prior.sample(seed=TRUTH)
+    y, = problem.measurements(coefficients(truth)[None], seed=TRUTH)
+    posterior = model.condition(y)  # added
+    print(posterior.check(seed=3))  # added
+    corrected = posterior.correct(solves=solves, seed=4, progress=progress)  # added
+    print(corrected.certificate)
+    amortised = posterior.sample(samples, seed=5, progress=progress)
+    begun = time.perf_counter()
+    reference = hmc(problem, y, seed=6, progress=progress, **(chains or {}))
+    print(f"{reference!r}\nafter {time.perf_counter() - begun:.0f} s")
+    found = {"amortised": amortised, "corrected": corrected, "hmc": reference.draws}
+    question, law = mean_in_region(V), chi2(len(y)).ppf([0.025, 0.975]) / len(y)
+    rows = {name: (values.mean(), values.std(ddof=1), residuals(problem, y, draws))
+            for name, draws in found.items() for values in [draws.map(question)]}
+    print(f"\nmean conductivity in the region; truth {question(truth):.3f} W/(m K)\n"
+          "| posterior | mean | std | mean square of residuals in units of the noise |\n|---|---|---|---|")
+    for name, (mean, std, square) in rows.items():
+        print(f"| {name} | {mean:.3f} | {std:.3f} | {square:.1f} |")
+    print("residuals of the right posterior: {:.1f} to {:.1f} in 95 % of all cases".format(*law))
+    draw(folder, truth, heat(truth), found, problem, y)
+    print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
+    return rows
+
+
+def draw(folder, truth, temperature, found, problem, y):
+    """Set-up, truth against the posteriors, the question, and the readings."""
+    figure, axes = plt.subplots(figsize=(5.6, 4.6), layout="constrained")
+    colours = tripcolor(temperature, axes=axes, cmap="inferno", shading="gouraud")
+    axes.plot(*np.transpose(THERMOMETERS), "o", color="tab:blue", markeredgecolor="white",
+              label=f"{len(THERMOMETERS)} thermometers")
+    low, high = REGION
+    axes.plot([low, high, high, low, low], [low, low, high, high, low], "--", color="white", label="region asked for")
+    axes.set(xlabel="x [m]", ylabel="y [m]", aspect="equal", title="temperature of the truth")
+    axes.legend(loc="lower left", fontsize="small", facecolor="grey", labelcolor="white")
+    figure.colorbar(colours, ax=axes, label="T [K]")
+    figure.savefig(folder / "setup.png", dpi=150)
+
+    figure, axes = plt.subplots(2, 4, figsize=(17, 7), layout="constrained")
+    fields = [[truth, *(samples.mean() for samples in found.values())], [samples.std() for samples in found.values()]]
+    axes[1, 0].set_axis_off()
+    for line, row, label in zip((axes[0], axes[1, 1:]), fields, ("mean", "standard deviation")):
+        values = [f.dat.data_ro for f in row]
+        limits = {"vmin": min(v.min() for v in values), "vmax": max(v.max() for v in values)}
+        names = ["truth", *found] if len(row) == 4 else list(found)
+        for ax, f, name in zip(line, row, names):
+            colours = tripcolor(f, axes=ax, cmap="viridis" if len(row) == 4 else "magma", shading="gouraud", **limits)
+            ax.plot(*np.transpose(THERMOMETERS), "o", color="white", markersize=3, markeredgecolor="black")
+            ax.set(xlabel="x [m]", ylabel="y [m]", aspect="equal",
+                   title=name if name == "truth" else f"{name}: {label}")
+        figure.colorbar(colours, ax=line, label="conductivity at T = 0 [W/(m K)]", shrink=0.8)
+    figure.savefig(folder / "conductivity.png", dpi=150)
+
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    question = mean_in_region(truth.function_space())
+    for (name, samples), colour in zip(found.items(), COLOURS):
+        axes[0].hist(samples.map(question), bins=40, density=True, histtype="step", linewidth=2, color=colour,
+                     label=name)
+        axes[0].axvline(question(truth), color="black", linestyle="--", label="truth" if name == "hmc" else None)
+    axes[0].set(xlabel="mean conductivity in the region [W/(m K)]", ylabel="density", title="the question")
+    axes[0].legend(frameon=False)
+    for (name, samples), colour, shift in zip(found.items(), COLOURS, (-0.25, 0.0, 0.25)):
+        low, high = np.quantile((problem.readings(samples.values[:200]) - y) / NOISE, [0.025, 0.975], axis=0)
+        axes[1].vlines(np.arange(len(y)) + shift, low, high, color=colour, linewidth=3, label=name)
+    axes[1].axhspan(-1.96, 1.96, color="grey", alpha=0.3, label="95 % of the noise")
+    axes[1].set(xlabel="thermometer", ylabel="sample - reading [noise std]", title="do the samples explain the data?",
+                xticks=np.arange(0, len(y), 2))
+    axes[1].legend(frameon=False, ncols=2, fontsize="small")
+    figure.savefig(folder / "check.png", dpi=150)
+    plt.close("all")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output")
+    arguments = read_arguments(parser)
+    run(arguments.output)
