@@ -2,27 +2,33 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from firedrake import Function
+from firedrake import ConvergenceError, Function
+from firedrake.adjoint import stop_annotating
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from numpy.typing import ArrayLike
-from scipy.sparse import issparse
+from scipy.sparse import issparse, spmatrix
 
 from fem_diffusion.checks import check_array, check_kind, check_seed, stream, together
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import FemDiffusionError, InputError, SolveError
 from fem_diffusion.fields.coefficients import field, owned_size
 from fem_diffusion.forward.callable import CallableForward, as_forward
-from fem_diffusion.forward.protocol import Differentiable, Forward
+from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
+from fem_diffusion.forward.taped import Taped
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.protocol import Prior, check_prior
 
 __all__ = ["InverseProblem", "check_problem"]
+
+# Pairs of draws at which a recorded derivative is compared with differences, while the solver fails.
+_TRIALS = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -34,7 +40,7 @@ class InverseProblem:
     prior : Prior
         Of the parameter.
     forward : Forward or Callable
-        Maps a parameter to a state; a plain function of a Function in ``prior.V`` will do.
+        Maps a parameter to a state; a plain function of a Function in ``prior.V`` will do, or a ReducedFunctional.
     observation : Observation, SensorFamily or Callable
         The sensors, or all that a measurement may have; or a nonlinear instrument, a function that maps a state to k
         numbers, the same on all ranks.
@@ -110,8 +116,12 @@ class InverseProblem:
         if isinstance(self.observation, SensorFamily):
             raise InputError("A family has no readings: choose sensors, and make an InverseProblem of those.")
         if isinstance(self.observation, Observation):
-            return self.observation.apply(self.forward.solve_many(parameters.copy()))
-        rows = [np.array(self.observation(self.forward(field(self.M, row))), ndmin=1) for row in parameters]
+            known = vars(self).get("_derivative")
+            # One solve serves the readings of a parameter and their derivative.
+            solver = known if isinstance(known, Taped) and len(parameters) == 1 else self.forward
+            return self.observation.apply(solver.solve_many(parameters.copy()))
+        with stop_annotating():
+            rows = [np.array(self.observation(self.forward(field(self.M, row))), ndmin=1) for row in parameters]
         return check_array(rows, "The readings", (len(rows), "k"))
 
     def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
@@ -120,26 +130,53 @@ class InverseProblem:
         generator = torch.Generator().manual_seed(stream(check_seed(seed), "noise"))
         return (clean if self.noise is None else self.noise.sample(clean, generator)).numpy()
 
-    def sensitivity(self, m: Function) -> np.ndarray:
-        """Derivative of the readings by the parameter at `m`, owned dual coefficients (k, n_owned of M) (collective).
+    def sensitivity(self, m: Function, rows: spmatrix | np.ndarray | None = None) -> np.ndarray:
+        """Derivative by the parameter at `m`, owned dual coefficients (k, n_owned of M) (collective).
 
-        Raises InputError where sensors or forward problem have no derivative, or give no such array.
+        Of the readings, or of what other `rows` over the owned coefficients of the state see, (k, n_owned of U). Raises
+        InputError where sensors or forward problem have no derivative, or give no such array.
         """
         forward, observation = self.differentiable()
+        seen = observation.rows if rows is None else dense_rows(rows, observation.U)
         # Copies, because a solver of the user's own may write into what it gets, and return the same array again.
-        found: Any = forward.sensitivity(m.copy(deepcopy=True), observation.rows.copy())
-        dense, shape = found.toarray() if issparse(found) else np.array(found), (len(observation), owned_size(self.M))
+        with stop_annotating():
+            found: Any = forward.sensitivity(m.copy(deepcopy=True), seen.copy())
+        dense, shape = found.toarray() if issparse(found) else np.array(found), (seen.shape[0], owned_size(self.M))
         return together(self.comm, lambda: check_array(dense, "The sensitivity of the forward problem", shape))
 
     def differentiable(self) -> tuple[Differentiable, Observation]:
-        """Forward problem and sensors, with a derivative; InputError where there is none."""
+        """Forward problem and sensors, with a derivative; InputError where there is none (collective).
+
+        A solver that knows none of its own is recorded by ``firedrake.adjoint``, and compared with differences of
+        itself, when it is first asked for: some ten solves, once for a problem.
+        """
         if not isinstance(self.observation, Observation):
             raise InputError(f"The observation is of type {type(self.observation).__name__}: a derivative takes an "
                              "Observation, such as point_sensors(U, points).")
-        if not isinstance(self.forward, Differentiable):
-            raise InputError(f"The forward problem is of type {type(self.forward).__name__}, without derivative: give "
-                             "an AdvectionDiffusion, or an object with sensitivity(m, rows) as Differentiable has it.")
-        return self.forward, self.observation
+        if isinstance(self._derivative, str):
+            raise InputError(self._derivative)
+        return self._derivative, self.observation
+
+    @cached_property
+    def _derivative(self) -> Differentiable | str:
+        """The forward problem with its derivative, or why there is none, as far as its sensors see it."""
+        forward, error = self.forward, None
+        if isinstance(forward, Differentiable) and not isinstance(forward, Taped):
+            return forward
+        taped = forward if isinstance(forward, Taped) else Taped(getattr(forward, "function", forward), self.M, forward.U)
+        for seed in range(_TRIALS):
+            # Between two draws: what holds of all parameters, such as a sign, mostly holds there as well.
+            one, other = self.prior.transform_many(self.prior.core.sample_many(2, seed))
+            try:
+                with stop_annotating():
+                    taped.check(field(self.M, (one + other) / 2), field(self.M, other - one), self.observation.rows)
+                return taped
+            except (SolveError, ConvergenceError) as found:
+                error = found
+            except FemDiffusionError as found:
+                error = found
+                break
+        return f"The forward problem, of type {type(forward).__name__}, has no derivative. {error}"
 
     def __repr__(self) -> str:
         sensors = "any sensors of a family" if self.family else "a function" if self.k is None else f"{self.k} sensors"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import log, pi
 
 import torch
 from numpy.typing import ArrayLike
@@ -61,6 +62,32 @@ class GaussianNoise:
         noisy = y + scale * torch.randn(y.shape, **like)
         return noisy if self._factor is None else noisy + torch.randn(y.shape, **like) @ self._factor.to(y).T
 
+    def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
+        """log p(y | clean) of a measurement y (k,) for noise-free readings `clean` (B, k), shape (B,).
+
+        It is normalised and differentiable in `clean`, on which the covariance depends where noise is relative.
+        InputError if the shapes disagree, or the covariance is singular.
+        """
+        self._check_observations(clean)
+        y = y.to(clean)
+        if clean.ndim != 2 or y.shape != clean.shape[1:]:
+            raise InputError(f"y has the shape {tuple(y.shape)} and the readings {tuple(clean.shape)}: give (k,) and "
+                             "(B, k).")
+        variance, constant = self.std.to(clean)**2 + (self.relative.to(clean) * clean)**2, len(y) * log(2 * pi)
+        if self._matrix is None:
+            return -((y - clean)**2 / variance + torch.log(variance) + constant / len(y)).sum(1) / 2
+        matrix = self._matrix.to(clean)
+        # One factor serves all rows where the noise is constant.
+        total = matrix + torch.diag_embed(variance.expand(clean.shape)[:1 if self.constant else None])
+        # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
+        unit = total.diagonal(dim1=1, dim2=2).clamp(min=1 / LARGEST**2).sqrt()
+        root, failed = torch.linalg.cholesky_ex(total / unit[:, :, None] / unit[:, None])
+        if (failed > 0).any():
+            raise InputError("The noise covariance is singular, so there is no density: add a std to it.")
+        residual = torch.linalg.solve_triangular(root, ((y - clean) / unit)[:, :, None], upper=False)
+        determinant = 2 * (torch.log(unit) + torch.log(root.diagonal(dim1=1, dim2=2))).sum(1)
+        return -(residual.square().sum((1, 2)) + determinant + constant) / 2
+
     def mean(self, y: Tensor) -> Tensor:
         """Mean of the noise, zero, shape (k,)."""
         return y.new_zeros(y.shape[-1])
@@ -97,15 +124,25 @@ class GaussianNoise:
 
 @dataclass(frozen=True)
 class CallableNoise:
-    """Noise of the user's own making. InputError if `function` cannot be called.
+    """Noise of the user's own making. InputError if one of its parts cannot be called.
 
-    It maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
+    Parameters
+    ----------
+    function : callable
+        Maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
+    log_density : callable, optional
+        Its density, which references, checks and corrections need, as `GaussianNoise.log_density`: maps a measurement
+        y (k,) and noise-free readings (B, k) to log p(y | readings), shape (B,), minus infinity where y is impossible.
+        Gradients by the readings are torch's, where it has any.
     """
 
     function: Callable[[Tensor, torch.Generator], Tensor]
+    log_density: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_callable(self.function, "The noise", "a function of observations and generator, or GaussianNoise")
+        if self.log_density is not None:
+            check_callable(self.log_density, "log_density", "a function of measurement and readings", 2)
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements (B, k) for noise-free ones (B, k); InputError unless they are finite and of that shape."""

@@ -15,15 +15,15 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import check_count, check_options
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, require_real
-from fem_diffusion.fields.checks import check_coefficients, check_function, check_rows, check_solver
+from fem_diffusion.fields.checks import check_coefficients, check_function, check_solver
 from fem_diffusion.forward.adjoint import Backward
 from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
+from fem_diffusion.forward.protocol import dense_rows
 from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms
 from fem_diffusion.forward.steady import Steady
 from fem_diffusion.forward.unknowns import Name, check_spaces, read
-from fem_diffusion.observation.linear import Observation
 
 __all__ = ["BlockForward", "check_parameter"]
 
@@ -142,13 +142,7 @@ class BlockForward:
             ``problem(m)`` where it is known already; saves a steady problem a solve.
         """
         check_function(m, self.M, "the parameter", MAKE)
-        if isinstance(rows, Observation):
-            raise InputError("rows is an Observation: pass its rows, observation.rows.")
-        rows = getattr(rows, "toarray", lambda: rows)()
-        array = check_rows(rows, self.U, "rows (owned coefficients of the state)")
-        if len(set(self.U.comm.allgather(len(array)))) > 1:
-            raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
-                             f"{owned_size(self.U)}) here, with the same k on every rank.")
+        array = dense_rows(rows, self.U)
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
         array = array.reshape(len(array), owned_size(self.V), -1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 from firedrake import Function
+from firedrake.adjoint import stop_annotating
 from firedrake.functionspaceimpl import WithGeometry
 
 from fem_diffusion.checks import check_callable
@@ -48,7 +49,8 @@ class CallableForward:
         """States (B, n_owned of U) of parameters (B, n_owned of M), one by one; what a solve raises is passed on."""
         rows = []
         for row in parameters:
-            u = self(field(self.M, row))
+            with stop_annotating():
+                u = self(field(self.M, row))
             if not isinstance(u, Function):
                 raise InputError(f"The forward problem returned {type(u).__name__}: return a Function.")
             rows.append(coefficients(u))

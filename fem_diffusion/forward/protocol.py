@@ -4,14 +4,19 @@ A plain function ``m -> u`` will do everywhere (`as_forward` wraps it). A class 
 many solves share work, and one with a derivative serves Gauss-Newton, Laplace and Hamiltonian Monte Carlo as well.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from firedrake import Function
 from firedrake.functionspaceimpl import WithGeometry
 from scipy.sparse import spmatrix
 
-__all__ = ["Differentiable", "Forward"]
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.checks import check_rows
+from fem_diffusion.fields.coefficients import owned_size
+from fem_diffusion.observation.linear import Observation
+
+__all__ = ["Differentiable", "Forward", "dense_rows"]
 
 
 @runtime_checkable
@@ -42,3 +47,17 @@ class Differentiable(Forward, Protocol):
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray) -> np.ndarray:
         """``rows · du/dm`` at m: owned columns (k, n_owned of M), of rows whose owned columns are (k, n_owned of U)."""
         ...
+
+
+def dense_rows(rows: Any, U: WithGeometry) -> np.ndarray:
+    """Rows over the owned coefficients of a state as an array (k, n_owned of U), as many on every rank.
+
+    InputError if they are of another shape, not finite, or an Observation.
+    """
+    if isinstance(rows, Observation):
+        raise InputError("rows is an Observation: pass its rows, observation.rows.")
+    array = check_rows(getattr(rows, "toarray", lambda: rows)(), U, "rows (owned coefficients of the state)")
+    if len(set(U.comm.allgather(len(array)))) > 1:
+        raise InputError(f"rows has {len(array)} rows on this rank and another number elsewhere: give shape (k, "
+                         f"{owned_size(U)}) here, with the same k on every rank.")
+    return array

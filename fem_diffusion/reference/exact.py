@@ -10,7 +10,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.latents import check_measurement
+from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.samples import Samples
 
 __all__ = ["ExactPosterior", "exact"]
@@ -80,7 +80,11 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
 
     InputError is raised if the problem is not of that kind, or y is of another shape or not finite.
     """
-    y, whiten = check_measurement(problem, y)
+    likelihood = Likelihood(problem, y)
+    if not likelihood.gaussian:
+        raise InputError(f"The noise is {'not Gaussian' if likelihood.constant else 'relative'}, so the posterior is "
+                         "not Gaussian: take hmc, or give GaussianNoise of constant covariance.")
+    y, whiten = likelihood.y, likelihood.matrix(likelihood.y)
     prior, comm = problem.prior, problem.comm
     if not isinstance(prior, GaussianCore):
         raise InputError(f"The prior is a {type(prior).__name__}: give a GaussianPrior, or take hmc.")

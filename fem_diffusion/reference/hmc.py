@@ -14,13 +14,12 @@ from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import bar, tell
-from fem_diffusion.reference.latents import LatentProblem, map_point
+from fem_diffusion.reference.latents import FAR, LatentProblem
+from fem_diffusion.reference.point import find_point
 from fem_diffusion.samples import Samples
 
 __all__ = ["ChainPosterior", "hmc"]
 
-# Beyond so many prior standard deviations a trajectory is refused without a solve.
-_FAR = 12
 _WARMUP = 10
 
 
@@ -119,12 +118,11 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     draws, leaps = check_count(draws, "draws"), check_count(leaps, "leaps")
     step, progress = check_number(step, "step", above=0), check_flag(progress, "progress")
     latent = LatentProblem(problem, y, karhunen_loeve(problem.prior) if basis is None else basis)
-    r, comm = latent.basis.r, problem.comm
-    centre = map_point(latent)
-    at_centre, misfit = latent.parameters(centre[None]), latent.misfit(centre[None])
-    rows, jacobian = latent.linearised(centre)
+    r = latent.r
+    centre = find_point(latent)[0]
+    _, hessian = latent.expanded(centre)
     # z = centre + x Aᵀ turns the Hessian into the identity.
-    root = torch.linalg.inv(torch.linalg.cholesky(torch.from_numpy(np.eye(r) + jacobian.T @ jacobian))).numpy()
+    root = torch.linalg.inv(torch.linalg.cholesky(torch.from_numpy(hessian))).numpy()
 
     memory: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -134,24 +132,19 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         for place, known in memory:
             value = torch.where((x == place).all(1), known, value)
         if value.isnan().any():
-            z = centre + x.numpy() @ root
-            inside = np.abs(z).max(axis=1) < _FAR
-            squares = (z**2).sum(axis=1) + (latent.misfit(np.where(inside[:, None], z, centre))**2).sum(axis=1)
-            # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
-            value = torch.from_numpy(comm.bcast(np.where(inside & ~np.isnan(squares), squares / 2, np.inf)))
+            value = torch.from_numpy(latent.energy(centre + x.numpy() @ root))
         memory[:] = [*memory[-1:], (x, value)]
         return value
 
     def force(x: torch.Tensor) -> torch.Tensor:
-        z = np.clip(centre + x.numpy() @ root, -_FAR, _FAR)
-        change = comm.allreduce((latent.parameters(z) - at_centre) @ rows.T)
-        return torch.from_numpy(comm.bcast((z + latent.pull_back((misfit + change) @ rows, z)) @ root.T))
+        z = np.clip(centre + x.numpy() @ root, -FAR, FAR)
+        return torch.from_numpy(latent.energy_and_gradient(z)[1] @ root.T)
     generator = torch.Generator().manual_seed(stream(seed, "chains"))
     x = torch.randn(chains, r, dtype=torch.float64, generator=generator)
     # A chain that starts where the model fails would never leave.
     x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
     kept, accepted = np.empty((chains, draws, r)), 0.0
-    with bar(_WARMUP + draws, "hmc", progress and not comm.rank) as shown:
+    with bar(_WARMUP + draws, "hmc", progress and not problem.comm.rank) as shown:
         for i in range(-_WARMUP, draws):
             length = step * (0.8 + 0.4 * float(torch.rand((), generator=generator)))
             x, accept = hamiltonian_move(x, energy, force, length, leaps, generator)

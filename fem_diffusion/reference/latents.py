@@ -1,72 +1,336 @@
-"""What references share: a measurement with its noise whitened, the problem in latents, and its most probable point."""
+"""A measurement as a density over latents: the one target of every reference and of corrections."""
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import torch
-from firedrake import ConvergenceError
-from scipy.optimize import least_squares
+from firedrake import Ensemble
+from firedrake.adjoint import stop_annotating
+from mpi4py import MPI
 
-from fem_diffusion.checks import check_array, check_kind
-from fem_diffusion.diffusion import GaussianNoise
-from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.checks import LARGEST, check_array, check_kind, check_seed, stream, together
+from fem_diffusion.errors import FileError, InputError, InstallError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.problem import InverseProblem, check_problem
+from fem_diffusion.fields.coefficients import coefficients, field, owned_size
+from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.forward.protocol import Forward
+from fem_diffusion.observation.linear import Observation
+from fem_diffusion.prior.expansion import karhunen_loeve
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.progress import tell
+from fem_diffusion.reference.likelihood import Likelihood
+from fem_diffusion.samples import Samples
 
-__all__ = ["LatentProblem", "check_measurement", "map_point"]
+__all__ = ["FAR", "LatentProblem"]
 
-
-def check_measurement(problem: InverseProblem, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A measurement (k,), and the matrix W (k, k) that whitens its noise, W R Wᵀ = I.
-
-    InputError is raised without derivative, linear sensors or constant Gaussian noise, or if y does not fit them.
-    """
-    _, observation = check_problem(problem).differentiable()
-    y = check_array(y, "y", (len(observation),), names=observation.names)
-    noise = check_kind(problem.noise, "The noise", GaussianNoise, "GaussianNoise, because references need its density")
-    if noise.relative.any():
-        raise InputError("The noise is relative, so its covariance depends on the state: give references constant "
-                         "noise, GaussianNoise(std=...) or GaussianNoise(covariance=...).")
-    covariance = noise.covariance(torch.zeros(1, len(y), dtype=torch.float64)).numpy()
-    # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
-    std = np.sqrt(np.diag(covariance))
-    scaled = covariance / np.outer(std, std) if std.all() else covariance
-    try:
-        return y, np.linalg.inv(np.linalg.cholesky(scaled)) / std
-    except np.linalg.LinAlgError:
-        raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None
+# Beyond so many prior standard deviations nothing is solved.
+FAR = 12.0
+# Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
+_STEP, _FINE = 1e-3, 1e-5
+_MISTAKES = (InputError, FileError, InstallError)
 
 
 class LatentProblem:
-    """A measurement in the latents of a Gaussian prior: -log p(z | y) = |z|²/2 + |misfit(z)|²/2 up to a constant.
+    """One measurement in latents z in R^r: -log p(z | y) = -log prior(z) - log p(y | readings(z)), up to log p(y).
 
-    Problem and y are as for `check_measurement`, the basis is the prior's Karhunen-Loève basis.
+    Latents and readings are NumPy arrays, global and the same on all ranks and members of an ensemble; all methods are
+    collective. The gradient is exact, from one adjoint solve: derivative of -log p(y | readings) by the readings, as
+    one row over the state, back through the forward problem, the prior's transform and the modes.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        With noise that has a density: GaussianNoise, or CallableNoise with its `log_density`. Any forward problem and
+        any instrument.
+    y : array_like of shape (k,)
+        The measurement.
+    basis : ModalBasis, optional
+        ``karhunen_loeve(problem.prior)`` where left out.
+    log_prior : callable, optional
+        Log density of latents, (B, r) to (B,), where they are not standard normal: for a POD basis, and only there.
+    ensemble : firedrake.Ensemble, optional
+        Shares out the solves over its members, each with a problem on a mesh of its own communicator.
+
+    Attributes
+    ----------
+    r : int
+        Number of latents.
+    solves, pulls : int
+        Forward solves so far, one for each parameter, and adjoint ones, one for each row of a sensitivity.
+    failure : str
+        Why the last solve that failed did; empty where none has.
+
+    InputError is raised if an argument is of another kind, the noise has no density, y is of another shape or not
+    finite, or the basis has neither standard normal latents nor a `log_prior`.
     """
 
-    def __init__(self, problem: InverseProblem, y: np.ndarray, basis: ModalBasis):
-        self.problem, self.basis = problem, check_kind(basis, "basis", ModalBasis, "karhunen_loeve(prior)")
-        self.y, self.whiten = check_measurement(problem, y)
-        if not basis.standard_prior or basis.V != problem.V:
-            raise InputError("The basis has no standard normal latents in the space of the prior's fields: give "
-                             "karhunen_loeve(problem.prior).")
+    def __init__(self, problem: InverseProblem, y: np.ndarray, basis: ModalBasis | None = None, *,
+                 log_prior: Callable[[np.ndarray], np.ndarray] | None = None, ensemble: Ensemble | None = None):
+        self._likelihood = Likelihood(problem, y)
+        self.problem, self.y = problem, self._likelihood.y
+        self.basis = check_kind(karhunen_loeve(problem.prior) if basis is None else basis, "basis", ModalBasis,
+                                "karhunen_loeve(prior)")
+        if self.basis.V != problem.V:
+            raise InputError("The basis is not in the space of the prior's fields: give karhunen_loeve(problem.prior).")
+        if self.basis.standard_prior and log_prior is not None:
+            raise InputError("The latents of this basis are standard normal under the prior: leave log_prior out.")
+        if not self.basis.standard_prior and log_prior is None:
+            raise InputError("The basis has no standard normal latents, so their prior density is not known: give "
+                             "karhunen_loeve(problem.prior), or log_prior=.")
+        self._log_prior, self._ensemble = log_prior, check_kind(
+            ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
+        self.r, self.solves, self.pulls, self.failure = self.basis.r, 0, 0, ""
+        self._told = False
+
+    @property
+    def everyone(self) -> MPI.Comm:
+        """MPI communicator of all who call together."""
+        return self.problem.comm if self._ensemble is None else self._ensemble.global_comm
+
+    @cached_property
+    def differentiable(self) -> bool:
+        """Whether forward problem, sensors, density and transform have derivatives, so that gradients are exact."""
+        try:
+            self.problem.differentiable()
+            self.problem.prior.pull_back(np.zeros((1, owned_size(self.problem.M))), coefficients(self.basis.mean))
+        except InputError:
+            return False
+        return self._likelihood.differentiable
 
     def parameters(self, z: np.ndarray) -> np.ndarray:
         """Owned coefficients of the parameters (B, n_owned of M) with latents (B, r), without modes past r."""
         return self.problem.prior.transform_many(self.basis.decode(z))
 
-    def misfit(self, z: np.ndarray) -> np.ndarray:
-        """Readings minus measurement in units of the noise (B, k), by the forward model; NaN where it fails."""
-        try:
-            return (self.problem.readings(self.parameters(z)) - self.y) @ self.whiten.T
-        except (SolveError, ConvergenceError):
-            if len(z) == 1:
-                return np.full((1, len(self.y)), np.nan)
-            return np.concatenate([self.misfit(row[None]) for row in z])
+    def readings(self, z: np.ndarray) -> np.ndarray:
+        """Noise-free readings (B, k) by the forward problem, one solve each; rows of NaN where it fails.
 
-    def pull_back(self, rows: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Gradients by latents z (B, r) for those by the parameter, owned rows (B, n_owned of M): shape (B, r)."""
-        prior, fields = self.problem.prior, self.basis.decode(z)
+        What a failure is: the user's code raises, or parameter, state or readings are not finite. Mistakes, such as a
+        state in another space, are raised.
+        """
+        z = check_array(z, "z", ("B", self.r))
+        return self._shared(z, lambda mine: self._solve(self.parameters(mine)), len(self.y))
+
+    def log_likelihood(self, readings: np.ndarray) -> np.ndarray:
+        """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are NaN."""
+        return self._likelihood.log_density(readings)
+
+    def log_prior(self, z: np.ndarray) -> np.ndarray:
+        """Log density of latents (B, r) under the prior, shape (B,)."""
+        if self._log_prior is None:
+            return -(z**2).sum(axis=1) / 2 - self.r / 2 * np.log(2 * np.pi)
+        found = np.asarray(self._log_prior(z.copy()), dtype=float)
+        if found.shape != (len(z),) or np.isnan(found).any():
+            raise InputError(f"log_prior gives {'NaN' if found.shape == (len(z),) else f'the shape {found.shape}'}: "
+                             f"let it return a number for each of {len(z)} latents.")
+        return found
+
+    def energy(self, z: np.ndarray) -> np.ndarray:
+        """-log p(z | y) up to log p(y), shape (B,): infinity where the solver fails, or z is beyond reach of a prior.
+
+        Nothing is solved where z is more than 12 prior standard deviations out.
+        """
+        z, prior, inside = self._reached(z)
+        readings = np.full((len(z), len(self.y)), np.nan)
+        readings[inside] = self.readings(z[inside])
+        # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
+        return self.everyone.bcast(self._energy(prior, readings))
+
+    def energy_and_gradient(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`energy` (B,) and its gradient (B, r), zero where it is infinite: one solve and one adjoint solve each.
+
+        Where there is no derivative, central differences of the readings, by 2 r more solves each.
+        """
+        z, prior, inside = self._reached(z)
+        readings, gradient = np.full((len(z), len(self.y)), np.nan), np.zeros_like(z)
+        if inside.any() and self.differentiable:
+            found = self._shared(z[inside], self._read_and_pulled, len(self.y) + self.r)
+            readings[inside], gradient[inside] = np.split(found, [len(self.y)], axis=1)
+        elif inside.any():
+            readings[inside] = self.readings(z[inside])
+            solved = np.isfinite(readings).all(axis=1)
+            scores = self._likelihood.score(readings[solved])
+            gradient[solved] = [score @ self._differences(row) for row, score in zip(z[solved], scores)]
+        energy = self._energy(prior, readings)
+        # A state whose adjoint fails counts as failed.
+        there = np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
+        gradient[there] -= self._prior_slope(z[there])
+        return self.everyone.bcast((np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)))
+
+    def whitened(self, readings: np.ndarray) -> np.ndarray:
+        """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).
+
+        Noise that depends on the readings is whitened at these, a density of the user's own by the covariance of draws
+        at readings y.
+        """
+        return self._likelihood.whitened(readings)
+
+    def linearised(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whitened misfit (k,) at z (r,), and its derivative by latents (k, r): one solve and k adjoint ones.
+
+        Noise that depends on the readings keeps its covariance there. Where there is no derivative, central
+        differences, by 2 r solves. SolveError if there is no solution at z.
+        """
+        z = check_array(z, "z", (self.r,))
+        readings = self.readings(z[None])
+        if np.isnan(readings).any():
+            raise SolveError(f"The forward problem has no solution where it is to be linearised ({self.failure}): "
+                             "check it there.")
+        W = self._likelihood.matrix(readings[0])
+        if self.differentiable:
+            rows, at = W @ self._rows(z), self.basis.decode(z[None])[0]
+            jacobian = self.problem.comm.allreduce(self.problem.prior.pull_back(rows, at) @ self.basis.scaled_modes.T)
+        else:
+            jacobian = W @ self._differences(z)
+        return self.everyone.bcast((self.whitened(readings)[0], jacobian))
+
+    def expanded(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradient (r,) of the energy at z (r,), and its Gauss-Newton Hessian (r, r); costs and errors of `linearised`.
+
+        Noise that is not Gaussian, or depends on the readings, takes one adjoint solve more.
+        """
+        misfit, jacobian = self.linearised(z)
+        if self._likelihood.gaussian:
+            gradient = jacobian.T @ misfit - self._prior_slope(z[None])[0]
+        else:
+            gradient = self.energy_and_gradient(z[None])[1][0]
+        return gradient, np.eye(self.r) + jacobian.T @ jacobian
+
+    def linear_force(self, z: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """Gradients (B, r) of an energy with the forward problem linearised at z (r,), without solves.
+
+        In the parameter, so that transforms stay what they are; in the latents where there is no derivative. Costs and
+        errors of `linearised`.
+        """
+        at, comm = self.readings(z[None]), self.problem.comm
+        if np.isnan(at).any():
+            raise SolveError(f"The forward problem has no solution where it is to be linearised ({self.failure}): "
+                             "check it there.")
+        there, smooth = self.parameters(z[None]), self.differentiable
+        rows = self._rows(z) if smooth else self._differences(z)
+
+        def force(x: np.ndarray) -> np.ndarray:
+            if smooth:
+                fields = self.basis.decode(x)
+                change = comm.allreduce((self.problem.prior.transform_many(fields) - there) @ rows.T)
+                pulled = self._back(self._likelihood.score(at + change) @ rows, fields)
+            else:
+                pulled = self._likelihood.score(at + (x - z) @ rows.T) @ rows
+            return self.everyone.bcast(pulled - self._prior_slope(x))
+        return force
+
+    def samples(self, z: np.ndarray, seed: int) -> Samples:
+        """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD."""
+        tail = stream(check_seed(seed), "tail") if self.basis.standard_prior else None
+        return Samples(self.problem.M, self.problem.prior.transform_many(self.basis.decode(z, tail)), np.array(z))
+
+    def unseen(self, z: np.ndarray, seed: int = 0) -> float:
+        """What modes past r add to the reading that sees most of them, in standard deviations of its noise.
+
+        The root mean square over latents z (B, r), for two solves each; NaN where such modes are not known (POD), or
+        a solve fails.
+        """
+        if not self.basis.standard_prior:
+            return np.nan
+        tail = self.samples(z, seed).values
+
+        def difference(mine: np.ndarray) -> np.ndarray:
+            mine = mine[:, 0].astype(int)
+            return self._solve(tail[mine]) - self._solve(self.parameters(z[mine]))
+        change = self._shared(np.arange(len(z))[:, None], difference, len(self.y))
+        return float(self.everyone.bcast((np.sqrt((change**2).mean(axis=0)) / self._likelihood.std).max()))
+
+    def _reached(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Latents (B, r), their log prior (B,), and which of them are to be solved for (B,)."""
+        z = check_array(z, "z", ("B", self.r))
+        prior = self.log_prior(z)
+        return z, prior, self.everyone.bcast((np.abs(z) < FAR).all(axis=1) & np.isfinite(prior))
+
+    def _energy(self, prior: np.ndarray, readings: np.ndarray) -> np.ndarray:
+        """Energies (B,) from log prior (B,) and readings (B, k)."""
+        energy = -prior - self._likelihood.log_density(readings)
+        return np.where(np.isfinite(energy), energy, np.inf)
+
+    def _shared(self, z: np.ndarray, run: Callable[[np.ndarray], np.ndarray], columns: int) -> np.ndarray:
+        """Rows of `run` (B, columns) for rows z, shared out over the members of an ensemble."""
+        if self._ensemble is None:
+            return together(self.problem.comm, lambda: run(z)) if len(z) else np.empty((0, columns))
+        comm, before = self._ensemble.ensemble_comm, (self.solves, self.pulls)
+        mine = z[comm.rank::comm.size]
+        part = together(self._ensemble.global_comm, lambda: run(mine) if len(mine) else np.empty((0, columns)))
+        found = np.empty((len(z), columns))
+        for i, rows in enumerate(comm.allgather(part)):
+            found[i::comm.size] = rows
+        spent = comm.allreduce(np.array([self.solves, self.pulls]) - before)
+        self.solves, self.pulls = (int(x) for x in before + spent)
+        return found
+
+    def _solve(self, parameters: np.ndarray, derivative: bool = False) -> np.ndarray:
+        """Readings (B, k) of owned parameters (B, n_owned of M), rows of NaN where there are none.
+
+        With `derivative` by the solver that keeps what a derivative needs.
+        """
+        problem, comm, found = self.problem, self.problem.comm, np.full((len(parameters), len(self.y)), np.nan)
+        solver, observation = problem.forward, problem.observation
+        if derivative:
+            solver = problem.differentiable()[0]
+        good = np.flatnonzero(comm.allreduce((~(np.abs(parameters) <= LARGEST)).any(axis=1).astype(int)) == 0)
+        # A plain function gains nothing from blocks.
+        blocks = not isinstance(solver, CallableForward) and isinstance(observation, Observation)
+        for rows in [good] if blocks and len(good) else good[:, None]:
+            for part in [rows] if len(rows) == 1 else [rows, *rows[:, None]]:
+                self.solves += len(part)
+                read = self._attempt(lambda: self._read(solver, parameters[part]))
+                if read is not None:
+                    found[part] = read
+                    if len(part) == len(rows):
+                        break
+        found[(~(np.abs(found) <= LARGEST)).any(axis=1)] = np.nan
+        if not self.failure and np.isnan(found).any():
+            self.failure = "state or readings are not finite"
+        return found
+
+    def _attempt(self, run: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """Result of the user's code; None where it raises on some rank. Mistakes are raised."""
+        try:
+            with stop_annotating():
+                return together(self.problem.comm, run)
+        except _MISTAKES:
+            raise
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return None
+
+    def _read(self, solver: Forward, parameters: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of parameters, those of states that are not finite NaN."""
+        comm, M, observe = self.problem.comm, self.problem.M, self.problem.observation
+        if isinstance(observe, Observation):
+            states = np.array(solver.solve_many(parameters.copy()), dtype=float)
+            bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
+            return np.where(bad[:, None], np.nan, observe.apply(np.where(bad[:, None], 0.0, states)))
+        instrument: Any = observe
+        read = np.array([np.array(instrument(solver(field(M, row))), ndmin=1, dtype=float) for row in parameters])
+        if read.shape != (len(parameters), len(self.y)):
+            raise InputError(f"The observation gives {read.shape[1:]} readings and y holds {len(self.y)}: give as many "
+                             "as the observation has.")
+        return read
+
+    def _rows(self, z: np.ndarray) -> np.ndarray:
+        """Derivative of the readings by the parameter at latents z (r,), owned: shape (k, n_owned of M)."""
+        self.pulls += len(self.y)
+        m = field(self.problem.M, self.parameters(z[None])[0])
+        return together(self.everyone, lambda: self.problem.sensitivity(m))
+
+    def _prior_slope(self, z: np.ndarray) -> np.ndarray:
+        """Derivative of the prior's log density at latents (B, r)."""
+        if self._log_prior is None:
+            return -z
+        steps = _FINE * np.eye(self.r)
+        return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
+
+    def _back(self, rows: np.ndarray, fields: np.ndarray) -> np.ndarray:
+        """Derivatives by latents (B, r) for those by the parameter, owned (B, n_owned of M), at a field for each."""
+        prior = self.problem.prior
         if self._pointwise:
             pulled = rows * prior.slope_many(fields)
         else:
@@ -82,29 +346,31 @@ class LatentProblem:
             return False
         return True
 
-    def linearised(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Derivatives of the whitened misfit at z (r,): by the parameter (k, n_owned of M), and by latents (k, r)."""
-        rows = self.whiten @ self.problem.sensitivity(field(self.problem.M, self.parameters(z[None])[0]))
-        pulled = self.problem.prior.pull_back(rows, self.basis.decode(z[None])[0])
-        return rows, self.problem.comm.allreduce(pulled @ self.basis.scaled_modes.T)
+    def _read_and_pulled(self, z: np.ndarray) -> np.ndarray:
+        """Readings and the gradient of -log p(y | readings) at latents (B, r): (B, k + r), NaN where solves fail.
 
+        One latent after the other, so that a solver that keeps its last solve has it ready for the derivative.
+        """
+        problem, fields, k = self.problem, self.basis.decode(z), len(self.y)
+        parameters, found = problem.prior.transform_many(fields), np.full((len(z), k + self.r), np.nan)
+        observation = problem.differentiable()[1]
+        for i in range(len(z)):
+            read = self._solve(parameters[i:i + 1], derivative=True)
+            found[i, :k] = read[0]
+            if np.isfinite(read).all():
+                self.pulls += 1
+                row = self._likelihood.score(read) @ observation.rows
+                pulled = self._attempt(lambda: problem.sensitivity(field(problem.M, parameters[i]), row))
+                if pulled is not None:
+                    found[i, k:] = self._back(pulled, fields[i:i + 1])
+        return found
 
-def map_point(latent: LatentProblem) -> np.ndarray:
-    """Latents of the maximum a posteriori point (r,), by SciPy's Gauss-Newton method; SolveError if none is found."""
-    r, comm = latent.basis.r, latent.problem.comm
-
-    def residual(z: np.ndarray) -> np.ndarray:
-        # Where the solver fails the trust region shrinks.
-        misfit = np.nan_to_num(latent.misfit(z[None])[0], nan=np.inf)
-        return comm.bcast(np.concatenate([misfit, z]))
-
-    def jacobian(z: np.ndarray) -> np.ndarray:
-        return comm.bcast(np.vstack([latent.linearised(z)[1], np.eye(r)]))
-    try:
-        found = least_squares(residual, np.zeros(r), jacobian, xtol=1e-10, ftol=1e-12, gtol=1e-8, max_nfev=200)
-    except ValueError as error:
-        raise SolveError(f"The forward problem has no solution at the prior mean ({error}): check it there.") from error
-    if not found.success:
-        raise SolveError(f"No maximum a posteriori point was found ({found.message}): check the measurement and the "
-                         "solver's tolerance.")
-    return found.x
+    def _differences(self, z: np.ndarray) -> np.ndarray:
+        """Derivative of the readings by latents (k, r) at z (r,), by central differences: 2 r solves."""
+        steps = _STEP * np.vstack([np.eye(self.r), -np.eye(self.r)])
+        if not self._told:
+            tell("The forward problem, its sensors, noise or transform have no derivative: differences in the latents "
+                 "take its place.", self.everyone.rank == 0)
+            self._told = True
+        ahead, behind = np.split(self.readings(z + steps), 2)
+        return (ahead - behind).T / (2 * _STEP)

@@ -1,0 +1,127 @@
+"""What a measurement says about noise-free readings: density, its derivative, and the misfit in units of the noise."""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fem_diffusion.checks import check_array, check_kind
+from fem_diffusion.diffusion import CallableNoise, GaussianNoise
+from fem_diffusion.errors import InputError
+from fem_diffusion.problem import InverseProblem, check_problem
+
+__all__ = ["Likelihood", "whitener"]
+
+_DRAWS = 4096      # of noise of the user's own, for its covariance
+_STEP = 1e-5       # of differences of a density, in standard deviations of the noise
+
+
+class Likelihood:
+    """p(y | readings) of one measurement y (k,); arrays are NumPy's and global.
+
+    InputError is raised if the problem is of a family, its noise has no density, or y does not fit the sensors.
+    """
+
+    def __init__(self, problem: InverseProblem, y: np.ndarray):
+        if check_problem(problem).family:
+            raise InputError("The observation is of type SensorFamily: choose sensors, and make an InverseProblem of "
+                             "those.")
+        self.y = check_array(y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None)
+        self.noise = check_kind(problem.noise, "The noise", (GaussianNoise, CallableNoise), "GaussianNoise, or "
+                                "CallableNoise(function, log_density), because references need its density")
+        if self.noise.log_density is None:
+            raise InputError("The noise is of type CallableNoise, without a density: give CallableNoise(function, "
+                             "log_density), or GaussianNoise.")
+        self._log_density = self.noise.log_density
+        if not torch.isfinite(self._density(torch.from_numpy(self.y[None].copy()))).all():
+            raise InputError("The noise gives y no finite density where the readings are y: mend its log_density, or "
+                             "add a std to relative noise of readings of zero.")
+
+    @property
+    def constant(self) -> bool:
+        """Whether one matrix whitens the noise everywhere."""
+        return not isinstance(self.noise, GaussianNoise) or self.noise.constant
+
+    @property
+    def gaussian(self) -> bool:
+        """Whether -log p(y | readings) is half the squared whitened misfit, up to a constant."""
+        return self.constant and isinstance(self.noise, GaussianNoise)
+
+    @cached_property
+    def differentiable(self) -> bool:
+        """Whether torch differentiates the density."""
+        clean = torch.from_numpy(self.y[None].copy()).requires_grad_()
+        try:
+            torch.autograd.grad(self._density(clean).sum(), clean)
+        except RuntimeError:
+            return False
+        return True
+
+    @cached_property
+    def _at_y(self) -> tuple[np.ndarray, np.ndarray]:
+        return whitener(self.noise, self.y)
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation (k,) of the noise at readings y."""
+        return np.linalg.norm(np.linalg.inv(self._at_y[1]), axis=1)
+
+    def log_density(self, readings: np.ndarray) -> np.ndarray:
+        """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are not finite."""
+        there, found = np.isfinite(readings).all(axis=1), np.full(len(readings), -np.inf)
+        if there.any():
+            with torch.no_grad():
+                found[there] = self._density(torch.from_numpy(readings[there])).numpy()
+        return np.where(np.isnan(found), -np.inf, found)
+
+    def score(self, readings: np.ndarray) -> np.ndarray:
+        """Derivative of -log p(y | readings) by finite readings (B, k), by torch or by central differences."""
+        clean = torch.from_numpy(readings.copy())
+        if self.differentiable:
+            clean.requires_grad_()
+            return -torch.autograd.grad(self._density(clean).sum(), clean)[0].numpy()
+        slopes = []
+        for step in torch.from_numpy(np.diag(_STEP * self.std)):
+            change = self._density(clean + step) - self._density(clean - step)
+            slopes.append(-change.detach().numpy() / (2 * float(step.sum())))
+        return np.stack(slopes, axis=1)
+
+    def matrix(self, readings: np.ndarray) -> np.ndarray:
+        """What whitens the noise at readings (k,): a matrix (k, k)."""
+        return self._at_y[1] if self.constant else whitener(self.noise, readings)[1]
+
+    def whitened(self, readings: np.ndarray) -> np.ndarray:
+        """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).
+
+        Noise that depends on the readings is whitened at these, noise of the user's own by draws of it at readings y.
+        """
+        if self.constant:
+            mean, W = self._at_y
+            return (readings + mean - self.y) @ W.T
+        rows = [self.matrix(row) @ (row - self.y) if np.isfinite(row).all() else row for row in readings]
+        return np.array(rows).reshape(readings.shape)
+
+    def _density(self, readings: torch.Tensor) -> torch.Tensor:
+        found = self._log_density(torch.from_numpy(self.y), readings)
+        if not isinstance(found, torch.Tensor) or found.shape != (len(readings),):
+            shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+            raise InputError(f"The noise's log_density gives {shape} for {len(readings)} rows of readings: let it "
+                             "return a tensor with one number for each.")
+        return found
+
+
+def whitener(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (k,) of the noise at noise-free readings (k,), and a matrix W (k, k) that whitens it, W R Wᵀ = I.
+
+    InputError if its covariance is singular.
+    """
+    rows = 1 if isinstance(noise, GaussianNoise) else max(_DRAWS, 50 * len(clean))
+    many = torch.from_numpy(np.tile(clean, (rows, 1)))
+    covariance = noise.covariance(many).numpy()
+    # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
+    std = np.sqrt(np.diag(covariance))
+    scaled = covariance / np.outer(std, std) if std.all() else covariance
+    try:
+        return noise.mean(many).numpy(), np.linalg.inv(np.linalg.cholesky(scaled)) / std
+    except np.linalg.LinAlgError:
+        raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None

@@ -1,0 +1,118 @@
+"""The most probable parameter of a measurement, by a trust-region Newton method in the latents."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from firedrake import Function
+from scipy.optimize import OptimizeResult, minimize
+
+from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.errors import SolveError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import field
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.latents import LatentProblem
+
+__all__ = ["MapPoint", "find_point", "map_point"]
+
+# Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
+_AIM, _NEAR = 1e-14, 1e-4
+_STEPS = 200
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class MapPoint:
+    """The maximum a posteriori point of the latents, from `map_point`.
+
+    Parameters
+    ----------
+    parameter : firedrake.Function
+        In the parameter's space.
+    latents : numpy.ndarray
+        Shape (r,).
+    energy : float
+        Negative log of prior density of the latents times likelihood there.
+    solves, pulls : int
+        Forward and adjoint solves that it took.
+    """
+
+    parameter: Function
+    latents: np.ndarray
+    energy: float
+    solves: int
+    pulls: int
+
+    def __repr__(self) -> str:
+        return (f"MapPoint: {len(self.latents)} latents of norm {np.linalg.norm(self.latents):.3g}, found in "
+                f"{self.solves:,} solves and {self.pulls:,} adjoint solves")
+
+
+def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = None, starts: int = 1,
+              seed: int = 0) -> MapPoint:
+    """The most probable latents of a measurement, by Newton steps with the Gauss-Newton Hessian in a trust region.
+
+    Parameters
+    ----------
+    problem : InverseProblem
+        With a Gaussian field, transformed or not, and noise that has a density. Derivatives are the adjoint's where
+        the forward problem has one, and differences in the latents otherwise.
+    y : array_like of shape (k,)
+        The measurement.
+    basis : ModalBasis, optional
+        ``karhunen_loeve(problem.prior)`` where left out.
+    starts : int
+        Number of searches: one from the prior mean, the others from prior draws of this seed; the best one counts.
+
+    InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
+    at a minimum.
+    """
+    starts, seed = check_count(starts, "starts"), check_seed(seed)
+    latent = LatentProblem(problem, y, basis)
+    z, energy = find_point(latent, starts, seed)
+    return MapPoint(field(problem.M, latent.parameters(z[None])[0], name="map_point"), z, energy, latent.solves,
+                    latent.pulls)
+
+
+def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0) -> tuple[np.ndarray, float]:
+    """Latents (r,) of the maximum a posteriori point and their energy; arguments and errors as for `map_point`."""
+    draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
+    found, errors = [], []
+    for start in np.vstack([np.zeros(latent.r), draws]):
+        try:
+            found.append(_search(latent, start))
+        except SolveError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return min(found, key=lambda pair: pair[1])
+
+
+def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """The minimum that one search ends at, and its energy."""
+    seen: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+
+    def expanded(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Gradient (r,) and Gauss-Newton Hessian (r, r) of the energy."""
+        if z.tobytes() not in seen:
+            seen.clear()
+            seen[z.tobytes()] = latent.expanded(z)
+        return seen[z.tobytes()]
+
+    def near(z: np.ndarray) -> float:
+        """Squared distance to the minimum in posterior standard deviations, as the Hessian sees it."""
+        gradient, hessian = expanded(z)
+        return float(gradient @ np.linalg.solve(hessian, gradient))
+
+    def stop(intermediate_result: OptimizeResult) -> None:
+        if near(intermediate_result.x) < _AIM:
+            raise StopIteration
+    if not np.isfinite(latent.energy(start[None])).all():
+        raise SolveError(f"The forward problem has no solution at the prior mean ({latent.failure}): check it there.")
+    found = minimize(lambda z: float(latent.energy(z[None])[0]), start, jac=lambda z: expanded(z)[0],
+                     hess=lambda z: expanded(z)[1], method="trust-exact", callback=stop,
+                     options={"gtol": 0.0, "maxiter": _STEPS, "initial_trust_radius": 1.0, "max_trust_radius": 100.0})
+    if not (left := near(found.x)) < _NEAR:
+        raise SolveError(f"No maximum a posteriori point was found (after {found.nit} steps it is {np.sqrt(left):.2g} "
+                         "posterior standard deviations away): check the measurement and the solver's tolerance, or "
+                         "give more starts.")
+    return found.x, float(found.fun)
