@@ -40,7 +40,7 @@ GROWTH = 0.005  # β in 1/K
 NOISE = 0.3  # K
 THERMOMETERS = [(0.5 + r * np.cos(a), 0.5 + r * np.sin(a)) for r, count in ((0.27, 8), (0.42, 12))
                 for a in 2 * np.pi * (np.arange(count) + 0.5) / count]  # m
-REGION = (0.65, 0.95)  # m, of x and of y: what the conductivity is asked for
+REGION = (0.6, 0.9)  # m, of x and of y: what the conductivity is asked for
 TRUTH = 11  # seed of truth and noise
 COLOURS = ("tab:orange", "tab:blue", "tab:green")
 
@@ -86,7 +86,7 @@ def conduction(n):
 
 def infer(V, solver, pairs, folder, options, progress):
     """Problem and trained model."""
-    prior = TransformedPrior(GaussianPrior(V, std=0.8, correlation_length=0.5), exp)  # added
+    prior = TransformedPrior(GaussianPrior(V, std=1.0, correlation_length=0.5), exp)  # added
     sensors = point_sensors(V, THERMOMETERS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
