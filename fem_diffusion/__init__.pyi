@@ -48,7 +48,9 @@ from fem_diffusion.prior.transformed import (
 )
 from fem_diffusion.problem import InverseProblem as InverseProblem
 from fem_diffusion.reference.exact import ExactPosterior as ExactPosterior, exact as exact
-from fem_diffusion.reference.hmc import ChainPosterior as ChainPosterior, hmc as hmc
+from fem_diffusion.reference.chains import ChainPosterior as ChainPosterior, ConvergenceWarning as ConvergenceWarning
+from fem_diffusion.reference.hmc import hmc as hmc
+from fem_diffusion.reference.point import MapPoint as MapPoint, map_point as map_point
 from fem_diffusion.samples import Samples as Samples, load_samples as load_samples
 from fem_diffusion.simulation.simulate import (
     DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
