@@ -50,6 +50,8 @@ from fem_diffusion.problem import InverseProblem as InverseProblem
 from fem_diffusion.reference.exact import ExactPosterior as ExactPosterior, exact as exact
 from fem_diffusion.reference.chains import ChainPosterior as ChainPosterior, ConvergenceWarning as ConvergenceWarning
 from fem_diffusion.reference.hmc import hmc as hmc
+from fem_diffusion.reference.laplace import LaplacePosterior as LaplacePosterior, laplace as laplace
+from fem_diffusion.reference.pcn import pcn as pcn
 from fem_diffusion.reference.point import MapPoint as MapPoint, map_point as map_point
 from fem_diffusion.samples import Samples as Samples, load_samples as load_samples
 from fem_diffusion.simulation.simulate import (

@@ -11,17 +11,16 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import find_point
-from fem_diffusion.reference.walk import Chains, State, learnt, settle, walk
+from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
 
 __all__ = ["hmc", "run_hmc"]
 
-# Where chains start (chains, r), centre (r,), and factor (r, r) of a covariance.
-Begin = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-# Length of a trajectory: a quarter of a period of a standard normal law. A longer one than so many steps is cut.
-_TRAJECTORY, _MOST_LEAPS = np.pi / 2, 64
-# Acceptance that the step aims at (Hoffman and Gelman 2014, section 4.2), and below which the linearised force is left.
-_TARGET, _POOR, _STUCK = 0.8, 0.6, 0.1
+# Length of a trajectory: a quarter of a period of a standard normal law, which forgets where it began. A longer one
+# than so many steps is cut; steps are stable below two.
+_TRAJECTORY, _MOST_LEAPS, _LONGEST = np.pi / 2, 64, 1.6
+# Acceptance that the step aims at (Hoffman and Gelman 2014, section 4.2), higher where steps cost no solve; and that
+# below which the linearised force is left.
+_TARGET, _FREE, _POOR, _STUCK = 0.8, 0.95, 0.6, 0.1
 _SHORTEST = 0.05           # step with the linearised force, whose acceptance no shorter one mends
 _WILD = 1000.0             # energy error from which a trajectory is given up
 # Shares of the warm-up: when the force is chosen, and when the mass is learnt anew.
@@ -97,7 +96,8 @@ class _Hamiltonian:
         """As `Kernel.adapt`: step by dual averaging, force by its acceptance, mass by the draws."""
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
         state["rates"] = np.concatenate([state["rates"], acceptance[:, None]], axis=1)
-        _average(state, float(acceptance.mean()), 0.0 if state["exact"][0] else _SHORTEST)
+        target, shortest = (_TARGET, 1e-6) if state["exact"][0] else (_FREE, _SHORTEST)
+        _average(state, float(acceptance.mean()), target, shortest)
         late = state["rates"][:, state["rates"].shape[1] // 2:]
         open_force = self._given is None and not state["exact"][0] and self.latent.differentiable
         if i + 1 in _moments(warmup, _CHOICE, *_LEARN) and open_force and (
@@ -125,20 +125,21 @@ def _restart(state: State, step: float) -> None:
     _set_step(state, step)
 
 
-def _average(state: State, acceptance: float, shortest: float) -> None:
+def _average(state: State, acceptance: float, target: float, shortest: float) -> None:
     """Dual averaging of the logarithm of the step (Hoffman and Gelman 2014, section 3.2 with its constants)."""
     towards, error, mean, count = state["averaging"]
     count += 1
-    error += (_TARGET - acceptance - error) / (count + 10)
-    log = max(towards - np.sqrt(count) / 0.05 * error, np.log(shortest or 1e-6))
+    error += (target - acceptance - error) / (count + 10)
+    log = np.clip(towards - np.sqrt(count) / 0.05 * error, np.log(shortest), np.log(_LONGEST))
     mean += count**-0.75 * (log - mean)
     state["averaging"] = np.array([towards, error, mean, count])
     _set_step(state, float(np.exp(log)))
 
 
 def _set_step(state: State, step: float) -> None:
-    step = min(step, _TRAJECTORY)
-    state["step"], state["leaps"] = np.array([step]), np.array([min(int(np.ceil(_TRAJECTORY / step)), _MOST_LEAPS)])
+    # By so much a step of the leapfrog turns a standard normal law.
+    leaps = round(_TRAJECTORY / np.arccos(1 - step**2 / 2))
+    state["step"], state["leaps"] = np.array([step]), np.array([min(max(leaps, 1), _MOST_LEAPS)])
 
 
 def run_hmc(latent: LatentProblem, start: np.ndarray, *, centre: np.ndarray, factor: np.ndarray, seed: int,

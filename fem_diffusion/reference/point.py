@@ -81,9 +81,9 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
-    for start in np.vstack([np.zeros(latent.r) if start is None else start, draws]):
+    for z in np.vstack([np.zeros(latent.r) if start is None else start, draws]):
         try:
-            found.append(_search(latent, start))
+            found.append(_search(latent, z))
         except SolveError as error:
             errors.append(error)
     if not found:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from scipy.linalg import cholesky
 
 from fem_diffusion import files
@@ -20,7 +20,7 @@ from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.progress import bar
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["Chains", "Kernel", "State", "diagnosed", "learnt", "settle", "walk"]
+__all__ = ["Begin", "Chains", "Kernel", "State", "diagnosed", "learnt", "settle", "walk"]
 
 # Draws of each chain between two looks at how well they mix, and seconds between two writes.
 _BLOCK, _PAUSE = 100, 30.0
@@ -29,6 +29,8 @@ _RHAT, _ENOUGH = 1.01, 400.0
 _REMEDY = "Name another file, or remove it to start again."
 
 State = dict[str, np.ndarray]
+# Where chains start (chains, r), and centre (r,) and factor F (r, r) of a Gaussian N(centre, F Fᵀ) near their law.
+Begin = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +121,11 @@ def learnt(factor: np.ndarray, z: np.ndarray) -> np.ndarray:
 def diagnosed(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """R-hat, bulk and tail effective number of draws (chains, n, q): shape (q,) each; NaN below 4 draws."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (array_stats.rhat(draws, chain_axis=0, draw_axis=1),
-                array_stats.ess(draws, chain_axis=0, draw_axis=1, method="bulk"),
-                array_stats.ess(draws, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95)))
+        found = (array_stats.rhat(draws, chain_axis=0, draw_axis=1),
+                 array_stats.ess(draws, chain_axis=0, draw_axis=1, method="bulk"),
+                 array_stats.ess(draws, chain_axis=0, draw_axis=1, method="tail", prob=(0.05, 0.95)))
+    rhat, bulk, tail = (np.asarray(x, dtype=float) for x in found)
+    return rhat, bulk, tail
 
 
 @dataclass
