@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from ufl.conditional import Condition
 
 from fem_diffusion import files
+from fem_diffusion.certificate import Certificate, pack_certificate, unpack_certificate
 from fem_diffusion.checks import check_callable, check_count, check_kind, check_number, check_path
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
@@ -39,18 +40,22 @@ class Samples:
         Owned coefficients, shape (n, n_owned).
     latents : numpy.ndarray
         Shape (n, r), global; r is 0 where there is no basis.
+    certificate : Certificate or None
+        How they were made, of corrected samples.
     """
 
     V: WithGeometry
     values: np.ndarray
     latents: np.ndarray
+    certificate: Certificate | None = None
 
     def __len__(self) -> int:
         return len(self.values)
 
     def __repr__(self) -> str:
+        certificate = "" if self.certificate is None else f"\n{self.certificate}"
         return (f"Samples: {len(self)} with {self.V.dim()} unknowns in {self.V.ufl_element()} and "
-                f"{self.latents.shape[1]} latents")
+                f"{self.latents.shape[1]} latents{certificate}")
 
     def __getitem__(self, index: int | slice | Sequence[int] | np.ndarray) -> "Function | Samples":
         """One sample as a Function; some of them as Samples, by a slice, a boolean mask, or a sequence of integers."""
@@ -62,7 +67,7 @@ class Samples:
                                  "a mask of that length, or their numbers.") from error
             if chosen.ndim != 1:
                 raise InputError("Samples are chosen in one dimension: give a flat mask or sequence of numbers.")
-            return Samples(self.V, self.values[chosen], self.latents[chosen])
+            return replace(self, values=self.values[chosen], latents=self.latents[chosen])
         if not isinstance(index, Integral) or isinstance(index, bool):
             raise InputError(f"Samples are numbered by integers, slices, masks and sequences of integers, not by "
                              f"{type(index).__name__}.")
@@ -77,7 +82,7 @@ class Samples:
         if not isinstance(i, Integral) or not 0 <= i < len(self.V):
             raise InputError(f"There is no component {i!r}: the parameter has {len(self.V)}, counted from 0.")
         V = self.V[i].collapse() if len(self.V) > 1 else self.V
-        return Samples(V, by_component(self.V, self.values)[i], self.latents)
+        return replace(self, V=V, values=by_component(self.V, self.values)[i])
 
     def mean(self) -> Function:
         """Pointwise mean at the nodes."""
@@ -184,9 +189,11 @@ class Samples:
         arrays = {"key": gather_keys(self.V), "values": gather_rows(self.V, chosen.values),
                   "latents": np.asarray(chosen.latents, dtype=float)}
 
+        values = {"element": element_of(self.V), "certificate": pack_certificate(self.certificate)}
+
         def write():
             files.make_folder(folder)
-            files.write(folder / _FILE, "samples", arrays, {"element": element_of(self.V)})
+            files.write(folder / _FILE, "samples", arrays, values)
         on_root(comm, write)
         for i in range(len(self.V)):
             part = self.component(i)
@@ -224,4 +231,5 @@ def load_samples(folder: str | os.PathLike, V: WithGeometry) -> Samples:
     content = read_everywhere(V.comm, folder / _FILE, "samples", "Copy it again, or sample anew.")
     columns = own_columns(content, "key", "element", V)
     values = content.array("values", None, len(content.arrays["key"]))
-    return Samples(V, values[:, columns], content.array("latents", len(values), None))
+    return Samples(V, values[:, columns], content.array("latents", len(values), None),
+                   unpack_certificate(content, "certificate"))

@@ -1,6 +1,7 @@
 """Quantities of interest of samples: right values, and errors with a remedy."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from firedrake import (
 )
 from mpi4py import MPI
 
+from fem_diffusion.certificate import Certificate
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.coefficients import coefficients, owned_size
-from fem_diffusion.samples import Samples
+from fem_diffusion.samples import Samples, load_samples
 
 LINE = FunctionSpace(UnitIntervalMesh(4), "CG", 1)
 
@@ -107,3 +109,16 @@ def test_without_arviz_the_remedy_is_told(monkeypatch):
 def test_it_says_what_it_is():
     assert repr(_samples()) == "Samples: 40 with 5 unknowns in <CG1 on a interval> and 2 latents"
     assert isinstance(_samples()[0], Function) and len(repr(_samples()[:3])) < 120
+
+
+def test_a_certificate_stays_with_its_samples(tmp_path):
+    certificate = Certificate("surrogate moves", 1900, 0, 1400, 812.5, None, 1.004, 0.91, 2.5, 0.4, 0.02, 61.0,
+                              ("The measurement is unlike the training.",))
+    samples = replace(_samples(LINE), certificate=certificate)
+    samples.save(tmp_path)
+    for kept in (samples[2:], samples.component(0), load_samples(tmp_path, LINE)):
+        assert kept.certificate == certificate
+    words = repr(samples)
+    assert "1,900 solves in 61 s" in words and "effective sample size 812" in words and "91% of the" in words
+    assert "Pareto" not in words and "adjoint" not in words and words.endswith("unlike the training.")
+    assert load_samples(tmp_path, LINE)[:1].certificate.notes == certificate.notes

@@ -101,14 +101,14 @@ def _check_modes(observation: Observation, states: np.ndarray, c: torch.Tensor, 
 
 def decorrelated(rows: torch.Tensor, offset: torch.Tensor, covariance: torch.Tensor,
                  y: torch.Tensor) -> tuple[Layout, torch.Tensor]:
-    """The same measurement with independent noise: as it is, or in the principal axes of the noise."""
+    """The same measurements (..., k) with independent noise: as they are, or in the principal axes of the noise."""
     # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
     variance = torch.maximum(covariance.diagonal(), _FLOOR * rows.square().sum(1) + 1e-300)
-    if len(y) and not torch.equal(covariance, torch.diag(covariance.diagonal())):
+    if len(rows) and not torch.equal(covariance, torch.diag(covariance.diagonal())):
         # Each sensor in units of its own noise first: pascals beside mole fractions lose nothing.
         scale = variance.sqrt()
         values, axes = torch.linalg.eigh((covariance + torch.diag(variance - covariance.diagonal())) / scale
                                          / scale[:, None])
-        rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), axes.T @ (y / scale)
+        rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), (y / scale) @ axes
         variance = torch.maximum(values, _FLOOR * rows.square().sum(1) + 1e-14)
-    return Layout(rows[None], offset[None], variance[None], torch.ones(1, len(y), dtype=torch.bool)), y
+    return Layout(rows[None], offset[None], variance[None], torch.ones(1, len(rows), dtype=torch.bool)), y

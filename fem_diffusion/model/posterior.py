@@ -1,13 +1,16 @@
 """The posterior of one measurement by a trained model: Functions out."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from firedrake import Ensemble
 
 from fem_diffusion.checks import check_count, check_device, check_flag, check_kind, check_seed
-from fem_diffusion.diffusion import Conditioned, Sampler, log_density, sample_latents
+from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -15,6 +18,10 @@ from fem_diffusion.fields.events import event
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
+
+if TYPE_CHECKING:
+    from fem_diffusion.simulation.data_set import DataSet
+    from fem_diffusion.trust.check import Check
 
 __all__ = ["Posterior"]
 
@@ -28,26 +35,32 @@ class Posterior:
     Parameters
     ----------
     problem : InverseProblem
-        With the sensors and the noise of the measurement.
+        Of fixed sensors: those of the measurement, of a family without those that failed, and their noise.
     basis : ModalBasis
         Coordinates of the fields.
     conditioned : Conditioned
         The denoiser with the measurement built in.
+    y : numpy.ndarray
+        The measurement, shape (k,), the same on all ranks, without sensors that failed.
     tail : LinearTail or None
         What the readings tell of modes past those of the basis, where the problem is linear.
-    y : numpy.ndarray or None
-        The measurement, shape (k,), where there is a tail.
+    distance : Distance or None
+        How far the measurement is from those of the training, where these are known.
+    locate : Callable or None
+        Conditions the denoiser on other measurements (B, k) by the same sensors.
     """
 
     problem: InverseProblem
     basis: ModalBasis
     conditioned: Conditioned
+    y: np.ndarray
     tail: LinearTail | None = None
-    y: np.ndarray | None = None
+    distance: Distance | None = None
+    locate: Callable[[np.ndarray], Conditioned] | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
-               device: str = "cpu", callback: Callable[[int, float, torch.Tensor], None] | None = None,
-               progress: bool = True) -> Samples:
+               extrapolate: bool = False, device: str = "cpu",
+               callback: Callable[[int, float, torch.Tensor], None] | None = None, progress: bool = True) -> Samples:
         """Draw samples of the parameter.
 
         Parameters
@@ -58,6 +71,9 @@ class Posterior:
         refill : bool, optional
             Draw the modes past r as well, from the prior or, where the problem is linear, given the readings; where
             left out, for a Gaussian prior only.
+        extrapolate : bool
+            Draw even where the measurement is far outside the training: such samples are the start of a correction, and
+            no answer.
         device : str
             Where the network runs.
         callback : Callable, optional
@@ -67,10 +83,16 @@ class Posterior:
         Raises
         ------
         InputError
-            If a number is out of range or an argument of the wrong kind.
+            If a number is out of range or an argument of the wrong kind, or the measurement is more than twice as far
+            as all that a model which is not exact has seen.
         """
         n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
+        if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
+            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
+                             f"as all that training has seen, mostly at sensor {', '.join(self.distance.worst)}: check "
+                             "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
+                             "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
         def draw() -> np.ndarray:
@@ -79,13 +101,17 @@ class Posterior:
                                   progress=progress)[0].cpu().numpy()
         with event("sample"):
             z = on_root(self.problem.comm, draw)
-            # A stream of its own, apart from that of the latents and from those of the training pairs.
-            stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
-            values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None and self.y is not None:
-                part = self.basis.decode(z)
-                values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
-            return Samples(self.problem.M, self.problem.prior.transform_many(values), z)
+            return Samples(self.problem.M, self.problem.prior.transform_many(self.fields(z, seed, refill)), z)
+
+    def fields(self, z: np.ndarray, seed: int, refill: bool) -> np.ndarray:
+        """Coefficients (n, n_owned) of the fields, before any transform, that `sample` makes of latents (n, r)."""
+        # A stream of its own, apart from that of the latents and from those of the training pairs.
+        stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
+        values = self.basis.decode(z, stream if refill else None)
+        if not refill or self.tail is None:
+            return values
+        part = self.basis.decode(z)
+        return part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more."""
@@ -99,6 +125,47 @@ class Posterior:
         """
         z = torch.as_tensor(check_kind(samples, "samples", Samples, "what sample returned").latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())
+
+    def correct(self, solves: int = 2000, *, seed: int, draws: int | None = None,
+                log_prior: Callable[[np.ndarray], np.ndarray] | None = None, path: str | os.PathLike | None = None,
+                ensemble: Ensemble | None = None, progress: bool = True) -> Samples:
+        """Samples of the finite element posterior itself, by the forward problem, from amortised ones (collective).
+
+        Samples get weights where their density is known and near; otherwise a surrogate of the forward problem learns
+        from all solves where the posterior is, and its samples get weights or are accepted by the forward problem; with
+        exact gradients where that fails. Modes past r take part.
+
+        Parameters
+        ----------
+        solves : int
+            Forward and adjoint solves, at most; some dozens more tell what modes that are left out add to readings.
+        draws : int, optional
+            Number of samples; as many as the solves give where left out.
+        log_prior : callable, optional
+            Log density of latents, (B, r) to (B,), of a POD basis, whose latents are not standard normal.
+        path : path, optional
+            A folder that keeps the solves: the same call goes on where it was, also with more solves.
+        ensemble : firedrake.Ensemble, optional
+            Shares out the solves over its members, each with a posterior on a mesh of its own communicator.
+
+        The samples have a `certificate`. InputError is raised if an argument is out of range, or prior or noise has no
+        density; SolveError if the solves do not suffice, with what would; FileError if the folder is of another run.
+
+        Warns
+        -----
+        MeasurementWarning
+            If the residuals of the corrected samples are not those of the noise.
+        """
+        from fem_diffusion.trust.correct import correct
+
+        return correct(self, solves, seed=seed, draws=draws, log_prior=log_prior, path=path, ensemble=ensemble,
+                       progress=progress)
+
+    def check(self, solves: int = 50, *, seed: int = 0, data: "DataSet | None" = None) -> "Check":
+        """What some solves say about this posterior, in words and numbers: see `fem_diffusion.trust.check`."""
+        from fem_diffusion.trust.check import check
+
+        return check(self, solves, seed=seed, data=data)
 
     def __repr__(self) -> str:
         network = "Gaussian" if self.conditioned.network is None else "Gaussian with a network"

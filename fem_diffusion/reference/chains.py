@@ -42,6 +42,8 @@ class ChainPosterior:
     ----------
     problem : InverseProblem
         What was solved.
+    y, basis : numpy.ndarray, ModalBasis
+        The measurement (k,), and coordinates of the latents.
     draws : Samples
         Of so many chains, one chain after the other, with modes past r from the prior.
     record : Chains
@@ -51,6 +53,8 @@ class ChainPosterior:
     """
 
     problem: InverseProblem
+    y: np.ndarray
+    basis: ModalBasis
     draws: Samples
     chains: int
     record: Chains
@@ -160,7 +164,7 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
     chains = len(found.draws)
     samples = latent.samples(found.draws[:, ::every].reshape(-1, latent.r), seed)
     tell(f"{method}: {_words(found, method)}", progress and latent.everyone.rank == 0)
-    return ChainPosterior(latent.problem, samples, chains, found, method)
+    return ChainPosterior(latent.problem, latent.y, latent.basis, samples, chains, found, method)
 
 
 def _words(found: Chains, method: str) -> str:

@@ -45,6 +45,16 @@ class LaplacePosterior:
     pulls: int
 
     @property
+    def y(self) -> np.ndarray:
+        """The measurement, shape (k,)."""
+        return self.latent.y
+
+    @property
+    def basis(self) -> ModalBasis:
+        """Coordinates of the latents."""
+        return self.latent.basis
+
+    @property
     def covariance(self) -> np.ndarray:
         """Of the latents, shape (r, r)."""
         return self.factor @ self.factor.T

@@ -141,6 +141,10 @@ class LatentProblem:
 
         Where there is no derivative, central differences of the readings, by 2 r more solves each.
         """
+        return self.readings_and_gradient(z)[1:]
+
+    def readings_and_gradient(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Readings (B, k), NaN where nothing is solved or solves fail, and `energy_and_gradient`."""
         z, prior, inside = self._reached(z)
         readings, gradient = np.full((len(z), len(self.y)), np.nan), np.zeros_like(z)
         if inside.any() and self.differentiable:
@@ -155,7 +159,11 @@ class LatentProblem:
         # A state whose adjoint fails counts as failed.
         there = np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
         gradient[there] -= self._prior_slope(z[there])
-        return self.everyone.bcast((np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)))
+        return self.everyone.bcast((readings, np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)))
+
+    def noise_matrix(self, readings: np.ndarray) -> np.ndarray:
+        """What whitens the noise at readings (k,), as `whitened` and `linearised` have it: a matrix (k, k)."""
+        return self._likelihood.matrix(readings)
 
     def whitened(self, readings: np.ndarray) -> np.ndarray:
         """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).

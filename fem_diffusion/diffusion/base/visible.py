@@ -6,13 +6,15 @@ et al. 2024, doi:10.1126/science.adi5639): latents that matter little neither he
 beside the regression is noise to a measurement.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import regress, spread
 from fem_diffusion.diffusion.checks import check_pairs
 
-__all__ = ["visible_modes"]
+__all__ = ["learning_gain", "visible_modes"]
 
 # So much of a measurement's log density, in nats, may be lost; and a margin, because training sees more pairs.
 _LOSS, _MARGIN = 0.1, 1.25
@@ -56,11 +58,47 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: 
     return min(z.shape[1], round(_MARGIN * enough))
 
 
-class _Regression:
-    """Least squares and a kernel for what it leaves; `scores` holds the log density of each held-out measurement."""
+def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> tuple[float, float] | None:
+    """Log density of a held-out measurement, in nats, that twice as many pairs would gain; None where they are too few.
 
-    def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True):
-        held_out = round(_HELD_OUT * len(z))
+    From what a quarter, a half and all of at most 2,000 of them reach, and how fast that grows. Beside it, what a
+    regression on these misses of the readings, root mean square in units of the noise: where that is much, and more
+    pairs gain little, nothing is learned yet; NaN where the noise is not known. Arguments as for `visible_modes`.
+    """
+    n = len(z)
+    check_pairs(z, y)
+    few = min(n, _LOOKED_AT)
+    if few < 4 * max(_FEWEST, z.shape[1] + 2):
+        return None
+    z, y = z[:few].double().cpu(), y[:few].double().cpu()
+    unit = spread(y - y.mean(0))
+    z, y = (z - z.mean(0)) / spread(z - z.mean(0)), (y - y.mean(0)) / unit
+    noise = y.new_zeros(len(unit), len(unit)) if noise_covariance is None else (
+        noise_covariance.double().cpu() / unit / unit[:, None])
+    weights = torch.ones(z.shape[1], dtype=z.dtype)
+    for _ in range(_ROUNDS):
+        weights = _Regression(z[:few // 2], y[:few // 2], noise, weights).importance().sqrt()
+    held_out = round(_HELD_OUT * few)
+    reached = []
+    for size in (few // 4, few // 2, few):
+        rows = torch.arange(held_out + round((1 - _HELD_OUT) * size))
+        found = _Regression(z[rows], y[rows], noise, weights, held_out=held_out)
+        reached.append(float(found.scores.mean()))
+    first, second = (max(b - a, 0.0) for a, b in zip(reached, reached[1:]))
+    falls = min(1.0, second / first) if first > 0 else 1.0
+    missed = (found.left / noise.diagonal()).mean().sqrt() if bool((noise.diagonal() > 0).all()) else torch.nan
+    return second * falls**(1 + math.log2(n / few)), float(missed)
+
+
+class _Regression:
+    """Least squares and a kernel for what it leaves.
+
+    `scores` holds the log density of each held-out measurement, `left` the mean square (k,) of what is missed of them.
+    """
+
+    def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True,
+                 held_out: int | None = None):
+        held_out = round(_HELD_OUT * len(z)) if held_out is None else held_out
         self.weights, self.train = weights / weights.sum().clamp(min=1e-300), z[held_out:]
         fewest = len(self.train) // 2
         # Least squares on as many latents as pairs would fit noise.
@@ -68,6 +106,7 @@ class _Regression:
         self.matrix[:, :fewest] = regress(self.train[:, :fewest], y[held_out:])[0]
         rest = y - z @ self.matrix.T
         self.scores, self.root = _scores(rest[:held_out], noise)
+        self.left = rest[:held_out].square().mean(0)
         self.dual = torch.zeros_like(rest[held_out:])
         if not curved:
             return
@@ -79,6 +118,7 @@ class _Regression:
             scores, root = _scores(rest[:held_out] - seen @ fit, noise)
             if scores.mean() > self.scores.mean():
                 self.scores, self.root, self.dual = scores, root, vectors @ fit
+                self.left = (rest[:held_out] - seen @ fit).square().mean(0)
 
     def importance(self) -> Tensor:
         """Mean square of the derivative of the readings by each latent, in units of what is noise to them."""
