@@ -22,14 +22,17 @@ from fem_diffusion.diffusion.sampling.support import Support, find_support
 from fem_diffusion.diffusion.training.collapse import Collapse, CollapseWarning, measure_collapse
 from fem_diffusion.diffusion.training.fit import fit_denoiser
 from fem_diffusion.diffusion.training.loop import History, TrainingOptions
-from fem_diffusion.diffusion.training.range import FamilyWarning, TrainingRange
+from fem_diffusion.diffusion.training.range import (
+    Distance, FamilyWarning, MeasurementWarning, TrainingRange, measure_distance,
+)
 
 __all__ = [
-    "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Emulator", "EmulatorDensity",
-    "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise", "History",
-    "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "NETWORKS", "ResidualMLP", "Sampler", "ScoreModule",
-    "ScoreNetwork", "SensorNetwork", "Spectrum", "Support", "TrainingOptions", "TrainingRange", "as_noise", "churn",
-    "constant_moment", "emulator_density", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_spectrum",
-    "hamiltonian_move", "linear_base", "log_density", "measure_collapse", "place_angles", "plain_base",
-    "sample_latents", "straight_line", "sub_variance_preserving", "variance_exploding", "variance_preserving",
+    "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Distance", "Emulator",
+    "EmulatorDensity", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise",
+    "History", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "MeasurementWarning", "NETWORKS",
+    "ResidualMLP", "Sampler", "ScoreModule", "ScoreNetwork", "SensorNetwork", "Spectrum", "Support", "TrainingOptions",
+    "TrainingRange", "as_noise", "churn", "constant_moment", "emulator_density", "find_support", "fit_base",
+    "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move", "linear_base", "log_density",
+    "measure_collapse", "measure_distance", "place_angles", "plain_base", "sample_latents", "straight_line",
+    "sub_variance_preserving", "variance_exploding", "variance_preserving",
 ]

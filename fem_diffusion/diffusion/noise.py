@@ -1,6 +1,7 @@
 """Noise models: what separates a measurement from the noise-free observation of the state."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from math import log, pi
 
@@ -98,6 +99,16 @@ class GaussianNoise:
         diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).reshape(-1, y.shape[-1]).mean(0)
         matrix = torch.diag(diagonal)
         return matrix if self._matrix is None else matrix + self._matrix.to(y)
+
+    def select(self, sensors: Tensor) -> "GaussianNoise":
+        """Noise of some of the sensors, by their numbers."""
+        # The parts are sound already, and a sensor without noise of its own stays one.
+        part = copy(self)
+        part.std, part.relative = (x[sensors] if x.ndim else x for x in (self.std, self.relative))
+        if self._matrix is not None:
+            part._matrix = self._matrix[sensors][:, sensors]
+            part._factor = _factor(part._matrix)
+        return part
 
     @property
     def constant(self) -> bool:

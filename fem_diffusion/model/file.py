@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fem_diffusion import files
+from fem_diffusion.checks import LARGEST
 from fem_diffusion.diffusion import Denoiser, GaussianNoise, TrainingRange
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.errors import FileError
@@ -31,6 +32,12 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
 
     if model.rows is not None:
         arrays = arrays | {"rows": gather_rows(model.basis.V, model.rows)}
+
+    if model.seen is not None:
+        arrays = arrays | {"seen": model.seen.numpy()}
+
+    if model.near is not None:
+        arrays = arrays | {"near": model.near}
 
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
@@ -58,6 +65,13 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     if "rows" in content.arrays:
         rows = content.array("rows", denoiser.base.k, len(content.arrays["basis.key"]))
         parts["rows"] = rows[:, own_columns(content, "basis.key", "basis.element", problem.V)]
+    if "seen" in content.arrays:
+        seen = content.array("seen", None, denoiser.base.k)
+        if (np.abs(seen) > LARGEST).any():
+            raise content.error("holds readings too large to calculate with")
+        parts["seen"] = torch.from_numpy(seen)
+    if "near" in content.arrays:
+        parts["near"] = content.array("near", denoiser.base.k)
     if not problem.family:
         return parts
     states = unpack_basis(content, "states", problem.U)

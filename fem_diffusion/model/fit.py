@@ -37,6 +37,8 @@ __all__ = ["fit"]
 _MOST_POD, _PAIRS_A_MODE = 128, 4
 # What modes may miss of a reading, in units of its noise.
 _MISSED = 0.25
+# Pairs with which measurements are compared.
+_SEEN = 1000
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
@@ -80,6 +82,9 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         raise InputError("A family has a network over its sensors: leave network out.")
     if not len(data) or len(data.coefficients) != len(data):
         raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
+    if data.chosen:
+        raise DataError(f"The last {data.chosen} pairs were chosen by refine, near a measurement, and are of no prior "
+                        "draw: give the data set of simulate, or refine(model, data, y, n) again.")
     if not problem.comm.allreduce(data.coefficients.shape[1:] == (owned_size(problem.V),), MPI.LAND):
         raise DataError(f"The data set holds fields of another space than {problem.V}: simulate the problem itself.")
     if problem.k not in (None, data.readings.shape[1]):
@@ -107,7 +112,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
     linear, rows = _rest(problem, data, basis, denoiser, given)
-    model = Model(problem, basis, denoiser, history, states, shown, linear, rows)
+    some = np.unique(np.linspace(0, len(seen) - 1, _SEEN).round().astype(int))
+    model = Model(problem, basis, denoiser, history, states, shown, linear, rows, seen[some].double())
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model

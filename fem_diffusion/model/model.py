@@ -10,10 +10,12 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import check_kind, check_readings
-from fem_diffusion.diffusion import Denoiser, GaussianNoise, History, Layout, TrainingRange, as_noise
+from fem_diffusion.diffusion import (
+    Denoiser, Distance, GaussianNoise, History, Layout, TrainingRange, as_noise, measure_distance,
+)
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
-from fem_diffusion.fields.coefficients import owned_size
+from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
 from fem_diffusion.model.file import read_model, write_model
@@ -23,6 +25,11 @@ from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
 
 __all__ = ["Model", "check_basis", "check_law", "load_model"]
+
+# An affine emulator whose error is below this share of the noise's variance holds outside the training, too.
+_EXACT = 1e-2
+# Readings that make up a law.
+_FEWEST = 3
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,6 +58,11 @@ class Model:
         is known then.
     rows : numpy.ndarray or None
         Their derivative as pairs show it, shape (k, n_owned), where the solver has none; for the mesh of the training.
+    seen : Tensor or None
+        What some of the training pairs read without noise, shape (n, k), of a family their state coordinates (n, s): a
+        measurement is compared with them, where they are there.
+    near : numpy.ndarray or None
+        The one measurement that it is refined for, shape (k,), by `refine`.
 
     InputError where one does not fit the others.
     """
@@ -63,6 +75,8 @@ class Model:
     range: TrainingRange | None = None
     linear: bool = False
     rows: np.ndarray | None = None
+    seen: torch.Tensor | None = None
+    near: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_law(check_basis(self.basis, self.problem), self.problem)
@@ -75,6 +89,8 @@ class Model:
         if self.problem.k not in (None, self.denoiser.base.k):
             raise InputError(f"The problem has {self.problem.k} sensors and the model {self.denoiser.base.k}: pass a "
                              "problem with the sensors of the training.")
+        if self.seen is not None and self.seen.shape[1:] != (self.denoiser.base.k,):
+            raise InputError(f"seen has the shape {tuple(self.seen.shape)}: give what the pairs of the training read.")
         fits = self.rows is None or self.rows.shape == (self.denoiser.base.k, owned_size(self.problem.V))
         if not self.problem.comm.allreduce(fits, MPI.LAND):
             raise InputError("What pairs told of the modes left out belongs to the mesh of the training: give rows=None"
@@ -110,6 +126,8 @@ class Model:
 
         Warns
         -----
+        MeasurementWarning
+            If the measurement is unlike those of the training: one in a hundred is that belongs to them.
         FamilyWarning
             If the sensors are far outside the training family.
         """
@@ -118,7 +136,14 @@ class Model:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
             y = check_readings(y, self.denoiser.base.k, self.problem.names)
-            return Posterior(self.problem, self.basis, self.denoiser.at(torch.from_numpy(y)[None]), self.tail, y)
+            if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
+                raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
+                                 "model that was refined, or refine that for this measurement.")
+            conditioned = self.denoiser.at(torch.from_numpy(y)[None])
+            distance = self._distance(self.seen, self.denoiser.base.emulator.residual, self.problem, y)
+            if distance is not None:
+                distance.warn()
+            return Posterior(self.problem, self.basis, conditioned, y, self.tail, distance)
         observation = no_sensors(self.states.V) if observation is None else observation
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
@@ -137,9 +162,38 @@ class Model:
         present = torch.ones(1, len(there), dtype=torch.bool)
         seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
-        layout, reading = decorrelated(rows, offset, covariance, reading)
-        problem = replace(self.problem, observation=observation, noise=law)
-        return Posterior(problem, self.basis, self.denoiser.at(reading[None], layout))
+        layout, whole = decorrelated(rows, offset, covariance, reading)
+        chosen = observation[there.numpy()] if len(there) else no_sensors(self.states.V)
+        law = law.select(there) if isinstance(law, GaussianNoise) and len(there) else None
+        problem = replace(self.problem, observation=chosen, noise=law)
+        conditioned = self.denoiser.at(whole[None], layout)
+        seen = None if self.seen is None or not len(there) else self.seen @ rows.T + offset
+        distance = self._distance(seen, rows @ self.denoiser.base.emulator.residual @ rows.T + covariance, problem,
+                                  reading.numpy())
+        if distance is not None:
+            distance.warn()
+        return Posterior(problem, self.basis, conditioned, reading.numpy(), None, distance)
+
+    def _distance(self, seen: torch.Tensor | None, residual: torch.Tensor, problem: InverseProblem,
+                  y: np.ndarray) -> Distance | None:
+        """How far a measurement is from training readings (n, k), and whether a model is out of its depth there.
+
+        The residual (k, k) is the covariance of noise and emulator error.
+        """
+        if seen is None or len(seen) < _FEWEST:
+            return None
+        noise, emulator = problem.noise, self.denoiser.base.emulator
+
+        def run() -> Distance:
+            found = measure_distance(seen, noise, torch.tensor(y), problem.names or range(len(y)))
+            exact = self.denoiser.network is None and emulator.head is None and isinstance(noise, GaussianNoise)
+            if isinstance(noise, GaussianNoise) and exact and found.far:
+                covariance = noise.covariance(seen)
+                unit = covariance.diagonal().clamp(min=1e-300).sqrt()
+                left = float(((residual - covariance).diagonal() / unit**2).max())
+                exact = left < _EXACT
+            return replace(found, far=found.far and not exact)
+        return on_root(problem.comm, run)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write all but the problem to one safetensors file, from which `load_model` reads it on any number of ranks.
@@ -167,7 +221,7 @@ class Model:
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
-                f"{network}")
+                f"{network}" + ", refined for one measurement" * (self.near is not None))
 
     def __repr__(self) -> str:
         return f"Model: {self.summary}\n{self.problem!r}"

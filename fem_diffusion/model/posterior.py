@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fem_diffusion.checks import check_count, check_device, check_flag, check_kind, check_seed
-from fem_diffusion.diffusion import Conditioned, Sampler, log_density, sample_latents
+from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -28,26 +28,29 @@ class Posterior:
     Parameters
     ----------
     problem : InverseProblem
-        With the sensors and the noise of the measurement.
+        Of fixed sensors: those of the measurement, of a family without those that failed, and their noise.
     basis : ModalBasis
         Coordinates of the fields.
     conditioned : Conditioned
         The denoiser with the measurement built in.
+    y : numpy.ndarray
+        The measurement, shape (k,), the same on all ranks, without sensors that failed.
     tail : LinearTail or None
         What the readings tell of modes past those of the basis, where the problem is linear.
-    y : numpy.ndarray or None
-        The measurement, shape (k,), where there is a tail.
+    distance : Distance or None
+        How far the measurement is from those of the training, where these are known.
     """
 
     problem: InverseProblem
     basis: ModalBasis
     conditioned: Conditioned
+    y: np.ndarray
     tail: LinearTail | None = None
-    y: np.ndarray | None = None
+    distance: Distance | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
-               device: str = "cpu", callback: Callable[[int, float, torch.Tensor], None] | None = None,
-               progress: bool = True) -> Samples:
+               extrapolate: bool = False, device: str = "cpu",
+               callback: Callable[[int, float, torch.Tensor], None] | None = None, progress: bool = True) -> Samples:
         """Draw samples of the parameter.
 
         Parameters
@@ -58,6 +61,9 @@ class Posterior:
         refill : bool, optional
             Draw the modes past r as well, from the prior or, where the problem is linear, given the readings; where
             left out, for a Gaussian prior only.
+        extrapolate : bool
+            Draw even where the measurement is far outside the training: such samples are the start of a correction, and
+            no answer.
         device : str
             Where the network runs.
         callback : Callable, optional
@@ -67,10 +73,16 @@ class Posterior:
         Raises
         ------
         InputError
-            If a number is out of range or an argument of the wrong kind.
+            If a number is out of range or an argument of the wrong kind, or the measurement is more than twice as far
+            as all that a model which is not exact has seen.
         """
         n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
+        if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
+            raise InputError("The model does not extrapolate to this measurement, which is more than twice as far as "
+                             f"all that training has seen: {', '.join(self.distance.worst)} read otherwise. Check those"
+                             " sensors; or take laplace(problem, y), which needs no training, or "
+                             "posterior.correct(...), which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
         def draw() -> np.ndarray:
@@ -82,7 +94,7 @@ class Posterior:
             # A stream of its own, apart from that of the latents and from those of the training pairs.
             stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
             values = self.basis.decode(z, stream if refill else None)
-            if refill and self.tail is not None and self.y is not None:
+            if refill and self.tail is not None:
                 part = self.basis.decode(z)
                 values = part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
             return Samples(self.problem.M, self.problem.prior.transform_many(values), z)

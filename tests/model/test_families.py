@@ -13,12 +13,12 @@ from mpi4py import MPI
 
 from fem_diffusion import (
     AdvectionDiffusion, Boundary, CallableNoise, DataSet, FamilyWarning, GaussianNoise, GaussianPrior, InverseProblem,
-    Physics, Sampler, SensorFamily, SensorKind, TimeSteps, TrainingOptions, TransformedPrior,
+    MeasurementWarning, Physics, Sampler, SensorFamily, SensorKind, TimeSteps, TrainingOptions, TransformedPrior,
     TransientAdvectionDiffusion, exact, fit, functionals, karhunen_loeve, line_averages, load_model, patch_averages,
     point_sensors, random_points, simulate,
 )
 from fem_diffusion.comparison import moment_p_values
-from fem_diffusion.diffusion import SensorNetwork, Spectrum
+from fem_diffusion.diffusion import SensorNetwork, Spectrum, as_noise
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.errors import DataError, InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
@@ -86,7 +86,9 @@ def test_layouts_never_seen_have_the_exact_posterior():
         assert min(_p_values(posterior, right, basis)) > 1e-4
         # The same sampler with readings in another order is wrong, and is seen to be.
         if len(y) > 1:
-            wrong = model.condition(y[::-1].copy(), observation, GaussianNoise(std=std))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", MeasurementWarning)
+                wrong = model.condition(y[::-1].copy(), observation, GaussianNoise(std=std))
             assert min(_p_values(wrong, right, basis)) < 1e-6
 
 
@@ -130,7 +132,19 @@ def test_failed_sensors_are_left_out_and_none_leave_the_prior(job):
     failed = model.condition([y[0], np.nan, y[2]], points, noise).sample(50, seed=0)
     less = model.condition(y[[0, 2]], points[[0, 2]], GaussianNoise(std=0.05)).sample(50, seed=0)
     np.testing.assert_allclose(failed.values, less.values, rtol=1e-9)
+    # The problem is that of the sensors that are there, whatever their noise is.
+    covariance = np.array([[4.0, 0.0, 1.0], [0.0, 4.0, 0.0], [1.0, 0.0, 9.0]]) * 1e-4
+    for law, same in ((noise, [0.05, 0.05]), (GaussianNoise(covariance=covariance), None),
+                      (GaussianNoise(0.05, relative=[0.1, 0.2, 0.3]), GaussianNoise(0.05, relative=[0.1, 0.3]))):
+        posterior = model.condition([y[0], np.nan, y[2]], points, law)
+        problem, two = posterior.problem, torch.tensor(y[[0, 2]])[None]
+        expected = GaussianNoise(covariance=covariance[::2, ::2]) if same is None else as_noise(same)
+        np.testing.assert_array_equal(posterior.y, y[[0, 2]])
+        np.testing.assert_allclose(problem.noise.covariance(two), expected.covariance(two))
+        assert problem.k == 2 and problem.names == (points.names[0], points.names[2])
+        np.testing.assert_allclose(problem.readings(prior.mean.dat.data_ro[None]), two)
     for nothing in (model.condition([]), model.condition(3 * [np.nan], points, noise)):
+        assert nothing.problem.k == 0 and nothing.y.shape == (0,)
         latents = nothing.sample(3000, seed=1).latents
         assert min(moment_p_values(latents, np.zeros(model.basis.r), np.eye(model.basis.r))) > 1e-4
 
