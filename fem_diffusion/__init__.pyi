@@ -31,10 +31,12 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as Adve
 from fem_diffusion.forward.callable import CallableForward as CallableForward
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
+from fem_diffusion.forward.taped import Taped as Taped
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion as TransientAdvectionDiffusion
 from fem_diffusion.model.fit import fit as fit
 from fem_diffusion.model.model import Model as Model, load_model as load_model
 from fem_diffusion.model.posterior import Posterior as Posterior
+from fem_diffusion.model.refine import refine as refine
 from fem_diffusion.observation.family import SensorFamily as SensorFamily, SensorKind as SensorKind
 from fem_diffusion.observation.instruments import (
     line_averages as line_averages, patch_averages as patch_averages, random_points as random_points,
@@ -51,8 +53,13 @@ from fem_diffusion.prior.transformed import (
 )
 from fem_diffusion.problem import InverseProblem as InverseProblem
 from fem_diffusion.reference.exact import ExactPosterior as ExactPosterior, exact as exact
-from fem_diffusion.reference.hmc import ChainPosterior as ChainPosterior, hmc as hmc
+from fem_diffusion.reference.chains import ChainPosterior as ChainPosterior, ConvergenceWarning as ConvergenceWarning
+from fem_diffusion.reference.hmc import hmc as hmc
+from fem_diffusion.reference.laplace import LaplacePosterior as LaplacePosterior, laplace as laplace
+from fem_diffusion.reference.pcn import pcn as pcn
+from fem_diffusion.reference.point import MapPoint as MapPoint, map_point as map_point
 from fem_diffusion.samples import Samples as Samples, load_samples as load_samples
+from fem_diffusion.simulation.journal import Journal as Journal
 from fem_diffusion.simulation.simulate import (
     DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
     simulated_parameter as simulated_parameter,

@@ -92,7 +92,7 @@ def exact_reference(problem, y, seed):
 
 def hmc_reference(problem, y, seed, progress):
     """Posterior by Hamiltonian Monte Carlo, its Monte Carlo error below 1 %."""
-    found = hmc(problem, y, seed=seed, draws=300, progress=progress)
+    found = hmc(problem, y, seed=seed, chains=100, draws=300, progress=progress)
     mean, mean_error, std, std_error, lower, upper = map(coefficients, (
         found.mean(), found.mean_error(), found.std(), found.std_error(), found.quantile(0.025), found.quantile(0.975)))
     return {"mean": mean, "std": std, "band": (mean, lower, upper), "acceptance": found.acceptance,

@@ -95,7 +95,7 @@ def reference_posterior(file, problem, y, seed, draws, progress):
         kept = np.load(file)
         if kept["y"].shape == y.shape and np.allclose(kept["y"], y):
             return SimpleNamespace(**kept)
-    found = hmc(problem, y, seed=seed, draws=draws, step=0.15, leaps=6, progress=progress)
+    found = hmc(problem, y, seed=seed, chains=100, draws=draws, progress=progress)
     parts = {name: coefficients(getattr(found, name)()) for name in ("mean", "std", "mean_error", "std_error")}
     parts |= {"lower": coefficients(found.quantile(0.025)), "upper": coefficients(found.quantile(0.975))}
     parts |= {"acceptance": found.acceptance}

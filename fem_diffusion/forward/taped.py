@@ -136,15 +136,15 @@ class Taped(CallableForward):
             missing = np.abs(comm.allreduce(pulled @ part) - weights @ change)
             share = float(missing.max(initial=0.0)) / (1.0 if few else max(good.sum(), 1)**0.5)
             if share > _MISSED + doubts[good].max(initial=0.0):
-                self._refuse(share, i, not comm.allreduce(bool(pulled.any()), MPI.LOR))
+                self._refuse(share, i, not largest(comm, pulled * (part != 0)) > 0)
         self._trusted = True
 
     def _refuse(self, share: float, i: int, nothing: bool) -> None:
         """InputError: a share of the change with component i of the parameter is missing on the tape."""
         of = f" (component {i})" if len(self.M) > 1 else ""
         if nothing:
-            raise InputError(f"The state changes with the parameter{of}, and the tape of firedrake.adjoint knows nothing "
-                             f"of it: {_REMEDY}.")
+            raise InputError(f"The state changes with the parameter{of}, and the tape of firedrake.adjoint knows "
+                             f"nothing of it: {_REMEDY}.")
         raise InputError(f"The derivative that firedrake.adjoint records misses {share:.0%} of how the state changes "
                          f"with the parameter{of}: {_REMEDY}; where little is missing, give measures a quadrature "
                          "degree, such as dx(degree=4).")
@@ -162,24 +162,28 @@ class Taped(CallableForward):
             return np.sqrt(comm.allreduce(((rows * x)**2).sum(axis=1))) + np.abs(comm.allreduce(rows @ x))
         level = size(state[1])
         for step in _STEPS:
-            with contextlib.suppress(SolveError, ConvergenceError):
+            try:
                 whole, half = ((self._plain(base + h * along, state[0]) - self._plain(base - h * along, state[0]))
                                / (2 * h) for h in (step, step / 2))
-                change = (4 * half - whole) / 3
-                sizes = size(change)
-                sizes[sizes <= _ROUNDING / step * level] = 0.0
-                doubts = np.abs(comm.allreduce(rows @ (whole - half))) / np.where(sizes > 0, sizes, np.inf)
-                relative = sizes / np.where(level > 0, level, 1.0)
-                worst = float(doubts[relative >= _SMALL * relative.max(initial=0.0)].max(initial=0.0))
-                if found is None or worst < found[0]:
-                    found = worst, comm.allreduce(rows @ change), sizes, doubts
-                if worst < _SETTLED:
-                    break
+            except InputError:
+                raise
+            except Exception:   # whatever a solver of the user's own raises where it finds no state
+                continue
+            change = (4 * half - whole) / 3
+            sizes = size(change)
+            sizes[sizes <= _ROUNDING / step * level] = 0.0
+            doubts = np.abs(comm.allreduce(rows @ (whole - half))) / np.where(sizes > 0, sizes, np.inf)
+            relative = sizes / np.where(level > 0, level, 1.0)
+            worst = float(doubts[relative >= _SMALL * relative.max(initial=0.0)].max(initial=0.0))
+            if found is None or worst < found[0]:
+                found = worst, comm.allreduce(rows @ change), sizes, doubts
+            if worst < _SETTLED:
+                break
         if found is None or found[0] > _UNSETTLED:
             raise InputError("Differences of the forward problem do not settle"
                              + (", because its solves fail" if found is None else f" (to {found[0]:.0%} at best)")
-                             + ", so a derivative cannot be checked: tighten the solver's tolerances, or look for jumps "
-                             "in how the state depends on the parameter.")
+                             + ", so a derivative cannot be checked: tighten the solver's tolerances, or look for "
+                             "jumps in how the state depends on the parameter.")
         return found[1:]
 
     def _plain(self, values: np.ndarray, U: WithGeometry) -> np.ndarray:
@@ -195,13 +199,15 @@ class Taped(CallableForward):
             return last
         self._last = None   # whatever happens next
         if self._pulls is not None:
-            return self._of_functional(values)
+            return self._of_functional(values, self._pulls)
         with _own_tape(True) as tape:
             start = field(self.M, values)
             control = _Start(start)
             try:
+                u = _state(super().__call__(start), self.U)
+                continue_annotation()   # which a solver that records by itself has paused
                 # A copy is ours: the user may use the same Functions for the next solve.
-                end = _state(super().__call__(start), self.U).copy(deepcopy=True)
+                end = u.copy(deepcopy=True)
             except (SolveError, ConvergenceError, InputError):
                 raise
             except Exception as error:
@@ -209,7 +215,10 @@ class Taped(CallableForward):
                 raise
             state = end.function_space(), coefficients(end)
         _release(tape, end)
-        self._last = _Solved(values, state, lambda row: compute_derivative(end, control, tape=tape, adj_value=row), tape)
+
+        def pull(row: Cofunction) -> Cofunction | None:
+            return compute_derivative(end, control, tape=tape, adj_value=row)
+        self._last = _Solved(values, state, pull, tape)
         return self._last
 
     def _explain(self, values: np.ndarray, error: Exception) -> None:
@@ -221,13 +230,13 @@ class Taped(CallableForward):
         raise InputError(f"firedrake.adjoint cannot record the forward problem ({type(error).__name__}: "
                          f"{' '.join(str(error).split())}): give an object with sensitivity(m, rows).") from error
 
-    def _of_functional(self, values: np.ndarray) -> "_Solved":
+    def _of_functional(self, values: np.ndarray, derivative: Callable) -> "_Solved":
         """A solve by an object with a derivative; none is kept, because others may use it meanwhile."""
         tape = getattr(self.function, "tape", None)
         with _own_tape(False, tape):
             u = _state(super().__call__(field(self.M, values)), self.U)
             state = u.function_space(), coefficients(u)
-        return _Solved(values, state, lambda row: self._pulls(adj_input=row), tape)
+        return _Solved(values, state, lambda row: derivative(adj_input=row), tape)
 
     def _pulled(self, solved: "_Solved", rows: np.ndarray) -> np.ndarray:
         """Derivative (k, n_owned of M) of rows (k, n_owned of U)."""
@@ -260,7 +269,7 @@ class _Start(Control):
 
 @contextlib.contextmanager
 def _own_tape(record: bool, tape: Tape | None = None) -> Iterator[Tape]:
-    """A tape that works, and records or not; the user's tape works again after, and runs if it did, whatever happens."""
+    """A tape that works, and records or not; after it the user's own works again, and runs if it did."""
     running = annotate_tape()
     try:
         with set_working_tape(tape) as own:
@@ -292,7 +301,7 @@ def _factors_kept(tape: Tape) -> Iterator[None]:
 
 def _release(tape: Tape, end: Function) -> None:
     """Let all Functions but `end` forget a tape, so that the next one sees the values that they have then."""
-    # What another tape may hold goes on as an input of it where it was written into, as after stop_annotating(modifies).
+    # What another tape may hold is an input to it where it was written into, as after stop_annotating(modifies).
     alone = not annotate_tape() and not get_working_tape().get_blocks()
     for block in tape.get_blocks():
         for variable in [*block.get_outputs(), *(block.get_dependencies() if alone else ())]:

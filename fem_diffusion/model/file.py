@@ -36,6 +36,9 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     if model.seen is not None:
         arrays = arrays | {"seen": model.seen.numpy()}
 
+    if model.near is not None:
+        arrays = arrays | {"near": model.near}
+
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
         seen, shown = pack({"range": model.range})
@@ -67,6 +70,8 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
         if (np.abs(seen) > LARGEST).any():
             raise content.error("holds readings too large to calculate with")
         parts["seen"] = torch.from_numpy(seen)
+    if "near" in content.arrays:
+        parts["near"] = content.array("near", denoiser.base.k)
     if not problem.family:
         return parts
     states = unpack_basis(content, "states", problem.U)

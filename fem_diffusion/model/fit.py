@@ -82,6 +82,9 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         raise InputError("A family has a network over its sensors: leave network out.")
     if not len(data) or len(data.coefficients) != len(data):
         raise DataError(f"The data set holds {len(data.coefficients)} fields and {len(data)} readings: simulate first.")
+    if data.chosen:
+        raise DataError(f"The last {data.chosen} pairs were chosen by refine, near a measurement, and are of no prior "
+                        "draw: give the data set of simulate, or refine(model, data, y, n) again.")
     if not problem.comm.allreduce(data.coefficients.shape[1:] == (owned_size(problem.V),), MPI.LAND):
         raise DataError(f"The data set holds fields of another space than {problem.V}: simulate the problem itself.")
     if problem.k not in (None, data.readings.shape[1]):

@@ -61,6 +61,8 @@ class Model:
     seen : Tensor or None
         What some of the training pairs read without noise, shape (n, k), of a family their state coordinates (n, s): a
         measurement is compared with them, where they are there.
+    near : numpy.ndarray or None
+        The one measurement that it is refined for, shape (k,), by `refine`.
 
     InputError where one does not fit the others.
     """
@@ -74,6 +76,7 @@ class Model:
     linear: bool = False
     rows: np.ndarray | None = None
     seen: torch.Tensor | None = None
+    near: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         check_law(check_basis(self.basis, self.problem), self.problem)
@@ -133,6 +136,9 @@ class Model:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
             y = check_readings(y, self.denoiser.base.k, self.problem.names)
+            if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
+                raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
+                                 "model that was refined, or refine that for this measurement.")
 
             def fixed(y: np.ndarray) -> Conditioned:
                 return self.denoiser.at(torch.from_numpy(y))
@@ -183,7 +189,7 @@ class Model:
         noise, emulator = problem.noise, self.denoiser.base.emulator
 
         def run() -> Distance:
-            found = measure_distance(seen, noise, torch.tensor(y), problem.names or range(len(y)))
+            found = measure_distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
             exact = self.denoiser.network is None and emulator.head is None and isinstance(noise, GaussianNoise)
             if isinstance(noise, GaussianNoise) and exact and found.far:
                 covariance = noise.covariance(seen)
@@ -219,7 +225,7 @@ class Model:
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
-                f"{network}")
+                f"{network}" + ", refined for one measurement" * (self.near is not None))
 
     def __repr__(self) -> str:
         return f"Model: {self.summary}\n{self.problem!r}"

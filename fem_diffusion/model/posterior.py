@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from firedrake import Ensemble
 
 from fem_diffusion.checks import check_count, check_device, check_flag, check_kind, check_seed
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
@@ -125,6 +126,41 @@ class Posterior:
         """
         z = torch.as_tensor(check_kind(samples, "samples", Samples, "what sample returned").latents)[None]
         return on_root(self.problem.comm, lambda: log_density(self.conditioned, z)[0].numpy())
+
+    def correct(self, solves: int = 2000, *, seed: int, draws: int | None = None,
+                log_prior: Callable[[np.ndarray], np.ndarray] | None = None, path: str | os.PathLike | None = None,
+                ensemble: Ensemble | None = None, progress: bool = True) -> Samples:
+        """Samples of the finite element posterior itself, by the forward problem, from amortised ones (collective).
+
+        Samples get weights where their density is known and near; otherwise a surrogate of the forward problem learns
+        from all solves where the posterior is, and its samples get weights or are accepted by the forward problem; with
+        exact gradients where that fails. Modes past r take part.
+
+        Parameters
+        ----------
+        solves : int
+            Forward and adjoint solves, at most; some dozens more tell what modes that are left out add to readings.
+        draws : int, optional
+            Number of samples; as many as the solves give where left out.
+        log_prior : callable, optional
+            Log density of latents, (B, r) to (B,), of a POD basis, whose latents are not standard normal.
+        path : path, optional
+            A folder that keeps the solves: the same call goes on where it was, also with more solves.
+        ensemble : firedrake.Ensemble, optional
+            Shares out the solves over its members, each with a posterior on a mesh of its own communicator.
+
+        The samples have a `certificate`. InputError is raised if an argument is out of range, or prior or noise has no
+        density; SolveError if the solves do not suffice, with what would; FileError if the folder is of another run.
+
+        Warns
+        -----
+        MeasurementWarning
+            If the residuals of the corrected samples are not those of the noise.
+        """
+        from fem_diffusion.trust.correct import correct
+
+        return correct(self, solves, seed=seed, draws=draws, log_prior=log_prior, path=path, ensemble=ensemble,
+                       progress=progress)
 
     def check(self, solves: int = 50, *, seed: int = 0, data: "DataSet | None" = None) -> "Check":
         """What some solves say about this posterior, in words and numbers: see `fem_diffusion.trust.check`."""

@@ -27,6 +27,8 @@ class ExactPosterior:
     ----------
     problem, prior : InverseProblem, GaussianCore
         Affine with Gaussian noise, and its prior.
+    y : numpy.ndarray
+        The measurement, shape (k,).
     rows, innovation : numpy.ndarray
         Derivative of the readings by the parameter (k, n_owned), and measurement minus the readings at the prior mean
         (k,), in units of the noise.
@@ -36,6 +38,7 @@ class ExactPosterior:
 
     problem: InverseProblem
     prior: GaussianCore
+    y: np.ndarray
     rows: np.ndarray
     innovation: np.ndarray
     gain: np.ndarray
@@ -101,4 +104,4 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
         raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
                          "hmc.")
     gain = np.linalg.solve(seen + np.eye(len(seen)), cross)
-    return ExactPosterior(problem, prior, rows, whiten @ y - offset, gain, cross)
+    return ExactPosterior(problem, prior, y, rows, whiten @ y - offset, gain, cross)

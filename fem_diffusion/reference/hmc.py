@@ -1,163 +1,224 @@
 """Posteriors by Hamiltonian Monte Carlo with the finite element model itself, in the latents of a Gaussian field."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_flag, check_number, check_seed, stream
-from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
-from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.checks import check_count, check_flag, check_seed, stream
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import field
-from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.progress import bar, tell
+from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import find_point
-from fem_diffusion.samples import Samples
+from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
 
-__all__ = ["ChainPosterior", "hmc"]
+__all__ = ["hmc", "run_hmc"]
 
-_WARMUP = 10
+# Length of a trajectory: a quarter of a period of a standard normal law, which forgets where it began. A longer one
+# than so many steps is cut; steps are stable below two.
+_TRAJECTORY, _MOST_LEAPS, _LONGEST = np.pi / 2, 64, 1.6
+# Acceptance that the step aims at (Hoffman and Gelman 2014, section 4.2), higher where steps cost no solve; and that
+# below which the linearised force is left.
+_TARGET, _FREE, _POOR, _STUCK = 0.8, 0.95, 0.6, 0.1
+_SHORTEST = 0.05           # step with the linearised force, whose acceptance no shorter one mends
+_WILD = 1000.0             # energy error from which a trajectory is given up
+# Shares of the warm-up: when the force is chosen, and when the mass is learnt anew.
+_CHOICE, _LEARN = 0.15, (0.3, 0.5, 0.75)
+_CHAINS, _WARMUP = 8, 150
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class ChainPosterior:
-    """p(m | y) as the draws of independent Markov chains, from `hmc`.
+class _Hamiltonian:
+    """Leapfrog trajectories in coordinates x, z = centre + F x, in which the posterior is near standard normal.
 
-    Parameters
-    ----------
-    problem : InverseProblem
-        What was solved.
-    draws : Samples
-        Of so many chains, one chain after the other, with modes past r from the prior.
-    acceptance : float
-        Share of accepted proposals.
+    The trajectory is reversible and keeps volume for any force that depends on the position alone (Neal 2011, section
+    5.3): one of the linearised forward problem costs acceptance where it is off, and never changes the law.
     """
 
-    problem: InverseProblem
-    draws: Samples
-    chains: int
-    acceptance: float
+    def __init__(self, latent: LatentProblem, begin: Callable[[], Begin], exact: bool | None):
+        self.latent, self._begin, self._given, self._force = latent, begin, exact, None
 
-    def mean(self) -> Function:
-        """Posterior mean."""
-        return self.draws.mean()
+    def start(self) -> State:
+        """As `Kernel.start`."""
+        z, centre, factor = self._begin()
+        z = settle(self.latent, z, centre)
+        state = {"z": z, "centre": centre, "factor": factor, "exact": np.array([self._given is True])}
+        _restart(state, 1.2 * len(centre)**-0.25)
+        self._evaluate(state)
+        return state
 
-    def std(self) -> Function:
-        """Pointwise standard deviation at the nodes."""
-        return self.draws.std()
+    def _evaluate(self, state: State) -> None:
+        """Set energies (chains,) of the chains, and forces (chains, r) there."""
+        if state["exact"][0]:
+            state["energy"], state["gradient"] = self.latent.energy_and_gradient(state["z"])
+        else:
+            state["energy"], state["gradient"] = self.latent.energy(state["z"]), self._linear(state)(state["z"])
 
-    def quantile(self, q: float) -> Function:
-        """Pointwise quantile at the nodes, 0 <= q <= 1."""
-        return self.draws.quantile(q)
+    def _linear(self, state: State) -> Callable[[np.ndarray], np.ndarray]:
+        """Force of the problem that is linearised at the centre; the same far out, where transforms overflow."""
+        if self._force is None:
+            self._force = self.latent.linear_force(state["centre"])
+        force = self._force
+        return lambda z: force(np.clip(z, -FAR, FAR))
 
-    def mean_error(self) -> Function:
-        """Monte Carlo standard error of `mean`, from the spread between chains."""
-        return self._error(self.draws.values, "mean_error")
+    def move(self, state: State, rng: np.random.Generator) -> np.ndarray:
+        """As `Kernel.move`: one trajectory of every chain."""
+        chains, r = state["z"].shape
+        momentum = rng.standard_normal((chains, r))
+        jitter, chance = rng.uniform(0.8, 1.2), np.log(rng.uniform(size=chains))
+        step, exact, factor = state["step"][0] * jitter, bool(state["exact"][0]), state["factor"]
+        z, gradient, energy = state["z"].copy(), state["gradient"].copy(), state["energy"].copy()
+        kinetic = (momentum**2).sum(axis=1) / 2
+        alive = np.ones(chains, dtype=bool)
+        for leap in range(int(state["leaps"][0])):
+            momentum -= step / 2 * gradient @ factor
+            z += step * momentum @ factor.T
+            if exact:
+                # Chains that have met a failure, or gained energy without bound, are refused in any case.
+                energy[~alive], gradient[~alive] = np.inf, 0.0
+                if alive.any():
+                    energy[alive], gradient[alive] = self.latent.energy_and_gradient(z[alive])
+                alive &= energy - state["energy"] < _WILD
+            else:
+                gradient = self._linear(state)(z)
+            momentum -= step / 2 * gradient @ factor
+        if not exact:
+            energy = self.latent.energy(z)
+        gain = state["energy"] + kinetic - energy - (momentum**2).sum(axis=1) / 2
+        gain = self.latent.everyone.bcast(np.where(np.isfinite(gain), gain, -np.inf))
+        accept = chance < gain
+        state["z"] = np.where(accept[:, None], z, state["z"])
+        state["energy"] = np.where(accept, energy, state["energy"])
+        state["gradient"] = np.where(accept[:, None], gradient, state["gradient"])
+        return np.exp(np.minimum(gain, 0.0))
 
-    def std_error(self) -> Function:
-        """Monte Carlo standard error of `std`, from the spread between chains."""
-        std = self.draws.values.std(axis=0)
-        # Where conditions fix the parameter there is no deviation, and no error of it.
-        half = np.divide(0.5, std, out=np.zeros_like(std), where=std > 0)
-        return self._error((self.draws.values - self.draws.values.mean(axis=0))**2 * half, "std_error")
-
-    def _error(self, values: np.ndarray, name: str) -> Function:
-        """Standard error of the mean of values (n, n_owned), of which only the chains are independent."""
-        means = values.reshape(self.chains, -1, values.shape[1]).mean(axis=1)
-        return field(self.problem.M, means.std(axis=0, ddof=1) / np.sqrt(self.chains), name=name)
-
-    def sample(self, n: int, *, seed: int) -> Samples:
-        """Some of the draws, at random and each at most once; InputError where there are not so many."""
-        if check_count(n) > len(self.draws):
-            raise InputError(f"n is {n} and the chains hold {len(self.draws)} draws: ask for less, or give hmc more "
-                             "chains or draws.")
-        return self.draws[np.random.default_rng(check_seed(seed)).permutation(len(self.draws))[:n]]
-
-    def predictive(self, n: int, *, seed: int) -> np.ndarray:
-        """Readings of n samples with noise, shape (n, k), one solve each."""
-        return self.problem.measurements(self.sample(n, seed=seed).values, seed=seed)
-
-    def __repr__(self) -> str:
-        return (f"ChainPosterior: {len(self.draws)} draws of {self.chains} chains, {self.acceptance:.0%} of the "
-                f"proposals accepted\n{self.problem!r}")
+    def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
+        """As `Kernel.adapt`: step by dual averaging, force by its acceptance, mass by the draws."""
+        state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
+        state["rates"] = np.concatenate([state["rates"], acceptance[:, None]], axis=1)
+        target, shortest = (_TARGET, 1e-6) if state["exact"][0] else (_FREE, _SHORTEST)
+        _average(state, float(acceptance.mean()), target, shortest)
+        late = state["rates"][:, state["rates"].shape[1] // 2:]
+        open_force = self._given is None and not state["exact"][0] and self.latent.differentiable
+        if i + 1 in _moments(warmup, _CHOICE, *_LEARN) and open_force and (
+                late.mean() < _POOR or late.mean(axis=1).min() < _STUCK):
+            state["exact"] = np.array([True])
+            self._evaluate(state)
+            _restart(state, 1.2 * len(state["centre"])**-0.25)
+        elif i + 1 in _moments(warmup, *_LEARN):
+            state["factor"] = learnt(state["factor"], state["pool"])
+            _restart(state, float(state["step"][0]))
+        if i + 1 == warmup:
+            _set_step(state, float(np.exp(state["averaging"][2])))
+            state["pool"], state["rates"] = state["pool"][:, :0], state["rates"][:, :0]
 
 
-def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = None, seed: int, chains: int = 100,
-        draws: int = 100, step: float = 0.35, leaps: int = 5, progress: bool = True) -> ChainPosterior:
-    """Posterior by Hamiltonian Monte Carlo, many chains at once (Neal 2011, section 5.4.1).
+def _moments(warmup: int, *shares: float) -> list[int]:
+    return [int(share * warmup) for share in shares]
 
-    Chains start around the maximum a posteriori point, in coordinates in which its Gauss-Newton Hessian is the
-    identity. The acceptance test uses the forward model, one solve for each draw of a chain; the force uses its
-    linearisation at that point, which costs none.
+
+def _restart(state: State, step: float) -> None:
+    """Begin to learn the step anew, near one that is known, and the mass from new draws."""
+    state["averaging"] = np.array([np.log(2 * step), 0.0, np.log(step), 0.0])
+    chains, r = state["z"].shape
+    state["pool"], state["rates"] = np.empty((chains, 0, r)), np.empty((chains, 0))
+    _set_step(state, step)
+
+
+def _average(state: State, acceptance: float, target: float, shortest: float) -> None:
+    """Dual averaging of the logarithm of the step (Hoffman and Gelman 2014, section 3.2 with its constants)."""
+    towards, error, mean, count = state["averaging"]
+    count += 1
+    error += (target - acceptance - error) / (count + 10)
+    log = np.clip(towards - np.sqrt(count) / 0.05 * error, np.log(shortest), np.log(_LONGEST))
+    mean += count**-0.75 * (log - mean)
+    state["averaging"] = np.array([towards, error, mean, count])
+    _set_step(state, float(np.exp(log)))
+
+
+def _set_step(state: State, step: float) -> None:
+    # By so much a step of the leapfrog turns a standard normal law.
+    leaps = round(_TRAJECTORY / np.arccos(1 - step**2 / 2))
+    state["step"], state["leaps"] = np.array([step]), np.array([min(max(leaps, 1), _MOST_LEAPS)])
+
+
+def run_hmc(latent: LatentProblem, start: np.ndarray, *, centre: np.ndarray, factor: np.ndarray, seed: int,
+            warmup: int = 150, draws: int | None = None, most: int = 5000, budget: int | None = None,
+            exact: bool | None = None, path: str | os.PathLike | None = None, progress: bool = False) -> Chains:
+    """Hamiltonian Monte Carlo from starts (chains, r), all chains at once (Neal 2011, section 5; Hoffman and Gelman).
+
+    Parameters
+    ----------
+    centre, factor : numpy.ndarray
+        Where the forward problem is linearised (r,), and a factor F (r, r) of a covariance F Fᵀ near that of the
+        posterior, which the mass inverts. The warm-up learns a better one.
+    warmup, draws, most : int
+        Iterations of the warm-up, which finds step, number of steps, mass and force, and draws of each chain that are
+        kept; None for as many as R-hat of 1.01 and 400 effective draws take, at most `most`.
+    budget : int, optional
+        Number of forward solves after which the run ends, whatever it has.
+    exact : bool, optional
+        Whether the force is the gradient of the finite element problem, one forward and one adjoint solve for each
+        step, or of its linearisation, which costs one solve for each trajectory; chosen by the acceptance where left
+        out.
+    path : path, optional
+        A file that keeps the run, from which the same call goes on.
+
+    FileError is raised if the file is of another run; SolveError if there is no solution at the centre.
+    """
+    kernel = _Hamiltonian(latent, lambda: (start, centre, factor), exact)
+    return walk(latent, kernel, len(start), seed=seed, warmup=warmup, draws=draws, most=most, budget=budget, path=path,
+                progress=progress, name="hmc")
+
+
+def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = None, seed: int, chains: int = _CHAINS,
+        draws: int | None = None, most: int = 5000, path: str | os.PathLike | None = None, progress: bool = True
+        ) -> ChainPosterior:
+    """Posterior by Hamiltonian Monte Carlo with the finite element model itself, several chains at once.
+
+    Chains start around the most probable point, in coordinates in which its Gauss-Newton Hessian is the identity. A
+    warm-up finds step and number of steps, and learns the covariance. The force is that of the linearised forward
+    problem where this is accepted, one solve for each draw, and otherwise the exact gradient, by forward and adjoint
+    solves at each step; which one is told.
 
     Parameters
     ----------
     problem : InverseProblem
-        With a Gaussian field, transformed or not, constant Gaussian noise, linear sensors, and a forward model that
-        has a derivative.
+        With a Gaussian field, transformed or not, noise that has a density, and any forward problem; one without
+        derivative serves where it is near linear, and `pcn` elsewhere.
     y : array_like of shape (k,)
         The measurement.
     basis : ModalBasis, optional
-        ``karhunen_loeve(problem.prior)`` where left out.
+        Where left out, ``karhunen_loeve(problem.prior)``, and more modes where the readings see those past it.
     chains, draws : int
-        Number of chains, at least two, and of draws that are kept of each; the standard error of the mean in units of
-        the standard deviation is about one over the root of their product.
-    step, leaps : float, int
-        Mean step of a trajectory, which varies by 20 %, and steps; where the posterior is far from Gaussian, a shorter
-        step frees chains in its tails.
+        Number of chains, at least two, and of draws that are kept of each; where the latter is left out, as many as it
+        takes for R-hat of at most 1.01 and 400 effective draws of each latent, up to `most`.
+    path : path, optional
+        A file that keeps the run: the same call goes on where it was, and gives what it would have given.
 
-    InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if the most
-    probable point is not found, or less than a tenth of the proposals is accepted.
+    Raises
+    ------
+    InputError
+        If the problem is not of that kind, or an argument out of range.
+    SolveError
+        If the most probable point is not found, less than a tenth of the proposals is accepted, or, where `draws` is
+        left out, R-hat stays above 1.05.
+    FileError
+        If the file belongs to another run.
+
+    ConvergenceWarning tells where R-hat is above 1.01, there are less than 400 effective draws, or modes past r are
+    seen.
     """
-    # Standard errors come from the spread between chains.
     seed, chains = check_seed(seed), check_count(chains, "chains", least=2)
-    draws, leaps = check_count(draws, "draws"), check_count(leaps, "leaps")
-    step, progress = check_number(step, "step", above=0), check_flag(progress, "progress")
-    latent = LatentProblem(problem, y, karhunen_loeve(problem.prior) if basis is None else basis)
-    r = latent.r
-    centre = find_point(latent)[0]
-    _, hessian = latent.expanded(centre)
-    # z = centre + x Aᵀ turns the Hessian into the identity.
-    root = torch.linalg.inv(torch.linalg.cholesky(torch.from_numpy(hessian))).numpy()
+    draws, most = None if draws is None else check_count(draws, "draws"), check_count(most, "most")
+    progress = check_flag(progress, "progress")
+    latent = reference_latents(problem, y, basis)
 
-    memory: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def energy(x: torch.Tensor) -> torch.Tensor:
-        # Chains are where one of the last two evaluations was.
-        value = torch.full((chains,), torch.nan, dtype=torch.float64)
-        for place, known in memory:
-            value = torch.where((x == place).all(1), known, value)
-        if value.isnan().any():
-            value = torch.from_numpy(latent.energy(centre + x.numpy() @ root))
-        memory[:] = [*memory[-1:], (x, value)]
-        return value
-
-    def force(x: torch.Tensor) -> torch.Tensor:
-        z = np.clip(centre + x.numpy() @ root, -FAR, FAR)
-        return torch.from_numpy(latent.energy_and_gradient(z)[1] @ root.T)
-    generator = torch.Generator().manual_seed(stream(seed, "chains"))
-    x = torch.randn(chains, r, dtype=torch.float64, generator=generator)
-    # A chain that starts where the model fails would never leave.
-    x = torch.where(torch.isfinite(energy(x))[:, None], x, 0.0)
-    kept, accepted = np.empty((chains, draws, r)), 0.0
-    with bar(_WARMUP + draws, "hmc", progress and not problem.comm.rank) as shown:
-        for i in range(-_WARMUP, draws):
-            length = step * (0.8 + 0.4 * float(torch.rand((), generator=generator)))
-            x, accept = hamiltonian_move(x, energy, force, length, leaps, generator)
-            shown.update()
-            if i >= 0:
-                kept[:, i] = centre + x.numpy() @ root
-                accepted += float(accept.double().mean()) / draws
-    if accepted < 0.1:
-        raise SolveError(f"Hamiltonian Monte Carlo accepted {accepted:.1%} of its proposals: take a smaller step, "
-                         "unless the transform has no derivative, as a level set.")
-    z = kept.reshape(-1, r)
-    tail = stream(seed, "tail")
-    values = problem.prior.transform_many(latent.basis.decode(z, tail))
-    tell(f"hmc: {draws:,} draws of {chains:,} chains, {accepted:.0%} of the proposals accepted",
-         progress and problem.comm.rank == 0)
-    return ChainPosterior(problem, Samples(problem.M, values, z), chains, accepted)
+    def begin() -> Begin:
+        centre = find_point(latent)[0]
+        factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+        x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
+        return centre + x @ factor.T, centre, factor
+    found = walk(latent, _Hamiltonian(latent, begin, None), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,
+                 budget=None, path=path, progress=progress, name="hmc")
+    return accepted_chains(latent, found, "hmc", seed=seed, asked=draws, path=path, progress=progress)

@@ -185,12 +185,29 @@ class LatentProblem:
             raise SolveError(f"The forward problem has no solution where it is to be linearised ({self.failure}): "
                              "check it there.")
         W = self._likelihood.matrix(readings[0])
-        if self.differentiable:
-            rows, at = W @ self._rows(z), self.basis.decode(z[None])[0]
-            jacobian = self.problem.comm.allreduce(self.problem.prior.pull_back(rows, at) @ self.basis.scaled_modes.T)
-        else:
-            jacobian = W @ self._differences(z)
+        jacobian = self.pull(z, W) if self.differentiable else W @ self._differences(z)
         return self.everyone.bcast((self.whitened(readings)[0], jacobian))
+
+    def pull(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Derivatives by latents of weighted sums (l, k) of the readings at z (r,): (l, r), by l adjoint solves."""
+        rows, at = self._rows(z, weights), self.basis.decode(z[None])[0]
+        pulled = self.problem.prior.pull_back(rows, at) @ self.basis.scaled_modes.T
+        return self.everyone.bcast(self.problem.comm.allreduce(pulled))
+
+    def slopes(self, z: np.ndarray, directions: np.ndarray) -> np.ndarray:
+        """Derivatives (l, k) of the readings at z (r,) along directions (l, r), by central differences: 2 l solves.
+
+        NaN where a solve fails.
+        """
+        length = np.linalg.norm(directions, axis=1, keepdims=True)
+        steps = _STEP * directions / length
+        ahead, behind = np.split(self.readings(z + np.vstack([steps, -steps])), 2)
+        return (ahead - behind) * length / (2 * _STEP)
+
+    def whitener(self, z: np.ndarray) -> np.ndarray:
+        """Matrix W (k, k) that whitens the noise at latents z (r,), as `whitened` and `linearised` use it."""
+        constant = self._likelihood.constant
+        return self._likelihood.matrix(self.y if constant else self.readings(z[None])[0])
 
     def expanded(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradient (r,) of the energy at z (r,), and its Gauss-Newton Hessian (r, r); costs and errors of `linearised`.
@@ -323,11 +340,12 @@ class LatentProblem:
                              "as the observation has.")
         return read
 
-    def _rows(self, z: np.ndarray) -> np.ndarray:
-        """Derivative of the readings by the parameter at latents z (r,), owned: shape (k, n_owned of M)."""
-        self.pulls += len(self.y)
+    def _rows(self, z: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """Derivative of the readings, or of weighted sums (l, k), by the parameter at z (r,): (l, n_owned of M)."""
         m = field(self.problem.M, self.parameters(z[None])[0])
-        return together(self.everyone, lambda: self.problem.sensitivity(m))
+        seen = None if weights is None else weights @ self.problem.differentiable()[1].rows
+        self.pulls += len(self.y) if weights is None else len(weights)
+        return together(self.everyone, lambda: self.problem.sensitivity(m, seen))
 
     def _prior_slope(self, z: np.ndarray) -> np.ndarray:
         """Derivative of the prior's log density at latents (B, r)."""
@@ -374,11 +392,9 @@ class LatentProblem:
         return found
 
     def _differences(self, z: np.ndarray) -> np.ndarray:
-        """Derivative of the readings by latents (k, r) at z (r,), by central differences: 2 r solves."""
-        steps = _STEP * np.vstack([np.eye(self.r), -np.eye(self.r)])
+        """Derivative of the readings by latents (k, r) at z (r,), by differences: 2 r solves."""
         if not self._told:
             tell("The forward problem, its sensors, noise or transform have no derivative: differences in the latents "
-                 "take its place.", self.everyone.rank == 0)
+                 "take its place.", False)
             self._told = True
-        ahead, behind = np.split(self.readings(z + steps), 2)
-        return (ahead - behind).T / (2 * _STEP)
+        return self.slopes(z, np.eye(self.r)).T

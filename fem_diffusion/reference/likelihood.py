@@ -76,6 +76,8 @@ class Likelihood:
 
     def score(self, readings: np.ndarray) -> np.ndarray:
         """Derivative of -log p(y | readings) by finite readings (B, k), by torch or by central differences."""
+        if self.gaussian:
+            return self.whitened(readings) @ self._at_y[1]
         clean = torch.from_numpy(readings.copy())
         if self.differentiable:
             clean.requires_grad_()

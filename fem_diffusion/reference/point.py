@@ -73,13 +73,17 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
                     latent.pulls)
 
 
-def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0) -> tuple[np.ndarray, float]:
-    """Latents (r,) of the maximum a posteriori point and their energy; arguments and errors as for `map_point`."""
+def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.ndarray | None = None
+               ) -> tuple[np.ndarray, float]:
+    """Latents (r,) of the maximum a posteriori point and their energy, from the prior mean or another start.
+
+    Arguments and errors are as for `map_point`.
+    """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
-    for start in np.vstack([np.zeros(latent.r), draws]):
+    for z in np.vstack([np.zeros(latent.r) if start is None else start, draws]):
         try:
-            found.append(_search(latent, start))
+            found.append(_search(latent, z))
         except SolveError as error:
             errors.append(error)
     if not found:

@@ -35,12 +35,15 @@ class DataSet:
     skipped : tuple of (int, str)
         Number and reason of each sample that is missing because its solve failed; `simulated_parameter` gives its
         parameter.
+    chosen : int
+        How many of the last ones are of no prior draw, but near a measurement, by `refine`.
     """
 
     coefficients: np.ndarray
     readings: np.ndarray
     states: np.ndarray | None = None
     skipped: tuple[tuple[int, str], ...] = ()
+    chosen: int = 0
 
     def __len__(self) -> int:
         return len(self.readings)
@@ -48,7 +51,7 @@ class DataSet:
     def __repr__(self) -> str:
         states, skipped = "no states" if self.states is None else "states", len(self.skipped)
         return (f"DataSet: {len(self)} pairs with {self.readings.shape[1]} readings and {states}"
-                + f", {skipped} skipped" * bool(skipped))
+                + f", {skipped} skipped" * bool(skipped) + f", {self.chosen} chosen by refine" * bool(self.chosen))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 from firedrake import Ensemble, Function
+from firedrake.adjoint import stop_annotating
 from mpi4py import MPI
 
 from fem_diffusion.checks import check_count, check_flag, check_kind, check_number, check_seed, together
@@ -83,7 +84,7 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         raise InputError("An ensemble shares its samples through files: give `path`.")
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
     everyone = problem.comm if ensemble is None else ensemble.global_comm
-    with event("simulate"), contextlib.ExitStack() as stack:
+    with event("simulate"), stop_annotating(), contextlib.ExitStack() as stack:
         job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states)))
         shown = stack.enter_context(bar(n, "simulate", progress and not problem.comm.rank and not member))
         LOG.info("simulate: %s samples, seed %s, %s", n, seed, "in memory" if path is None else f"in {path}")

@@ -20,9 +20,9 @@ from fem_diffusion.samples import Samples
 
 __all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
 
-# Solves of the search for the most probable point; fewest samples; steps of differences in posterior standard
-# deviations; draws of noise of the user's own.
-SEARCH, _FEWEST, _STEP, _DRAWS = 8, 10, 0.5, 4000
+# Sensors that have an adjoint solve each, at most, in units of the solves; solves of the search for the most probable
+# point; fewest samples; steps of differences in posterior standard deviations; draws of noise of the user's own.
+_ROWS, SEARCH, _FEWEST, _STEP, _DRAWS = 2, 8, 10, 0.5, 4000
 
 
 def gaussian(problem: InverseProblem,
@@ -102,7 +102,8 @@ class Local:
     def __init__(self, latent: LatentProblem, z: np.ndarray, solves: int):
         self.latent, self.notes, count = latent, [], 0
         smooth = latent.differentiable
-        if not smooth:
+        rows = smooth and len(latent.y) <= _ROWS * solves
+        if not rows:
             # Differences along the directions that samples show to matter take the place of some samples.
             count = min(latent.r, len(latent.y), solves // 3)
             z = z[:max(_FEWEST, len(z) - count)]
@@ -114,17 +115,19 @@ class Local:
         if self.failed:
             self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples, or they are more than"
                               f" {FAR:g} prior standard deviations out: they do not belong to this problem.")
-        if self.lost and not smooth:
+        if self.lost and not rows:
             raise InputError(f"The solver has no solution for {self.failed} of {len(z)} samples ({latent.failure}): the"
                              " posterior is of no use here; take hmc(problem, y).")
         # Samples that are lost say nothing of where the posterior is, and the prior mean does.
         start = np.zeros(latent.r) if self.lost else self.samples.mean(axis=0)
-        if smooth:
+        if rows:
             self._search(start, latent.linearised)
         else:
             slope = self._secants(start, count)
             self._search(start, lambda x: (latent.whitened(latent.readings(x[None]))[0], slope))
-            self.notes.append(f"The solver has no derivative: it is taken along {count} directions by differences.")
+            why = "There are many sensors" if smooth else "The solver has no derivative"
+            self.notes.append(f"{why}: how the readings depend on the unknown is taken along {count} directions by "
+                              "differences.")
         if self.lost:
             self.readings = self.at[None]
         self.gradient = self.samples + latent.whitened(self.readings) @ self.jacobian if found[2] is None else (

@@ -4,6 +4,7 @@ The samples' fields are written in the prior's own modes, many of them, so that 
 the prior is looked at, too. `fem_diffusion.trust.local` holds the mathematics.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,8 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
         (calibration_p, fault), pairs = local_calibration(posterior, data, seed), more_pairs(posterior, data)
     names = tuple(map(str, problem.names or range(len(y))))
     std = np.linalg.norm(np.linalg.inv(whiten), axis=1)
-    expected = [(names[i], y[i], y[i] - rest.t[i] * rest.spread[i], rest.spread[i]) for i in rest.odd]
+    expected = [(names[i], *map(float, (y[i], y[i] - rest.t[i] * rest.spread[i], rest.spread[i])))
+                for i in rest.odd]
     misfit = float(np.sqrt((latent.whitened(found.readings)**2).mean()))
     verdict, light, sentences = _judge(rest, told, others if latent.basis.standard_prior else None, expected, misfit,
                                        len(y))
@@ -192,7 +194,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
                  latent.pulls, found.readings, y, std, names)
 
 
-def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: list[tuple[str, float, float, float]],
+def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequence[tuple],
            misfit: float, k: int) -> tuple[str, str, list[str]]:
     """Verdict, light and sentences."""
     verdict, light, words = "trustworthy", "green", []

@@ -66,9 +66,13 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
 
     def run() -> str:
         covariance = None if noise is None else noise.covariance(torch.from_numpy(clean))
-        gain = learning_gain(torch.from_numpy(z), torch.from_numpy(clean), covariance)
-        if gain is None:
+        found = learning_gain(torch.from_numpy(z), torch.from_numpy(clean), covariance)
+        if found is None:
             return "The pairs are too few to tell whether more would help."
+        gain, missed = found
+        if gain < _WORTH and missed > 1:
+            return (f"So many pairs teach the readings to {missed:.2g} noise standard deviations only, and twice as "
+                    "many would not do: simulate many more, or near this measurement.")
         if gain < _WORTH:
             return f"Twice as many pairs would gain next to nothing over these {z.shape[1]} modes: there are enough."
         return (f"Twice as many pairs would gain about {gain:.2g} nats of a measurement's log density over these "

@@ -61,10 +61,10 @@ def _add(*changes):
     return spoil
 
 
-@pytest.mark.parametrize("pairs, least", [(1000, 0.99), (60, 0.99), (20, 0.5)])
-def test_a_broken_sensor_is_found_and_named(pairs, least):
+@pytest.mark.parametrize("pairs", [1000, 60])
+def test_a_broken_sensor_is_found_and_named(pairs):
     found = _distances(_linear, NOISE, pairs, 200, _add((3, 0.5)))
-    assert np.mean([x.p <= 0.01 for x in found]) > least
+    assert np.mean([x.p <= 0.01 for x in found]) > 0.99
     assert np.mean([x.worst == ("s3",) for x in found if x.worst]) > 0.9
     # By itself it is within one standard deviation of the prior.
     assert _linear(torch.randn(1000, 8, generator=random(), dtype=torch.float64)).std(0)[3] > 0.5

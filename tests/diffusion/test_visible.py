@@ -1,9 +1,11 @@
 """How many modes measurements can tell: all of a linear problem, the leading ones of others, a few from few pairs."""
 
+import math
+
 import pytest
 import torch
 
-from fem_diffusion.diffusion.base.visible import visible_modes
+from fem_diffusion.diffusion.base.visible import learning_gain, visible_modes
 from fem_diffusion.errors import InputError
 from truths import random
 
@@ -43,3 +45,19 @@ def test_readings_that_do_not_vary_tell_nothing():
 def test_wrong_pairs_are_refused(change, words):
     with pytest.raises(InputError, match=words):
         visible_modes(*change(_latents(30, 3)), None)
+
+
+def test_more_pairs_help_where_a_curve_is_not_learned_yet():
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2000, 8, generator=generator, dtype=torch.float64)
+    bent = torch.stack([torch.sin(2 * z[:, 0]) * z[:, 1] + z[:, 2]**2, z[:, 3] * torch.cos(2 * z[:, 4])], 1)
+    noise = 1e-4 * torch.eye(2, dtype=torch.float64)
+    found = [learning_gain(z[:n], bent[:n], noise) for n in (200, 600, 2000)]
+    assert all(gain > 0.1 or missed > 10 for gain, missed in found) and found[2][0] > 0.1
+    # A linear problem is learned from few pairs, and noise is never.
+    gain, missed = learning_gain(z, z[:, :2], noise)
+    assert gain < 1e-3 and missed < 1e-3
+    white = torch.randn(2000, 2, generator=generator, dtype=torch.float64)
+    gain, missed = learning_gain(z, white, None)
+    assert gain < 0.05 and math.isnan(missed)
+    assert learning_gain(z[:50], bent[:50], noise) is None

@@ -49,7 +49,7 @@ def chains(basis):
     ({"noise": GaussianNoise(std=0.1, relative=0.1)}, "is relative"),
     ({"noise": GaussianNoise(covariance=np.ones((4, 4)))}, "singular, so there is no density: add a std"),
     ({"noise": GaussianNoise(covariance=np.diag([1.0, 1.0, 1.0, 0.0]))}, "singular"),
-    ({"forward": lambda m: Function(V)}, "CallableForward, without derivative: give an AdvectionDiffusion"),
+    ({"forward": lambda m: Function(V, val=np.sin(m.dat.data_ro))}, "CallableForward, has no derivative. The state"),
     ({"observation": lambda u: np.zeros(4)}, "type function: a derivative takes an Observation"),
     ({"observation": SensorFamily(SensorKind(SENSORS, 0.1, (1, 4))), "noise": None}, "type SensorFamily"),
 ])

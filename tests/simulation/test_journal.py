@@ -56,7 +56,7 @@ def _folder():
 
 def test_another_run_and_another_solver_are_refused(tmp_path):
     _run(Journal(tmp_path), Solver())
-    with pytest.raises(FileError, match="belongs to another run: .* Delete it with the later ones, or the whole folder"):
+    with pytest.raises(FileError, match="belongs to another run: .* Delete it with the later ones, or the whole"):
         _run(Journal(tmp_path), Solver(), seed=2)
     journal = Journal(tmp_path)
     with pytest.raises(FileError, match="another run"):

@@ -163,7 +163,8 @@ def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulato
 
 
 def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
-                 checkpoint: str | os.PathLike | None = None, progress: bool = True) -> tuple[Emulator, History]:
+                 held_out: tuple[Tensor, Tensor] | None = None, checkpoint: str | os.PathLike | None = None,
+                 progress: bool = True) -> tuple[Emulator, History]:
     """Regress coordinates of what sensors see on latents: emulator, on the CPU, and training curve of its network.
 
     It is affine where a network does not help on held-out pairs; losses are in units of what the affine map leaves.
@@ -179,6 +180,9 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
         state modes one over their standard deviation, such that errors count as they do in the state.
     options : TrainingOptions
         Of the network, which is twice as wide.
+    held_out : tuple of Tensor, optional
+        Latents and coordinates of other pairs, by which the network and its error are judged: of the region that
+        counts, where z is of no prior. A share of the pairs where left out.
     checkpoint, progress : path, optional, and bool
         As for `fit_denoiser`.
     """
@@ -190,7 +194,12 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     noise = check_tensor(noise, "noise", (s, s) if square else (s,), "coordinates").double().cpu()
     if not ((noise.diagonal() if square else noise) > 0).all():
         raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
-    training, held_out = hold_out(len(z), options)
+    if held_out is None:
+        training, apart = hold_out(len(z), options)
+    else:
+        check_pairs(*held_out)
+        training, apart = torch.arange(len(z)), len(z) + torch.arange(len(held_out[0]))
+        z, c = (torch.cat([x, other.to(x)]) for x, other in zip((z, c), held_out))
     if len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
     z, c = z.double().cpu(), c.double().cpu()
@@ -208,14 +217,17 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
             device = torch.device(options.device)
             centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))
             white = ((z - centre) / unit).float().to(device)
-            loop = Loop(_Regression(white, (rest / size).float().to(device), training, held_out, options), options,
+            loop = Loop(_Regression(white, (rest / size).float().to(device), training, apart, options), options,
                         checkpoint)
             network, history = loop.run(progress), loop.history
-    if network is None:
+    if network is None and held_out is None:
         return affine_emulator(*regress(z, c)), history
+    if network is None:
+        defect = (c - offset - z @ matrix.T)[apart]
+        return affine_emulator(matrix, offset, defect.T @ defect / len(defect)), history
     emulator = network.to("cpu").eval().requires_grad_(False)
     emulator.centre, emulator.unit, emulator.scale = centre, unit, size * root.T
     emulator.matrix, emulator.offset = matrix, offset
-    defect = (c - emulator(z))[held_out]
+    defect = (c - emulator(z))[apart]
     emulator.residual = defect.T @ defect / len(defect)
     return emulator, history

@@ -6,6 +6,8 @@ et al. 2024, doi:10.1126/science.adi5639): latents that matter little neither he
 beside the regression is noise to a measurement.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -56,11 +58,12 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: 
     return min(z.shape[1], round(_MARGIN * enough))
 
 
-def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> float | None:
+def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> tuple[float, float] | None:
     """Log density of a held-out measurement, in nats, that twice as many pairs would gain; None where they are too few.
 
-    From what a quarter, a half and all of at most 2,000 of them reach, and how fast that grows. Arguments as for
-    `visible_modes`.
+    From what a quarter, a half and all of at most 2,000 of them reach, and how fast that grows. Beside it, what a
+    regression on these misses of the readings, root mean square in units of the noise: where that is much, and more
+    pairs gain little, nothing is learned yet; NaN where the noise is not known. Arguments as for `visible_modes`.
     """
     n = len(z)
     check_pairs(z, y)
@@ -79,14 +82,19 @@ def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> floa
     reached = []
     for size in (few // 4, few // 2, few):
         rows = torch.arange(held_out + round((1 - _HELD_OUT) * size))
-        reached.append(float(_Regression(z[rows], y[rows], noise, weights, held_out=held_out).scores.mean()))
+        found = _Regression(z[rows], y[rows], noise, weights, held_out=held_out)
+        reached.append(float(found.scores.mean()))
     first, second = (max(b - a, 0.0) for a, b in zip(reached, reached[1:]))
     falls = min(1.0, second / first) if first > 0 else 1.0
-    return second * falls**(1 + torch.log2(torch.tensor(n / few)).item())
+    missed = (found.left / noise.diagonal()).mean().sqrt() if bool((noise.diagonal() > 0).all()) else torch.nan
+    return second * falls**(1 + math.log2(n / few)), float(missed)
 
 
 class _Regression:
-    """Least squares and a kernel for what it leaves; `scores` holds the log density of each held-out measurement."""
+    """Least squares and a kernel for what it leaves.
+
+    `scores` holds the log density of each held-out measurement, `left` the mean square (k,) of what is missed of them.
+    """
 
     def __init__(self, z: Tensor, y: Tensor, noise: Tensor, weights: Tensor, curved: bool = True,
                  held_out: int | None = None):
@@ -98,6 +106,7 @@ class _Regression:
         self.matrix[:, :fewest] = regress(self.train[:, :fewest], y[held_out:])[0]
         rest = y - z @ self.matrix.T
         self.scores, self.root = _scores(rest[:held_out], noise)
+        self.left = rest[:held_out].square().mean(0)
         self.dual = torch.zeros_like(rest[held_out:])
         if not curved:
             return
@@ -109,6 +118,7 @@ class _Regression:
             scores, root = _scores(rest[:held_out] - seen @ fit, noise)
             if scores.mean() > self.scores.mean():
                 self.scores, self.root, self.dual = scores, root, vectors @ fit
+                self.left = (rest[:held_out] - seen @ fit).square().mean(0)
 
     def importance(self) -> Tensor:
         """Mean square of the derivative of the readings by each latent, in units of what is noise to them."""

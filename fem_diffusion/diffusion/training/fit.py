@@ -50,7 +50,7 @@ _NEGLIGIBLE = 1e-2
 
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | float | LayoutFamily | None = None, *,
-                 network: str | None = None, base: str = "gaussian", standard_prior: bool = False,
+                 network: str | None = None, base: str | GaussianBase = "gaussian", standard_prior: bool = False,
                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
                  geometry: FieldGeometry | None = None, progress: bool = True) -> tuple[Denoiser, History]:
     """Fit a conditional model to joint samples: emulator and base first, then the network under it.
@@ -77,8 +77,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
         layouts with noise of their own, of which every training sample gets a fresh one.
     network : str, optional
         Name in `NETWORKS`; where left out, "sensors" for a family and "latents" for fixed sensors.
-    base : {"gaussian", "plain"}
-        Gaussian of latents and measurements, or mere standardisation.
+    base : {"gaussian", "plain"} or GaussianBase
+        Gaussian of latents and measurements, or mere standardisation; or one that is there already.
     standard_prior : bool
         Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
     options : TrainingOptions
@@ -91,13 +91,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     progress : bool
         Show progress bars.
     """
-    check_choice(base, "base", ("gaussian", "plain"))
+    if not isinstance(base, GaussianBase):
+        check_choice(base, "base", ("gaussian", "plain"))
     check_flag(standard_prior, "standard_prior")
     check_flag(progress, "progress")
     check_options(options, TrainingOptions).check()
     # Before any work: the emulator writes to a name made from it.
     checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
-    check_pairs(z, y, 1 if base == "gaussian" else None)  # before the noise model sees them
+    check_pairs(z, y, 1 if isinstance(base, str) and base == "gaussian" else None)  # before the noise model sees them
     if geometry is not None:
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
     family = isinstance(noise, LayoutFamily)
@@ -112,7 +113,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     z, y = z.double().cpu(), y.double().cpu()
     parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(y, noise)
     with threads(options.threads):
-        bases = _bases(z, y, parts, base, standard_prior, options, checkpoint, progress)
+        bases = [base] if isinstance(base, GaussianBase) else _bases(
+            z, y, parts, base, standard_prior, options, checkpoint, progress)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
         emulator = bases[0].emulator

@@ -1,0 +1,229 @@
+"""Proposals without solves: Hamiltonian moves under a surrogate of the forward problem, which learns as solves come in.
+
+`Learner` keeps all solves of a run and the present surrogate law, prior times likelihood of the surrogate's readings to
+the power 1/T. Its warm-up is a sequence of rounds: points move under the surrogate law, the forward problem is solved
+there, and the surrogate is fitted anew. A temperature T > 1 keeps points where the surrogate still holds, as in
+sequential Monte Carlo (Del Moral et al. 2006); it falls as fast as the surrogate's errors do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fem_diffusion.trust.surrogate import Base, Surrogate, fit_surrogate
+from fem_diffusion.trust.weights import Weights, mixture, smoothed
+
+__all__ = ["Learner", "Reach", "Says"]
+
+# Length of a trajectory, a quarter of a period of a standard normal law; most steps of one, and longest step.
+_QUARTER, _LEAPS, _LONGEST = np.pi / 2, 16, 1.2
+# Trajectories of a round of the warm-up, and between two proposals.
+_ROUND, _MOVES = 12, 6
+# Points that a surrogate is fitted to, at most.
+_POINTS = 3000
+# Beyond so many prior standard deviations nothing is proposed.
+_FAR = 12.0
+# Errors of the energy in units of the temperature: at which it falls, and beyond which it rises.
+_AIM, _POOR = 2.0, 3.0
+# What the temperature is divided by from round to round, at least and at most.
+_FALL = 1.5, 4.0
+_FINE = 1e-5
+
+
+class Says(Protocol):
+    """What a measurement says about noise-free readings: `fem_diffusion.reference.likelihood.Likelihood` is one."""
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation (k,) of the noise."""
+        ...
+
+    def log_density(self, readings: np.ndarray) -> np.ndarray:
+        """log p(y | readings), shape (B,), of noise-free readings (B, k)."""
+        ...
+
+    def score(self, readings: np.ndarray) -> np.ndarray:
+        """Derivative of -log p(y | readings) by the readings, shape (B, k)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a proposal goes: number of trajectories, and length of each."""
+
+    trajectories: int = _MOVES
+    length: float = _QUARTER
+
+    @property
+    def shorter(self) -> "Reach":
+        """A proposal whose end is nearer, and so more often accepted."""
+        if self.trajectories > 1:
+            return Reach(self.trajectories // 3 or 1, self.length)
+        return Reach(1, self.length / 2)
+
+
+class Learner:
+    """Solves so far, and what they tell: it lives on one rank.
+
+    Parameters
+    ----------
+    log_prior : callable or None
+        Log density of latents, (B, R) to (B,); None of standard normal ones.
+    says : Says
+        The measurement.
+    base : Base or None
+        An emulator of the readings.
+    seed : int
+        Of all draws.
+    """
+
+    def __init__(self, log_prior: Callable[[np.ndarray], np.ndarray] | None, says: Says, base: Base | None, seed: int):
+        self.log_prior, self.says, self.base = log_prior, says, base
+        self.rng = np.random.default_rng(seed)
+        self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
+        self.surrogate: Surrogate | None = None
+        # Draws of surrogates at temperature 1, and these.
+        self.drawn: list[np.ndarray] = []
+        self.drew: list[Surrogate] = []
+        self.temper, self.error, self.step, self.accepted = 1.0, np.inf, 0.4, 1.0
+
+    def add(self, z: np.ndarray, readings: np.ndarray) -> None:
+        """Keep solves, readings (B, k) at latents (B, R); rows of NaN are failures."""
+        misfit = -self.says.log_density(readings)
+        there = np.isfinite(misfit) & np.isfinite(readings).all(axis=1)
+        z, readings, misfit = z[there], readings[there], misfit[there]
+        if len(self.z):
+            z, readings = np.vstack([self.z, z]), np.vstack([self.readings, readings])
+            misfit = np.concatenate([self.misfit, misfit])
+        self.z, self.readings, self.misfit = z, readings, misfit
+
+    def prior_energy(self, z: np.ndarray) -> np.ndarray:
+        """Negative log prior density of latents (B, R), shape (B,), up to a constant."""
+        return (z**2).sum(axis=1) / 2 if self.log_prior is None else -self.log_prior(z)
+
+    def _prior_force(self, z: np.ndarray) -> np.ndarray:
+        """Gradient (B, R) of `prior_energy`."""
+        if self.log_prior is None:
+            return z
+        steps = _FINE * np.eye(z.shape[1])
+        slopes = [(self.prior_energy(z + step) - self.prior_energy(z - step)) / (2 * _FINE) for step in steps]
+        return np.stack(slopes, axis=1)
+
+    def energy(self, z: np.ndarray) -> np.ndarray:
+        """Energy (B,) of the surrogate law at latents (B, R)."""
+        assert self.surrogate is not None
+        return self.prior_energy(z) - self.says.log_density(self.surrogate(z)) / self.temper
+
+    def weigh(self, real: np.ndarray) -> Weights:
+        """Weights of all draws of surrogates at temperature 1, which have these energies (n,) by the solver."""
+        if not self.drawn:
+            return Weights(np.empty(0), 0.0, np.inf)
+        z = np.concatenate(self.drawn)
+        prior = self.prior_energy(z)
+        energies = np.stack([prior - self.says.log_density(surrogate(z)) for surrogate in self.drew])
+        return smoothed(real, mixture(energies, np.array([len(part) for part in self.drawn])))
+
+    def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""
+        assert self.surrogate is not None
+        inside = (np.abs(z) < _FAR).all(axis=1)
+        z = np.where(inside[:, None], z, 0.0)
+        readings, pull = self.surrogate.with_pull(z)
+        energy = self.prior_energy(z) - self.says.log_density(readings) / self.temper
+        gradient = self._prior_force(z) + pull(self.says.score(readings)) / self.temper
+        there = inside & np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
+        return np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)
+
+    def fit(self) -> None:
+        """A surrogate of the solves so far, of those that matter most where there are too many."""
+        relevance = self.prior_energy(self.z) + self.misfit / self.temper
+        chosen = np.argsort(relevance, kind="stable")[:_POINTS]
+        self.surrogate = fit_surrogate(self.z[chosen], self.readings[chosen], self.says.std, self.base, self.temper,
+                                       self.surrogate, int(self.rng.integers(2**31)))
+
+    def move(self, z: np.ndarray, reach: Reach, adapt: bool = False) -> np.ndarray:
+        """Latents (B, R) after Hamiltonian moves that leave the surrogate law as it is (Neal 2011, section 5.3).
+
+        The moves are reversible, so that acceptance by the ratio of two laws makes those of the other law (surrogate
+        transitions: Liu 2001, section 9.4.3). `adapt` learns the step.
+        """
+        surrogate = self.surrogate
+        assert surrogate is not None
+        # Along the axes of the surrogate the law is near standard normal.
+        factor = surrogate.axes / np.sqrt(1 + surrogate.importance)
+        energy, gradient = self._force(z)
+        for _ in range(reach.trajectories):
+            step = min(self.step, reach.length) * self.rng.uniform(0.8, 1.2)
+            leaps = min(int(np.ceil(reach.length / step)), _LEAPS)
+            momentum = self.rng.standard_normal(z.shape)
+            start = energy + (momentum**2).sum(axis=1) / 2
+            place, slope = z, gradient
+            for _ in range(leaps):
+                momentum = momentum - step / 2 * slope @ factor
+                place = place + step * momentum @ factor.T
+                there, slope = self._force(place)
+                momentum = momentum - step / 2 * slope @ factor
+            gain = start - there - (momentum**2).sum(axis=1) / 2
+            gain = np.where(np.isfinite(gain), gain, -np.inf)
+            accept = np.log(self.rng.uniform(size=len(z))) < gain
+            z, energy = np.where(accept[:, None], place, z), np.where(accept, there, energy)
+            gradient = np.where(accept[:, None], slope, gradient)
+            self.accepted = float(np.exp(np.minimum(gain, 0)).mean())
+            if adapt:
+                self.step = min(self.step * np.exp(0.5 * (self.accepted - 0.8)), _LONGEST)
+        return z
+
+    def begin(self, last: int | None = None) -> None:
+        """Set the temperature at which the last points, which may be far off, still make an ensemble."""
+        misfit = self.misfit if last is None else self.misfit[-last:]
+        spread = np.subtract(*np.percentile(misfit, [84, 16])) / 2
+        self.temper = float(max(1.0, spread / _AIM))
+
+    def propose(self, z: np.ndarray) -> np.ndarray:
+        """A round: where to solve next, from points (B, R)."""
+        self.fit()
+        # The step is learnt first: moves that depend on their own past keep no law.
+        return self.move(self.move(z, Reach(_ROUND // 2), adapt=True), Reach(_ROUND))
+
+    def judge(self, z: np.ndarray, readings: np.ndarray) -> bool:
+        """Take in the solves of a round, and set the error of the surrogate's energy there and the next temperature.
+
+        Returns whether these are draws at temperature 1.
+        """
+        assert self.surrogate is not None
+        if exact := self.temper == 1:
+            self.drawn.append(z)
+            self.drew.append(self.surrogate)
+        with np.errstate(invalid="ignore"):
+            off = self.says.log_density(self.surrogate(z)) - self.says.log_density(readings)
+        # A failure is an error beyond all measure.
+        off = np.sort(np.where(np.isfinite(off), off, np.inf))
+        low, high = off[int(0.16 * (len(off) - 1))], off[int(np.ceil(0.84 * (len(off) - 1)))]
+        self.error = float((high - low) / 2 if np.isfinite(high - low) else np.inf)
+        self.add(z, readings)
+        if not np.isfinite(self.error):
+            self.temper *= 2
+        elif self.error > _POOR * self.temper:
+            self.temper = min(2 * self.temper, self.error / _AIM)
+        else:
+            lowest, highest = self.temper / _FALL[1], self.temper / _FALL[0]
+            self.temper = float(max(1.0, min(highest, max(lowest, self.error / _AIM))))
+        return exact
+
+    def finish(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last surrogate, of the posterior itself; returns points (B, R) and energies (B,) of its law."""
+        self.temper = 1.0
+        z = self.propose(z)
+        return z, self.energy(z)
+
+    def sample(self, z: np.ndarray, reach: Reach = Reach()) -> tuple[np.ndarray, np.ndarray]:
+        """Proposals (B, R) from points (B, R), and the energies (B,) of the surrogate law there."""
+        z = self.move(z, reach)
+        return z, self.energy(z)
+
+    def shape(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (R,) of points, and a factor F of a covariance F Fᵀ near that of the posterior."""
+        assert self.surrogate is not None
+        return z.mean(axis=0), self.surrogate.axes / np.sqrt(1 + self.surrogate.importance)

@@ -1,0 +1,140 @@
+"""Where a correction starts: amortised samples in all modes that take part, their density, and an emulator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from firedrake import Ensemble
+
+from fem_diffusion.checks import stream
+from fem_diffusion.diffusion import log_density
+from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.model.families import decorrelated
+from fem_diffusion.prior.expansion import karhunen_loeve
+from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.trust.surrogate import Base
+
+if TYPE_CHECKING:
+    from fem_diffusion.model.posterior import Posterior
+
+__all__ = ["Start", "known_readings", "start_of"]
+
+# Samples by which the amortised posterior is known.
+_SAMPLES = 1000
+# How far modes of one prior may be from each other, and beyond how many prior standard deviations nothing starts.
+_SAME, _FAR = 1e-4, 6.0
+# Modes that take part, at most.
+_MODES = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a correction begins with.
+
+    Parameters
+    ----------
+    latent : LatentProblem
+        The target, in all R modes that take part.
+    z : numpy.ndarray
+        Amortised samples with the other modes from the prior, shape (n, R).
+    more : callable
+        So many further ones.
+    log_density : callable or None
+        Of them up to a constant, (n, R) to (n,).
+    base : Base or None
+        What the emulator tells of the readings.
+    log_prior : callable or None
+        Of latents that are not standard normal, (B, R) to (B,).
+    """
+
+    latent: LatentProblem
+    z: np.ndarray
+    more: Callable[[int], np.ndarray]
+    log_density: Callable[[np.ndarray], np.ndarray] | None = None
+    base: Base | None = None
+    log_prior: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarray] | None, ensemble: Ensemble | None,
+             seed: int) -> Start:
+    """The start of a posterior's correction (collective); InputError where there is no density to correct to."""
+    basis, problem = posterior.basis, posterior.problem
+    if not basis.standard_prior and log_prior is None:
+        raise InputError("The latents are those of POD, whose prior density is not known: give correct a log_prior, "
+                         "which maps latents (B, r) to their log densities (B,), or train with a Karhunen-Loeve basis.")
+    latent = LatentProblem(problem, posterior.y, extended(basis) if basis.standard_prior else basis,
+                           log_prior=log_prior, ensemble=ensemble)
+    r, rest = basis.r, latent.r - basis.r
+    conditioned = posterior.conditioned
+    count = 0
+
+    def more(n: int) -> np.ndarray:
+        nonlocal count
+        count += 1
+        z = posterior.sample(n, seed=stream(seed, f"start {count}"), refill=False, extrapolate=True,
+                             progress=False).latents
+        if not np.isfinite(z).all():
+            raise SolveError("The model gives samples that are not finite: train it anew.")
+        others = np.random.default_rng(stream(seed, f"others {count}")).standard_normal((n, rest))
+        return np.hstack([np.clip(z, -_FAR, _FAR) if log_prior is None else z, others])
+
+    def density(z: np.ndarray) -> np.ndarray:
+        found = on_root(latent.everyone, lambda: log_density(
+            conditioned, torch.from_numpy(np.ascontiguousarray(z[None, :, :r])))[0].numpy())
+        return found - (z[:, r:]**2).sum(axis=1) / 2
+    far = posterior.distance is not None and posterior.distance.far
+    known = conditioned.density is None and not far
+    return Start(latent, more(_SAMPLES), more, density if known else None, known_readings(posterior), log_prior)
+
+
+def extended(basis: ModalBasis) -> ModalBasis:
+    """A Karhunen-Loève basis with further modes of its prior (collective); as it is where those are not the same."""
+    assert basis.prior is not None
+    whole = karhunen_loeve(basis.prior)
+    if whole.r <= basis.r:
+        return basis
+    whole = whole.leading(min(whole.r, max(_MODES, basis.r)))
+    # The modes of the model stay what they are, because other runs may choose other signs.
+    turned = whole.encode(basis.decode(np.eye(basis.r)))
+    if np.abs(np.abs(turned[:, :basis.r]) - np.eye(basis.r)).max() > _SAME:
+        return basis
+    return replace(whole, modes=np.vstack([basis.modes, whole.modes[basis.r:]]),
+                   variances=np.concatenate([basis.variances, whole.variances[basis.r:]]))
+
+
+def known_readings(posterior: "Posterior") -> Base | None:
+    """Readings as the emulator tells them, of the model's own latents; None where it is not kept.
+
+    Sensors of a family are rows over coordinates of the state, in units of noise and emulator error; what whitened them
+    is found from the noise.
+    """
+    density, noise = posterior.conditioned.density, posterior.problem.noise
+    if density is None:
+        return None
+    emulator, rows, y = density.base.emulator, density.rows[0], torch.from_numpy(posterior.y)
+    left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
+    offset, matrix = torch.zeros_like(y), torch.eye(len(y), dtype=rows.dtype)
+    if float(left.diagonal().max()) > _SAME:
+        covariance = noise.covariance(y[None])
+        std = covariance.diagonal().sqrt()
+        layout, _ = decorrelated(torch.diag(std), offset, covariance, y)
+        turn = layout.rows[0] / std
+        root = layout.variance[0].sqrt()[:, None] * torch.linalg.inv(torch.linalg.cholesky(left))
+        back = torch.linalg.solve(turn, root)
+        offset, matrix = y - back @ density.target[0], back @ rows
+    r = posterior.basis.r
+
+    def base(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+        with torch.no_grad():
+            c, back = emulator.with_pull(torch.from_numpy(z[:, :r].copy()))
+
+        def pull(covector: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                pulled = back(torch.from_numpy(covector) @ matrix).numpy()
+            return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
+        return (offset + c @ matrix.T).numpy(), pull
+    return base
