@@ -91,7 +91,8 @@ class Marks:
                 axes.plot(x[nearest[some]], np.full(some.sum(), 0.02), "^", markerfacecolor=colour, markersize=5,
                           markeredgecolor="black" if colour == "black" else "grey", transform=feet, clip_on=False,
                           linestyle="none", label=f"{some.sum()} sensor{'s' if some.sum() > 1 else ''}{words}")
-        for place, name in zip(x[nearest], self.names if len(self.names) <= _NAMED // 2 else ()):
+        named = near[:len(self.names)] if len(self.names) <= _NAMED // 2 else []
+        for place, name in ((x[nearest[i]], self.names[i]) for i in np.flatnonzero(named)):
             axes.annotate(name, (place, 0.02), (0, 7), xycoords=feet, textcoords="offset points", ha="center",
                           fontsize="xx-small", parse_math=False)
 

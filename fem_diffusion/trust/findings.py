@@ -126,13 +126,16 @@ def _of_field(samples: Samples, unknown: Unknown, before: np.ndarray, asked: Ask
              f"{words.interval(low, high, unknown.units).replace(' to ', ' and ')}."]
     mean, std = values.mean(axis=0), values.std(axis=0, ddof=1)
     places = nodes_of(V)
+    # Where conditions fix the unknown there is nothing to be known.
+    free = std > 1e-9 * max(comm.allgather(std.max(initial=0.0)))
     extremes = {key: _extreme(comm, row, places, sign, asked.mesh_units) for key, row, sign in (
-        ("least", mean, -1), ("most", mean, 1), ("best", std, -1), ("worst", std, 1))}
+        ("least", mean, -1), ("most", mean, 1), ("best", np.where(free, std, np.inf), -1), ("worst", std, 1))}
     found.append(f"Its posterior mean lies between {unknown.number(extremes['least'][0])}, at {extremes['least'][1]}, "
                  f"and {unknown.number(extremes['most'][0])}, at {extremes['most'][1]}.")
-    found.append(f"It is known least at {extremes['worst'][1]}, within a standard deviation of "
-                 f"{unknown.number(extremes['worst'][0])}, and best at {extremes['best'][1]}, within "
-                 f"{unknown.number(extremes['best'][0])}.")
+    if np.isfinite(extremes["best"][0]):
+        found.append(f"It is known least at {extremes['worst'][1]}, within a standard deviation of "
+                     f"{unknown.number(extremes['worst'][0])}, and best at {extremes['best'][1]}, within "
+                     f"{unknown.number(extremes['best'][0])}.")
     typical, prior = (float(np.sqrt(comm.allreduce((x.var(axis=0, ddof=1) * share).sum()) / volume))
                       for x in (values, before))
     if np.isfinite(prior) and prior > 0:
@@ -162,12 +165,13 @@ def _exceeding(V: WithGeometry, values: np.ndarray, average: np.ndarray, unknown
     here = (values > unknown.threshold).any(axis=1) | above.any(axis=1)
     somewhere = float((comm.allreduce(here.astype(int)) > 0).mean())
     low, high = np.quantile(shares, [0.025, 0.975])
-    part = f"The part of the domain where it does is {words.percent(shares.mean())}"
+    part = "" if not shares.any() else f" The part of the domain where it does is {words.percent(shares.mean())}"
     if high > low:
         part += f", with 95 % probability between {words.percent(low)} and {words.percent(high)}"
+    part += "." if part else ""
     return [f"The probability that the {unknown.name} exceeds {unknown.limit} somewhere is "
             f"{words.chance(somewhere, n)}; that its average does, "
-            f"{words.chance(float((average > unknown.threshold).mean()), n)}. {part}."]
+            f"{words.chance(float((average > unknown.threshold).mean()), n)}.{part}"]
 
 
 class _Drawing:
