@@ -152,10 +152,11 @@ class Local:
         latent, spent = self.latent, 2
         misfit, jacobian = linearise(z)
         size, self.settled = 1.0, False
-        while spent < SEARCH:
+        while spent < 2 * SEARCH:
             normal = np.eye(latent.r) + jacobian.T @ jacobian
             step = -size * np.linalg.solve(normal, z + jacobian.T @ misfit)
-            if step @ normal @ step < _NEAR * size**2:
+            # Noise that is larger than assumed makes for longer steps, and a wider posterior.
+            if step @ normal @ step < _NEAR * size**2 * max(1.0, float(misfit @ misfit) / len(misfit)):
                 self.settled = True
                 break
             there = latent.whitened(latent.readings((z + step)[None]))[0]

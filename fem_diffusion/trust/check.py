@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import chi2
 
 from fem_diffusion.checks import check_count, check_seed, stream
 from fem_diffusion.diffusion import Distance
@@ -167,6 +168,10 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     notes += found.notes
     if not found.settled:
         light = "yellow" if light == "green" else light
+        if verdict == "trustworthy" and misfit > np.sqrt(chi2(len(y)).isf(_LEVEL) / len(y)):
+            verdict, light = "conflict", "red"
+            sentences = [f"Samples miss the readings by {_size(misfit)} noise standard deviations (root mean square), "
+                         "and about 1 is expected: model, noise or posterior are wrong."]
     if found.failed > 0:
         light = "red" if found.failed > len(z) // 4 else "yellow" if light == "green" else light
     if found.lost:
