@@ -23,6 +23,8 @@ __all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
 # Sensors that have an adjoint solve each, at most, in units of the solves; solves of the search for the most probable
 # point; fewest samples; steps of differences in posterior standard deviations; draws of noise of the user's own.
 _ROWS, SEARCH, _FEWEST, _STEP, _DRAWS = 2, 8, 10, 0.5, 4000
+# Squared length of a step, in posterior standard deviations, that ends the search.
+_NEAR = 0.1
 
 
 def gaussian(problem: InverseProblem,
@@ -96,7 +98,8 @@ class Local:
 
     Attributes are `samples` (n, r), those whose solves have not failed (`failed` have), `readings` (n, k), `gradient`
     (n, r) of the energy; the point `z` (r,), the readings `at` (k,) there, whitened `misfit` (k,) and its derivative
-    `jacobian` (k, r); whether nearly all are `lost`; and `notes`.
+    `jacobian` (k, r); whether nearly all are `lost`, and the search has
+    `settled`; and `notes`.
     """
 
     def __init__(self, latent: LatentProblem, z: np.ndarray, solves: int):
@@ -148,11 +151,13 @@ class Local:
         """Gauss-Newton from the mean of the samples; an affine problem takes one step."""
         latent, spent = self.latent, 2
         misfit, jacobian = linearise(z)
-        size = 1.0
-        while spent < SEARCH:
+        size, self.settled = 1.0, False
+        while spent < 2 * SEARCH:
             normal = np.eye(latent.r) + jacobian.T @ jacobian
             step = -size * np.linalg.solve(normal, z + jacobian.T @ misfit)
-            if step @ normal @ step < 1e-2:
+            # Noise that is larger than assumed makes for longer steps, and a wider posterior.
+            if step @ normal @ step < _NEAR * size**2 * max(1.0, float(misfit @ misfit) / len(misfit)):
+                self.settled = True
                 break
             there = latent.whitened(latent.readings((z + step)[None]))[0]
             spent += 1
@@ -163,8 +168,12 @@ class Local:
             affine = np.linalg.norm(there - misfit - jacobian @ step) < 0.1 and size == 1
             z, misfit, size = z + step, there, 1.0
             if affine:
+                self.settled = True
                 break
             misfit, jacobian = linearise(z)
             spent += 1
+        if not self.settled:
+            self.notes.append("The search for the parameter that fits best near the samples has not ended after "
+                              f"{spent} solves, so whether the measurement goes with model and noise is left open.")
         self.z, self.misfit, self.jacobian = latent.everyone.bcast((z, misfit, jacobian))
         self.at = latent.readings(self.z[None])[0]
