@@ -190,7 +190,8 @@ def _source(transform=None, noise=0.05, points=((0.4, 0.5), (0.6, 0.5), (0.9, 0.
 
 
 @pytest.mark.parametrize("reference", [hmc, pcn, laplace])
-def test_references_agree_with_the_exact_posterior(reference):
+def test_references_agree_with_the_exact_posterior(reference, monkeypatch):
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 400)
     problem = _source(noise=0.3)
     right, basis = exact(problem, Y), karhunen_loeve(problem.prior, 7)
     found = reference(problem, Y, seed=2, basis=basis, **{} if reference is laplace else {"progress": False})
@@ -328,7 +329,7 @@ def test_a_step_in_the_transform_needs_no_gradient(monkeypatch):
     problem = _source(lambda f: conditional(gt(f, 0.0), 2.0, 1.0), noise=0.2)
     y, basis = [1.2, 1.2, 1.1], karhunen_loeve(problem.prior, 6)
     monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 300)
-    found = pcn(problem, y, basis=basis, seed=0, draws=1500, progress=False)
+    found = pcn(problem, y, basis=basis, seed=0, draws=1000, progress=False)
     latent = LatentProblem(problem, y, basis)
     z = np.random.default_rng(5).standard_normal((4000, 6))
     weights = np.exp(-latent.energy(z) - latent.log_prior(z))
