@@ -23,8 +23,8 @@ __all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
 # Sensors that have an adjoint solve each, at most, in units of the solves; solves of the search for the most probable
 # point; fewest samples; steps of differences in posterior standard deviations; draws of noise of the user's own.
 _ROWS, SEARCH, _FEWEST, _STEP, _DRAWS = 2, 8, 10, 0.5, 4000
-# Squared length of a step, in posterior standard deviations, that ends the search.
-_NEAR = 0.1
+# Squared length of a step, in posterior standard deviations, that ends the search, and that is small beside a misfit.
+_NEAR, _SMALL = 0.1, 0.3
 
 
 def gaussian(problem: InverseProblem,
@@ -172,6 +172,10 @@ class Local:
                 break
             misfit, jacobian = linearise(z)
             spent += 1
+        normal = np.eye(latent.r) + jacobian.T @ jacobian
+        step = np.linalg.solve(normal, z + jacobian.T @ misfit)
+        # A large residual slows the search down; what is left of it by a further step is small beside it all the same.
+        self.settled = self.settled or bool(step @ normal @ step < _SMALL * (misfit @ misfit))
         if not self.settled:
             self.notes.append("The search for the parameter that fits best near the samples has not ended after "
                               f"{spent} solves, so whether the measurement goes with model and noise is left open.")

