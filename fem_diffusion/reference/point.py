@@ -125,8 +125,9 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
         raise SolveError(f"No maximum a posteriori point was found (after {found.nit} steps it is {np.sqrt(left):.2g} "
                          "posterior standard deviations away): check the measurement and the solver's tolerance, or "
                          "give more starts.")
-    if np.array_equal(expanded(found.x)[1], np.eye(latent.r)) and not latent.linearised(found.x)[1].any() and (
-            np.ptp(latent.readings(found.x + np.vstack([np.eye(latent.r), -np.eye(latent.r)])), axis=0).any()):
+    around = found.x + np.vstack([np.eye(latent.r), -np.eye(latent.r)])
+    flat = np.array_equal(expanded(found.x)[1], np.eye(latent.r)) and not latent.linearised(found.x)[1].any()
+    if flat and np.ptp(latent.readings(around), axis=0).any():
         raise SolveError("The readings depend on the parameter and their derivative is zero: the transform has none, "
                          "as a level set; take pcn, which needs none.")
     return found.x, float(found.fun)

@@ -223,7 +223,8 @@ def test_the_most_probable_point_is_found_where_simulations_never_were():
 def test_a_slope_of_zero_at_the_prior_mean_hides_no_minimum(power, y, right):
     """Exact derivatives, which are zero at the prior mean: it is a stationary point and no minimum."""
     problem = _cube()
-    curved = InverseProblem(problem.prior, lambda m: Function(problem.U).interpolate(m**power), problem.observation, 0.1)
+    curved = InverseProblem(problem.prior, lambda m: Function(problem.U).interpolate(m**power), problem.observation,
+                            0.1)
     assert LatentProblem(curved, [y]).differentiable
     found = laplace(curved, [y])
     assert abs(found.centre[0]) == pytest.approx(right, abs=1e-4)
