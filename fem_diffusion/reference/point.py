@@ -134,7 +134,7 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
 
 
 def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """A probable point (r,) by at most about `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
+    """A probable point (r,) by some `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
 
     The limited-memory method of SciPy: where readings are many its gradients cost a small part of the linearisations of
     `find_point`, and its end is near enough for chains. F Fᵀ is the inverse Hessian as the steps have seen it.
