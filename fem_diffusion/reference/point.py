@@ -18,6 +18,8 @@ __all__ = ["MapPoint", "descend", "find_point", "map_point"]
 # Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
 _AIM, _NEAR = 1e-14, 1e-4
 _STEPS = 200
+# Size of the step away from the prior mean, in prior standard deviations: there symmetric problems have no slope.
+_ASIDE = 0.1
 # Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
 _REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
 
@@ -63,10 +65,11 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
     basis : ModalBasis, optional
         ``karhunen_loeve(problem.prior)`` where left out.
     starts : int
-        Number of searches: one from the prior mean, the others from prior draws of this seed; the best one counts.
+        Number of searches: one from beside the prior mean, the others from prior draws of this seed; the best one
+        counts.
 
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
-    at a minimum.
+    at a minimum, or the readings have no slope, as those of a level set.
     """
     starts, seed = check_count(starts, "starts"), check_seed(seed)
     latent = LatentProblem(problem, y, basis)
@@ -77,13 +80,14 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
 
 def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.ndarray | None = None
                ) -> tuple[np.ndarray, float]:
-    """Latents (r,) of the maximum a posteriori point and their energy, from the prior mean or another start.
+    """Latents (r,) of the maximum a posteriori point and their energy, from beside the prior mean or another start.
 
     Arguments and errors are as for `map_point`.
     """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
-    for z in np.vstack([np.zeros(latent.r) if start is None else start, draws]):
+    aside = _ASIDE * np.random.default_rng(stream(seed, "aside")).standard_normal(latent.r)
+    for z in np.vstack([aside if start is None else start, draws]):
         try:
             found.append(_search(latent, z))
         except SolveError as error:
@@ -121,11 +125,16 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
         raise SolveError(f"No maximum a posteriori point was found (after {found.nit} steps it is {np.sqrt(left):.2g} "
                          "posterior standard deviations away): check the measurement and the solver's tolerance, or "
                          "give more starts.")
+    around = found.x + np.vstack([np.eye(latent.r), -np.eye(latent.r)])
+    flat = np.array_equal(expanded(found.x)[1], np.eye(latent.r)) and not latent.linearised(found.x)[1].any()
+    if flat and np.ptp(latent.readings(around), axis=0).any():
+        raise SolveError("The readings depend on the parameter and their derivative is zero: the transform has none, "
+                         "as a level set; take pcn, which needs none.")
     return found.x, float(found.fun)
 
 
 def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """A probable point (r,) by at most about `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
+    """A probable point (r,) by some `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
 
     The limited-memory method of SciPy: where readings are many its gradients cost a small part of the linearisations of
     `find_point`, and its end is near enough for chains. F Fᵀ is the inverse Hessian as the steps have seen it.
