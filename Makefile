@@ -27,7 +27,8 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-pde test \
+.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
+        demo-pde test \
         test-quick test-slow \
         lint clean benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
         benchmark-ensemble benchmark-peers
@@ -39,6 +40,8 @@ help:
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
+	@echo "make demo-heat       can I trust it? a nonlinear conductivity problem, checked and corrected by its own solver"
+	@echo "make demo-membrane   a published benchmark, 64 unknowns: trained, corrected, against a reference"
 	@echo "make demo-pde        diffusion models solved as PDEs for the density, forward and back"
 	@echo "make test            lint and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-quick      those of the rooms of torch alone, and a few of finite elements: two minutes"
@@ -73,6 +76,12 @@ demo-stokes: install
 
 demo-elastic: install
 	$(RUN) demos/elastic_stiffness/elastic_stiffness.py
+
+demo-heat: install
+	$(RUN) demos/heat_conduction/heat_conduction.py
+
+demo-membrane: install
+	$(RUN) demos/membrane/membrane.py
 
 demo-release: install
 	$(RUN) demos/source_release/source_release.py

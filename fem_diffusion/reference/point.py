@@ -13,11 +13,13 @@ from fem_diffusion.fields.coefficients import field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["MapPoint", "find_point", "map_point"]
+__all__ = ["MapPoint", "descend", "find_point", "map_point"]
 
 # Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
 _AIM, _NEAR = 1e-14, 1e-4
 _STEPS = 200
+# Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
+_REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,3 +122,19 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
                          "posterior standard deviations away): check the measurement and the solver's tolerance, or "
                          "give more starts.")
     return found.x, float(found.fun)
+
+
+def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """A probable point (r,) by at most about `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
+
+    The limited-memory method of SciPy: where readings are many its gradients cost a small part of the linearisations of
+    `find_point`, and its end is near enough for chains. F Fᵀ is the inverse Hessian as the steps have seen it.
+    """
+    def value(z: np.ndarray) -> tuple[float, np.ndarray]:
+        energy, gradient = latent.energy_and_gradient(z[None])
+        # The line search takes numbers alone.
+        return float(np.minimum(energy[0], 1e30)), gradient[0]
+    found = minimize(value, np.zeros(latent.r), jac=True, method="L-BFGS-B", bounds=[(-_REACH, _REACH)] * latent.r,
+                     options={"maxcor": _MEMORY, "maxfun": most, "ftol": _SETTLED})
+    inverse = found.hess_inv.todense()
+    return found.x, np.linalg.cholesky((inverse + inverse.T) / 2)

@@ -33,7 +33,7 @@ from fem_diffusion.progress import bar, tell
 from fem_diffusion.reference.hmc import run_hmc
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.likelihood import Likelihood
-from fem_diffusion.reference.point import find_point
+from fem_diffusion.reference.point import descend
 from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.samples import Samples
 from fem_diffusion.simulation.journal import Journal
@@ -58,8 +58,9 @@ _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
 # solves a chain without which gradients are of no use.
 _SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
-# Misfit per reading from which samples are no start, and linearisations that a search may take.
-_FAR, _SEARCH = 25.0, 40
+# Misfit per reading from which samples are no start, and gradients, at least and at most, and share of the solves that a
+# search may take.
+_FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 25.0, 30, 300, 0.2
 # What is refused, and below which chance a measurement is in conflict with the problem.
 _ESS, _RHAT, _CONFLICT = 100.0, 1.05, 1e-5
 _UNSEEN = 16
@@ -213,27 +214,32 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
 
 
 def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
-    """Points around the most probable one where linearisations may be had for the solves; otherwise those given."""
+    """Points around the most probable one where gradients may be had for the solves; otherwise those given."""
     latent = run.latent
-    cost = 1 + (len(latent.y) if latent.differentiable else 2 * latent.r)
-    if _SEARCH * cost > _LEARNING * run.left:
+    dear = len(latent.y) if latent.differentiable else 2 * latent.r
+    cost = 2 if latent.differentiable else 1 + dear
+    most = min(_SEARCH, int(_SHARE * run.left / cost))
+    if most < _FEWEST_STEPS:
         return z
 
     def search(_: np.ndarray) -> np.ndarray:
         before = latent.solves, latent.pulls
-        centre = find_point(latent)[0]
-        factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+        centre, factor = descend(latent, most)
+        if 1 + dear <= _SHARE * run.left:
+            factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
         return np.concatenate([centre, factor.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
     answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
     run.spend(*(int(x) for x in answer[-2:]))
     centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
     rng = np.random.default_rng(stream(run.seed, "laplace"))
-    z = centre + rng.standard_normal((_PILOT, latent.r)) @ factor.T
+    z = centre + rng.standard_normal((min(_PILOT, run.left // 2), latent.r)) @ factor.T
     readings = run.solve(z)
 
     def take() -> None:
+        # What is far from the measurement, and an emulator that led there, teach nothing of its neighbourhood.
+        learner.forget()
         learner.add(z, readings)
-        learner.begin(len(z))
+        learner.begin()
     on_root(run.comm, take)
     return z
 

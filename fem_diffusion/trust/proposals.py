@@ -110,6 +110,11 @@ class Learner:
             misfit = np.concatenate([self.misfit, misfit])
         self.z, self.readings, self.misfit = z, readings, misfit
 
+    def forget(self) -> None:
+        """Start anew without solves and emulator."""
+        self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
+        self.base = self.surrogate = None
+
     def prior_energy(self, z: np.ndarray) -> np.ndarray:
         """Negative log prior density of latents (B, R), shape (B,), up to a constant."""
         return (z**2).sum(axis=1) / 2 if self.log_prior is None else -self.log_prior(z)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base.array import array_stats
 from scipy.special import logsumexp
 
 __all__ = ["Weights", "mixture", "resample", "smoothed"]
