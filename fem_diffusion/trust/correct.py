@@ -207,8 +207,9 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
     if kept and worth:
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights = on_root(comm, lambda: learner.weigh(real))
-        return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, weights.ess, weights.khat, made=len(z),
-                         weights=weights.values)
+        rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
+        return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat, rhat,
+                         made=len(z), weights=weights.values)
     return _chains(run, learner, points)
 
 

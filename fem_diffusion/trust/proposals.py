@@ -12,17 +12,26 @@ from typing import Protocol
 
 import numpy as np
 
+from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.trust.surrogate import Base, Surrogate, fit_surrogate
-from fem_diffusion.trust.weights import Weights, mixture, smoothed
+from fem_diffusion.trust.weights import Weights, mixture, resample, smoothed
 
 __all__ = ["Learner", "Reach", "Says"]
 
 # Length of a trajectory, a quarter of a period of a standard normal law; most steps of one, and longest step.
 _QUARTER, _LEAPS, _LONGEST = np.pi / 2, 16, 1.2
+# Share of trajectories with smaller steps; share of points that stay when they are multiplied, at least, and energy
+# from which none does, in units of its spread.
+_SMALL, _STAY, _STRAY = 0.25, 0.2, 8.0
 # Trajectories of a round of the warm-up, and between two proposals.
 _ROUND, _MOVES = 12, 6
+# Rounds of moves at temperature 1, at most; correlation at which points have forgotten where they were, and what chance
+# may make of none; draws of each chain by which mixing is told.
+_REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 20, 0.1, 3.0, 40
 # Points that a surrogate is fitted to, at most.
 _POINTS = 3000
+# Growth of the solves, or fall of the temperature, after which the surrogate's parameters are found anew.
+_MORE = 1.3
 # Beyond so many prior standard deviations nothing is proposed.
 _FAR = 12.0
 # Errors of the energy in units of the temperature: at which it falls, and beyond which it rises.
@@ -87,6 +96,8 @@ class Learner:
         # Draws of surrogates at temperature 1, and these.
         self.drawn: list[np.ndarray] = []
         self.drew: list[Surrogate] = []
+        # Number of solves, and temperature, when its parameters were found.
+        self.fitted = 0, np.inf
         self.temper, self.error, self.step, self.accepted = 1.0, np.inf, 0.4, 1.0
 
     def add(self, z: np.ndarray, readings: np.ndarray) -> None:
@@ -145,8 +156,12 @@ class Learner:
         """A surrogate of the solves so far, of those that matter most where there are too many."""
         relevance = self.prior_energy(self.z) + self.misfit / self.temper
         chosen = np.argsort(relevance, kind="stable")[:_POINTS]
+        size, temper = self.fitted
+        anew = len(self.z) > _MORE * size or self.temper < temper / _MORE
+        if anew:
+            self.fitted = len(self.z), self.temper
         self.surrogate = fit_surrogate(self.z[chosen], self.readings[chosen], self.says.std, self.base, self.temper,
-                                       self.surrogate, int(self.rng.integers(2**31)))
+                                       self.surrogate, int(self.rng.integers(2**31)), anew)
 
     def move(self, z: np.ndarray, reach: Reach, adapt: bool = False) -> np.ndarray:
         """Latents (B, R) after Hamiltonian moves that leave the surrogate law as it is (Neal 2011, section 5.3).
@@ -161,6 +176,9 @@ class Learner:
         energy, gradient = self._force(z)
         for _ in range(reach.trajectories):
             step = min(self.step, reach.length) * self.rng.uniform(0.8, 1.2)
+            if self.rng.uniform() < _SMALL:
+                # Where the law is narrower than elsewhere, points would be stuck.
+                step *= 10**-self.rng.uniform(0, 2)
             leaps = min(int(np.ceil(reach.length / step)), _LEAPS)
             momentum = self.rng.standard_normal(z.shape)
             start = energy + (momentum**2).sum(axis=1) / 2
@@ -176,7 +194,7 @@ class Learner:
             z, energy = np.where(accept[:, None], place, z), np.where(accept, there, energy)
             gradient = np.where(accept[:, None], slope, gradient)
             self.accepted = float(np.exp(np.minimum(gain, 0)).mean())
-            if adapt:
+            if adapt and step > self.step / 2:
                 self.step = min(self.step * np.exp(0.5 * (self.accepted - 0.8)), _LONGEST)
         return z
 
@@ -188,9 +206,29 @@ class Learner:
 
     def propose(self, z: np.ndarray) -> np.ndarray:
         """A round: where to solve next, from points (B, R)."""
+        then = 0.0 if self.surrogate is None else self.energy(z)
         self.fit()
+        now = np.nan_to_num(self.energy(z), nan=np.inf)
+        low, middle, high = np.percentile(now, [16, 50, 84], method="nearest")
+        # Points that were left behind would never come back: those of the new law are multiplied.
+        change = np.where(now <= middle + _STRAY * (1 + high - low), then - now, -np.inf)
+        z = z[resample(_even(change), len(z), self.rng)]
         # The step is learnt first: moves that depend on their own past keep no law.
-        return self.move(self.move(z, Reach(_ROUND // 2), adapt=True), Reach(_ROUND))
+        z = self.move(z, Reach(_ROUND // 2), adapt=True)
+        for _ in range(_REPEATS if self.temper == 1 else 1):
+            before, z = z, self.move(z, Reach(_ROUND))
+            if np.abs(_correlation(before, z)).max() < _FORGOTTEN + _CHANCE / np.sqrt(len(z)):
+                break
+        return z
+
+    def mixing(self, z: np.ndarray) -> tuple[float, float]:
+        """Largest R-hat of chains of the surrogate law from points (B, R), and smallest share of effective draws."""
+        draws = []
+        for _ in range(_DRAWS):
+            z = self.move(z, Reach(_ROUND // 2))
+            draws.append(z)
+        rhat, bulk, _ = diagnosed(np.stack(draws, axis=1))
+        return float(rhat.max()), float(min(bulk.min() / (len(z) * _DRAWS), 1.0))
 
     def judge(self, z: np.ndarray, readings: np.ndarray) -> bool:
         """Take in the solves of a round, and set the error of the surrogate's energy there and the next temperature.
@@ -232,3 +270,21 @@ class Learner:
         """Mean (R,) of points, and a factor F of a covariance F Fᵀ near that of the posterior."""
         assert self.surrogate is not None
         return z.mean(axis=0), self.surrogate.axes / np.sqrt(1 + self.surrogate.importance)
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Of each column of two sets of points (B, R), shape (R,)."""
+    x, y = x - x.mean(axis=0), y - y.mean(axis=0)
+    return (x * y).sum(axis=0) / np.sqrt((x**2).sum(axis=0) * (y**2).sum(axis=0) + 1e-300)
+
+
+def _even(log: np.ndarray) -> np.ndarray:
+    """Weights (n,) from their logarithms, made more even until a fifth of them is effective."""
+    log = np.where(np.isfinite(log), log, -1e300) if np.isfinite(log).any() else np.zeros(len(log))
+    log = log - log.max()
+    while True:
+        weights = np.exp(log)
+        weights /= weights.sum()
+        if 1 / (weights**2).sum() >= _STAY * len(log) or log.min() > -1e-3:
+            return weights
+        log = np.maximum(log, -1e6) / 2

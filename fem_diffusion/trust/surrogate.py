@@ -30,8 +30,10 @@ Pull = Callable[[np.ndarray], np.ndarray]
 # Readings (B, k) at latents (B, R), and the map of covectors (B, k) to their pull-back (B, R).
 Base = Callable[[np.ndarray], tuple[np.ndarray, Pull]]
 
-# Points that the parameters are fitted to, steps of that, and points and probes of the mean square derivative.
-_SUBSET, _STEPS, _POINTS, _PROBES = 600, 40, 300, 4
+# Points that the parameters are fitted to, for each latent and at least and most; steps of that, and what ends it.
+_SUBSET, _STEPS, _CLOSE = (12, 100, 600), 40, 1e-5
+# Points and probes of the mean square derivative.
+_POINTS, _PROBES = 300, 4
 # Bounds of log a, log l², log τ and log p; width of their prior; a share of the kernel's diagonal against rounding.
 _BOUNDS = [(-12.0, 12.0)] * 4 + [(-18.0, 3.0), (-4.0, 1.0)]
 _WIDTH, _ROUNDING, _USUAL = 3.0, 1e-9, -2.0
@@ -108,11 +110,12 @@ class Surrogate:
 
 
 def fit_surrogate(z: np.ndarray, readings: np.ndarray, units: np.ndarray, base: Base | None, temper: float = 1.0,
-                  former: Surrogate | None = None, seed: int = 0) -> Surrogate:
+                  former: Surrogate | None = None, seed: int = 0, anew: bool = True) -> Surrogate:
     """Regress readings (n, k), of noise `units` (k,), on latents (n, R), at posterior temperature T >= 1.
 
     The first ones matter most: axes and parameters are made for them.
-    A former surrogate of the same problem says where the axes are and where the search for parameters begins.
+    A former surrogate of the same problem says where the axes are and where the search for parameters begins, or,
+    where it is not made `anew`, what they are.
     """
     rng = np.random.default_rng(seed)
     rest = readings if base is None else readings - base(z)[0]
@@ -128,9 +131,11 @@ def fit_surrogate(z: np.ndarray, readings: np.ndarray, units: np.ndarray, base: 
     for _ in range(2 if former is None else 1):
         importance, axes = np.linalg.eigh(derivative)
         importance = np.maximum(importance, 0) / temper
-        chosen = slice(_SUBSET)
-        parameters = _likeliest((z - centre)[chosen] @ axes, importance, (rest - mean)[chosen],
-                                None if found is None else found.parameters)
+        each, least, most = _SUBSET
+        chosen = slice(min(max(least, each * len(axes)), most))
+        parameters = None if found is None else found.parameters
+        if parameters is None or anew:
+            parameters = _likeliest((z - centre)[chosen] @ axes, importance, (rest - mean)[chosen], parameters)
         x = (z - centre) @ axes * _scales(importance, np.exp(parameters[5]))
         kernel = _kernel(torch.from_numpy(x), torch.from_numpy(parameters)).numpy()
         root = cho_factor(kernel, lower=True)
@@ -181,7 +186,7 @@ def _likeliest(z: np.ndarray, importance: np.ndarray, rest: np.ndarray, former: 
     for start in [usual] if former is None else [usual, former]:
         with contextlib.suppress(torch.linalg.LinAlgError):
             results.append(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=_BOUNDS,
-                                    options={"maxiter": _STEPS}))
+                                    options={"maxiter": _STEPS, "ftol": _CLOSE}))
     return min(results, key=lambda result: result.fun).x if results else usual
 
 

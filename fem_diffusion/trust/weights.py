@@ -36,7 +36,8 @@ def smoothed(energy: np.ndarray, proposal: np.ndarray) -> Weights:
         log = log[there] - log[there].max()
         # Equal weights have no tail.
         if np.ptp(log) > 1e-8:
-            log, khat = array_stats.psislw(log)
+            # ArviZ takes the log likelihoods whose inverse the weights are.
+            log, khat = array_stats.psislw(-log)
         else:
             khat = -np.inf
         values[there] = np.exp(log - log.max())

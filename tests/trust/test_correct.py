@@ -1,0 +1,226 @@
+"""Corrections of wrong starts, against exact laws; variants that leave the law out must fail."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from scipy.stats import norm
+
+from fem_diffusion.errors import SolveError
+from fem_diffusion.trust import correct as module
+from fem_diffusion.trust.correct import corrected
+from fem_diffusion.trust.proposals import Learner
+from fem_diffusion.trust.start import Start
+from fem_diffusion.trust.weights import mixture, resample, smoothed
+
+
+class Target:
+    """A problem in latents with standard normal prior and Gaussian noise, without a mesh."""
+
+    everyone, differentiable, failure, pulls, solves = MPI.COMM_SELF, False, "no solution", 0, 0
+
+    def __init__(self, f, y, std):
+        self.f, self.y, self.std = f, np.array(y, dtype=float), np.broadcast_to(np.array(std, float), np.shape(y))
+
+    def readings(self, z):
+        self.solves += len(z)
+        return self.f(z)
+
+    def log_prior(self, z):
+        return -(z**2).sum(axis=1) / 2
+
+    def log_likelihood(self, readings):
+        return norm.logpdf(readings, self.y, self.std).sum(axis=1)
+
+    log_density = log_likelihood
+
+    def score(self, readings):
+        return (readings - self.y) / self.std**2
+
+    def energy(self, z):
+        return -self.log_prior(z) - self.log_likelihood(self.readings(z))
+
+    def expanded(self, z):
+        J = np.stack([(self.f((z + e)[None]) - self.f((z - e)[None]))[0] / 2e-5 for e in 1e-5 * np.eye(self.r)], axis=1)
+        self.solves += 1 + 2 * self.r
+        J = J / self.std[:, None]
+        return z + J.T @ ((self.f(z[None])[0] - self.y) / self.std), np.eye(self.r) + J.T @ J
+
+    def start(self, z, log_density=None, base=None):
+        """From samples (n, R), of which any number may be had."""
+        self.r = z.shape[1]
+        return Start(self, z, lambda n: z[-n:], log_density, base)
+
+
+def run(target, z, solves=1500, seed=1, **kwargs):
+    found = corrected(target, target.start(z, **kwargs), target, solves, seed=seed)
+    weights = np.full(len(found.z), 1 / len(found.z)) if found.weights is None else found.weights
+    assert found.solves <= solves and target.solves <= solves
+    return found, weights
+
+
+def check_moments(found, weights, mean, std, sigmas=4.5):
+    """Mean and standard deviation within their Monte Carlo error, by the effective sample size that is claimed."""
+    ours = weights @ found.z
+    spread = np.sqrt(weights @ (found.z - ours)**2)
+    assert (np.abs(ours - mean) < sigmas * std / np.sqrt(found.ess)).all(), (ours, mean, found.ess)
+    assert (np.abs(spread / std - 1) < sigmas / np.sqrt(2 * found.ess)).all(), (spread, std, found.ess)
+
+
+def linear(r, k, seed=0):
+    """A linear problem with its exact posterior mean and covariance."""
+    rng = np.random.default_rng(seed)
+    A = rng.standard_normal((k, r))
+    target = Target(lambda z: z @ A.T, A @ rng.standard_normal(r) + 0.5 * rng.standard_normal(k), 0.5)
+    covariance = np.linalg.inv(np.eye(r) + A.T @ A / 0.25)
+    return target, covariance @ A.T @ target.y / 0.25, covariance
+
+
+def curved():
+    """Two latents on a bent ridge, and one more that is not seen."""
+    return Target(lambda z: np.stack([z[:, 0] + z[:, 1]**2, z[:, 0] / 2], axis=1), [0.3, 0.1], [0.3, 0.4])
+
+
+def moments_on_a_grid(target, r=2, reach=6.0, n=400):
+    """Mean and standard deviation of the first r latents by the trapezium rule."""
+    axes = np.meshgrid(*[np.linspace(-reach, reach, n)] * r, indexing="ij")
+    z = np.stack([axis.ravel() for axis in axes], axis=1)
+    log = target.log_prior(z) + target.log_likelihood(target.f(z))
+    weights = np.exp(log - log.max())
+    weights /= weights.sum()
+    mean = weights @ z
+    return mean, np.sqrt(weights @ (z - mean)**2)
+
+
+@pytest.mark.parametrize("width, shift", [(2.5, 0.0), (0.4, 0.0), (1.0, 5.0)])
+def test_a_wrong_gaussian_start_is_repaired(width, shift):
+    target, mean, covariance = linear(5, 4)
+    std = np.sqrt(covariance.diagonal())
+    z = mean + shift * std + width * np.random.default_rng(3).standard_normal((1500, 5)) @ np.linalg.cholesky(covariance).T
+    found, weights = run(target, z)
+    assert found.ess > 500
+    check_moments(found, weights, mean, std)
+
+
+def test_a_cubic_far_from_its_start_is_repaired():
+    target = Target(lambda z: z**3, [20.0], 1.0)
+    mean, std = moments_on_a_grid(target, 1, n=20001)
+    found, weights = run(target, 1.5 + 0.3 * np.random.default_rng(0).standard_normal((1000, 1)))
+    check_moments(found, weights, mean, std)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_bent_ridge_is_sampled(seed):
+    target = curved()
+    mean, std = moments_on_a_grid(target)
+    found, weights = run(target, 2 * np.random.default_rng(seed).standard_normal((1000, 3)), seed=seed)
+    check_moments(found, weights, np.append(mean, 0.0), np.append(std, 1.0))
+
+
+def test_two_modes_that_no_move_joins_are_refused():
+    target = Target(lambda z: z**2, [4.0], 0.05)
+    with pytest.raises(SolveError, match="not converged"):
+        run(target, np.random.default_rng(0).standard_normal((1000, 1)))
+
+
+def biased(z):
+    """The linear problem's readings with an error that an emulator may have."""
+    return 0.7 * z
+
+
+def test_an_emulator_that_is_wrong_does_not_matter():
+    target = Target(lambda z: z, [1.0, -2.0], 0.5)
+    start = 2 * np.random.default_rng(1).standard_normal((1000, 2))
+    found, weights = run(target, start, base=lambda z: (biased(z), lambda v: 0.7 * v))
+    check_moments(found, weights, target.y / 1.25, np.sqrt(0.2))
+
+
+def independent(r=3):
+    """A problem whose posterior has independent latents, and samples that are wider and off, with their density."""
+    target = Target(lambda z: z, [1.0, -1.0, 0.5], 0.5)
+    mean, std, rng = target.y / 1.25, np.sqrt(0.2) * np.ones(3), np.random.default_rng(5)
+    z = mean + 0.5 * std + 1.3 * std * rng.standard_normal((1500, r))
+    return target, z, mean, std, lambda z: norm.logpdf(z, mean + 0.5 * std, 1.3 * std).sum(axis=1)
+
+
+def test_samples_of_known_density_get_weights():
+    target, z, mean, std, density = independent()
+    found, weights = run(target, z, solves=1000, log_density=density)
+    assert found.method == "weights" and found.solves == 1000 and found.khat < 0.5
+    check_moments(found, weights, mean, std)
+
+
+def test_weights_without_the_density_of_the_samples_fail():
+    target, z, mean, std, _ = independent()
+    found, weights = run(target, z, solves=1000, log_density=lambda z: np.zeros(len(z)))
+    with pytest.raises(AssertionError):
+        check_moments(found, weights, mean, std)
+
+
+def moves(monkeypatch, target, z, **kwargs):
+    """A run whose surrogate never gets weights, so that chains with proposals are left."""
+    monkeypatch.setattr(module, "_HOPE", 0.0)
+    monkeypatch.setattr(module, "_LEARNING", 0.8)
+    return run(target, z, **kwargs)
+
+
+class Wrong:
+    """A surrogate that stays wrong: the law's centre is off by half its width."""
+
+    importance, axes, parameters = np.zeros(2), np.eye(2), None
+
+    def with_pull(self, z):
+        return 0.8 * z, lambda v: 0.8 * v
+
+    def __call__(self, z):
+        return 0.8 * z
+
+
+def test_chains_accept_with_the_forward_problem(monkeypatch):
+    target = Target(lambda z: z, [1.0, -1.0], 0.7)
+    start, std = np.random.default_rng(1).standard_normal((1000, 2)), np.sqrt(0.49 / 1.49)
+    monkeypatch.setattr(Learner, "fit", lambda self: setattr(self, "surrogate", Wrong()))
+    found, weights = moves(monkeypatch, target, start, solves=4000)
+    assert found.method == "surrogate moves" and 0.3 < found.acceptance < 0.99 and found.rhat < 1.05
+    check_moments(found, weights, target.y / 1.49, std)
+    # An acceptance that believes the surrogate leaves its law.
+    monkeypatch.setattr(module, "_energy", lambda latent, z, readings: latent.log_prior(z) * -1
+                        - latent.log_likelihood(0.8 * z))
+    found, weights = moves(monkeypatch, target, start, solves=4000)
+    with pytest.raises(AssertionError):
+        check_moments(found, weights, target.y / 1.49, std)
+
+
+def test_too_few_solves_are_refused_with_what_would_do():
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((20, 20))
+    target = Target(lambda z: np.sin(2 * z @ A) + z @ A, A.sum(axis=0), 0.05)
+    with pytest.raises(SolveError, match=r"not corrected. Give about solves=\d.* pass a path"):
+        run(target, rng.standard_normal((300, 20)), solves=300)
+
+
+def test_a_run_goes_on_where_it_was_with_more_solves(tmp_path):
+    def correct(solves, path):
+        target = curved()
+        start = target.start(2 * np.random.default_rng(4).standard_normal((1000, 3)))
+        return corrected(target, start, target, solves, seed=3, path=path), target.solves
+    whole, _ = correct(700, None)
+    part, spent = correct(450, tmp_path)
+    again, more = correct(700, tmp_path)
+    assert spent <= 450 and more <= 700 - spent + 1
+    np.testing.assert_allclose(again.z, whole.z, rtol=1e-8)
+    np.testing.assert_allclose(again.weights, whole.weights, rtol=1e-6)
+
+
+def test_a_mixture_knows_its_constants():
+    """Draws of two normal laws, of which one was missed in the tail of the other: weights for a third."""
+    rng = np.random.default_rng(0)
+    z = np.concatenate([rng.standard_normal(4000), 3 + 2 * rng.standard_normal(1000)])
+    energies = np.stack([z**2 / 2 + 7.0, (z - 3)**2 / 8])
+    law = mixture(energies, np.array([4000, 1000]))
+    exact = -np.log(0.8 * norm.pdf(z) + 0.2 * norm.pdf(z, 3, 2))
+    assert np.std(law - exact) < 0.05
+    weights = smoothed((z - 1)**2 / 2, law)
+    assert weights.khat < 0.5 and abs(weights.values @ z - 1) < 4 / np.sqrt(weights.ess)
+    chosen = resample(weights.values, 1000, rng)
+    assert abs(z[chosen].mean() - weights.values @ z) < 0.05
+    assert len(np.unique(chosen)) == 1000 or np.bincount(chosen).max() <= np.ceil(1000 * weights.values.max())
