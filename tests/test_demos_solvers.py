@@ -14,7 +14,8 @@ from fem_diffusion.simulation.simulate import simulate
 matplotlib.use("Agg")
 DEMOS = Path(__file__).parent.parent / "demos"
 PICTURES = {"logistic_reaction": ("setup", "source", "check"), "stokes_inflow": ("setup", "inflow", "predictive"),
-            "elastic_stiffness": ("setup", "stiffness", "check")}
+            "elastic_stiffness": ("setup", "stiffness", "check"),
+            "heat_conduction": ("setup", "conductivity", "check")}
 
 
 def _load(name):
