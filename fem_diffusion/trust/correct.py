@@ -30,6 +30,7 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
 from fem_diffusion.progress import bar, tell
+from fem_diffusion.reference.chains import ConvergenceWarning
 from fem_diffusion.reference.hmc import run_hmc
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.likelihood import Likelihood
@@ -51,6 +52,8 @@ _LEAST = 100
 _PILOT, _BLOCK, _CHAINS, _FEWEST = 200, 50, 50, 4
 # Rounds grow with the solves so far, so that their number stays small.
 _GROWTH = 0.25
+# Rounds after which a temperature above that of the start, and above this, says that no surrogate holds.
+_ROUNDS, _HOT = 4, 10.0
 # Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
 _LEARNING, _HOPE = 0.5, 3.0
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
@@ -61,11 +64,11 @@ _SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
 # Misfit per reading from which samples are no start, and gradients, at least and at most, and share of the solves that a
 # search may take.
 _FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 25.0, 30, 300, 0.2
-# What is refused, and below which chance a measurement is in conflict with the problem.
-_ESS, _RHAT, _CONFLICT = 100.0, 1.05, 1e-5
+# What is refused, what is warned of, and below which chance a measurement is in conflict with the problem.
+_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 50.0, 1.1, 100.0, 1.05, 1e-5
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
-_FEW, _TOLD = 8, 0.9
+_FEW, _TOLD = 4, 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +100,8 @@ class _Run:
 
     @property
     def left(self) -> int:
-        """Solves that may still be spent."""
-        return self.budget - self.solves - self.pulls
+        """Forward solves that may still be spent, and adjoint ones."""
+        return self.budget - max(self.solves, self.pulls)
 
     def open(self, name: str) -> Journal:
         """What keeps the solves of a phase."""
@@ -107,7 +110,7 @@ class _Run:
     def spend(self, solves: int, pulls: int = 0) -> None:
         """Count solves."""
         self.solves, self.pulls = self.solves + solves, self.pulls + pulls
-        self.shown.update(solves + pulls)
+        self.shown.update(self.budget - self.left - self.shown.n)
 
     def solve(self, z: np.ndarray) -> np.ndarray:
         """Readings (B, k) at latents (B, R)."""
@@ -169,7 +172,7 @@ def _weighted(run: _Run, start: Start, z: np.ndarray, readings: np.ndarray) -> C
     assert start.log_density is not None
     density = start.log_density(z)
     pilot = smoothed(_energy(run.latent, z, readings), -density)
-    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _ESS * len(z):
+    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _GOOD_ESS * len(z):
         return None
     more = start.more(run.left)
     z, density = np.vstack([z, more]), np.concatenate([density, start.log_density(more)])
@@ -191,9 +194,12 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
                              "on a prior for which it is solved.")
         learner.begin()
         return float(np.median(learner.misfit)) + latent.log_likelihood(latent.y[None])[0]
+    around = None
     if on_root(comm, take) > _FAR * len(latent.y):
-        z = _searched(run, learner, z)
-    points, kept, worth = z, [], True
+        around = _searched(run, learner)
+    if around is not None:
+        z = around[0]
+    points, kept, worth, rounds, first = z, [], True, 0, on_root(comm, lambda: learner.temper)
     while run.left >= _BLOCK and worth:
         size = max(_BLOCK, _BLOCK * int(_GROWTH * run.solves / _BLOCK))
         start = np.resize(points, (size, z.shape[1]))
@@ -202,6 +208,9 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         found = np.concatenate([run.solve(new[i:i + _BLOCK]) for i in range(0, len(new), _BLOCK)])
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
+        rounds += 1
+        if rounds == _ROUNDS and latent.differentiable and on_root(comm, lambda: learner.temper) > max(first, _HOT):
+            return _by_gradients(run, *(around or (points, *on_root(comm, lambda: learner.shape(points)))))
         # With half of the solves a surrogate is on its way, or will never be.
         worth = run.left > _LEARNING * run.budget or on_root(comm, lambda: learner.error) < _HOPE
     if kept and worth:
@@ -213,14 +222,14 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
     return _chains(run, learner, points)
 
 
-def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
-    """Points around the most probable one where gradients may be had for the solves; otherwise those given."""
+def _searched(run: _Run, learner: Learner) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Points around the most probable one, this, and a factor of the covariance; None where the solves are too few."""
     latent = run.latent
     dear = len(latent.y) if latent.differentiable else 2 * latent.r
     cost = 2 if latent.differentiable else 1 + dear
     most = min(_SEARCH, int(_SHARE * run.left / cost))
     if most < _FEWEST_STEPS:
-        return z
+        return None
 
     def search(_: np.ndarray) -> np.ndarray:
         before = latent.solves, latent.pulls
@@ -241,7 +250,7 @@ def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
         learner.add(z, readings)
         learner.begin()
     on_root(run.comm, take)
-    return z
+    return z, centre, factor
 
 
 def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
@@ -264,7 +273,7 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
         real, law = np.where(accept, ours, real), np.where(accept, theirs, law)
         tried += 1
         if tried == 1 and accept.mean() < _NEVER and latent.differentiable and run.left > _WORTH * _FEW:
-            return _by_gradients(run, learner, z)
+            return _by_gradients(run, z, *on_root(comm, lambda: learner.shape(z)))
         if tried <= _TUNING:
             reach = reach.shorter if accept.mean() < _SELDOM else reach
             continue
@@ -279,14 +288,15 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
                      made=len(z) * len(kept))
 
 
-def _by_gradients(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
-    """Hamiltonian chains from points (chains, R), with the gradient of the finite element problem."""
-    latent = run.latent
-    centre, factor = on_root(run.comm, lambda: learner.shape(z))
-    budget = run.left // 2
+def _by_gradients(run: _Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarray) -> Corrected:
+    """Hamiltonian chains from points (n, R), with the gradient of the finite element problem."""
+    latent, budget = run.latent, run.left - _CHAINS
+    if budget < _WORTH * _FEW:
+        raise SolveError(_refusal(run, "No surrogate holds where the posterior is, and there were too few solves for "
+                                       "chains with gradients", 1 + _WORTH * _FEW * 3 / run.budget))
     before = latent.solves, latent.pulls
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
-                     warmup=max(20, budget // (_FEW * 60)), most=budget, budget=latent.solves + budget, exact=True,
+                     warmup=max(20, budget // (_FEW * 60)), most=budget, budget=budget, exact=True,
                      path=None if run.path is None else run.path / f"gradients-{run.solves}.safetensors")
     run.spend(latent.solves - before[0], latent.pulls - before[1])
     draws = chains.draws.reshape(-1, latent.r)
@@ -306,7 +316,13 @@ def _accepted(run: _Run, found: Corrected) -> Corrected:
     if not found.ess >= _ESS:
         raise SolveError(_refusal(run, f"The effective sample size is {found.ess:.0f}, where {_ESS:.0f} are needed",
                                   1.3 * _ESS / max(found.ess, 5.0)))
-    return found
+    rough = found.ess < _GOOD_ESS or found.rhat is not None and found.rhat > _GOOD_RHAT
+    if not rough:
+        return found
+    note = (f"The samples are rough: {found.ess:.0f} effective ones leave an error of {found.ess**-0.5:.0%} of a posterior "
+            "standard deviation in a mean; more solves give better ones.")
+    warnings.warn(note, ConvergenceWarning, stacklevel=5)
+    return replace(found, notes=(*found.notes, note))
 
 
 def _refusal(run: _Run, why: str, factor: float) -> str:
