@@ -65,3 +65,4 @@ from fem_diffusion.simulation.simulate import (
     simulated_parameter as simulated_parameter,
 )
 from fem_diffusion.trust.check import Check as Check, check as check
+from fem_diffusion.trust.report import report as report

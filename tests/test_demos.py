@@ -18,6 +18,7 @@ def _run(case, folder):
     rows, reference_errors = demo.run(case, folder, progress=False)
     for picture in ("setup", f"flux_{case}", f"predictive_{case}"):
         assert (folder / f"{picture}.png").stat().st_size > 10000
+    assert "Readings and predictions" in (folder / f"report_{case}.html").read_text()
     assert len(rows) == 12 and len({tuple(row[:2]) for row in rows}) == 12
     return rows, reference_errors
 

@@ -43,6 +43,7 @@ def test_tiny(name, tmp_path):
     _load(name).run(tmp_path, n=6, pairs=100, samples=30, options=TrainingOptions(steps=50), progress=False, **sizes)
     for picture in PICTURES[name]:
         assert (tmp_path / f"{picture}.png").stat().st_size > 10000
+    assert "Readings and predictions" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 LEVELS = [["errors"], ["checks"], ["files", "progress"], ["certificate", "diffusion"], ["fields"], ["observation"],
           ["forward"], ["prior", "density_pde"], ["problem"], ["simulation"], ["model", "samples"],
           ["reference", "trust", "comparison", "plot"]]
-# Samples draw themselves, and posteriors look at themselves.
+# Samples draw themselves, and posteriors check, correct and report themselves.
 ALLOWED = {("samples", "plot"), ("model", "trust")}
 
 

@@ -23,6 +23,7 @@ def demo():
 def _check_pictures(folder):
     for picture in ("setup", "posterior", "hospital", "calibration", "training"):
         assert (folder / f"{picture}.png").stat().st_size > 10000
+    assert "Readings and predictions" in (folder / "report.html").read_text()
 
 
 def test_source_release_runs(demo, tmp_path):

@@ -132,6 +132,11 @@ def run(name, folder, progress):
             say("truth {}: HMC accepts {:.0%}, Monte Carlo error of mean {:.1%}, of standard deviation {:.1%}".format(
                 number + 1, right["acceptance"], *right["error"]))
         drawn.append((samples, field(M, truth), right, y))
+        if not number:
+            posterior.report(
+                folder / f"report_{name}.html", threshold=0.5, progress=progress, name="wall flux", units="mol/(m² s)",
+                mesh_units="m", reading="concentration [mol/m³]", question="Which flux enters the channel through its "
+                "bottom wall, and does it exceed 0.5 mol/(m² s) anywhere?")
     print_table(rows)
     samples = drawn[0][0]
     samples.save(folder / f"samples_{name}")

@@ -90,10 +90,15 @@ def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingO
     truth = problem.prior.sample(seed=5)
     displacement = solver(truth)
     y, = problem.measurements(coefficients(truth)[None], seed=5)
-    posterior = model.condition(y).sample(samples, seed=4)  # added
+    conditioned = model.condition(y)
+    posterior = conditioned.sample(samples, seed=4)  # added
     calibration = check(problem, model, held_out, progress)
     print(calibration.table())
     draw(folder, truth, displacement, posterior, problem, y, calibration)
+    conditioned.report(
+        folder / "report.html", threshold=15.0, seed=4, progress=progress, name="stiffness", units="kPa",
+        mesh_units="mm", reading="displacement [mm]", boundaries=[TOP], question="How stiff is the tissue inside, and "
+        "is there a part stiffer than 15 kPa, which a healthy one has not?")
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return calibration
 

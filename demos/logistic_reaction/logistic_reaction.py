@@ -85,10 +85,15 @@ def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOp
     truth = problem.prior.sample(seed=11)
     density = solver(truth)
     y, = problem.measurements(coefficients(truth)[None], seed=11)
-    posterior = model.condition(y).sample(samples, seed=4)  # added
+    conditioned = model.condition(y)
+    posterior = conditioned.sample(samples, seed=4)  # added
     calibration = check(problem, model, held_out, progress)
     print(calibration.table())
     draw(folder, truth, density, posterior, problem, y, calibration)
+    conditioned.report(
+        folder / "report.html", threshold=0.25, seed=4, progress=progress, name="immigration", units="1/year",
+        mesh_units="km", reading="density [share of capacity]", question="Where does the species settle from, and "
+        "where does immigration exceed a quarter of the land's capacity each year?")
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return calibration
 

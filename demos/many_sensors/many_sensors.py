@@ -174,6 +174,11 @@ def positive(folder, progress, pairs=20000, draws=400):
                      *errors(other, reference.mean, reference.std), *own])
         say(f"{name}: sampled in {sampled - begun:.1f} s; alone trained in {trained - sampled:.0f} s: "
             f"{alone.summary}; HMC accepts {reference.acceptance:.0%}")
+        if "failed" in name:
+            posterior.report(
+                folder / "report.html", threshold=0.5, progress=progress, name="wall flux", units="mol/(m² s)",
+                mesh_units="m", reading="concentration [mol/m³]", question="Five of sixteen sensors have failed: which "
+                "flux enters the channel through its bottom wall, and does it exceed 0.5 mol/(m² s) anywhere?")
         drawn.append((name, working, samples, other, field(M, coefficients(truth)), reference, forward(truth)))
     say("\n| layout | mean error | std error | alone: mean | alone: std | reference: mean | reference: std |\n"
         "|---|---|---|---|---|---|---|")

@@ -217,6 +217,10 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
     shown = range(min(3, cases))  # the first ones, not chosen
     posteriors = [model.condition(measurements[case]).sample(samples, seed=case, sampler=sampler, progress=False)
                   for case in shown]
+    model.condition(measurements[0]).report(
+        folder / "report.html", samples=posteriors[0], threshold=THRESHOLD, progress=progress, name="release",
+        units="mg/m³", mesh_units="m", reading="concentration, scaled to noise of size one", question="Where was the "
+        f"contaminant released, and where is there more than {THRESHOLD:g} mg/m³ of it?")
     draw_posteriors(posteriors, releases, folder / "posterior.png")
     draw_prediction(posteriors, releases, readings, folder / "hospital.png")
     draw_calibration(found, QUANTITIES, LEVELS, folder / "calibration.png")

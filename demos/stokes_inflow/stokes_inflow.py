@@ -107,7 +107,8 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
     for number in range(truths):
         truth = problem.prior.sample(seed=22 - number)
         y, = problem.measurements(coefficients(truth)[None], seed=number)
-        posterior = model.condition(y).sample(samples, seed=4 + number)  # added
+        conditioned = model.condition(y)
+        posterior = conditioned.sample(samples, seed=4 + number)  # added
         mean, std = exact(y)
         rows.append((error(coefficients(posterior.mean()), mean), error(coefficients(posterior.std()), std)))
         drawn.append((truth, y, posterior, (mean, std)))
@@ -115,6 +116,9 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
     for number, row in enumerate(rows):
         print("| {} | {:.1%} | {:.1%} |".format(number + 1, *row))
     draw(folder, drawn, problem)
+    conditioned.report(
+        folder / "report.html", threshold=0.4, seed=4, progress=progress, name="inflow", units="cm/s", mesh_units="cm",
+        reading="velocity [cm/s]", question="What flows into the channel, and is it anywhere faster than 0.4 cm/s?")
     print(f"\nfinished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return rows
 

@@ -189,7 +189,7 @@ class Model:
         noise, emulator = problem.noise, self.denoiser.base.emulator
 
         def run() -> Distance:
-            found = measure_distance(seen, noise, torch.tensor(y), problem.names or range(len(y)))
+            found = measure_distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
             exact = self.denoiser.network is None and emulator.head is None and isinstance(noise, GaussianNoise)
             if isinstance(noise, GaussianNoise) and exact and found.far:
                 covariance = noise.covariance(seen)

@@ -3,7 +3,8 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -166,6 +167,12 @@ class Posterior:
         from fem_diffusion.trust.check import check
 
         return check(self, solves, seed=seed, data=data)
+
+    def report(self, path: str | os.PathLike, **given: Any) -> Path:
+        """Write a page for people who decide, with the verdict of `check`; see `fem_diffusion.report`."""
+        from fem_diffusion.trust.report import report
+
+        return report(self, path, **given)
 
     def __repr__(self) -> str:
         network = "Gaussian" if self.conditioned.network is None else "Gaussian with a network"

@@ -195,9 +195,9 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
              f"up to {error:.2g} noise standard deviations of a reading at the posterior", show)
         conditioned = denoiser.at(torch.from_numpy(y)[None])
     if error > _ROUGH:
-        warnings.warn(f"After {len(sizes)} rounds the emulator still leaves up to {error:.2g} noise standard deviations"
-                      " of a reading where it puts the posterior, which is wide for that: raise n or rounds, or correct "
-                      "the samples with the solver itself.", MeasurementWarning, stacklevel=3)
+        warnings.warn(f"After {len(sizes)} rounds the emulator still leaves up to {error:.2g} standard deviations of "
+                      "the noise of a reading where it puts the posterior, which is wide for that: raise n or rounds, "
+                      "take more modes, or correct the samples with the solver.", MeasurementWarning, stacklevel=3)
     if first.network is not None:
         # Where a network was worth it, samples start from one again: it learns from draws of the prior alone.
         name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),

@@ -163,7 +163,8 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
     every = 1 if asked is not None else -(-len(z) // _KEPT)
     chains = len(found.draws)
     samples = latent.samples(found.draws[:, ::every].reshape(-1, latent.r), seed)
-    tell(f"{method}: {_words(found, method)}", progress and latent.everyone.rank == 0)
+    how = "" if method == "pcn" or latent.differentiable else ", derivatives by differences in the latents"
+    tell(f"{method}: {_words(found, method)}{how}", progress and latent.everyone.rank == 0)
     return ChainPosterior(latent.problem, latent.y, latent.basis, samples, chains, found, method)
 
 

@@ -18,8 +18,10 @@ from fem_diffusion.reference.walk import Begin, State, learnt, settle, walk
 __all__ = ["pcn"]
 
 _TARGET, _WARMUP, _CHAINS = 0.27, 1000, 8
-# What tails beyond those of a Gaussian take, as a factor of its standard deviations.
-_WIDER = 1.1
+# A longest step: without any memory of where it is a chain in the tails of another law waits for ever.
+_LONGEST = 0.9
+# Standard deviations of the Gaussian, as factors of those that are learnt: wider ones reach tails that it lacks.
+_WIDER, _WIDEST = 1.1, 3.0
 _LEARN = (0.15, 0.3, 0.5, 0.75)
 
 
@@ -37,19 +39,22 @@ class _CrankNicolson:
         """As `Kernel.start`."""
         z, centre, factor = self._begin()
         z = settle(self.latent, z, centre)
-        return {"z": z, "centre": centre, "factor": factor, "energy": self.latent.energy(z), "step": np.array([0.5]),
-                "leaps": np.ones(1, dtype=int), "exact": np.zeros(1, dtype=bool), "pool": z[:, None][:, :0]}
+        return {"z": z, "centre": centre, "factor": factor, "wider": np.array([_WIDER]), "pool": z[:, None][:, :0],
+                "energy": self.latent.energy(z), "step": np.array([0.5]), "leaps": np.ones(1, dtype=int),
+                "whole": np.ones(1, dtype=bool), "exact": np.zeros(1, dtype=bool)}
 
     def _against(self, state: State, z: np.ndarray) -> np.ndarray:
         """Coordinates x (chains, r) of latents."""
-        return np.linalg.solve(_WIDER * state["factor"], (z - state["centre"]).T).T
+        return np.linalg.solve(state["wider"] * state["factor"], (z - state["centre"]).T).T
 
     def move(self, state: State, rng: np.random.Generator) -> np.ndarray:
         """As `Kernel.move`."""
-        x, beta = self._against(state, state["z"]), state["step"][0]
+        # Every other move is shorter, by up to a factor of thirty: it frees chains in tails that the Gaussian lacks.
+        state["whole"] = np.array([rng.uniform() < 0.5])
+        x, beta = self._against(state, state["z"]), state["step"][0] * (state["whole"][0] or 10**-rng.uniform(0.0, 1.5))
         there = np.sqrt(1 - beta**2) * x + beta * rng.standard_normal(x.shape)
         chance = np.log(rng.uniform(size=len(x)))
-        z = state["centre"] + there @ (_WIDER * state["factor"]).T
+        z = state["centre"] + there @ (state["wider"] * state["factor"]).T
         energy = self.latent.energy(z)
         gain = state["energy"] - (x**2).sum(axis=1) / 2 - energy + (there**2).sum(axis=1) / 2
         gain = self.latent.everyone.bcast(np.where(np.isfinite(energy), gain, -np.inf))
@@ -59,10 +64,15 @@ class _CrankNicolson:
         return np.exp(np.minimum(gain, 0.0))
 
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
-        """As `Kernel.adapt`: step by its acceptance (Robbins and Monro), Gaussian by the draws."""
+        """As `Kernel.adapt`: step and width by acceptance (Robbins and Monro), Gaussian by draws."""
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
-        logit = np.log(state["step"] / (1 - state["step"])) + (acceptance.mean() - _TARGET) / np.sqrt(1 + i / 20)
-        state["step"] = np.clip(1 / (1 + np.exp(-logit)), 1e-4, 1 - 1e-4)
+        change = state["whole"][0] * (acceptance.mean() - _TARGET) / np.sqrt(1 + i / 20)
+        # What acceptance is to spare at the longest step goes into a wider Gaussian.
+        if state["step"][0] == _LONGEST and change > 0 or state["wider"][0] > _WIDER:
+            state["wider"] = np.clip(state["wider"] * np.exp(0.3 * change), _WIDER, _WIDEST)
+        else:
+            logit = np.log(state["step"] / (1 - state["step"])) + change
+            state["step"] = np.clip(1 / (1 + np.exp(-logit)), 1e-4, _LONGEST)
         if i + 1 in [int(share * warmup) for share in _LEARN]:
             state["factor"] = learnt(state["factor"], state["pool"])
             state["centre"] = state["pool"].mean(axis=(0, 1))

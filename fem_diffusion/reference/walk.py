@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
+from arviz_stats.base.array import array_stats
 from scipy.linalg import cholesky
 
 from fem_diffusion import files

@@ -20,9 +20,11 @@ from fem_diffusion.samples import Samples
 
 __all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
 
-# Solves of the search for the most probable point; fewest samples; steps of differences in posterior standard
-# deviations; draws of noise of the user's own.
-SEARCH, _FEWEST, _STEP, _DRAWS = 8, 10, 0.5, 4000
+# Sensors that have an adjoint solve each, at most, in units of the solves; solves of the search for the most probable
+# point; fewest samples; steps of differences in posterior standard deviations; draws of noise of the user's own.
+_ROWS, SEARCH, _FEWEST, _STEP, _DRAWS = 2, 8, 10, 0.5, 4000
+# Squared length of a step, in posterior standard deviations, that ends the search, and that is small beside a misfit.
+_NEAR, _SMALL = 0.1, 0.3
 
 
 def gaussian(problem: InverseProblem,
@@ -96,13 +98,15 @@ class Local:
 
     Attributes are `samples` (n, r), those whose solves have not failed (`failed` have), `readings` (n, k), `gradient`
     (n, r) of the energy; the point `z` (r,), the readings `at` (k,) there, whitened `misfit` (k,) and its derivative
-    `jacobian` (k, r); whether nearly all are `lost`; and `notes`.
+    `jacobian` (k, r); whether nearly all are `lost`, and the search has
+    `settled`; and `notes`.
     """
 
     def __init__(self, latent: LatentProblem, z: np.ndarray, solves: int):
         self.latent, self.notes, count = latent, [], 0
         smooth = latent.differentiable
-        if not smooth:
+        rows = smooth and len(latent.y) <= _ROWS * solves
+        if not rows:
             # Differences along the directions that samples show to matter take the place of some samples.
             count = min(latent.r, len(latent.y), solves // 3)
             z = z[:max(_FEWEST, len(z) - count)]
@@ -114,17 +118,19 @@ class Local:
         if self.failed:
             self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples, or they are more than"
                               f" {FAR:g} prior standard deviations out: they do not belong to this problem.")
-        if self.lost and not smooth:
+        if self.lost and not rows:
             raise InputError(f"The solver has no solution for {self.failed} of {len(z)} samples ({latent.failure}): the"
                              " posterior is of no use here; take hmc(problem, y).")
         # Samples that are lost say nothing of where the posterior is, and the prior mean does.
         start = np.zeros(latent.r) if self.lost else self.samples.mean(axis=0)
-        if smooth:
+        if rows:
             self._search(start, latent.linearised)
         else:
             slope = self._secants(start, count)
             self._search(start, lambda x: (latent.whitened(latent.readings(x[None]))[0], slope))
-            self.notes.append(f"The solver has no derivative: it is taken along {count} directions by differences.")
+            why = "There are many sensors" if smooth else "The solver has no derivative"
+            self.notes.append(f"{why}: how the readings depend on the unknown is taken along {count} directions by "
+                              "differences.")
         if self.lost:
             self.readings = self.at[None]
         self.gradient = self.samples + latent.whitened(self.readings) @ self.jacobian if found[2] is None else (
@@ -145,11 +151,13 @@ class Local:
         """Gauss-Newton from the mean of the samples; an affine problem takes one step."""
         latent, spent = self.latent, 2
         misfit, jacobian = linearise(z)
-        size = 1.0
-        while spent < SEARCH:
+        size, self.settled = 1.0, False
+        while spent < 2 * SEARCH:
             normal = np.eye(latent.r) + jacobian.T @ jacobian
             step = -size * np.linalg.solve(normal, z + jacobian.T @ misfit)
-            if step @ normal @ step < 1e-2:
+            # Noise that is larger than assumed makes for longer steps, and a wider posterior.
+            if step @ normal @ step < _NEAR * size**2 * max(1.0, float(misfit @ misfit) / len(misfit)):
+                self.settled = True
                 break
             there = latent.whitened(latent.readings((z + step)[None]))[0]
             spent += 1
@@ -160,8 +168,16 @@ class Local:
             affine = np.linalg.norm(there - misfit - jacobian @ step) < 0.1 and size == 1
             z, misfit, size = z + step, there, 1.0
             if affine:
+                self.settled = True
                 break
             misfit, jacobian = linearise(z)
             spent += 1
+        normal = np.eye(latent.r) + jacobian.T @ jacobian
+        step = np.linalg.solve(normal, z + jacobian.T @ misfit)
+        # A large residual slows the search down; what is left of it by a further step is small beside it all the same.
+        self.settled = self.settled or bool(step @ normal @ step < _SMALL * (misfit @ misfit))
+        if not self.settled:
+            self.notes.append("The search for the parameter that fits best near the samples has not ended after "
+                              f"{spent} solves, so whether the measurement goes with model and noise is left open.")
         self.z, self.misfit, self.jacobian = latent.everyone.bcast((z, misfit, jacobian))
         self.at = latent.readings(self.z[None])[0]

@@ -300,12 +300,12 @@ def _accepted(run: _Run, found: Corrected) -> Corrected:
     if found.khat is not None and not found.khat <= _KHAT:
         raise SolveError(_refusal(run, f"The weights say too little (Pareto k {found.khat:.2f}, where at most {_KHAT} "
                                        "will do)", 3.0))
-    if not found.ess >= _ESS:
-        raise SolveError(_refusal(run, f"The effective sample size is {found.ess:.0f}, where {_ESS:.0f} are needed",
-                                  1.3 * _ESS / max(found.ess, 5.0)))
     if found.rhat is not None and not found.rhat <= _RHAT:
         raise SolveError(_refusal(run, f"The chains have not converged: the largest R-hat is {found.rhat:.2f}, where "
                                        f"at most {_RHAT:g} will do", 2.0))
+    if not found.ess >= _ESS:
+        raise SolveError(_refusal(run, f"The effective sample size is {found.ess:.0f}, where {_ESS:.0f} are needed",
+                                  1.3 * _ESS / max(found.ess, 5.0)))
     return found
 
 

@@ -70,9 +70,9 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
         if found is None:
             return "The pairs are too few to tell whether more would help."
         gain, missed = found
-        if gain < _WORTH and missed > 1:
+        if gain < _WORTH and missed > 1 and posterior.tail is None:
             return (f"So many pairs teach the readings to {missed:.2g} noise standard deviations only, and twice as "
-                    "many would not do: simulate many more, or near this measurement.")
+                    "many would not do: take more modes, simulate many more, or near this measurement.")
         if gain < _WORTH:
             return f"Twice as many pairs would gain next to nothing over these {z.shape[1]} modes: there are enough."
         return (f"Twice as many pairs would gain about {gain:.2g} nats of a measurement's log density over these "

@@ -27,7 +27,7 @@ _SMALL, _STAY, _STRAY = 0.25, 0.2, 8.0
 _ROUND, _MOVES = 12, 6
 # Rounds of moves at temperature 1, at most; correlation at which points have forgotten where they were, and what chance
 # may make of none; draws of each chain by which mixing is told.
-_REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 20, 0.1, 3.0, 40
+_REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 6, 0.1, 3.0, 40
 # Points that a surrogate is fitted to, at most.
 _POINTS = 3000
 # Growth of the solves, or fall of the temperature, after which the surrogate's parameters are found anew.

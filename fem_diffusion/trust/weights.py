@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base.array import array_stats
 from scipy.special import logsumexp
 
 __all__ = ["Weights", "mixture", "resample", "smoothed"]
 
 # Fewer weights than these say nothing about their tail.
 _FEWEST = 25
+# Largest weight over the mean one, up to which weights count as near equal.
+_EVEN = 3.0
 # Iterations for the constants of a mixture, and change at which they end.
 _ROUNDS, _CLOSE = 1000, 1e-8
 
@@ -34,12 +36,11 @@ def smoothed(energy: np.ndarray, proposal: np.ndarray) -> Weights:
     values, khat = np.zeros(len(log)), np.inf
     if there.sum() >= _FEWEST:
         log = log[there] - log[there].max()
-        # Equal weights have no tail.
-        if np.ptp(log) > 1e-8:
+        # Weights that are near equal have no tail, whatever its shape.
+        khat = 0.0
+        if np.exp(log).mean() < 1 / _EVEN:
             # ArviZ takes the log likelihoods whose inverse the weights are.
             log, khat = array_stats.psislw(-log)
-        else:
-            khat = -np.inf
         values[there] = np.exp(log - log.max())
         values /= values.sum()
     ess = float(1 / (values**2).sum()) if values.any() else 0.0

@@ -1,17 +1,15 @@
-"""Chains sample the right law, know their own error, go on where they were killed, and are refused where they are wrong."""
+"""Chains sample the right law, know their error, go on where they were killed, and are refused where they are wrong."""
 
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from firedrake import (
-    COMM_WORLD, Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh, as_vector, VectorFunctionSpace, conditional,
-    exp, gt,
-)
-from scipy.stats import norm
+import torch
+from firedrake import COMM_WORLD, FunctionSpace, UnitSquareMesh, conditional, gt
 
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion import CallableNoise
 from fem_diffusion.errors import FileError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
@@ -21,62 +19,59 @@ from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference import hmc as module
-from fem_diffusion.reference.chains import ConvergenceWarning
+from fem_diffusion.reference.chains import ConvergenceWarning, accepted_chains
 from fem_diffusion.reference.exact import exact
-from fem_diffusion.reference.hmc import hmc, run_hmc
+from fem_diffusion.reference.hmc import _Hamiltonian, hmc, run_hmc
 from fem_diffusion.reference.laplace import laplace
 from fem_diffusion.reference.latents import LatentProblem
-from fem_diffusion.reference.pcn import pcn
-from fem_diffusion.reference.walk import diagnosed, learnt
+from fem_diffusion.reference.pcn import _CrankNicolson, pcn
+from fem_diffusion.reference.walk import diagnosed, learnt, walk
 
 Y = np.array([1.4, 1.3, 1.2])
 
 
-class Numbers:
-    """A map of two numbers to two, with derivative, that counts and may fail."""
+class Toy:
+    """The banana as a density alone: two latents, of which z_0 and z_1 - z_0² are read; what chains ask for."""
 
-    def __init__(self, read, slope, fails=lambda m: False):
-        mesh = UnitIntervalMesh(1, comm=COMM_WORLD)
-        self.M = self.U = VectorFunctionSpace(mesh, "R", 0, dim=2)
-        self.read, self.slope, self.fails, self.calls = read, slope, fails, 0
+    everyone, problem, r, differentiable = COMM_WORLD, SimpleNamespace(comm=COMM_WORLD), 2, True
 
-    def solve_many(self, parameters):
-        self.calls += len(parameters)
-        if any(self.fails(m) for m in parameters):
-            raise RuntimeError("no solution")
-        return np.array([self.read(m) for m in parameters])
+    def __init__(self, y=(0.6, -0.4), std=(0.5, 0.1), relative=0.0, wrong=1.0, wall=np.inf):
+        self.y, self.std, self.relative = np.array(y), np.array(std), relative
+        self.wrong, self.wall, self.solves, self.pulls, self.failure = wrong, wall, 0, 0, "wall"
 
-    def __call__(self, m):
-        u = Function(self.U)
-        u.dat.data[:] = self.solve_many(coefficients(m)[None])[0]
-        return u
+    def _read(self, z):
+        return np.stack([z[:, 0], z[:, 1] - z[:, 0]**2], axis=1)
 
-    def sensitivity(self, m, rows):
-        return rows @ self.slope(coefficients(m))
+    def energy(self, z):
+        self.solves += len(z)
+        read = self._read(z)
+        variance = self.std**2 + (self.relative * read)**2
+        energy = (z**2).sum(1) / 2 + ((read - self.y)**2 / variance + np.log(variance)).sum(1) / 2
+        return np.where(z[:, 0] > self.wall, np.inf, energy)
+
+    def _gradient(self, z, read, slope):
+        variance = self.std**2 + (self.relative * read)**2
+        error = read - self.y
+        score = error / variance + self.relative**2 * read * (1 / variance - error**2 / variance**2)
+        pulled = np.stack([score[:, 0] - 2 * slope * score[:, 1], score[:, 1]], axis=1)
+        return z + pulled
+
+    def energy_and_gradient(self, z):
+        self.pulls += len(z)
+        energy, gradient = self.energy(z), self.wrong * self._gradient(z, self._read(z), z[:, 0])
+        return energy, np.where(np.isinf(energy)[:, None], 0.0, gradient)
+
+    def linear_force(self, z):
+        jacobian = np.array([[1.0, 0.0], [-2 * z[0], 1.0]])
+        return lambda x: self._gradient(x, self._read(z[None]) + (x - z) @ jacobian.T, z[0])
 
 
-def _numbers(read, slope, noise, **given):
-    from fem_diffusion.observation.linear import Observation
-    from scipy.sparse import eye
-    forward = Numbers(read, slope, **given)
-    sensors = Observation(forward.U, eye(2, format="csr"), ("a", "b"), np.full((2, 1), np.nan))
-    return InverseProblem(GaussianPrior(forward.M, 1.0, mean=as_vector([0.0, 0.0])), forward, sensors, noise)
-
-
-def _bent(noise=0.1):
-    """A banana: the second number is read after the square of the first has been taken off."""
-    return _numbers(lambda m: np.array([m[0], m[1] - m[0]**2]), lambda m: np.array([[1.0, 0.0], [-2 * m[0], 1.0]]), noise)
-
-
-def _truth(problem, y, functions, width=6.0, n=1201):
+def _truth(toy, functions, width=6.0, n=1201):
     """Posterior means of functions of two latents by quadrature."""
     x = np.linspace(-width, width, n)
     z = np.stack(np.meshgrid(x, x, indexing="ij"), axis=-1).reshape(-1, 2)
-    readings = np.stack([problem.forward.read(z.T)[0], problem.forward.read(z.T)[1]], axis=1)
-    latent = LatentProblem(problem, y)
-    log = norm.logpdf(z).sum(1) + latent.log_likelihood(readings)
-    weights = np.exp(log - log.max())
+    energy = toy.energy(z)
+    weights = np.exp(energy.min() - energy)
     return [float((weights * f(z)).sum() / weights.sum()) for f in functions]
 
 
@@ -94,62 +89,96 @@ def _scores(found, right, functions=FUNCTIONS):
     return np.abs(scores)
 
 
-def _run(problem, y, **given):
-    latent = LatentProblem(problem, y, karhunen_loeve(problem.prior, problem.V.dim()))
-    start = np.random.default_rng(0).standard_normal((8, latent.r)) * 0.3
-    settings = {"centre": np.zeros(latent.r), "factor": 0.5 * np.eye(latent.r), "seed": 1, "warmup": 100, "draws": 400}
-    return run_hmc(latent, start, **settings | given)
+def _run(toy, **given):
+    start = np.random.default_rng(0).standard_normal((8, 2)) * 0.3
+    settings = {"centre": np.array([0.3, 0.0]), "factor": 0.5 * np.eye(2), "seed": 1, "draws": 1000}
+    return run_hmc(toy, start, **settings | given)
 
 
-RELATIVE = GaussianNoise(std=0.05, relative=0.5)
+def _walk(toy, **given):
+    """As `_run`, by moves without gradients."""
+    def begin():
+        return np.random.default_rng(0).standard_normal((8, 2)) * 0.3, np.zeros(2), np.eye(2)
+    settings = {"chains": 8, "seed": 1, "warmup": 500, "draws": 5000, "most": 9, "budget": None, "path": None,
+                "progress": False, "name": "pcn"}
+    return walk(toy, _CrankNicolson(toy, begin), **settings | given)
 
 
-@pytest.mark.parametrize("noise", [GaussianNoise(std=[0.5, 0.1]), RELATIVE], ids=["constant", "relative"])
-@pytest.mark.parametrize("exact_force", [True, False])
-def test_draws_of_a_bent_posterior_have_the_moments_of_quadrature(noise, exact_force):
-    problem, y = _bent(noise), np.array([0.6, -0.4])
-    right = _truth(problem, y, FUNCTIONS)
-    found = _run(problem, y, exact=exact_force, draws=800 if exact_force else 1500)
-    assert _scores(found, right).max() < 4.5
-    assert found.exact == exact_force and found.acceptance > 0.2
+@pytest.mark.parametrize("given", [{}, {"relative": 0.5}], ids=["constant", "relative"])
+@pytest.mark.parametrize("run, std", [(lambda toy: _run(toy, exact=True), (0.5, 0.1)), (_walk, (0.5, 0.1)),
+                                      (lambda toy: _run(toy, exact=False, draws=2000), (0.5, 0.6))],
+                         ids=["exact", "pcn", "linear"])
+def test_draws_of_a_bent_posterior_have_the_moments_of_quadrature(given, run, std):
+    toy = Toy(std=std, **given)
+    found = run(toy)
+    assert _scores(found, _truth(toy, FUNCTIONS)).max() < 4.5
+    assert found.acceptance > 0.15 and found.bulk.min() > 150
 
 
-@pytest.mark.parametrize("broken", ["momentum", "acceptance", "energy"])
-def test_broken_chains_are_seen(broken, monkeypatch):
-    """The same test sees momenta that are too small, proposals that are all accepted, and a wrong law."""
-    problem, y = _bent(GaussianNoise(std=[0.5, 0.1])), np.array([0.6, -0.4])
-    right = _truth(problem, y, FUNCTIONS)
-    move = module._Hamiltonian.move
+class _Rigged:
+    """Random numbers that are not what a move needs: momenta or steps too small, proposals that are all accepted."""
 
-    class Small:
-        def __init__(self, rng):
-            self.rng = rng
+    def __init__(self, rng, broken):
+        self.rng, self.broken = rng, broken
 
-        def standard_normal(self, shape):
-            return self.rng.standard_normal(shape) * (0.6 if broken == "momentum" else 1.0)
+    def standard_normal(self, shape):
+        return self.rng.standard_normal(shape) * (0.7 if self.broken == "momentum" else 1.0)
 
-        def uniform(self, *args, size=None):
-            drawn = self.rng.uniform(*args, size=size)
-            return drawn if size is None or broken != "acceptance" else 0.0 * drawn + 1e-300
+    def uniform(self, *args, size=None):
+        drawn = self.rng.uniform(*args, size=size)
+        return drawn if size is None or self.broken == "momentum" else 1e-300 + 0 * drawn
 
-    def wrong(self, state, rng):
-        return move(self, state, Small(rng))
-    monkeypatch.setattr(module._Hamiltonian, "move", wrong)
-    if broken == "energy":
-        problem = replace(problem, noise=GaussianNoise(std=[0.5, 0.15]))
-    found = _run(problem, y, exact=False if broken == "acceptance" else True, draws=800)
-    assert _scores(found, right).max() > 6
+
+@pytest.mark.parametrize("kernel, run, broken", [
+    (_Hamiltonian, lambda toy: _run(toy, exact=True), "momentum"), (_CrankNicolson, _walk, "momentum"),
+    (_Hamiltonian, lambda toy: _run(toy, exact=False), "acceptance"), (_CrankNicolson, _walk, "acceptance"),
+    (_Hamiltonian, lambda toy: _run(toy, exact=True), "law"), (_CrankNicolson, _walk, "law")])
+def test_broken_chains_are_seen_by_the_same_test(kernel, run, broken, monkeypatch):
+    toy, move = Toy(), kernel.move
+    right = _truth(toy, FUNCTIONS)
+    if broken == "law":
+        toy.y = np.array([0.2, -0.4])
+    else:
+        monkeypatch.setattr(kernel, "move", lambda self, state, rng: move(self, state, _Rigged(rng, broken)))
+    assert _scores(run(toy), right).max() > 6
 
 
 def test_a_wrong_gradient_costs_acceptance_and_keeps_the_law():
-    problem, y = _bent(GaussianNoise(std=[0.5, 0.1])), np.array([0.6, -0.4])
-    right, slope = _truth(problem, y, FUNCTIONS), problem.forward.slope
-    good = _run(problem, y, exact=True)
-    problem.forward.slope = lambda m: 1.6 * slope(m)
-    bad = _run(problem, y, exact=True, draws=1500)
-    assert _scores(bad, right).max() < 4.5
-    # The warm-up shortens the step until proposals are accepted: what is lost is distance.
-    assert bad.step < 0.75 * good.step or bad.acceptance < 0.75 * good.acceptance
+    good, bad = _run(Toy(), exact=True), _run(Toy(wrong=1.4), exact=True)
+    assert _scores(bad, _truth(Toy(), FUNCTIONS)).max() < 4.5
+    # The warm-up shortens the step until proposals are accepted, and each draw takes more of them.
+    assert bad.acceptance / bad.solves < 0.7 * good.acceptance / good.solves
+
+
+def test_the_force_is_linear_where_that_is_accepted_and_exact_elsewhere():
+    assert not _run(Toy(std=(0.5, 2.0)), draws=10).exact
+    bent = _run(Toy())
+    assert bent.exact and bent.acceptance > 0.6
+    assert _scores(bent, _truth(Toy(), FUNCTIONS)).max() < 4.5
+
+
+def test_failed_solves_cut_the_posterior():
+    """A model that has no solution for large first numbers leaves half a law."""
+    toy = Toy(wall=0.405)   # between two nodes of the quadrature
+    for found in (_run(toy, exact=True), _walk(toy)):
+        assert found.draws[:, :, 0].max() <= 0.405 and np.isfinite(found.energies).all()
+        assert _scores(found, _truth(toy, FUNCTIONS[:5]), FUNCTIONS[:5]).max() < 4.5
+    with pytest.raises(SolveError, match="no solution where chains start .wall."):
+        _run(Toy(wall=-9.0), exact=True)
+
+
+def test_step_mass_and_length_are_found():
+    """A normal law of other scales than believed: one quarter turn forgets where it began."""
+    class Normal(Toy):
+        def energy(self, z):
+            self.solves += len(z)
+            return ((z / np.array([0.01, 3.0]))**2).sum(1) / 2
+
+        def _gradient(self, z, read, slope):
+            return z / np.array([0.01, 3.0])**2
+    found = _run(Normal(), exact=True, factor=np.eye(2), centre=np.zeros(2), draws=500)
+    assert found.step > 0.5 and found.leaps <= 3 and found.bulk.min() > 1000
+    np.testing.assert_allclose(found.draws.reshape(-1, 2).std(axis=0), [0.01, 3.0], rtol=0.1)
 
 
 def _source(transform=None, noise=0.05, points=((0.4, 0.5), (0.6, 0.5), (0.9, 0.1))):
@@ -161,152 +190,152 @@ def _source(transform=None, noise=0.05, points=((0.4, 0.5), (0.6, 0.5), (0.9, 0.
 
 
 @pytest.mark.parametrize("reference", [hmc, pcn, laplace])
-def test_references_agree_with_the_exact_posterior(reference):
-    problem = _source(noise=0.2)
-    right, basis = exact(problem, Y), karhunen_loeve(problem.prior, 12)
+def test_references_agree_with_the_exact_posterior(reference, monkeypatch):
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 400)
+    problem = _source(noise=0.3)
+    right, basis = exact(problem, Y), karhunen_loeve(problem.prior, 7)
     found = reference(problem, Y, seed=2, basis=basis, **{} if reference is laplace else {"progress": False})
     mean, std = coefficients(right.mean()), coefficients(right.std())
     if reference is laplace:
-        np.testing.assert_allclose(coefficients(found.mean()), mean, atol=0.01 * std.max())
-        np.testing.assert_allclose(coefficients(found.std()), std, rtol=0.01)
+        np.testing.assert_allclose(coefficients(found.mean()), mean, atol=0.02 * std.max())
+        np.testing.assert_allclose(coefficients(found.std()), std, rtol=0.02)
         found = found.sample(4000, seed=1)
         effective = 4000.0
     else:
         assert found.rhat.max() <= 1.01 and found.ess.min() >= 400
         effective = found.ess.min()
         assert "R-hat" in repr(found) and found.method == reference.__name__
-    assert np.abs((coefficients(found.mean()) - mean) / std).max() < 4.5 / np.sqrt(effective) + 0.01
-    assert np.abs(coefficients(found.std()) / std - 1).max() < 4.5 / np.sqrt(effective) + 0.01
-
-
-def test_the_force_is_linear_where_that_is_accepted_and_exact_elsewhere():
-    easy = hmc(_source(lambda f: 0.5 * exp(f), noise=0.1), Y, seed=0, chains=4, draws=10, progress=False)
-    assert not easy.record.exact and "linearised" in repr(easy)
-    # Far from the most probable point the derivative is another one.
-    problem = _numbers(lambda m: np.array([np.sinh(2 * m[0]), m[1]]),
-                       lambda m: np.array([[2 * np.cosh(2 * m[0]), 0.0], [0.0, 1.0]]), GaussianNoise(std=[2.0, 0.5]))
-    problem = replace(problem, noise=GaussianNoise(std=[3.0, 0.5]))
-    found = _run(problem, np.array([0.0, 0.0]))
-    assert _scores(found, _truth(problem, np.array([0.0, 0.0]), FUNCTIONS)).max() < 4.5
+    assert np.abs((coefficients(found.mean()) - mean) / std).max() < 4.5 / np.sqrt(effective) + 0.02
+    assert np.abs(coefficients(found.std()) / std - 1).max() < 4.5 / np.sqrt(effective) + 0.02
 
 
 def test_heavy_tails_of_noise_are_sampled():
-    """Student's noise with three degrees of freedom: a posterior with two humps where readings disagree."""
-    import torch
-
+    """Student's noise with three degrees of freedom: a posterior with two humps, where readings disagree."""
     def density(y, clean):
         return torch.distributions.StudentT(3.0, clean, 0.2).log_prob(y).sum(1)
 
     def function(clean, generator):
-        draws = torch.randn(clean.shape, generator=generator, dtype=clean.dtype)
-        for _ in range(3):
-            pass
-        chi = torch.randn((3, *clean.shape), generator=generator, dtype=clean.dtype).square().sum(0)
-        return clean + 0.2 * draws / torch.sqrt(chi / 3)
-    problem = _numbers(lambda m: np.array([m[0], m[0] + 0.3 * m[1]]), lambda m: np.array([[1.0, 0.0], [1.0, 0.3]]),
-                       CallableNoise(function, density))
-    y = np.array([0.0, 0.9])
-    found = hmc(problem, y, seed=0, progress=False)
-    assert _scores(found.record, _truth(problem, y, FUNCTIONS)).max() < 4.5
+        draws = torch.randn((4, *clean.shape), generator=generator, dtype=clean.dtype)
+        return clean + 0.2 * draws[0] / torch.sqrt(draws[1:].square().sum(0) / 3)
+    noise = CallableNoise(function, density)
+    problem = _source(noise=noise)
+    found = hmc(problem, Y, basis=karhunen_loeve(problem.prior, 4), seed=0, chains=8, draws=150, progress=False)
+    latent = LatentProblem(problem, Y, karhunen_loeve(problem.prior, 4))
+    z = laplace(problem, Y, basis=latent.basis).factor @ np.random.default_rng(1).standard_normal((4, 4000)) * 1.5
+    centre = laplace(problem, Y, basis=latent.basis)
+    z = (centre.centre[:, None] + z).T
+    x = np.linalg.solve(1.5 * centre.factor, (z - centre.centre).T)
+    weights = np.exp(-latent.energy(z) + (x**2).sum(0) / 2)
+    weights /= weights.sum()
+    mean = weights @ z
+    std = np.sqrt(weights @ (z - mean)**2)
+    error = np.sqrt(1 / found.ess.min() + (weights**2).sum())
+    ours = found.record.draws.reshape(-1, 4)
+    assert np.abs((ours.mean(0) - mean) / std).max() < 4.5 * error
+    assert np.abs(ours.std(0) / std - 1).max() < 4.5 * error
 
 
-def test_failed_solves_cut_the_posterior():
-    """A model that has no solution for positive first numbers leaves half a normal law."""
-    problem = _numbers(lambda m: 0.3 * m, lambda m: 0.3 * np.eye(2), 1.0, fails=lambda m: m[0] > 0.4)
-    found = _run(problem, np.zeros(2), exact=True, draws=1500)
-    std = 1 / np.sqrt(1.09)
-    phi, Phi = norm.pdf(0.4 / std), norm.cdf(0.4 / std)
-    right = [-std * phi / Phi, 0.0, std**2 * (1 - 0.4 / std * phi / Phi)]
-    assert found.draws[:, :, 0].max() <= 0.4
-    assert _scores(found, right, FUNCTIONS[:3]).max() < 4.5
-
-
-@pytest.mark.parametrize("kernel", ["hmc", "pcn"])
-def test_a_killed_run_goes_on_and_gives_the_same(kernel, tmp_path, monkeypatch):
-    problem, y = _bent(GaussianNoise(std=[0.5, 0.1])), np.array([0.6, -0.4])
-    reference = {"hmc": hmc, "pcn": pcn}[kernel]
-    settings = {"seed": 3, "chains": 4, "draws": 60, "progress": False}
+@pytest.mark.parametrize("reference", [hmc, pcn])
+def test_a_killed_run_goes_on_and_gives_the_same(reference, tmp_path, monkeypatch):
+    problem = _source(noise=0.2)
+    settings = {"seed": 3, "chains": 4, "draws": 30, "progress": False, "basis": karhunen_loeve(problem.prior, 4)}
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 100)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        whole = reference(problem, y, **settings)
-        path, calls = tmp_path / "chains", problem.forward.calls
+        whole = reference(problem, Y, **settings)
+        path, solve, calls = tmp_path / "chains", problem.forward.solve_many, []
         monkeypatch.setattr("fem_diffusion.reference.walk._PAUSE", 0.0)
-        solve = problem.forward.solve_many
 
         def killed(parameters):
-            if problem.forward.calls > 1.6 * calls:
+            calls.append(len(parameters))
+            if sum(calls) > 0.7 * whole.record.solves:
                 raise KeyboardInterrupt
             return solve(parameters)
-        problem.forward.solve_many = killed
+        monkeypatch.setattr(problem.forward, "solve_many", killed)
         with pytest.raises(KeyboardInterrupt):
-            reference(problem, y, **settings, path=path)
-        problem.forward.solve_many = solve
-        found = reference(problem, y, **settings, path=path)
-        assert problem.forward.calls < 2.2 * calls
+            reference(problem, Y, **settings, path=path)
+        monkeypatch.setattr(problem.forward, "solve_many", lambda x: calls.append(len(x)) or solve(x))
+        calls.clear()
+        found = reference(problem, Y, **settings, path=path)
+        assert sum(calls) < 0.5 * whole.record.solves
         np.testing.assert_array_equal(found.record.draws, whole.record.draws)
         np.testing.assert_array_equal(found.draws.values, whole.draws.values)
-        assert found.record.step == whole.record.step
+        assert found.record.step == whole.record.step and found.record.solves < 1.02 * whole.record.solves
         # More draws go on from there; fewer are the first ones.
-        more = reference(problem, y, **settings | {"draws": 90}, path=path)
-        np.testing.assert_array_equal(more.record.draws[:, :60], whole.record.draws)
-        fewer = reference(problem, y, **settings | {"draws": 30}, path=path)
-        np.testing.assert_array_equal(fewer.record.draws, whole.record.draws[:, :30])
-        for change, words in ({"seed": 4}, "another run"), ({"chains": 5}, "another run"):
+        more = reference(problem, Y, **settings | {"draws": 40}, path=path)
+        np.testing.assert_array_equal(more.record.draws[:, :30], whole.record.draws)
+        fewer = reference(problem, Y, **settings | {"draws": 20}, path=path)
+        np.testing.assert_array_equal(fewer.record.draws, whole.record.draws[:, :20])
+        for change, y, words in [({"seed": 4}, Y, "another run"), ({"chains": 5}, Y, "another run"),
+                                 ({}, Y + 1, "another run")]:
             with pytest.raises(FileError, match=words):
                 reference(problem, y, **settings | change, path=path)
-        with pytest.raises(FileError, match="another run"):
-            reference(problem, y + 1, **settings, path=path)
         with pytest.raises(FileError, match="another problem"):
-            reference(replace(problem, noise=0.3), y, **settings, path=path)
+            reference(replace(problem, noise=0.3), Y, **settings, path=path)
 
 
-def test_chains_that_stay_apart_are_refused(tmp_path):
+def test_chains_that_stay_apart_are_refused():
     """Two humps, far from each other: every chain stays in its own."""
-    problem = _numbers(lambda m: np.array([m[0]**2, m[1]]), lambda m: np.array([[2 * m[0], 0.0], [0.0, 1.0]]), 0.05)
-    latent = LatentProblem(problem, np.array([1.0, 0.0]))
+    class Apart(Toy):
+        def energy(self, z):
+            self.solves += len(z)
+            return ((z[:, 0]**2 - 1) / 0.05)**2 / 2 + (z**2).sum(1) / 2
+
+        def _gradient(self, z, read, slope):
+            return z + np.stack([2 * z[:, 0] * (z[:, 0]**2 - 1) / 0.05**2, 0 * z[:, 0]], axis=1)
     start = np.array([[1.0, 0.0], [-1.0, 0.0]] * 2)
-    found = run_hmc(latent, start, centre=np.zeros(2), factor=0.05 * np.eye(2), seed=0, warmup=50, draws=100, exact=True)
+    found = run_hmc(Apart(), start, centre=np.zeros(2), factor=0.03 * np.eye(2), seed=0, warmup=50, draws=100,
+                    exact=True)
     assert found.rhat[0] > 1.5 and not found.converged
-    from fem_diffusion.reference.chains import accepted_chains
+    problem = _source()
+    latent = LatentProblem(problem, Y, karhunen_loeve(problem.prior, 2))
     settings = {"seed": 0, "progress": False}
     with pytest.raises(SolveError, match="have not converged: after 100 draws.*several modes"):
         accepted_chains(latent, found, "hmc", asked=None, path=None, **settings)
     with pytest.raises(SolveError, match="They are kept in here"):
         accepted_chains(latent, found, "hmc", asked=None, path="here", **settings)
-    with pytest.warns(ConvergenceWarning, match="not quite converged"):
+    with pytest.warns(ConvergenceWarning) as told:
         accepted_chains(latent, found, "hmc", asked=100, path=None, **settings)
+    assert "not quite converged: the largest R-hat" in str(told[0].message)
 
 
 def test_a_budget_of_solves_ends_a_run():
-    problem = _bent(GaussianNoise(std=[0.5, 0.1]))
-    found = _run(problem, np.array([0.6, -0.4]), budget=1500, exact=True, draws=None)
-    assert 1500 <= found.solves < 1500 + 8 * 70
-    assert found.draws.shape[0] == 8 and np.isfinite(found.energies).all()
-    none = _run(problem, np.array([0.6, -0.4]), budget=100, exact=True, draws=None)
+    found = _run(Toy(), budget=9000, exact=True, draws=None, warmup=50)
+    assert 9000 <= found.solves < 9000 + 8 * 65
+    assert found.draws.shape[0] == 8 and np.isfinite(found.energies).all() and found.draws.shape[1] > 5
+    none = _run(Toy(), budget=100, exact=True, draws=None)
     assert none.draws.shape[1] == 0 and np.isnan(none.rhat).all() and not none.converged
+
+
+def test_an_open_number_of_draws_is_as_many_as_it_takes():
+    found = _run(Toy(std=(0.5, 2.0)), draws=None)
+    assert found.converged and found.draws.shape[1] < 500
+    short = _run(Toy(), draws=None, most=30)
+    assert short.draws.shape[1] == 30 and not short.converged
 
 
 def test_modes_that_readings_see_are_added_or_told():
     problem = _source(noise=0.002)
     with pytest.warns(ConvergenceWarning, match="Modes past the 3 of the basis add"):
-        hmc(problem, Y, basis=karhunen_loeve(problem.prior, 3), seed=0, chains=4, draws=10, progress=False)
-    rough = _source(noise=0.0005)
-    rough = replace(rough, prior=GaussianPrior(rough.M, 1.0, 0.15, mean=0.3))
+        hmc(problem, Y, basis=karhunen_loeve(problem.prior, 3), seed=0, chains=8, draws=100, progress=False)
+    rough = _source(noise=1e-5)
+    rough = replace(rough, prior=GaussianPrior(rough.M, 1.0, 0.3, mean=0.3))
     few = karhunen_loeve(rough.prior)
-    found = hmc(rough, Y, seed=0, chains=4, draws=10, progress=False)
-    assert found.draws.latents.shape[1] >= few.r
+    r = hmc(rough, Y, seed=0, chains=8, draws=100, progress=False).draws.latents.shape[1]
+    assert r == 36 > few.r
 
 
-def test_a_step_in_the_transform_needs_no_gradient():
-    problem = _source(lambda f: conditional(gt(f, 0.0), 2.0, 1.0), noise=0.1)
+def test_a_step_in_the_transform_needs_no_gradient(monkeypatch):
+    problem = _source(lambda f: conditional(gt(f, 0.0), 2.0, 1.0), noise=0.2)
     y, basis = [1.2, 1.2, 1.1], karhunen_loeve(problem.prior, 6)
-    found = pcn(problem, y, basis=basis, seed=0, progress=False)
+    monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 300)
+    found = pcn(problem, y, basis=basis, seed=0, draws=1000, progress=False)
     latent = LatentProblem(problem, y, basis)
     z = np.random.default_rng(5).standard_normal((4000, 6))
     weights = np.exp(-latent.energy(z) - latent.log_prior(z))
     weights /= weights.sum()
     right = weights @ latent.parameters(z)
-    error = np.sqrt((weights**2).sum() + 1 / 400)
+    error = np.sqrt((weights**2).sum() + 1 / found.ess.min())
     assert np.abs(coefficients(found.mean()) - right).max() < 4.5 * 0.5 * error
     assert found.record.acceptance > 0.2
 
@@ -322,10 +351,11 @@ def test_the_covariance_is_learnt_from_draws_and_believed_without():
 
 
 def test_bad_arguments_of_chains():
-    problem = _bent()
+    problem = _source()
     for reference in (hmc, pcn):
-        for given, words in [({"chains": 1}, "chains is 1: give an integer of at least 2"), ({"draws": 2.0}, "draws is"),
-                             ({"most": 0}, "most is 0"), ({"progress": "no"}, "progress is 'no'"),
-                             ({"seed": None}, "seed is None"), ({"path": 3}, "path is 3")]:
+        for given, words in [({"chains": 1}, "chains is 1: give an integer of at least 2"),
+                             ({"draws": 2.0}, "draws is"), ({"most": 0}, "most is 0"),
+                             ({"progress": "no"}, "progress is 'no'"), ({"seed": None}, "seed is None"),
+                             ({"path": 3}, "path is 3")]:
             with pytest.raises(InputError, match=words):
-                reference(problem, np.zeros(2), **{"seed": 0, "progress": False} | given)
+                reference(problem, Y, **{"seed": 0, "progress": False} | given)

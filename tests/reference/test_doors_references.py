@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from firedrake import Function, FunctionSpace, UnitSquareMesh, exp
+from firedrake import FunctionSpace, UnitSquareMesh, exp
 
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
@@ -20,6 +20,9 @@ from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.exact import exact
 from fem_diffusion.reference.hmc import hmc
+from fem_diffusion.reference.laplace import laplace
+from fem_diffusion.reference.pcn import pcn
+from fem_diffusion.reference.point import map_point
 
 V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
 SENSORS = point_sensors(V, [(0.2, 0.2), (0.7, 0.2), (0.2, 0.7), (0.7, 0.7)])
@@ -39,24 +42,31 @@ def basis():
 
 @pytest.fixture(scope="module")
 def chains(basis):
-    settings = {"basis": basis, "seed": 0, "chains": 4, "draws": 2, "leaps": 2, "progress": False}
+    settings = {"basis": basis, "seed": 0, "chains": 8, "draws": 100, "progress": False}
     return lambda problem, y, **given: hmc(problem, y, **settings | given)
 
 
 @pytest.mark.parametrize("change, words", [
     ({"noise": None}, "The noise is of type NoneType: give GaussianNoise"),
-    ({"noise": CallableNoise(lambda y, generator: y)}, "of type CallableNoise"),
-    ({"noise": GaussianNoise(std=0.1, relative=0.1)}, "is relative"),
+    ({"noise": CallableNoise(lambda y, generator: y)}, "of type CallableNoise, without a density"),
     ({"noise": GaussianNoise(covariance=np.ones((4, 4)))}, "singular, so there is no density: add a std"),
     ({"noise": GaussianNoise(covariance=np.diag([1.0, 1.0, 1.0, 0.0]))}, "singular"),
-    ({"forward": lambda m: Function(V, val=np.sin(m.dat.data_ro))}, "CallableForward, has no derivative. The state"),
-    ({"observation": lambda u: np.zeros(4)}, "type function: a derivative takes an Observation"),
     ({"observation": SensorFamily(SensorKind(SENSORS, 0.1, (1, 4))), "noise": None}, "type SensorFamily"),
 ])
-def test_problems_that_references_do_not_take(problem, chains, change, words):
-    for reference in (exact, chains):
+def test_problems_that_no_reference_takes(problem, chains, change, words):
+    for reference in (exact, chains, laplace, map_point, lambda *given: pcn(*given, seed=0)):
         with pytest.raises(InputError, match=re.escape(words)):
             reference(replace(problem, **change), READINGS)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"noise": GaussianNoise(std=0.1, relative=0.1)}, "is relative, so the posterior is not Gaussian: take hmc"),
+    ({"noise": CallableNoise(lambda y, g: y + 1, lambda y, clean: -(y - clean).abs().sum(1))}, "is not Gaussian"),
+    ({"observation": lambda u: np.zeros(4)}, "type function: a derivative takes an Observation"),
+])
+def test_problems_that_have_no_exact_posterior(problem, change, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        exact(replace(problem, **change), READINGS)
 
 
 @pytest.mark.parametrize("y, words", [
@@ -84,11 +94,9 @@ def test_other_bad_arguments_of_references(problem, chains, basis):
             (lambda: chains(problem, READINGS, seed=True), "seed is True"),
             (lambda: chains(problem, READINGS, chains=1), "chains is 1: give an integer of at least 2"),
             (lambda: chains(problem, READINGS, draws=2.0), "draws is 2.0"),
-            (lambda: chains(problem, READINGS, leaps=True), "leaps is True"),
-            (lambda: chains(problem, READINGS, step=0), "step is 0"),
             (lambda: chains(problem, READINGS, progress="no"), "progress is 'no'"),
             (lambda: right.sample(0, seed=0), "n is 0"), (lambda: right.sample(2, seed=1.5), "seed is"),
-            (lambda: chains(problem, READINGS).sample(9, seed=0), "the chains hold 8 draws: ask for less")]:
+            (lambda: chains(problem, READINGS).sample(801, seed=0), "the chains hold 800 draws: ask for less")]:
         with pytest.raises(InputError, match=words):
             call()
 

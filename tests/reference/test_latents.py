@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from firedrake import Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh, exp
+from firedrake import COMM_SELF, COMM_WORLD, Ensemble, Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh, exp
 from scipy.stats import multivariate_normal, norm
 
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
@@ -216,3 +216,28 @@ def test_the_most_probable_point_is_found_where_simulations_never_were():
     assert abs(found.latents[0]) == pytest.approx(best, abs=2e-6)
     assert float(found.parameter.dat.data_ro[0]) == pytest.approx(best, abs=2e-6)
     assert found.solves < 200 and "MapPoint: 1 latents" in repr(found)
+
+
+@pytest.mark.parallel([2])
+@pytest.mark.parametrize("members", [1, 2])
+def test_ranks_and_members_of_an_ensemble_share_the_work(members):
+    """All get the same energies, gradients and numbers of solves, as one alone does."""
+    z = 0.5 * np.random.default_rng(0).standard_normal((5, 4))
+
+    def evaluated(comm, ensemble=None):
+        V = FunctionSpace(UnitSquareMesh(5, 5, comm=comm), "CG", 1)
+        prior = TransformedPrior(GaussianPrior(V, 1.0, 0.6, mean=0.3), lambda f: 0.5 * exp(f))
+        forward = AdvectionDiffusion(V, V, "source", bcs=Boundary(dirichlet={1: 1.0}))
+        sensors = point_sensors(V, [(0.4, 0.5), (0.6, 0.5), (0.9, 0.1)])
+        problem, basis = InverseProblem(prior, forward, sensors, 0.1), karhunen_loeve(prior, 4)
+        latent = LatentProblem(problem, Y, basis, ensemble=ensemble)
+        energy, gradient = latent.energy_and_gradient(z)
+        return energy, gradient, latent.energy(z), latent.unseen(z[:3]), latent.solves, latent.pulls
+    alone = evaluated(COMM_SELF)
+    ensemble = Ensemble(COMM_WORLD, 1) if members == 2 else None
+    found = evaluated(COMM_WORLD if ensemble is None else ensemble.comm, ensemble)
+    for ours, theirs in zip(found, alone):
+        np.testing.assert_allclose(np.abs(ours), np.abs(theirs), rtol=1e-6)
+    for other in COMM_WORLD.allgather(found):
+        np.testing.assert_array_equal(other[0], found[0])
+        np.testing.assert_array_equal(other[1], found[1])

@@ -1,10 +1,14 @@
 """References: the exact posterior in matrices and of finite element problems, and chains that agree with it."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from firedrake import COMM_WORLD, Function, FunctionSpace, UnitSquareMesh, conditional, exp, gt
+from firedrake import (
+    COMM_WORLD, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, UnitSquareMesh, conditional, dx, exp,
+    grad, gt, inner, solve,
+)
 
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.diffusion import GaussianNoise
@@ -18,6 +22,7 @@ from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.chains import ConvergenceWarning
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.reference.exact import exact
 from fem_diffusion.reference.hmc import hmc
@@ -112,6 +117,27 @@ def test_the_posterior_of_a_finite_element_problem_is_that_of_dense_matrices(lin
     assert repr(right).startswith("ExactPosterior: Gaussian, given 3 readings\nInverseProblem: GaussianPrior of 36")
 
 
+def test_a_plain_solver_has_an_exact_posterior_too_where_it_is_affine(linear):
+    """Its derivative is that of the tape."""
+    V, u, v = linear.V, TrialFunction(linear.V), TestFunction(linear.V)
+    bcs = DirichletBC(V, 1.0, 1)
+
+    def affine(m):
+        state = Function(V)
+        solve(inner(grad(u), grad(v)) * dx == m * v * dx, state, bcs)
+        return state
+
+    def bent(m):
+        state = Function(V)
+        solve(inner(grad(u), grad(v)) * dx == (m + 0.1 * m**2) * v * dx, state, bcs)
+        return state
+    right, found = exact(linear, Y), exact(replace(linear, forward=affine), Y)
+    np.testing.assert_allclose(coefficients(found.mean()), coefficients(right.mean()), atol=1e-6)
+    np.testing.assert_allclose(found.sample(5, seed=1).values, right.sample(5, seed=1).values, atol=1e-5)
+    with pytest.raises(InputError, match="not affine"):
+        exact(replace(linear, forward=bent), Y)
+
+
 def test_a_product_of_priors_has_an_exact_posterior_too():
     """Its own source and a flux."""
     V = FunctionSpace(UnitSquareMesh(5, 5), "CG", 1)
@@ -126,6 +152,7 @@ def test_a_product_of_priors_has_an_exact_posterior_too():
 
 def test_chains_find_the_exact_posterior_and_know_their_error(linear):
     right, found = exact(linear, Y), hmc(linear, Y, seed=0, chains=50, draws=40, progress=False)
+    assert not found.record.exact and (found.rhat < 1.1).all() and (found.ess > 400).all()
     assert found.acceptance > 0.9 and len(found.draws) == 2000
     for name in ("mean", "std"):
         ours, theirs, error = (coefficients(getattr(x, f)()) for x, f in (
@@ -139,7 +166,7 @@ def test_chains_find_the_exact_posterior_and_know_their_error(linear):
     assert len(samples) == 500 and len(np.unique(samples.latents[:, 0])) > 450 and samples.V == linear.M
     assert found.predictive(10, seed=0).shape == (10, 3)
     assert found.quantile(0.025).dat.data_ro.max() < found.quantile(0.975).dat.data_ro.min() + 5
-    assert "2000 draws of 50 chains" in repr(found)
+    assert "2,000 draws of 50 chains" in repr(found)
     with pytest.raises(InputError, match="the chains hold 2000 draws"):
         found.sample(2001, seed=0)
 
@@ -147,7 +174,7 @@ def test_chains_find_the_exact_posterior_and_know_their_error(linear):
 def test_chains_of_a_transformed_field_agree_with_weighted_prior_draws(curved):
     """Importance weights of prior draws need no derivative, no modes and no chains."""
     loose = replace(curved, noise=0.2)
-    found = hmc(loose, Y, seed=0, chains=50, draws=40, progress=False)
+    found = hmc(loose, Y, seed=0, chains=20, draws=100, progress=False)
     draws = loose.prior.sample_many(20000, 5)
     weights = np.exp(-((loose.readings(draws) - Y)**2).sum(1) / (2 * 0.2**2))
     weights /= weights.sum()
@@ -188,8 +215,6 @@ def test_the_most_probable_point_is_a_minimum_and_failure_is_told(curved, monkey
     monkeypatch.setattr(curved.forward, "solve_many", fails)
     limit = 4 * latent.parameters(z[None]).max()
     np.testing.assert_allclose(find_point(latent)[0], z, atol=1e-6)
-    found = hmc(curved, Y, seed=0, chains=20, draws=5, progress=False)
-    assert 0.2 < found.acceptance < 1 and found.draws.values.shape == (100, curved.M.dim())
     limit = 0.0
     with pytest.raises(SolveError, match="no solution at the prior mean.*check it there"):
         find_point(latent)[0]
@@ -208,9 +233,10 @@ class Careless:
         return self.state
 
     def sensitivity(self, m, rows):
-        self.rows[:] = self.problem.sensitivity(m, rows)
+        found = self.problem.sensitivity(m, rows)
+        self.rows[:len(found)] = found
         m.assign(9.0)
-        return self.rows
+        return self.rows[:len(found)]
 
     def solve_many(self, ms):
         states = self.problem.solve_many(ms)
@@ -220,19 +246,22 @@ class Careless:
 
 def test_a_careless_solver_spoils_no_reference(linear):
     careless, mean = replace(linear, forward=Careless(linear.forward)), linear.prior.mean.dat.data_ro.copy()
-    for reference in (exact, lambda *given: hmc(*given, seed=0, chains=4, draws=2, progress=False)):
+    for reference in (exact, lambda *given: hmc(*given, seed=0, chains=8, draws=100, progress=False)):
         np.testing.assert_allclose(coefficients(reference(careless, Y).mean()), coefficients(
             reference(linear, Y).mean()), rtol=1e-9)
     assert (linear.prior.mean.dat.data_ro == mean).all()
 
 
 @pytest.mark.parallel([1, 2])
-def test_any_number_of_ranks_gives_the_same_posterior():
+def test_any_number_of_ranks_gives_the_same_posterior(monkeypatch):
+    monkeypatch.setattr("fem_diffusion.reference.hmc._WARMUP", 40)
     linear, problem, points = _problem(), _problem(lambda f: 0.5 * exp(f), 0.1), [(0.3, 0.3), (0.8, 0.7)]
     right, place = exact(linear, Y), point_sensors(linear.U, points)
     np.testing.assert_allclose(np.concatenate([place(right.mean()), place(right.std())]), EXACT, rtol=1e-6)
     place = point_sensors(problem.U, points)
-    found = hmc(problem, Y, basis=karhunen_loeve(problem.prior, 6), seed=0, chains=20, draws=10, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = hmc(problem, Y, basis=karhunen_loeve(problem.prior, 6), seed=0, chains=20, draws=10, progress=False)
     assert len(set(COMM_WORLD.allgather(found.acceptance))) == 1
     latents = COMM_WORLD.allgather(found.draws.latents)
     np.testing.assert_array_equal(latents[0], latents[-1])
@@ -242,5 +271,5 @@ def test_any_number_of_ranks_gives_the_same_posterior():
 
 def test_chains_that_do_not_move_are_told():
     problem = _problem(lambda f: conditional(gt(f, 0.0), 2.0, 1.0))
-    with pytest.raises(SolveError, match="accepted 0.0% of its proposals.*no derivative"):
-        hmc(problem, [1.2, 1.2, 1.1], seed=2, chains=4, draws=2, progress=False)
+    with pytest.raises(SolveError, match="derivative is zero.*take pcn"):
+        hmc(problem, [1.2, 1.2, 1.1], seed=2, chains=8, draws=20, progress=False)

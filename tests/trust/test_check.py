@@ -215,6 +215,14 @@ def test_a_solver_without_derivative_is_looked_at_by_differences():
     assert min(counts.values()) >= 8, counts
 
 
+def test_many_sensors_do_not_cost_an_adjoint_solve_each():
+    problem = _problem(0.15, k=150)
+    for name, fault in {"trustworthy": {}, **FAULTS, "conflict": {"broken": 3.0}}.items():
+        found = _run(problem, 10, **fault)
+        assert sum(x.verdict == name for x in found) >= 9, (name, Counter(x.verdict for x in found))
+        assert found[0].solves < 70 and found[0].pulls < 50
+
+
 def test_a_check_says_what_it_found_and_draws_it(tmp_path):
     problem = _problem()
     _, y = _pair(problem, 0)

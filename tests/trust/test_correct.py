@@ -149,9 +149,11 @@ def test_samples_of_known_density_get_weights():
     check_moments(found, weights, mean, std)
 
 
-def test_weights_without_the_density_of_the_samples_fail():
+def test_weights_without_the_density_of_the_samples_fail(monkeypatch):
     target, z, mean, std, _ = independent()
+    monkeypatch.setattr(module, "_AMORTISED", 0.0)
     found, weights = run(target, z, solves=1000, log_density=lambda z: np.zeros(len(z)))
+    assert found.method == "weights"
     with pytest.raises(AssertionError):
         check_moments(found, weights, mean, std)
 
@@ -176,7 +178,7 @@ class Wrong:
 
 
 def test_chains_accept_with_the_forward_problem(monkeypatch):
-    target = Target(lambda z: z, [1.0, -1.0], 0.7)
+    target, again = (Target(lambda z: z, [1.0, -1.0], 0.7) for _ in range(2))
     start, std = np.random.default_rng(1).standard_normal((1000, 2)), np.sqrt(0.49 / 1.49)
     monkeypatch.setattr(Learner, "fit", lambda self: setattr(self, "surrogate", Wrong()))
     found, weights = moves(monkeypatch, target, start, solves=4000)
@@ -185,7 +187,7 @@ def test_chains_accept_with_the_forward_problem(monkeypatch):
     # An acceptance that believes the surrogate leaves its law.
     monkeypatch.setattr(module, "_energy", lambda latent, z, readings: latent.log_prior(z) * -1
                         - latent.log_likelihood(0.8 * z))
-    found, weights = moves(monkeypatch, target, start, solves=4000)
+    found, weights = moves(monkeypatch, again, start, solves=4000)
     with pytest.raises(AssertionError):
         check_moments(found, weights, target.y / 1.49, std)
 
@@ -199,14 +201,15 @@ def test_too_few_solves_are_refused_with_what_would_do():
 
 
 def test_a_run_goes_on_where_it_was_with_more_solves(tmp_path):
-    def correct(solves, path):
-        target = curved()
+    def correct(target, solves, path):
         start = target.start(2 * np.random.default_rng(4).standard_normal((1000, 3)))
-        return corrected(target, start, target, solves, seed=3, path=path), target.solves
-    whole, _ = correct(700, None)
-    part, spent = correct(450, tmp_path)
-    again, more = correct(700, tmp_path)
-    assert spent <= 450 and more <= 700 - spent + 1
+        return corrected(target, start, target, solves, seed=3, path=path)
+    whole = correct(curved(), 900, None)
+    first, second = curved(), curved()
+    with pytest.raises(SolveError, match="goes on from what is kept in"):
+        correct(first, 450, tmp_path)
+    again = correct(second, 900, tmp_path)
+    assert second.solves == again.solves - first.solves + 1
     np.testing.assert_allclose(again.z, whole.z, rtol=1e-8)
     np.testing.assert_allclose(again.weights, whole.weights, rtol=1e-6)
 

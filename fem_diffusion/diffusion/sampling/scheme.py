@@ -12,7 +12,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned
 from fem_diffusion.diffusion.formulation import Formulation
 from fem_diffusion.errors import SolveError
 
-__all__ = ["SNR", "Run", "Scheme", "adaptive_flow"]
+__all__ = ["SNR", "Run", "Scheme", "adaptive_flow", "adaptive_path"]
 
 # Signal-to-noise ratio of a Langevin correction (Song et al. 2021, appendix G).
 SNR = 0.16
@@ -54,8 +54,9 @@ class Scheme:
     deterministic: bool = False         # whether only alpha = 0 is served
 
 
-def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, start: float, end: float) -> Tensor:
-    """State at `end` of d state / d clock = velocity(clock, state), by SciPy's Runge-Kutta 5(4) pair.
+def adaptive_path(velocity: Callable[[float, Tensor], Tensor], state: Tensor, start: float,
+                  end: float) -> Callable[[float], Tensor]:
+    """Solution of d state / d clock = velocity(clock, state) as a function of the clock, by SciPy's Runge-Kutta 5(4).
 
     The clock may run backwards; the error is controlled in the root mean square over all entries of the state, which is
     of any shape. SolveError if the step size underflows.
@@ -63,8 +64,13 @@ def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, st
     def right(clock: float, flat: np.ndarray) -> np.ndarray:
         return velocity(clock, torch.as_tensor(flat).to(state).view_as(state)).double().cpu().numpy().ravel()
     solution = solve_ivp(right, (start, end), state.double().cpu().numpy().ravel(), rtol=_TOLERANCE, atol=_TOLERANCE,
-                         t_eval=[end])
+                         dense_output=True)
     if not solution.success or not np.isfinite(solution.y).all():
         raise SolveError(f"The probability-flow ODE could not be solved ({solution.message}). Take a method with fixed "
                          "steps, and check the training curve of the network.")
-    return torch.as_tensor(solution.y[:, -1]).to(state).view_as(state)
+    return lambda clock: torch.as_tensor(solution.sol(clock)).to(state).view_as(state)
+
+
+def adaptive_flow(velocity: Callable[[float, Tensor], Tensor], state: Tensor, start: float, end: float) -> Tensor:
+    """State at `end`, as `adaptive_path` finds it."""
+    return adaptive_path(velocity, state, start, end)(end)

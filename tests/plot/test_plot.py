@@ -4,8 +4,8 @@ import matplotlib
 import numpy as np
 import pytest
 from firedrake import (
-    ExtrudedMesh, Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, TensorFunctionSpace, UnitCubeMesh,
-    UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, sin,
+    ExtrudedMesh, Function, FunctionSpace, MixedFunctionSpace, SpatialCoordinate, TensorFunctionSpace,
+    UnitIcosahedralSphereMesh, UnitIntervalMesh, UnitSquareMesh, VectorFunctionSpace, as_vector, sin,
 )
 
 from matplotlib import pyplot as plt
@@ -49,11 +49,10 @@ def test_maps_show_mean_spread_sample_and_truth():
 
 
 @pytest.mark.parametrize("V, words", [
-    (lambda: VectorFunctionSpace(SQUARE, "CG", 1), "plot_samples draws scalar"),
-    (lambda: TensorFunctionSpace(SQUARE, "CG", 1, symmetry=True), "plot_samples draws scalar"),
-    (lambda: FunctionSpace(SQUARE, "RT", 1), "plot_samples draws scalar"),
+    (lambda: VectorFunctionSpace(UnitIntervalMesh(2), "CG", 1, dim=2), "Bands are drawn of scalar fields"),
+    (lambda: TensorFunctionSpace(SQUARE, "CG", 1, symmetry=True), "no tensors"),
     (lambda: FunctionSpace(UnitIntervalMesh(2), "Hermite", 3), "are not values"),
-    (lambda: FunctionSpace(UnitCubeMesh(1, 1, 1), "CG", 1), "plot_samples draws lines")])
+    (lambda: FunctionSpace(UnitIcosahedralSphereMesh(0), "CG", 1), "no surfaces in space")])
 def test_what_cannot_be_drawn_is_refused(V, words):
     with pytest.raises(InputError, match=words):
         plot_samples(_samples(V()))

@@ -1,0 +1,161 @@
+"""Corrected samples of finite element problems: against exact posteriors, for models of any quality."""
+
+import warnings
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from firedrake import Function, FunctionSpace, SpatialCoordinate, UnitIntervalMesh, sin
+
+from fem_diffusion.diffusion import GaussianNoise, MeasurementWarning, TrainingOptions
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.coefficients import coefficients
+from fem_diffusion.model.fit import fit
+from fem_diffusion.observation.family import SensorFamily, SensorKind
+from fem_diffusion.observation.linear import point_sensors
+from fem_diffusion.prior.expansion import karhunen_loeve, pod
+from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.exact import exact
+from fem_diffusion.samples import load_samples
+from fem_diffusion.simulation.simulate import simulate
+
+POOR = TrainingOptions(steps=60, evaluate_every=20, width=16, depth=1, batch=32)
+PLACES = [[0.2], [0.5], [0.85]]
+
+
+@cache
+def line():
+    V = FunctionSpace(UnitIntervalMesh(12), "CG", 1)
+    return V, GaussianPrior(V, 1.0, 0.6)
+
+
+def problem(forward, places=PLACES):
+    V, prior = line()
+    return InverseProblem(prior, forward, point_sensors(V, places), GaussianNoise(std=0.3))
+
+
+def bent(m):
+    """A state that is no linear function of the field."""
+    V = m.function_space()
+    return Function(V).interpolate(m + m**3 / 2)
+
+
+class Linear:
+    """m -> m, with its derivative."""
+
+    def __init__(self, V):
+        self.M = self.U = V
+
+    def __call__(self, m):
+        return m.copy(deepcopy=True)
+
+    def solve_many(self, parameters):
+        return parameters
+
+    def sensitivity(self, m, rows):
+        return rows.toarray()
+
+
+def trained(case, pairs=300, r=4):
+    """A model of few modes, few pairs and few steps."""
+    data = simulate(case, pairs, seed=1, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fit(case, data, basis=karhunen_loeve(case.prior, r), options=POOR, progress=False)
+
+
+def measured(case, seed):
+    """A noisy measurement of a wave."""
+    V, _ = line()
+    wave = coefficients(Function(V).interpolate(0.8 * sin(5 * SpatialCoordinate(V.mesh())[0])))
+    return case.measurements(wave[None], seed=seed)[0]
+
+
+def truth(case, y, n=400_000):
+    """Mean and standard deviation at the nodes by weights of prior draws in the modes that count."""
+    basis = karhunen_loeve(case.prior)
+    z = np.random.default_rng(0).standard_normal((n, basis.r))
+    fields = basis.decode(z)
+    read = case.observation.apply(fields + fields**3 / 2)
+    log = -(((read - y) / case.noise.std.numpy())**2).sum(axis=1) / 2
+    weights = np.exp(log - log.max())
+    weights /= weights.sum()
+    assert 1 / (weights**2).sum() > 2000
+    mean = weights @ fields
+    return mean, np.sqrt(weights @ (fields - mean)**2)
+
+
+def check(samples, mean, std, sigmas=4.5):
+    """Within the error of the effective sample size, and one per cent for modes past those of the reference."""
+    ess = samples.certificate.ess
+    ours = coefficients(samples.mean())
+    assert (np.abs(ours - mean) < (sigmas / np.sqrt(ess) + 0.02) * std).all()
+    assert (np.abs(coefficients(samples.std()) / std - 1) < sigmas / np.sqrt(2 * ess) + 0.02).all()
+
+
+def test_a_poor_model_of_a_bent_problem_is_repaired(tmp_path):
+    case = problem(bent)
+    V, _ = line()
+    y = measured(case, 7)
+    posterior = trained(case).condition(y)
+    mean, std = truth(case, y)
+    samples = posterior.correct(solves=1200, seed=2, path=tmp_path / "solves", progress=False)
+    check(samples, mean, std)
+    certificate = samples.certificate
+    assert certificate.solves <= 1300 and certificate.ess > 300 and certificate.unseen < 0.2
+    assert f"effective sample size {certificate.ess:,.0f}" in repr(samples)
+    samples.save(tmp_path / "samples")
+    assert load_samples(tmp_path / "samples", V).certificate == certificate
+    again = posterior.correct(solves=1200, seed=2, draws=50, path=tmp_path / "solves", progress=False)
+    assert len(again) == 50 and again.certificate.ess == pytest.approx(certificate.ess, rel=1e-6)
+
+
+@pytest.mark.parallel([1, 2])
+def test_a_linear_problem_gets_its_exact_posterior():
+    V, prior = line()
+    case = problem(Linear(V))
+    y = measured(case, 3)
+    samples = trained(case).condition(y).correct(solves=1000, seed=4, progress=False)
+    right = exact(case, y)
+    assert samples.certificate.ess > 300
+    check(samples, coefficients(right.mean()), coefficients(right.std()))
+
+
+def test_a_family_is_corrected_for_sensors_that_it_has_not_seen():
+    V, prior = line()
+    places = [[x] for x in np.linspace(0.03, 0.97, 40)]
+    family = InverseProblem(prior, bent, SensorFamily(SensorKind(point_sensors(V, places), 0.3, (2, 5))))
+    data = simulate(family, 400, seed=1, progress=False)
+    model = fit(family, data, basis=karhunen_loeve(prior, 4), options=POOR, progress=False)
+    case = problem(bent)
+    y = measured(case, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        posterior = model.condition(y, case.observation, case.noise)
+    samples = posterior.correct(solves=1200, seed=2, progress=False)
+    check(samples, *truth(case, y))
+
+
+def test_latents_without_a_density_need_one():
+    V, prior = line()
+    case = problem(bent)
+    data = simulate(case, 300, seed=1, progress=False)
+    model = fit(case, data, basis=pod(V, data.coefficients, 3), options=POOR, progress=False)
+    y = measured(case, 7)
+    posterior = model.condition(y)
+    with pytest.raises(InputError, match="give correct a log_prior"):
+        posterior.correct(seed=1, progress=False)
+    samples = posterior.correct(solves=800, seed=1, log_prior=lambda z: -(z**2).sum(axis=1) / 2, progress=False)
+    assert np.isnan(samples.certificate.unseen) and samples.certificate.ess > 100
+
+
+def test_noise_that_is_three_times_what_was_said_is_told():
+    case = problem(bent, [[x] for x in np.linspace(0.03, 0.97, 20)])
+    model, wave = trained(case), measured(case, 7)
+    assert not model.condition(wave).correct(solves=700, seed=1, progress=False).certificate.notes
+    posterior = replace(model.condition(wave), y=wave + 0.9 * np.random.default_rng(2).standard_normal(20))
+    with pytest.warns(MeasurementWarning, match="in conflict with the problem"):
+        samples = posterior.correct(solves=700, seed=1, progress=False)
+    assert "in conflict" in str(samples.certificate)
