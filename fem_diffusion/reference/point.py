@@ -13,12 +13,12 @@ from fem_diffusion.fields.coefficients import field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["MapPoint", "descend", "find_point", "map_point"]
+__all__ = ["MapPoint", "aside", "descend", "find_point", "map_point"]
 
 # Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
 _AIM, _NEAR = 1e-14, 1e-4
 _STEPS = 200
-# Size of the step away from the prior mean, in prior standard deviations: there symmetric problems have no slope.
+# Where searches start, in prior standard deviations from the prior mean.
 _ASIDE = 0.1
 # Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
 _REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
@@ -86,8 +86,7 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
-    aside = _ASIDE * np.random.default_rng(stream(seed, "aside")).standard_normal(latent.r)
-    for z in np.vstack([aside if start is None else start, draws]):
+    for z in np.vstack([aside(latent.r, seed) if start is None else start, draws]):
         try:
             found.append(_search(latent, z))
         except SolveError as error:
@@ -95,6 +94,11 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     if not found:
         raise errors[0]
     return min(found, key=lambda pair: pair[1])
+
+
+def aside(r: int, seed: int = 0) -> np.ndarray:
+    """Latents (r,) beside the prior mean, from where searches start: there symmetric readings may have no slope."""
+    return _ASIDE * np.random.default_rng(stream(seed, "aside")).standard_normal(r)
 
 
 def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float]:
@@ -143,7 +147,7 @@ def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
         energy, gradient = latent.energy_and_gradient(z[None])
         # The line search takes numbers alone.
         return float(np.minimum(energy[0], 1e30)), gradient[0]
-    found = minimize(value, np.zeros(latent.r), jac=True, method="L-BFGS-B", bounds=[(-_REACH, _REACH)] * latent.r,
+    found = minimize(value, aside(latent.r), jac=True, method="L-BFGS-B", bounds=[(-_REACH, _REACH)] * latent.r,
                      options={"maxcor": _MEMORY, "maxfun": most, "ftol": _SETTLED})
     inverse = found.hess_inv.todense()
     return found.x, np.linalg.cholesky((inverse + inverse.T) / 2)

@@ -307,6 +307,8 @@ def _by_gradients(run: _Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarr
 
 def _accepted(run: _Run, found: Corrected) -> Corrected:
     """What may be handed out; SolveError where it does not suffice, which says what would."""
+    if np.isnan(found.ess) or found.rhat is not None and np.isnan(found.rhat):
+        raise SolveError(_refusal(run, "There were too few solves for chains", 4.0))
     if found.khat is not None and not found.khat <= _KHAT:
         raise SolveError(_refusal(run, f"The weights say too little (Pareto k {found.khat:.2f}, where at most {_KHAT} "
                                        "will do)", 3.0))

@@ -1,5 +1,8 @@
 """Corrections of wrong starts, against exact laws; variants that leave the law out must fail."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -227,3 +230,12 @@ def test_a_mixture_knows_its_constants():
     chosen = resample(weights.values, 1000, rng)
     assert abs(z[chosen].mean() - weights.values @ z) < 0.05
     assert len(np.unique(chosen)) == 1000 or np.bincount(chosen).max() <= np.ceil(1000 * weights.values.max())
+
+
+def test_chains_too_short_to_tell_are_refused():
+    """Below four draws neither R-hat nor effective sample size is a number."""
+    z, told = np.zeros((2, 1)), SimpleNamespace(budget=500, path=None, solves=400)
+    found = module.Corrected(z, z, "gradient moves", 400, 100, np.nan, rhat=np.nan, acceptance=0.5, made=2)
+    for one in (found, replace(found, rhat=None)):
+        with pytest.raises(SolveError, match="too few solves for chains after 400.*about solves=2,000"):
+            module._accepted(told, one)
