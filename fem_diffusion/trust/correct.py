@@ -65,10 +65,10 @@ _SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
 # search may take.
 _FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 25.0, 30, 300, 0.2
 # What is refused, what is warned of, and below which chance a measurement is in conflict with the problem.
-_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 50.0, 1.1, 100.0, 1.05, 1e-5
+_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 30.0, 1.2, 100.0, 1.05, 1e-5
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
-_FEW, _TOLD = 4, 0.9
+_FEW, _TOLD = 8, 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,7 +296,7 @@ def _by_gradients(run: _Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarr
                                        "chains with gradients", 1 + _WORTH * _FEW * 3 / run.budget))
     before = latent.solves, latent.pulls
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
-                     warmup=max(20, budget // (_FEW * 60)), most=budget, budget=budget, exact=True,
+                     warmup=max(20, budget // (_FEW * 30)), most=budget, budget=budget, exact=True,
                      path=None if run.path is None else run.path / f"gradients-{run.solves}.safetensors")
     run.spend(latent.solves - before[0], latent.pulls - before[1])
     draws = chains.draws.reshape(-1, latent.r)
