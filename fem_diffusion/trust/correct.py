@@ -56,6 +56,8 @@ _GROWTH = 0.25
 _ROUNDS, _HOT = 4, 10.0
 # Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
 _LEARNING, _HOPE = 0.5, 3.0
+# Derivatives at most, and latents for each solve that one of them costs, at least.
+_SLOPES, _TELLING = 60, 2
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
 _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
@@ -208,6 +210,7 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         found = np.concatenate([run.solve(new[i:i + _BLOCK]) for i in range(0, len(new), _BLOCK)])
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
+        _linearise(run, learner, new, found)
         rounds += 1
         if rounds == _ROUNDS and latent.differentiable and on_root(comm, lambda: learner.temper) > max(first, _HOT):
             return _by_gradients(run, *(around or (points, *on_root(comm, lambda: learner.shape(points)))))
@@ -220,6 +223,27 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat, rhat,
                          made=len(z), weights=weights.values)
     return _chains(run, learner, points)
+
+
+def _linearise(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> None:
+    """Derivatives at some points (B, R) of a round, for as many solves, where they tell more than solves do."""
+    latent, k = run.latent, readings.shape[1]
+    count = min(max(1, len(z) // (1 + k)), _SLOPES - len(learner.places))
+    count = run.comm.bcast(min(count, run.left // (1 + k)))
+    if not latent.differentiable or _TELLING * (1 + k) > latent.r or count < 1:
+        return
+
+    def compute(places: np.ndarray) -> np.ndarray:
+        rows = []
+        for place in places:
+            try:
+                rows.append(latent.linearised(place)[1].ravel())
+            except SolveError:
+                rows.append(np.full(k * latent.r, np.nan))
+        return np.array(rows)
+    found = run.journal.ask(z[:count], compute).reshape(count, k, latent.r)
+    run.spend(count, count * k)
+    on_root(run.comm, lambda: learner.learn(z[:count], readings[:count], found))
 
 
 def _searched(run: _Run, learner: Learner) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
@@ -240,6 +264,8 @@ def _searched(run: _Run, learner: Learner) -> tuple[np.ndarray, np.ndarray, np.n
     answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
     run.spend(*(int(x) for x in answer[-2:]))
     centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
+    if np.isnan(centre).any():
+        return z
     rng = np.random.default_rng(stream(run.seed, "laplace"))
     z = centre + rng.standard_normal((min(_PILOT, run.left // 2), latent.r)) @ factor.T
     readings = run.solve(z)
@@ -354,8 +380,10 @@ def _conflict(latent: LatentProblem, found: Corrected) -> tuple[str, ...]:
     size = float(np.average(squares, weights=found.weights if len(squares) == len(found.z) else None))
     if min(chi2.sf(size, k), chi2.cdf(size, k)) > _CONFLICT:
         return ()
+    why = ("the measurement is in conflict with the problem" if size > k else
+           "the noise is smaller than assumed, and the posterior wider than it need be")
     note = (f"The residuals of the corrected samples are {np.sqrt(size / k):.2g} noise standard deviations, root mean "
-            "square, which is not the law of the noise: the measurement is in conflict with the problem.")
+            f"square, which is not the law of the noise: {why}.")
     warnings.warn(f"{note} Check the noise, the units of the sensors and the forward problem.", MeasurementWarning,
                   stacklevel=4)
     return (note,)
@@ -369,5 +397,6 @@ def _moved(amortised: np.ndarray, found: Corrected) -> tuple[float, float]:
     before = amortised.std(axis=0)
     shift = np.abs(mean - amortised.mean(axis=0)) / std
     told = std < _TOLD
-    ratio = (std / before)[told if told.any() else slice(None)]
+    told &= before > 0
+    ratio = (std / before)[told] if told.any() else np.ones(1)
     return float(shift.max()), float(np.exp(np.log(ratio).mean()))
