@@ -53,6 +53,8 @@ _PILOT, _BLOCK, _CHAINS, _FEWEST = 200, 50, 50, 4
 _GROWTH = 0.25
 # Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
 _LEARNING, _HOPE = 0.5, 3.0
+# Derivatives at most, and latents for each solve that one of them costs, at least.
+_SLOPES, _TELLING = 60, 2
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
 _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
@@ -202,6 +204,7 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         found = np.concatenate([run.solve(new[i:i + _BLOCK]) for i in range(0, len(new), _BLOCK)])
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
+        _linearise(run, learner, new, found)
         # With half of the solves a surrogate is on its way, or will never be.
         worth = run.left > _LEARNING * run.budget or on_root(comm, lambda: learner.error) < _HOPE
     if kept and worth:
@@ -211,6 +214,27 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat, rhat,
                          made=len(z), weights=weights.values)
     return _chains(run, learner, points)
+
+
+def _linearise(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> None:
+    """Derivatives at some points (B, R) of a round, for as many solves, where they tell more than solves do."""
+    latent, k = run.latent, readings.shape[1]
+    count = min(max(1, len(z) // (1 + k)), _SLOPES - len(learner.places))
+    count = run.comm.bcast(min(count, run.left // (1 + k)))
+    if not latent.differentiable or _TELLING * (1 + k) > latent.r or count < 1:
+        return
+
+    def compute(places: np.ndarray) -> np.ndarray:
+        rows = []
+        for place in places:
+            try:
+                rows.append(latent.linearised(place)[1].ravel())
+            except SolveError:
+                rows.append(np.full(k * latent.r, np.nan))
+        return np.array(rows)
+    found = run.journal.ask(z[:count], compute).reshape(count, k, latent.r)
+    run.spend(count, count * k)
+    on_root(run.comm, lambda: learner.learn(z[:count], readings[:count], found))
 
 
 def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
@@ -231,6 +255,8 @@ def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
     answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
     run.spend(*(int(x) for x in answer[-2:]))
     centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
+    if np.isnan(centre).any():
+        return z
     rng = np.random.default_rng(stream(run.seed, "laplace"))
     z = centre + rng.standard_normal((min(_PILOT, run.left // 2), latent.r)) @ factor.T
     readings = run.solve(z)

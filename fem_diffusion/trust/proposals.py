@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from fem_diffusion.reference.walk import diagnosed
-from fem_diffusion.trust.surrogate import Base, Surrogate, fit_surrogate
+from fem_diffusion.trust.surrogate import Base, Solves, Surrogate, fit_surrogate
 from fem_diffusion.trust.weights import Weights, mixture, resample, smoothed
 
 __all__ = ["Learner", "Reach", "Says"]
@@ -28,8 +28,8 @@ _ROUND, _MOVES = 12, 6
 # Rounds of moves at temperature 1, at most; correlation at which points have forgotten where they were, and what chance
 # may make of none; draws of each chain by which mixing is told.
 _REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 6, 0.1, 3.0, 40
-# Points that a surrogate is fitted to, at most.
-_POINTS = 3000
+# Points that a surrogate is fitted to, and derivatives, at most.
+_POINTS, _PLACES = 3000, 60
 # Growth of the solves, or fall of the temperature, after which the surrogate's parameters are found anew.
 _MORE = 1.3
 # Beyond so many prior standard deviations nothing is proposed.
@@ -55,6 +55,10 @@ class Says(Protocol):
 
     def score(self, readings: np.ndarray) -> np.ndarray:
         """Derivative of -log p(y | readings) by the readings, shape (B, k)."""
+        ...
+
+    def matrix(self, readings: np.ndarray) -> np.ndarray:
+        """What whitens the noise at readings (k,): a matrix (k, k)."""
         ...
 
 
@@ -89,15 +93,17 @@ class Learner:
     """
 
     def __init__(self, log_prior: Callable[[np.ndarray], np.ndarray] | None, says: Says, base: Base | None, seed: int):
-        self.log_prior, self.says, self.base = log_prior, says, base
+        self.log_prior, self.says, self.base, self.given = log_prior, says, base, base
         self.rng = np.random.default_rng(seed)
         self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
+        # Derivatives of readings by latents (m, k, R), where they are known, with the misfits (m,) there.
+        self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
         self.surrogate: Surrogate | None = None
         # Draws of surrogates at temperature 1, and these.
         self.drawn: list[np.ndarray] = []
         self.drew: list[Surrogate] = []
         # Number of solves, and temperature, when its parameters were found.
-        self.fitted = 0, np.inf
+        self.fitted, self.last = (0, np.inf), 0
         self.temper, self.error, self.step, self.accepted = 1.0, np.inf, 0.4, 1.0
 
     def add(self, z: np.ndarray, readings: np.ndarray) -> None:
@@ -105,6 +111,7 @@ class Learner:
         misfit = -self.says.log_density(readings)
         there = np.isfinite(misfit) & np.isfinite(readings).all(axis=1)
         z, readings, misfit = z[there], readings[there], misfit[there]
+        self.last = len(z)
         if len(self.z):
             z, readings = np.vstack([self.z, z]), np.vstack([self.readings, readings])
             misfit = np.concatenate([self.misfit, misfit])
@@ -113,6 +120,8 @@ class Learner:
     def forget(self) -> None:
         """Start anew without solves and emulator."""
         self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
+        # Derivatives of readings by latents (m, k, R), where they are known, with the misfits (m,) there.
+        self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
         self.base = self.surrogate = None
 
     def prior_energy(self, z: np.ndarray) -> np.ndarray:
@@ -152,16 +161,45 @@ class Learner:
         there = inside & np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
         return np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)
 
+    def learn(self, z: np.ndarray, readings: np.ndarray, whitened: np.ndarray) -> None:
+        """Keep derivatives (m, k, R) of whitened readings at latents (m, R), where the readings are (m, k)."""
+        there = np.isfinite(whitened).all(axis=(1, 2)) & np.isfinite(readings).all(axis=1)
+        if there.any():
+            z, readings = z[there], readings[there]
+            slopes = np.array([np.linalg.solve(self.says.matrix(row), x) for row, x in zip(readings, whitened[there])])
+            heights = -self.says.log_density(readings)
+            if len(self.places):
+                z, slopes = np.vstack([self.places, z]), np.vstack([self.slopes, slopes])
+                heights = np.concatenate([self.heights, heights])
+            self.places, self.slopes, self.heights = z, slopes, heights
+
     def fit(self) -> None:
         """A surrogate of the solves so far, of those that matter most where there are too many."""
-        relevance = self.prior_energy(self.z) + self.misfit / self.temper
-        chosen = np.argsort(relevance, kind="stable")[:_POINTS]
         size, temper = self.fitted
         anew = len(self.z) > _MORE * size or self.temper < temper / _MORE
         if anew:
             self.fitted = len(self.z), self.temper
-        self.surrogate = fit_surrogate(self.z[chosen], self.readings[chosen], self.says.std, self.base, self.temper,
-                                       self.surrogate, int(self.rng.integers(2**31)), anew)
+        if anew and self.given is not None and self.surrogate is not None:
+            # An emulator that is wrong here is worse than none: the last round tells.
+            old, new = slice(0, len(self.z) - self.last), slice(len(self.z) - self.last, None)
+            errors = []
+            for base in (self.given, None):
+                readings = self._fitted(base, old, anew)(self.z[new])
+                errors.append(_spread(-self.says.log_density(readings) - self.misfit[new]))
+            self.base = None if errors[1] < errors[0] else self.given
+        self.surrogate = self._fitted(self.base, slice(None), anew)
+
+    def _fitted(self, base: Base | None, which: slice, anew: bool) -> Surrogate:
+        """A surrogate of some solves."""
+        z, readings, misfit = self.z[which], self.readings[which], self.misfit[which]
+        chosen = np.argsort(self.prior_energy(z) + misfit / self.temper, kind="stable")[:_POINTS]
+        places, slopes = self.places.reshape(-1, z.shape[1]), self.slopes.reshape(-1, readings.shape[1], z.shape[1])
+        if len(places):
+            best = np.argsort(self.prior_energy(places) + self.heights / self.temper, kind="stable")[:_PLACES]
+            places, slopes = places[best], slopes[best]
+        former = self.surrogate if self.surrogate is not None and base is self.surrogate.base else None
+        return fit_surrogate(Solves(z[chosen], readings[chosen], places, slopes), self.says.std, base, self.temper,
+                             former, int(self.rng.integers(2**31)), anew)
 
     def move(self, z: np.ndarray, reach: Reach, adapt: bool = False) -> np.ndarray:
         """Latents (B, R) after Hamiltonian moves that leave the surrogate law as it is (Neal 2011, section 5.3).
@@ -241,10 +279,7 @@ class Learner:
             self.drew.append(self.surrogate)
         with np.errstate(invalid="ignore"):
             off = self.says.log_density(self.surrogate(z)) - self.says.log_density(readings)
-        # A failure is an error beyond all measure.
-        off = np.sort(np.where(np.isfinite(off), off, np.inf))
-        low, high = off[int(0.16 * (len(off) - 1))], off[int(np.ceil(0.84 * (len(off) - 1)))]
-        self.error = float((high - low) / 2 if np.isfinite(high - low) else np.inf)
+        self.error = _spread(off)
         self.add(z, readings)
         if not np.isfinite(self.error):
             self.temper *= 2
@@ -270,6 +305,13 @@ class Learner:
         """Mean (R,) of points, and a factor F of a covariance F Fᵀ near that of the posterior."""
         assert self.surrogate is not None
         return z.mean(axis=0), self.surrogate.axes / np.sqrt(1 + self.surrogate.importance)
+
+
+def _spread(x: np.ndarray) -> float:
+    """Half the distance of the 16 and 84 % quantiles; what is not finite is beyond all measure."""
+    x = np.sort(np.where(np.isfinite(x), x, np.inf))
+    low, high = x[int(0.16 * (len(x) - 1))], x[int(np.ceil(0.84 * (len(x) - 1)))]
+    return float((high - low) / 2) if np.isfinite(high) else np.inf
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -3,16 +3,18 @@ r"""A cheap map from latents to readings, learned from the solves made so far: w
 Readings in units of their noise, minus what an emulator tells where there is one, are a Gaussian process with one
 kernel for all of them (Rasmussen and Williams 2006, sections 2.2, 4.2 and 5.4),
 
-.. math:: K(x, x') = a_1\, x \cdot x' + a_2 (x \cdot x')^2 + a_3 (1 + |x - x'|^2 / l^2)^{-3/2} + \tau \delta .
+.. math:: K(x, x') = a_1\, x \cdot x' + a_2 (x \cdot x')^2 + a_3 u^{-3/2} + \tau \delta , \qquad u = 1 + |x - x'|^2 / s.
 
-The coordinates x are the principal axes V of the mean square derivative of the readings, :math:`E J^T J = V \Lambda
-V^T` (the active subspace), each divided by its standard deviation under posterior and temperature T and shrunk where
-the readings tell little of it,
+Where the solver has a derivative, that of some readings is known as well (section 9.4 there), along the axes that the
+readings tell most of. The coordinates x are the principal axes V of the mean square derivative of the readings,
+:math:`E J^T J = V \Lambda V^T` (the active subspace), each divided by its standard deviation under posterior and
+temperature T and shrunk where the readings tell little of it,
 
 .. math:: x = (1 + \Lambda / T)^{1/2} \left(\frac{\Lambda / T}{1 + \Lambda / T}\right)^{p} V^T (z - \bar z).
 
-The parameters a, l, τ and p maximise the marginal likelihood, in which each reading has a scale of its own. Nothing
-that follows is exact because of this map, only cheap.
+The parameters a, s, τ and p maximise the marginal likelihood of the readings, in which each has a scale of its own,
+near usual values, which serve as they are where derivatives are known. Nothing that follows is exact because of this
+map, only cheap.
 """
 
 import contextlib
@@ -24,7 +26,7 @@ import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
-__all__ = ["Base", "Surrogate", "fit_surrogate"]
+__all__ = ["Base", "Solves", "Surrogate", "fit_surrogate"]
 
 Pull = Callable[[np.ndarray], np.ndarray]
 # Readings (B, k) at latents (B, R), and the map of covectors (B, k) to their pull-back (B, R).
@@ -32,12 +34,30 @@ Base = Callable[[np.ndarray], tuple[np.ndarray, Pull]]
 
 # Points that the parameters are fitted to, for each latent and at least and most; steps of that, and what ends it.
 _SUBSET, _STEPS, _CLOSE = (12, 100, 600), 40, 1e-5
-# Points and probes of the mean square derivative.
-_POINTS, _PROBES = 300, 4
-# Bounds of log a, log l², log τ and log p; width of their prior; a share of the kernel's diagonal against rounding.
+# Points and probes of the mean square derivative, and numbers of derivatives that take part.
+_POINTS, _PROBES, _SLOPES = 300, 4, 2500
+# Bounds of log a, log s, log τ and log p; width of their prior; a share of the kernel's diagonal against rounding.
 _BOUNDS = [(-12.0, 12.0)] * 4 + [(-18.0, 3.0), (-4.0, 1.0)]
-_WIDTH, _ROUNDING, _USUAL = 3.0, 1e-9, -2.0
+_WIDTH, _ROUNDING, _USUAL = 1.5, 1e-9, -1.4
 _RIDGES = 10.0**np.arange(-3, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Solves:
+    """What the forward problem has told, the most relevant first.
+
+    Parameters
+    ----------
+    z, readings : numpy.ndarray
+        Latents (n, R) and readings (n, k).
+    places, slopes : numpy.ndarray
+        Latents (m, R) where the derivative is known, and derivatives (m, k, R).
+    """
+
+    z: np.ndarray
+    readings: np.ndarray
+    places: np.ndarray
+    slopes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +71,15 @@ class Surrogate:
     centre, axes : numpy.ndarray
         Of the coordinates, z̄ (R,) and V (R, R), columns.
     importance : numpy.ndarray
-        Λ / T of the axes, shape (R,).
+        Λ / T of the axes, shape (R,), largest first.
     parameters : numpy.ndarray
-        Logarithms of a₁, a₂, a₃, l², τ and p, shape (6,).
+        Logarithms of a₁, a₂, a₃, s, τ and p, shape (6,).
     points, weights : numpy.ndarray
         Coordinates (n, R) of the solves, and the kernel's weights there (n, k), in units of the noise.
+    places, slopes : numpy.ndarray
+        The same for derivatives, (m, R) and (m, q, k), along the first q axes.
     mean, units : numpy.ndarray
         Mean of what is regressed, in units of the noise, and these units: shape (k,) each.
-    left_out : numpy.ndarray
-        What each solve misses of its readings where it is left out of the regression, shape (n, k).
     """
 
     base: Base | None
@@ -69,13 +89,10 @@ class Surrogate:
     parameters: np.ndarray
     points: np.ndarray
     weights: np.ndarray
+    places: np.ndarray
+    slopes: np.ndarray
     mean: np.ndarray
     units: np.ndarray
-    left_out: np.ndarray
-
-    @property
-    def _scale(self) -> np.ndarray:
-        return _scales(self.importance, np.exp(self.parameters[5]))
 
     def __call__(self, z: np.ndarray) -> np.ndarray:
         """Readings (B, k) at latents (B, R)."""
@@ -84,18 +101,31 @@ class Surrogate:
     def with_pull(self, z: np.ndarray) -> tuple[np.ndarray, Pull]:
         """Readings (B, k) at latents (B, R), and the map of covectors (B, k) to their pull-back (B, R)."""
         a1, a2, a3, square = np.exp(self.parameters[:4])
-        scale = self._scale
+        scale = _scales(self.importance, np.exp(self.parameters[5]))
         x = (z - self.centre) @ self.axes * scale
         dot = x @ self.points.T
-        apart = 1 + np.maximum((x**2).sum(1)[:, None] + (self.points**2).sum(1) - 2 * dot, 0) / square
+        apart = 1 + _squares(x, self.points, dot) / square
         bump = a3 * apart**-1.5
         found = (dot * (a1 + a2 * dot) + bump) @ self.weights + self.mean
+        m, q, k = self.slopes.shape
+        along = x[:, :q] @ self.slopes.transpose(1, 0, 2).reshape(q, m * k)
+        constant = (self.places[:, :q, None] * self.slopes).sum(axis=1)
+        inner = x @ self.places.T
+        linear, radial, bent = _slope(self.parameters, inner, _squares(x, self.places, inner))
+        found = found + ((linear - radial)[:, :, None] * along.reshape(len(x), m, k)).sum(axis=1) + radial @ constant
         known, pull_known = (0.0, None) if self.base is None else self.base(z)
 
         def pull(covector: np.ndarray) -> np.ndarray:
-            pulled = (covector * self.units) @ self.weights.T
-            radial = -3 / square * bump / apart * pulled
-            back = ((a1 + 2 * a2 * dot) * pulled - radial) @ self.points + radial.sum(1)[:, None] * x
+            white = covector * self.units
+            pulled = white @ self.weights.T
+            inward = -3 / square * bump / apart * pulled
+            back = ((a1 + 2 * a2 * dot) * pulled - inward) @ self.points + inward.sum(1)[:, None] * x
+            if m:
+                weight = (white @ self.slopes.transpose(2, 0, 1).reshape(k, m * q)).reshape(len(x), m, q)
+                size = (weight @ x[:, :q, None])[:, :, 0]
+                turn = (white @ constant.T - size) * bent
+                back += (2 * a2 * size - turn) @ self.places + turn.sum(1)[:, None] * x
+                back[:, :q] += ((linear - radial)[:, None] @ weight)[:, 0]
             back = back * scale @ self.axes.T
             return back if pull_known is None else back + pull_known(covector)
         return found * self.units + known, pull
@@ -109,47 +139,95 @@ class Surrogate:
         return total
 
 
-def fit_surrogate(z: np.ndarray, readings: np.ndarray, units: np.ndarray, base: Base | None, temper: float = 1.0,
+def fit_surrogate(solves: Solves, units: np.ndarray, base: Base | None, temper: float = 1.0,
                   former: Surrogate | None = None, seed: int = 0, anew: bool = True) -> Surrogate:
-    """Regress readings (n, k), of noise `units` (k,), on latents (n, R), at posterior temperature T >= 1.
+    """Regress readings, of noise `units` (k,), on latents, at posterior temperature T >= 1.
 
-    The first ones matter most: axes and parameters are made for them.
-    A former surrogate of the same problem says where the axes are and where the search for parameters begins, or,
-    where it is not made `anew`, what they are.
+    A former surrogate of the same problem says where the axes are, unless derivatives do, and where the search for
+    parameters begins, or, where it is not made `anew`, what they are.
     """
-    rng = np.random.default_rng(seed)
-    rest = readings if base is None else readings - base(z)[0]
+    rng, z = np.random.default_rng(seed), solves.z
+    rest = solves.readings if base is None else solves.readings - base(z)[0]
     rest = rest / units
     mean, centre = rest.mean(axis=0), z[:_POINTS].mean(axis=0)
-    looks = slice(_POINTS)
-    if former is not None:
-        derivative = former.derivative(z[looks], rng)
+    true = solves.slopes / units[:, None]
+    if len(true):
+        derivative = np.einsum("mkr,mks->rs", true, true) / len(true)
+    elif former is not None:
+        derivative = former.derivative(z[:_POINTS], rng)
     else:
-        whole = readings / units
+        whole = solves.readings / units
         derivative = _linear(z - centre, whole - whole.mean(axis=0))
     found = former
-    for _ in range(2 if former is None else 1):
+    for last in (False, True) if former is None and not len(true) else (True,):
         importance, axes = np.linalg.eigh(derivative)
-        importance = np.maximum(importance, 0) / temper
+        importance, axes = np.maximum(importance[::-1], 0) / temper, axes[:, ::-1]
         each, least, most = _SUBSET
         chosen = slice(min(max(least, each * len(axes)), most))
         parameters = None if found is None else found.parameters
-        if parameters is None or anew:
+        if len(true):
+            parameters = _usual((z - centre)[chosen] @ axes, importance)
+        elif parameters is None or anew:
             parameters = _likeliest((z - centre)[chosen] @ axes, importance, (rest - mean)[chosen], parameters)
-        x = (z - centre) @ axes * _scales(importance, np.exp(parameters[5]))
-        kernel = _kernel(torch.from_numpy(x), torch.from_numpy(parameters)).numpy()
-        root = cho_factor(kernel, lower=True)
-        weights, inverse = cho_solve(root, rest - mean), cho_solve(root, np.eye(len(z)))
-        found = Surrogate(base, centre, axes, importance, parameters, x, weights, mean, units,
-                          weights / inverse.diagonal()[:, None] * units)
-        derivative = found.derivative(z[looks], rng)
+        scale = _scales(importance, np.exp(parameters[5]))
+        q = min(len(axes), _SLOPES // max(len(true), 1))
+        slopes = (_beside(base, solves.places, solves.slopes) / units[:, None]) @ axes[:, :q] / scale[:q]
+        x, places = (z - centre) @ axes * scale, (solves.places - centre) @ axes * scale
+        root = cho_factor(_covariance(parameters, x, places, q), lower=True, overwrite_a=True)
+        weights = cho_solve(root, np.vstack([rest - mean, slopes.transpose(0, 2, 1).reshape(-1, len(units))]))
+        found = Surrogate(base, centre, axes, importance, parameters, x, weights[:len(z)], places,
+                          weights[len(z):].reshape(len(places), q, len(units)), mean, units)
+        if not last:
+            derivative = found.derivative(z[:_POINTS], rng)
     assert found is not None
     return found
+
+
+def _beside(base: Base | None, z: np.ndarray, slopes: np.ndarray) -> np.ndarray:
+    """Derivatives (m, k, R) at latents (m, R) minus those of the base."""
+    if base is None or not len(z):
+        return slopes
+    pull = base(z)[1]
+    return slopes - np.stack([pull(np.tile(row, (len(z), 1))) for row in np.eye(slopes.shape[1])], axis=1)
 
 
 def _scales(importance: np.ndarray, power: float) -> np.ndarray:
     """What coordinates along the axes are multiplied by, shape (R,)."""
     return np.sqrt(1 + importance) * np.maximum(importance / (1 + importance), 1e-8)**power
+
+
+def _squares(x: np.ndarray, y: np.ndarray, dot: np.ndarray) -> np.ndarray:
+    """Squared distances (B, n) of points (B, R) and (n, R) with these products."""
+    return np.maximum((x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1) - 2 * dot, 0)
+
+
+def _slope(parameters: np.ndarray, dot: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors g, h and h' with which dK/dx' is g x + h (x' - x), and dh/dx is h' (x - x')."""
+    a1, a2, a3, square = np.exp(parameters[:4])
+    apart = 1 + squares / square
+    return a1 + 2 * a2 * dot, -3 * a3 / square * apart**-2.5, 15 * a3 / square**2 * apart**-3.5
+
+
+def _covariance(parameters: np.ndarray, x: np.ndarray, places: np.ndarray, q: int) -> np.ndarray:
+    """Of readings at points (n, R), and of their derivatives along the first q axes at places (m, R)."""
+    (n, m), values = (len(x), len(places)), torch.from_numpy(parameters)
+    whole = np.empty((n + m * q, n + m * q))
+    whole[:n, :n] = _kernel(torch.from_numpy(x), values).numpy()
+    dot = x @ places.T
+    linear, radial, _ = _slope(parameters, dot, _squares(x, places, dot))
+    cross = (linear - radial)[:, :, None] * x[:, None, :q] + radial[:, :, None] * places[None, :, :q]
+    whole[:n, n:] = cross.reshape(n, m * q)
+    whole[n:, :n] = whole[:n, n:].T
+    dot = places @ places.T
+    linear, radial, bent = _slope(parameters, dot, _squares(places, places, dot))
+    head, twice = places[:, :q], 2 * np.exp(parameters[1])
+    for i in range(m):
+        apart = head[i] - head
+        block = (linear[i] - radial[i])[:, None, None] * np.eye(q)
+        block = block + twice * head[:, :, None] * head[i] - bent[i][:, None, None] * apart[:, :, None] * apart[:, None]
+        whole[n + i * q:n + (i + 1) * q, n:] = block.transpose(1, 0, 2).reshape(q, m * q)
+    whole[np.arange(n, len(whole)), np.arange(n, len(whole))] += np.exp(parameters[4])
+    return whole
 
 
 def _kernel(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
@@ -162,14 +240,19 @@ def _kernel(x: torch.Tensor, parameters: torch.Tensor) -> torch.Tensor:
     return kernel + (noise + _ROUNDING * kernel.diagonal().mean()) * torch.eye(len(x), dtype=x.dtype)
 
 
+def _usual(z: np.ndarray, importance: np.ndarray) -> np.ndarray:
+    """Parameters (6,) of smooth responses, for coordinates z (n, R) along the axes."""
+    size = float(((z * _scales(importance, np.exp(_USUAL)))**2).sum(axis=1).mean())
+    return np.array([0.0, np.log(0.3 / size), 1.0, np.log(3 * size), np.log(1e-5), _USUAL])
+
+
 def _likeliest(z: np.ndarray, importance: np.ndarray, rest: np.ndarray, former: np.ndarray | None) -> np.ndarray:
     """Parameters (6,) of largest marginal likelihood for coordinates z (n, R) along the axes, and responses (n, k).
 
     The likelihood has several maxima: the search begins where smooth responses have it, and at former parameters.
     """
-    along, target, weight = (torch.from_numpy(part) for part in (z, rest, importance))
-    size = float(((z * _scales(importance, np.exp(_USUAL)))**2).sum(axis=1).mean())
-    usual = np.array([0.0, np.log(0.07 / size), 1.0, np.log(5 * size), np.log(1e-5), _USUAL])
+    along, target, weight = (torch.from_numpy(np.ascontiguousarray(part)) for part in (z, rest, importance))
+    usual = _usual(z, importance)
     n, expected = len(z), torch.from_numpy(usual)
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:

@@ -39,11 +39,19 @@ class Target:
     def energy(self, z):
         return -self.log_prior(z) - self.log_likelihood(self.readings(z))
 
-    def expanded(self, z):
-        J = np.stack([(self.f((z + e)[None]) - self.f((z - e)[None]))[0] / 2e-5 for e in 1e-5 * np.eye(self.r)], axis=1)
+    def linearised(self, z):
+        """By differences."""
+        steps = 1e-5 * np.eye(self.r)
+        jacobian = np.stack([(self.f((z + e)[None]) - self.f((z - e)[None]))[0] / 2e-5 for e in steps], axis=1)
         self.solves += 1 + 2 * self.r
-        J = J / self.std[:, None]
-        return z + J.T @ ((self.f(z[None])[0] - self.y) / self.std), np.eye(self.r) + J.T @ J
+        return (self.f(z[None])[0] - self.y) / self.std, jacobian / self.std[:, None]
+
+    def expanded(self, z):
+        misfit, jacobian = self.linearised(z)
+        return z + jacobian.T @ misfit, np.eye(self.r) + jacobian.T @ jacobian
+
+    def energy_and_gradient(self, z):
+        return self.energy(z), np.array([self.expanded(row)[0] for row in z])
 
     def start(self, z, log_density=None, base=None):
         """From samples (n, R), of which any number may be had."""
