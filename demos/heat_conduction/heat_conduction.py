@@ -86,7 +86,7 @@ def conduction(n):
 
 def infer(V, solver, pairs, folder, options, progress):
     """Problem and trained model."""
-    prior = TransformedPrior(GaussianPrior(V, std=1.0, correlation_length=0.5), exp)  # added
+    prior = TransformedPrior(GaussianPrior(V, std=0.8, correlation_length=0.5), exp)  # added
     sensors = point_sensors(V, THERMOMETERS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
