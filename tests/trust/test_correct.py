@@ -106,7 +106,8 @@ def moments_on_a_grid(target, r=2, reach=6.0, n=400):
 def test_a_wrong_gaussian_start_is_repaired(width, shift):
     target, mean, covariance = linear(5, 4)
     std = np.sqrt(covariance.diagonal())
-    z = mean + shift * std + width * np.random.default_rng(3).standard_normal((1500, 5)) @ np.linalg.cholesky(covariance).T
+    normal = np.random.default_rng(3).standard_normal((1500, 5))
+    z = mean + shift * std + width * normal @ np.linalg.cholesky(covariance).T
     found, weights = run(target, z)
     assert found.ess > 500
     check_moments(found, weights, mean, std)
