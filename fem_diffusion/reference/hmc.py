@@ -5,13 +5,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fem_diffusion.checks import check_count, check_flag, check_seed, stream
+from fem_diffusion.checks import check_count, check_flag, check_seed
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
-from fem_diffusion.reference.laplace import factorised
 from fem_diffusion.reference.latents import FAR, LatentProblem
-from fem_diffusion.reference.point import find_point
+from fem_diffusion.reference.point import around_points
 from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
 
 __all__ = ["hmc", "run_hmc"]
@@ -214,12 +213,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     draws, most = None if draws is None else check_count(draws, "draws"), check_count(most, "most")
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
-
-    def begin() -> Begin:
-        centre = find_point(latent)[0]
-        factor = factorised(latent.linearised(centre)[1])
-        x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
-        return centre + x @ factor.T, centre, factor
-    found = walk(latent, _Hamiltonian(latent, begin, None), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,
-                 budget=None, path=path, progress=progress, name="hmc")
+    kernel = _Hamiltonian(latent, lambda: around_points(latent, chains, seed), None)
+    found = walk(latent, kernel, chains, seed=seed, warmup=_WARMUP, draws=draws, most=most, budget=None, path=path,
+                 progress=progress, name="hmc")
     return accepted_chains(latent, found, "hmc", seed=seed, asked=draws, path=path, progress=progress)

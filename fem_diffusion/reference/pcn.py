@@ -10,9 +10,8 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
-from fem_diffusion.reference.laplace import factorised
 from fem_diffusion.reference.latents import LatentProblem
-from fem_diffusion.reference.point import find_point
+from fem_diffusion.reference.point import around_points
 from fem_diffusion.reference.walk import Begin, State, learnt, settle, walk
 
 __all__ = ["pcn"]
@@ -100,12 +99,10 @@ def pcn(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
 
     def begin() -> Begin:
         try:
-            centre = find_point(latent)[0]
-            factor = factorised(latent.linearised(centre)[1])
+            return around_points(latent, chains, seed)
         except SolveError:
-            centre, factor = np.zeros(latent.r), np.eye(latent.r)
-        x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
-        return centre + x @ factor.T, centre, factor
+            x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
+            return x, np.zeros(latent.r), np.eye(latent.r)
     found = walk(latent, _CrankNicolson(latent, begin), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,
                  budget=None, path=path, progress=progress, name="pcn")
     return accepted_chains(latent, found, "pcn", seed=seed, asked=draws, path=path, progress=progress)

@@ -1,5 +1,6 @@
 """The most probable parameter of a measurement, by a trust-region Newton method in the latents."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +14,17 @@ from fem_diffusion.fields.coefficients import field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["MapPoint", "aside", "descend", "find_point", "map_point"]
+__all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
 
 # Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
 _AIM, _NEAR = 1e-14, 1e-4
 _STEPS = 200
 # Where searches start, in prior standard deviations from the prior mean.
 _ASIDE = 0.1
+# Distance in standard deviations at which probable points are two, and energy above the best that makes one improbable.
+_APART, _IMPROBABLE = 6.0, 15.0
+# Searches from which chains begin where readings are at most so many; where there are more, one.
+_SEARCHES, _CHEAP = 3, 40
 # Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
 _REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
 
@@ -151,3 +156,38 @@ def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
                      options={"maxcor": _MEMORY, "maxfun": most, "ftol": _SETTLED})
     inverse = found.hess_inv.todense()
     return found.x, np.linalg.cholesky((inverse + inverse.T) / 2)
+
+
+def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Probable points (r,) that searches from starts (s, r) end at, the most probable first, and factors (r, r).
+
+    F Fᵀ is the inverse of the Gauss-Newton Hessian there. Points that another one explains, or that are improbable
+    beside the best, are left out; none where all searches fail. Costs and errors of `find_point`.
+    """
+    found = []
+    for start in starts:
+        try:
+            found.append(find_point(latent, start=start))
+        except SolveError:
+            continue
+    kept: list[tuple[np.ndarray, np.ndarray]] = []
+    for z, energy in sorted(found, key=lambda pair: pair[1]):
+        apart = (np.linalg.norm(np.linalg.solve(factor, z - centre)) > _APART for centre, factor in kept)
+        if energy < min(e for _, e in found) + _IMPROBABLE and all(apart):
+            kept.append((z, np.linalg.inv(np.linalg.cholesky(latent.expanded(z)[1])).T))
+    return kept
+
+
+def around_points(latent: LatentProblem, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where n chains begin, (n, r): around all probable points that some searches find; the best, and a factor there.
+
+    Chains that begin at one mode alone could not tell of another. Errors of `find_point`.
+    """
+    rng = np.random.default_rng(stream(seed, "starts"))
+    x = rng.standard_normal((n, latent.r))
+    others = rng.standard_normal((_SEARCHES - 1 if len(latent.y) <= _CHEAP else 0, latent.r))
+    places = find_points(latent, np.vstack([aside(latent.r), others]))
+    if not places:
+        raise SolveError("No maximum a posteriori point was found: check the measurement and the solver's tolerance.")
+    z = [centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))]
+    return np.stack(z), *places[0]

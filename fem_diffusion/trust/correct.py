@@ -164,7 +164,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         return float(np.median(learner.misfit)) + latent.log_likelihood(latent.y[None])[0]
     around = None
     if on_root(comm, take) > _FAR * len(latent.y):
-        around = searched(run, learner)
+        around = searched(run, learner, z)
     if around is not None:
         z = around[0]
     points, kept, worth, rounds, first = z, [], True, 0, on_root(comm, lambda: learner.temper)

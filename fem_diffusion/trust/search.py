@@ -1,5 +1,6 @@
 """What corrections spend solves on besides samples: a search for where the posterior is, and derivatives there."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.progress import bar
 from fem_diffusion.reference.latents import LatentProblem
-from fem_diffusion.reference.point import descend
+from fem_diffusion.reference.point import aside, descend, find_points
 from fem_diffusion.simulation.journal import Journal
 from fem_diffusion.trust.proposals import Learner
 
@@ -21,6 +22,8 @@ PILOT = 200
 _SLOPES, _TELLING = 60, 2
 # Gradients, at least and at most, and share of the solves that a search may take.
 _FEWEST_STEPS, _SEARCH, _SHARE = 30, 300, 0.2
+# Solves of a linearisation with which Gauss-Newton steps are cheap, steps that they may take, and searches.
+_DIRECT, _STEPS, _STARTS = 40, 15, 4
 
 
 class Run:
@@ -74,28 +77,40 @@ def linearise(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
     on_root(run.comm, lambda: learner.learn(z[:count], readings[:count], found))
 
 
-def searched(run: Run, learner: Learner) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Points around the most probable one, this, and a factor of the covariance; None where the solves are too few."""
+def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Points around the most probable ones, the first of these, and a factor of its covariance.
+
+    Searches start at some samples (n, R), too, so that a second mode is seen. None where the solves are too few.
+    """
     latent = run.latent
-    dear = len(latent.y) if latent.differentiable else 2 * latent.r
+    r, dear = latent.r, len(latent.y) if latent.differentiable else 2 * latent.r
     cost = 2 if latent.differentiable else 1 + dear
     most = min(_SEARCH, int(_SHARE * run.left / cost))
     if most < _FEWEST_STEPS:
         return None
+    direct = min(_STARTS, int(_SHARE * run.left / (_STEPS * (1 + dear)))) if dear <= _DIRECT else 0
 
     def search(_: np.ndarray) -> np.ndarray:
-        before = latent.solves, latent.pulls
-        centre, factor = descend(latent, most)
-        if 1 + dear <= _SHARE * run.left:
-            factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
-        return np.concatenate([centre, factor.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
-    answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
+        before, found = (latent.solves, latent.pulls), []
+        if direct:
+            found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
+        else:
+            centre, factor = descend(latent, most)
+            if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():
+                factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+            found = [(centre, factor)]
+        answer = np.full((_STARTS, r * (r + 1)), np.nan)
+        for row, (centre, factor) in zip(answer, found):
+            row[:] = np.concatenate([centre, factor.ravel()])
+        return np.concatenate([answer.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
+    answer = run.journal.ask(np.zeros((1, r)), search)[0]
     run.spend(*(int(x) for x in answer[-2:]))
-    centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
-    if np.isnan(centre).any():
+    found = [row for row in answer[:-2].reshape(_STARTS, -1) if np.isfinite(row).all()]
+    if not found:
         return None
-    rng = np.random.default_rng(stream(run.seed, "laplace"))
-    z = centre + rng.standard_normal((min(PILOT, run.left // 2), latent.r)) @ factor.T
+    places = [(row[:r], row[r:].reshape(r, r)) for row in found]
+    normal = np.random.default_rng(stream(run.seed, "laplace")).standard_normal((min(PILOT, run.left // 2), r))
+    z = np.stack([centre + factor @ row for row, (centre, factor) in zip(normal, itertools.cycle(places))])
     readings = run.solve(z)
 
     def take() -> None:
@@ -104,4 +119,4 @@ def searched(run: Run, learner: Learner) -> tuple[np.ndarray, np.ndarray, np.nda
         learner.add(z, readings)
         learner.begin()
     on_root(run.comm, take)
-    return z, centre, factor
+    return z, *places[0]
