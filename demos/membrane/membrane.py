@@ -21,7 +21,7 @@ from arviz_stats.base import array_stats
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    GaussianNoise, GaussianPrior, InputError, InverseProblem, Samples, TrainingOptions, fit, hmc, point_sensors,
+    GaussianNoise, GaussianPrior, InputError, InverseProblem, TrainingOptions, fit, hmc, point_sensors,
     simulate,
 )
 from fem_diffusion.checks import read_arguments

@@ -139,7 +139,8 @@ class Posterior:
         Parameters
         ----------
         solves : int
-            Forward and adjoint solves, at most; some dozens more tell what modes that are left out add to readings.
+            Forward solves, at most, and as many adjoint ones; some dozens more tell what modes that are left out add to
+            readings.
         draws : int, optional
             Number of samples; as many as the solves give where left out.
         log_prior : callable, optional
@@ -156,6 +157,8 @@ class Posterior:
         -----
         MeasurementWarning
             If the residuals of the corrected samples are not those of the noise.
+        ConvergenceWarning
+            If there are less than 100 effective samples, or R-hat is above 1.05; less than 30 or 1.2 are refused.
         """
         from fem_diffusion.trust.correct import correct
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 import numpy as np
 
 from fem_diffusion.checks import check_count, check_flag, check_seed, stream
-from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
@@ -218,11 +217,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
 
     def begin() -> Begin:
         centre = find_point(latent)[0]
-        jacobian = latent.linearised(centre)[1]
-        if not jacobian.any() and np.ptp(latent.readings(centre + np.eye(latent.r)), axis=0).any():
-            raise SolveError("The readings depend on the parameter and their derivative is zero: the transform has "
-                             "none, as a level set; take pcn, which needs none.")
-        factor = factorised(jacobian)
+        factor = factorised(latent.linearised(centre)[1])
         x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
         return centre + x @ factor.T, centre, factor
     found = walk(latent, _Hamiltonian(latent, begin, None), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,

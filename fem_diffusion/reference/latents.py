@@ -330,7 +330,7 @@ class LatentProblem:
         """Readings (B, k) of parameters, those of states that are not finite NaN."""
         comm, M, observe = self.problem.comm, self.problem.M, self.problem.observation
         if isinstance(observe, Observation):
-            states = np.array(solver.solve_many(parameters.copy()), dtype=float)
+            states = together(comm, lambda: np.array(solver.solve_many(parameters.copy()), dtype=float))
             bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
             return np.where(bad[:, None], np.nan, observe.apply(np.where(bad[:, None], 0.0, states)))
         instrument: Any = observe

@@ -5,7 +5,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fem_diffusion.checks import check_array, check_kind
+from fem_diffusion.checks import check_array, check_kind, together
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import InverseProblem, check_problem
@@ -19,14 +19,19 @@ _STEP = 1e-5       # of differences of a density, in standard deviations of the 
 class Likelihood:
     """p(y | readings) of one measurement y (k,); arrays are NumPy's and global.
 
-    InputError is raised if the problem is of a family, its noise has no density, or y does not fit the sensors.
+    InputError is raised if the problem is of a family, its noise has no density, y does not fit the sensors, or
+    differs between ranks.
     """
 
     def __init__(self, problem: InverseProblem, y: np.ndarray):
         if check_problem(problem).family:
             raise InputError("The observation is of type SensorFamily: choose sensors, and make an InverseProblem of "
                              "those.")
-        self.y = check_array(y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None)
+        # A rank that refuses alone would leave the others waiting, and one that reads its own would mix two answers.
+        self.y = together(problem.comm, lambda: check_array(
+            y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None))
+        if not all(np.array_equal(self.y, other) for other in problem.comm.allgather(self.y)):
+            raise InputError("y is another one on other ranks: read or draw it on one, and give all comm.bcast(y).")
         self.noise = check_kind(problem.noise, "The noise", (GaussianNoise, CallableNoise), "GaussianNoise, or "
                                 "CallableNoise(function, log_density), because references need its density")
         if self.noise.log_density is None:

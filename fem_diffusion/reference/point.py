@@ -13,11 +13,13 @@ from fem_diffusion.fields.coefficients import field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["MapPoint", "descend", "find_point", "map_point"]
+__all__ = ["MapPoint", "aside", "descend", "find_point", "map_point"]
 
 # Squared distances to the minimum, in posterior standard deviations: what is aimed at, and what will do.
 _AIM, _NEAR = 1e-14, 1e-4
 _STEPS = 200
+# Where searches start, in prior standard deviations from the prior mean.
+_ASIDE = 0.1
 # Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
 _REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
 
@@ -63,10 +65,11 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
     basis : ModalBasis, optional
         ``karhunen_loeve(problem.prior)`` where left out.
     starts : int
-        Number of searches: one from the prior mean, the others from prior draws of this seed; the best one counts.
+        Number of searches: one from beside the prior mean, the others from prior draws of this seed; the best one
+        counts.
 
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
-    at a minimum.
+    at a minimum, or the readings have no slope, as those of a level set.
     """
     starts, seed = check_count(starts, "starts"), check_seed(seed)
     latent = LatentProblem(problem, y, basis)
@@ -77,13 +80,13 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
 
 def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.ndarray | None = None
                ) -> tuple[np.ndarray, float]:
-    """Latents (r,) of the maximum a posteriori point and their energy, from the prior mean or another start.
+    """Latents (r,) of the maximum a posteriori point and their energy, from beside the prior mean or another start.
 
     Arguments and errors are as for `map_point`.
     """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
-    for z in np.vstack([np.zeros(latent.r) if start is None else start, draws]):
+    for z in np.vstack([aside(latent.r, seed) if start is None else start, draws]):
         try:
             found.append(_search(latent, z))
         except SolveError as error:
@@ -91,6 +94,11 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     if not found:
         raise errors[0]
     return min(found, key=lambda pair: pair[1])
+
+
+def aside(r: int, seed: int = 0) -> np.ndarray:
+    """Latents (r,) beside the prior mean, from where searches start: there symmetric readings may have no slope."""
+    return _ASIDE * np.random.default_rng(stream(seed, "aside")).standard_normal(r)
 
 
 def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float]:
@@ -121,11 +129,16 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
         raise SolveError(f"No maximum a posteriori point was found (after {found.nit} steps it is {np.sqrt(left):.2g} "
                          "posterior standard deviations away): check the measurement and the solver's tolerance, or "
                          "give more starts.")
+    around = found.x + np.vstack([np.eye(latent.r), -np.eye(latent.r)])
+    flat = np.array_equal(expanded(found.x)[1], np.eye(latent.r)) and not latent.linearised(found.x)[1].any()
+    if flat and np.ptp(latent.readings(around), axis=0).any():
+        raise SolveError("The readings depend on the parameter and their derivative is zero: the transform has none, "
+                         "as a level set; take pcn, which needs none.")
     return found.x, float(found.fun)
 
 
 def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """A probable point (r,) by at most about `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
+    """A probable point (r,) by some `most` gradients from the prior mean, and a factor F (r, r) of a covariance.
 
     The limited-memory method of SciPy: where readings are many its gradients cost a small part of the linearisations of
     `find_point`, and its end is near enough for chains. F Fᵀ is the inverse Hessian as the steps have seen it.
@@ -134,7 +147,7 @@ def descend(latent: LatentProblem, most: int) -> tuple[np.ndarray, np.ndarray]:
         energy, gradient = latent.energy_and_gradient(z[None])
         # The line search takes numbers alone.
         return float(np.minimum(energy[0], 1e30)), gradient[0]
-    found = minimize(value, np.zeros(latent.r), jac=True, method="L-BFGS-B", bounds=[(-_REACH, _REACH)] * latent.r,
+    found = minimize(value, aside(latent.r), jac=True, method="L-BFGS-B", bounds=[(-_REACH, _REACH)] * latent.r,
                      options={"maxcor": _MEMORY, "maxfun": most, "ftol": _SETTLED})
     inverse = found.hess_inv.todense()
     return found.x, np.linalg.cholesky((inverse + inverse.T) / 2)

@@ -29,15 +29,15 @@ from fem_diffusion.diffusion import MeasurementWarning
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
-from fem_diffusion.progress import bar, tell
+from fem_diffusion.progress import tell
+from fem_diffusion.reference.chains import ConvergenceWarning
 from fem_diffusion.reference.hmc import run_hmc
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.likelihood import Likelihood
-from fem_diffusion.reference.point import descend
 from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.samples import Samples
-from fem_diffusion.simulation.journal import Journal
 from fem_diffusion.trust.proposals import Learner, Reach
+from fem_diffusion.trust.search import PILOT, Run, linearise, searched
 from fem_diffusion.trust.start import Start, start_of
 from fem_diffusion.trust.weights import resample, smoothed
 
@@ -47,24 +47,23 @@ if TYPE_CHECKING:
 __all__ = ["Corrected", "correct", "corrected"]
 
 _LEAST = 100
-# First solves, solves that are kept together, and chains; fewer solutions or draws of a chain than the last are none.
-_PILOT, _BLOCK, _CHAINS, _FEWEST = 200, 50, 50, 4
+# Solves that are kept together, and chains; fewer solutions or draws of a chain than the last are none.
+_BLOCK, _CHAINS, _FEWEST = 50, 50, 4
 # Rounds grow with the solves so far, so that their number stays small.
 _GROWTH = 0.25
+# Rounds after which a temperature above that of the start, and above this, says that no surrogate holds.
+_ROUNDS, _HOT = 4, 10.0
 # Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
 _LEARNING, _HOPE = 0.5, 3.0
-# Derivatives at most, and latents for each solve that one of them costs, at least.
-_SLOPES, _TELLING = 60, 2
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
 _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
 # solves a chain without which gradients are of no use.
 _SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
-# Misfit per reading from which samples are no start, and gradients, at least and at most, and share of the solves that a
-# search may take.
-_FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 25.0, 30, 300, 0.2
-# What is refused, and below which chance a measurement is in conflict with the problem.
-_ESS, _RHAT, _CONFLICT = 100.0, 1.05, 1e-5
+# Misfit per reading from which samples are no start.
+_FAR = 25.0
+# What is refused, what is warned of, and below which chance a measurement is in conflict with the problem.
+_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 30.0, 1.2, 100.0, 1.05, 1e-5
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
 _FEW, _TOLD = 8, 0.9
@@ -86,36 +85,6 @@ class Corrected:
     made: int = 0
     notes: tuple[str, ...] = ()
     weights: np.ndarray | None = None
-
-
-class _Run:
-    """One correction: budget, journal and progress."""
-
-    def __init__(self, latent: LatentProblem, solves: int, seed: int, path: Path | None, progress: bool):
-        self.latent, self.budget, self.seed, self.path = latent, solves, seed, path
-        self.comm, self.solves, self.pulls = latent.everyone, 0, 0
-        self.shown = bar(solves, "correct", progress and self.comm.rank == 0)
-        self.journal = self.open("learning")
-
-    @property
-    def left(self) -> int:
-        """Solves that may still be spent."""
-        return self.budget - self.solves - self.pulls
-
-    def open(self, name: str) -> Journal:
-        """What keeps the solves of a phase."""
-        return Journal(None if self.path is None else self.path / name, self.comm)
-
-    def spend(self, solves: int, pulls: int = 0) -> None:
-        """Count solves."""
-        self.solves, self.pulls = self.solves + solves, self.pulls + pulls
-        self.shown.update(solves + pulls)
-
-    def solve(self, z: np.ndarray) -> np.ndarray:
-        """Readings (B, k) at latents (B, R)."""
-        readings = self.journal.ask(z, self.latent.readings)
-        self.spend(len(z))
-        return readings
 
 
 def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int | None = None,
@@ -148,9 +117,9 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
 def corrected(latent: LatentProblem, start: Start, says: Likelihood, solves: int, *, seed: int,
               path: Path | None = None, progress: bool = False) -> Corrected:
     """Latents of the posterior from a start, by at most so many solves; SolveError where they do not suffice."""
-    run = _Run(latent, solves, seed, path, progress)
+    run = Run(latent, solves, seed, path, progress)
     with run.shown:
-        z = start.z[:min(_PILOT, solves // 2)]
+        z = start.z[:min(PILOT, solves // 2)]
         readings = run.solve(z)
         if start.log_density is not None:
             found = _weighted(run, start, z, readings)
@@ -166,12 +135,12 @@ def _energy(latent: LatentProblem, z: np.ndarray, readings: np.ndarray) -> np.nd
     return np.where(np.isfinite(energy), energy, np.inf)
 
 
-def _weighted(run: _Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Corrected | None:
+def _weighted(run: Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Corrected | None:
     """By weights of amortised samples, of which the first ones are solved; None where they do not serve."""
     assert start.log_density is not None
     density = start.log_density(z)
     pilot = smoothed(_energy(run.latent, z, readings), -density)
-    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _ESS * len(z):
+    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _GOOD_ESS * len(z):
         return None
     more = start.more(run.left)
     z, density = np.vstack([z, more]), np.concatenate([density, start.log_density(more)])
@@ -182,20 +151,23 @@ def _weighted(run: _Run, start: Start, z: np.ndarray, readings: np.ndarray) -> C
                      weights=weights.values)
 
 
-def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> Corrected:
+def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> Corrected:
     """By weights of a surrogate's samples, round by round; by chains where they fail."""
     comm, latent = run.comm, run.latent
 
     def take() -> float:
         learner.add(z, readings)
         if len(learner.z) < _FEWEST:
-            raise SolveError(f"The forward problem fails at the amortised samples ({latent.failure}): mend it, or train "
-                             "on a prior for which it is solved.")
+            raise SolveError(f"The forward problem fails at the amortised samples ({latent.failure}): mend it, or "
+                             "train on a prior for which it is solved.")
         learner.begin()
         return float(np.median(learner.misfit)) + latent.log_likelihood(latent.y[None])[0]
+    around = None
     if on_root(comm, take) > _FAR * len(latent.y):
-        z = _searched(run, learner, z)
-    points, kept, worth = z, [], True
+        around = searched(run, learner)
+    if around is not None:
+        z = around[0]
+    points, kept, worth, rounds, first = z, [], True, 0, on_root(comm, lambda: learner.temper)
     while run.left >= _BLOCK and worth:
         size = max(_BLOCK, _BLOCK * int(_GROWTH * run.solves / _BLOCK))
         start = np.resize(points, (size, z.shape[1]))
@@ -204,73 +176,22 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         found = np.concatenate([run.solve(new[i:i + _BLOCK]) for i in range(0, len(new), _BLOCK)])
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
-        _linearise(run, learner, new, found)
+        linearise(run, learner, new, found)
+        rounds += 1
+        if rounds == _ROUNDS and latent.differentiable and on_root(comm, lambda: learner.temper) > max(first, _HOT):
+            return _by_gradients(run, *(around or (points, *on_root(comm, lambda: learner.shape(points)))))
         # With half of the solves a surrogate is on its way, or will never be.
         worth = run.left > _LEARNING * run.budget or on_root(comm, lambda: learner.error) < _HOPE
     if kept and worth:
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights = on_root(comm, lambda: learner.weigh(real))
         rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
-        return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat, rhat,
-                         made=len(z), weights=weights.values)
+        return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat,
+                         rhat, made=len(z), weights=weights.values)
     return _chains(run, learner, points)
 
 
-def _linearise(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> None:
-    """Derivatives at some points (B, R) of a round, for as many solves, where they tell more than solves do."""
-    latent, k = run.latent, readings.shape[1]
-    count = min(max(1, len(z) // (1 + k)), _SLOPES - len(learner.places))
-    count = run.comm.bcast(min(count, run.left // (1 + k)))
-    if not latent.differentiable or _TELLING * (1 + k) > latent.r or count < 1:
-        return
-
-    def compute(places: np.ndarray) -> np.ndarray:
-        rows = []
-        for place in places:
-            try:
-                rows.append(latent.linearised(place)[1].ravel())
-            except SolveError:
-                rows.append(np.full(k * latent.r, np.nan))
-        return np.array(rows)
-    found = run.journal.ask(z[:count], compute).reshape(count, k, latent.r)
-    run.spend(count, count * k)
-    on_root(run.comm, lambda: learner.learn(z[:count], readings[:count], found))
-
-
-def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
-    """Points around the most probable one where gradients may be had for the solves; otherwise those given."""
-    latent = run.latent
-    dear = len(latent.y) if latent.differentiable else 2 * latent.r
-    cost = 2 if latent.differentiable else 1 + dear
-    most = min(_SEARCH, int(_SHARE * run.left / cost))
-    if most < _FEWEST_STEPS:
-        return z
-
-    def search(_: np.ndarray) -> np.ndarray:
-        before = latent.solves, latent.pulls
-        centre, factor = descend(latent, most)
-        if 1 + dear <= _SHARE * run.left:
-            factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
-        return np.concatenate([centre, factor.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
-    answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
-    run.spend(*(int(x) for x in answer[-2:]))
-    centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
-    if np.isnan(centre).any():
-        return z
-    rng = np.random.default_rng(stream(run.seed, "laplace"))
-    z = centre + rng.standard_normal((min(_PILOT, run.left // 2), latent.r)) @ factor.T
-    readings = run.solve(z)
-
-    def take() -> None:
-        # What is far from the measurement, and an emulator that led there, teach nothing of its neighbourhood.
-        learner.forget()
-        learner.add(z, readings)
-        learner.begin()
-    on_root(run.comm, take)
-    return z
-
-
-def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
+def _chains(run: Run, learner: Learner, z: np.ndarray) -> Corrected:
     """Chains with proposals by a surrogate that stays as it is, or with gradients where these are not accepted."""
     comm, latent, reach = run.comm, run.latent, Reach()
     run.journal = run.open(f"after-{run.solves}")
@@ -290,7 +211,7 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
         real, law = np.where(accept, ours, real), np.where(accept, theirs, law)
         tried += 1
         if tried == 1 and accept.mean() < _NEVER and latent.differentiable and run.left > _WORTH * _FEW:
-            return _by_gradients(run, learner, z)
+            return _by_gradients(run, z, *on_root(comm, lambda: learner.shape(z)))
         if tried <= _TUNING:
             reach = reach.shorter if accept.mean() < _SELDOM else reach
             continue
@@ -305,14 +226,15 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
                      made=len(z) * len(kept))
 
 
-def _by_gradients(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
-    """Hamiltonian chains from points (chains, R), with the gradient of the finite element problem."""
-    latent = run.latent
-    centre, factor = on_root(run.comm, lambda: learner.shape(z))
-    budget = run.left // 2
+def _by_gradients(run: Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarray) -> Corrected:
+    """Hamiltonian chains from points (n, R), with the gradient of the finite element problem."""
+    latent, budget = run.latent, run.left - _CHAINS
+    if budget < _WORTH * _FEW:
+        raise SolveError(_refusal(run, "No surrogate holds where the posterior is, and there were too few solves for "
+                                       "chains with gradients", 1 + _WORTH * _FEW * 3 / run.budget))
     before = latent.solves, latent.pulls
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
-                     warmup=max(20, budget // (_FEW * 60)), most=budget, budget=latent.solves + budget, exact=True,
+                     warmup=max(20, budget // (_FEW * 30)), most=budget, budget=budget, exact=True,
                      path=None if run.path is None else run.path / f"gradients-{run.solves}.safetensors")
     run.spend(latent.solves - before[0], latent.pulls - before[1])
     draws = chains.draws.reshape(-1, latent.r)
@@ -321,8 +243,10 @@ def _by_gradients(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
                      rhat=float(chains.rhat.max()), acceptance=chains.acceptance, made=len(draws))
 
 
-def _accepted(run: _Run, found: Corrected) -> Corrected:
+def _accepted(run: Run, found: Corrected) -> Corrected:
     """What may be handed out; SolveError where it does not suffice, which says what would."""
+    if np.isnan(found.ess) or found.rhat is not None and np.isnan(found.rhat):
+        raise SolveError(_refusal(run, "There were too few solves for chains", 4.0))
     if found.khat is not None and not found.khat <= _KHAT:
         raise SolveError(_refusal(run, f"The weights say too little (Pareto k {found.khat:.2f}, where at most {_KHAT} "
                                        "will do)", 3.0))
@@ -332,10 +256,16 @@ def _accepted(run: _Run, found: Corrected) -> Corrected:
     if not found.ess >= _ESS:
         raise SolveError(_refusal(run, f"The effective sample size is {found.ess:.0f}, where {_ESS:.0f} are needed",
                                   1.3 * _ESS / max(found.ess, 5.0)))
-    return found
+    rough = found.ess < _GOOD_ESS or found.rhat is not None and found.rhat > _GOOD_RHAT
+    if not rough:
+        return found
+    note = (f"The samples are rough: {found.ess:.0f} effective ones leave an error of {found.ess**-0.5:.0%} of a "
+            "posterior standard deviation in a mean; more solves give better ones.")
+    warnings.warn(note, ConvergenceWarning, stacklevel=5)
+    return replace(found, notes=(*found.notes, note))
 
 
-def _refusal(run: _Run, why: str, factor: float) -> str:
+def _refusal(run: Run, why: str, factor: float) -> str:
     """Why there are no samples, and what would give some."""
     needed = int(np.ceil(factor * run.budget / 500)) * 500
     kept = "pass a path, so that a longer run goes on where this one ends" if run.path is None else (
@@ -362,8 +292,10 @@ def _conflict(latent: LatentProblem, found: Corrected) -> tuple[str, ...]:
     size = float(np.average(squares, weights=found.weights if len(squares) == len(found.z) else None))
     if min(chi2.sf(size, k), chi2.cdf(size, k)) > _CONFLICT:
         return ()
+    why = ("the measurement is in conflict with the problem" if size > k else
+           "the noise is smaller than assumed, and the posterior wider than it need be")
     note = (f"The residuals of the corrected samples are {np.sqrt(size / k):.2g} noise standard deviations, root mean "
-            "square, which is not the law of the noise: the measurement is in conflict with the problem.")
+            f"square, which is not the law of the noise: {why}.")
     warnings.warn(f"{note} Check the noise, the units of the sensors and the forward problem.", MeasurementWarning,
                   stacklevel=4)
     return (note,)
@@ -377,5 +309,6 @@ def _moved(amortised: np.ndarray, found: Corrected) -> tuple[float, float]:
     before = amortised.std(axis=0)
     shift = np.abs(mean - amortised.mean(axis=0)) / std
     told = std < _TOLD
-    ratio = (std / before)[told if told.any() else slice(None)]
+    told &= before > 0
+    ratio = (std / before)[told] if told.any() else np.ones(1)
     return float(shift.max()), float(np.exp(np.log(ratio).mean()))

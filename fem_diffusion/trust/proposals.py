@@ -153,7 +153,7 @@ class Learner:
     def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""
         assert self.surrogate is not None
-        inside = (np.abs(z) < _FAR).all(axis=1)
+        inside = np.asarray((np.abs(z) < _FAR).all(axis=1))
         z = np.where(inside[:, None], z, 0.0)
         readings, pull = self.surrogate.with_pull(z)
         energy = self.prior_energy(z) - self.says.log_density(readings) / self.temper

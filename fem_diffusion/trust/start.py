@@ -113,7 +113,7 @@ def known_readings(posterior: "Posterior") -> Base | None:
     is found from the noise.
     """
     density, noise = posterior.conditioned.density, posterior.problem.noise
-    if density is None:
+    if density is None or noise is None:
         return None
     emulator, rows, y = density.base.emulator, density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T

@@ -267,7 +267,8 @@ def _likeliest(z: np.ndarray, importance: np.ndarray, rest: np.ndarray, former: 
         return float(found.detach()), parameters.grad.numpy()
     results = []
     for start in [usual] if former is None else [usual, former]:
-        with contextlib.suppress(torch.linalg.LinAlgError):
+        # torch.linalg raises a RuntimeError of its own where a kernel is singular.
+        with contextlib.suppress(RuntimeError):
             results.append(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=_BOUNDS,
                                     options={"maxiter": _STEPS, "ftol": _CLOSE}))
     return min(results, key=lambda result: result.fun).x if results else usual

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from firedrake import FunctionSpace, UnitSquareMesh, exp
+from firedrake import Function, FunctionSpace, UnitSquareMesh, exp
 
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
@@ -79,6 +79,18 @@ def test_bad_measurements_of_references(problem, chains, y, words):
     for reference in (exact, chains):
         with pytest.raises(InputError, match=re.escape(words)):
             reference(problem, y)
+
+
+@pytest.mark.parallel([2])
+def test_measurements_that_differ_between_ranks_are_refused_by_all():
+    W = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
+    given = InverseProblem(GaussianPrior(W, 1.0, 0.5), lambda m: Function(W).interpolate(2 * m),
+                           point_sensors(W, [(0.3, 0.3)]), 0.1)
+    for mine, words in [([float(W.comm.rank)], "y is another one on other ranks"),
+                        ([[1.0], [np.nan]][W.comm.rank], "that are not finite")]:
+        for reference in (exact, laplace):
+            with pytest.raises(InputError, match=words):
+                reference(given, mine)
 
 
 def test_other_bad_arguments_of_references(problem, chains, basis):

@@ -18,6 +18,7 @@ from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.laplace import laplace
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.point import map_point
 
@@ -216,6 +217,27 @@ def test_the_most_probable_point_is_found_where_simulations_never_were():
     assert abs(found.latents[0]) == pytest.approx(best, abs=2e-6)
     assert float(found.parameter.dat.data_ro[0]) == pytest.approx(best, abs=2e-6)
     assert found.solves < 200 and "MapPoint: 1 latents" in repr(found)
+
+
+@pytest.mark.parametrize("power, y, right", [(3, 200.0, 5.848030), (2, 9.0, 2.999167)])
+def test_a_slope_of_zero_at_the_prior_mean_hides_no_minimum(power, y, right):
+    """Exact derivatives, which are zero at the prior mean: it is a stationary point and no minimum."""
+    problem = _cube()
+    curved = InverseProblem(problem.prior, lambda m: Function(problem.U).interpolate(m**power), problem.observation,
+                            0.1)
+    assert LatentProblem(curved, [y]).differentiable
+    found = laplace(curved, [y])
+    assert abs(found.centre[0]) == pytest.approx(right, abs=1e-4)
+    assert found.factor[0, 0] == pytest.approx(0.1 / (power * right**(power - 1)), rel=1e-2)
+
+
+def test_a_transform_without_slope_has_no_most_probable_point():
+    problem = _cube()
+    step = InverseProblem(problem.prior, lambda m: Function(problem.U).assign(float(m.dat.data_ro[0] > 0)),
+                          problem.observation, 0.1)
+    for reference in (map_point, laplace):
+        with pytest.raises(SolveError, match="derivative is zero.*take pcn"):
+            reference(step, [1.0])
 
 
 @pytest.mark.parallel([2])

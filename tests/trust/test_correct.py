@@ -1,5 +1,8 @@
 """Corrections of wrong starts, against exact laws; variants that leave the law out must fail."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -103,7 +106,8 @@ def moments_on_a_grid(target, r=2, reach=6.0, n=400):
 def test_a_wrong_gaussian_start_is_repaired(width, shift):
     target, mean, covariance = linear(5, 4)
     std = np.sqrt(covariance.diagonal())
-    z = mean + shift * std + width * np.random.default_rng(3).standard_normal((1500, 5)) @ np.linalg.cholesky(covariance).T
+    normal = np.random.default_rng(3).standard_normal((1500, 5))
+    z = mean + shift * std + width * normal @ np.linalg.cholesky(covariance).T
     found, weights = run(target, z)
     assert found.ess > 500
     check_moments(found, weights, mean, std)
@@ -235,3 +239,12 @@ def test_a_mixture_knows_its_constants():
     chosen = resample(weights.values, 1000, rng)
     assert abs(z[chosen].mean() - weights.values @ z) < 0.05
     assert len(np.unique(chosen)) == 1000 or np.bincount(chosen).max() <= np.ceil(1000 * weights.values.max())
+
+
+def test_chains_too_short_to_tell_are_refused():
+    """Below four draws neither R-hat nor effective sample size is a number."""
+    z, told = np.zeros((2, 1)), SimpleNamespace(budget=500, path=None, solves=400)
+    found = module.Corrected(z, z, "gradient moves", 400, 100, np.nan, rhat=np.nan, acceptance=0.5, made=2)
+    for one in (found, replace(found, rhat=None)):
+        with pytest.raises(SolveError, match="too few solves for chains after 400.*about solves=2,000"):
+            module._accepted(told, one)
