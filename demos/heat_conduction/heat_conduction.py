@@ -41,7 +41,7 @@ NOISE = 0.3  # K
 THERMOMETERS = [(0.5 + r * np.cos(a), 0.5 + r * np.sin(a)) for r, count in ((0.27, 8), (0.42, 12))
                 for a in 2 * np.pi * (np.arange(count) + 0.5) / count]  # m
 REGION = (0.6, 0.9)  # m, of x and of y: what the conductivity is asked for
-TRUTH = 11  # seed of truth and noise
+TRUTH = 12  # seed of truth and noise
 COLOURS = ("tab:orange", "tab:blue", "tab:green")
 
 # ## The problem, as in any Firedrake script
