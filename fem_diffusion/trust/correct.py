@@ -51,23 +51,26 @@ _LEAST = 100
 _PILOT, _BLOCK, _CHAINS, _FEWEST = 200, 50, 50, 4
 # Rounds grow with the solves so far, so that their number stays small.
 _GROWTH = 0.25
-# Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
-_LEARNING, _HOPE = 0.5, 3.0
+# Share of the solves after which a surrogate whose energy has a larger error than this will not serve, and number of
+# them where there are gradients.
+_LEARNING, _HOPE, _RIPE = 0.5, 2.5, 1500
 # Derivatives at most, and latents for each solve that one of them costs, at least.
 _SLOPES, _TELLING = 60, 2
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
 _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
 # solves a chain without which gradients are of no use.
-_SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
-# Misfit per reading from which samples are no start, and gradients, at least and at most, and share of the solves that a
-# search may take.
-_FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 25.0, 30, 300, 0.2
+_SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 1000
+# Misfit per reading from which samples are no start, and gradients, at least and at most, and share of the solves that
+# a search may take.
+_FAR, _FEWEST_STEPS, _SEARCH, _SHARE = 15.0, 30, 300, 0.2
 # What is refused, and below which chance a measurement is in conflict with the problem.
 _ESS, _RHAT, _CONFLICT = 100.0, 1.05, 1e-5
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
 _FEW, _TOLD = 8, 0.9
+# Iterations of their warm-up, at least, and one in so many solves of a chain.
+_SHORT, _LONG = 20, 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +197,9 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         learner.begin()
         return float(np.median(learner.misfit)) + latent.log_likelihood(latent.y[None])[0]
     if on_root(comm, take) > _FAR * len(latent.y):
-        z = _searched(run, learner, z)
+        z, factor = _searched(run, learner, z)
+        if factor is not None and latent.differentiable and run.left > _WORTH * _FEW:
+            return _by_gradients(run, z[:_FEW], z.mean(axis=0), factor)
     points, kept, worth = z, [], True
     while run.left >= _BLOCK and worth:
         size = max(_BLOCK, _BLOCK * int(_GROWTH * run.solves / _BLOCK))
@@ -205,8 +210,10 @@ def _learned(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
         _linearise(run, learner, new, found)
-        # With half of the solves a surrogate is on its way, or will never be.
-        worth = run.left > _LEARNING * run.budget or on_root(comm, lambda: learner.error) < _HOPE
+        # With half of the solves a surrogate is on its way, or will never be; gradients need not wait so long.
+        error = on_root(comm, lambda: learner.error)
+        ripe = latent.differentiable and run.solves > _RIPE and run.left > _WORTH * _FEW
+        worth = error < _HOPE or run.left > _LEARNING * run.budget and not ripe
     if kept and worth:
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights = on_root(comm, lambda: learner.weigh(real))
@@ -237,26 +244,32 @@ def _linearise(run: _Run, learner: Learner, z: np.ndarray, readings: np.ndarray)
     on_root(run.comm, lambda: learner.learn(z[:count], readings[:count], found))
 
 
-def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
-    """Points around the most probable one where gradients may be had for the solves; otherwise those given."""
+def _searched(run: _Run, learner: Learner, z: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Points around the most probable one where gradients may be had for the solves; otherwise those given.
+
+    Returns a factor (R, R) of their covariance, too.
+    """
     latent = run.latent
     dear = len(latent.y) if latent.differentiable else 2 * latent.r
     cost = 2 if latent.differentiable else 1 + dear
     most = min(_SEARCH, int(_SHARE * run.left / cost))
     if most < _FEWEST_STEPS:
-        return z
+        return z, None
 
     def search(_: np.ndarray) -> np.ndarray:
         before = latent.solves, latent.pulls
-        centre, factor = descend(latent, most)
-        if 1 + dear <= _SHARE * run.left:
-            factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+        try:
+            centre, factor = descend(latent, most)
+            if 1 + dear <= _SHARE * run.left:
+                factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+        except (SolveError, np.linalg.LinAlgError):
+            centre, factor = np.full(latent.r, np.nan), np.zeros((latent.r, latent.r))
         return np.concatenate([centre, factor.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
     answer = run.journal.ask(np.zeros((1, latent.r)), search)[0]
     run.spend(*(int(x) for x in answer[-2:]))
     centre, factor = answer[:latent.r], answer[latent.r:-2].reshape(latent.r, latent.r)
     if np.isnan(centre).any():
-        return z
+        return z, None
     rng = np.random.default_rng(stream(run.seed, "laplace"))
     z = centre + rng.standard_normal((min(_PILOT, run.left // 2), latent.r)) @ factor.T
     readings = run.solve(z)
@@ -267,7 +280,7 @@ def _searched(run: _Run, learner: Learner, z: np.ndarray) -> np.ndarray:
         learner.add(z, readings)
         learner.begin()
     on_root(run.comm, take)
-    return z
+    return z, factor
 
 
 def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
@@ -290,7 +303,7 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
         real, law = np.where(accept, ours, real), np.where(accept, theirs, law)
         tried += 1
         if tried == 1 and accept.mean() < _NEVER and latent.differentiable and run.left > _WORTH * _FEW:
-            return _by_gradients(run, learner, z)
+            return _by_gradients(run, *on_root(comm, lambda: learner.shape(z[:_FEW])))
         if tried <= _TUNING:
             reach = reach.shorter if accept.mean() < _SELDOM else reach
             continue
@@ -305,14 +318,15 @@ def _chains(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
                      made=len(z) * len(kept))
 
 
-def _by_gradients(run: _Run, learner: Learner, z: np.ndarray) -> Corrected:
-    """Hamiltonian chains from points (chains, R), with the gradient of the finite element problem."""
-    latent = run.latent
-    centre, factor = on_root(run.comm, lambda: learner.shape(z))
-    budget = run.left // 2
+def _by_gradients(run: _Run, start: np.ndarray, centre: np.ndarray, factor: np.ndarray) -> Corrected:
+    """Hamiltonian chains from points (chains, R), with the gradient of the finite element problem.
+
+    Centre (R,) and factor (R, R) are those of a law near the posterior.
+    """
+    latent, budget = run.latent, (run.left - _CHAINS) // 2
     before = latent.solves, latent.pulls
-    chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
-                     warmup=max(20, budget // (_FEW * 60)), most=budget, budget=latent.solves + budget, exact=True,
+    chains = run_hmc(latent, start, centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
+                     warmup=max(_SHORT, budget // (_FEW * _LONG)), most=budget, budget=latent.solves + budget, exact=True,
                      path=None if run.path is None else run.path / f"gradients-{run.solves}.safetensors")
     run.spend(latent.solves - before[0], latent.pulls - before[1])
     draws = chains.draws.reshape(-1, latent.r)
