@@ -53,15 +53,16 @@ _BLOCK, _CHAINS, _FEWEST = 50, 50, 4
 _GROWTH = 0.25
 # Rounds after which a temperature above that of the start, and above this, says that no surrogate holds.
 _ROUNDS, _HOT = 4, 10.0
-# Share of the solves after which a surrogate whose energy has a larger error than this will not serve.
-_LEARNING, _HOPE = 0.5, 3.0
+# Share of the solves after which a surrogate whose energy has a larger error than this will not serve, and number of
+# them where there are gradients.
+_LEARNING, _HOPE, _RIPE = 0.5, 2.5, 1500
 # Weights are believed below this k-hat; those of amortised samples are worth their solves where so many are effective.
 _KHAT, _AMORTISED = 0.7, 0.5
 # Acceptance at which proposals go less far, and below which they are given up; steps in which that is found out, and
-# solves a chain without which gradients are of no use.
-_SELDOM, _NEVER, _TUNING, _WORTH = 0.3, 0.2, 6, 200
+# solves a chain without which gradients are of no use, and with which they are the better choice.
+_SELDOM, _NEVER, _TUNING, _WORTH, _AMPLE = 0.3, 0.2, 6, 200, 1000
 # Misfit per reading from which samples are no start.
-_FAR = 25.0
+_FAR = 15.0
 # What is refused, what is warned of, and below which chance a measurement is in conflict with the problem.
 _ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 30.0, 1.2, 100.0, 1.05, 1e-5
 _UNSEEN = 16
@@ -167,6 +168,8 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         around = searched(run, learner, z)
     if around is not None:
         z = around[0]
+        if latent.differentiable and run.left > _AMPLE * _FEW:
+            return _by_gradients(run, *around)
     points, kept, worth, rounds, first = z, [], True, 0, on_root(comm, lambda: learner.temper)
     while run.left >= _BLOCK and worth:
         size = max(_BLOCK, _BLOCK * int(_GROWTH * run.solves / _BLOCK))
@@ -180,8 +183,9 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         rounds += 1
         if rounds == _ROUNDS and latent.differentiable and on_root(comm, lambda: learner.temper) > max(first, _HOT):
             return _by_gradients(run, *(around or (points, *on_root(comm, lambda: learner.shape(points)))))
-        # With half of the solves a surrogate is on its way, or will never be.
-        worth = run.left > _LEARNING * run.budget or on_root(comm, lambda: learner.error) < _HOPE
+        # With half of the solves a surrogate is on its way, or will never be; gradients need not wait so long.
+        ripe = latent.differentiable and run.solves > _RIPE and run.left > _AMPLE * _FEW
+        worth = on_root(comm, lambda: learner.error) < _HOPE or run.left > _LEARNING * run.budget and not ripe
     if kept and worth:
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights = on_root(comm, lambda: learner.weigh(real))

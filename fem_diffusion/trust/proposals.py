@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fem_diffusion.reference.walk import diagnosed
+from fem_diffusion.reference.walk import diagnosed, learnt
 from fem_diffusion.trust.surrogate import Base, Solves, Surrogate, fit_surrogate
 from fem_diffusion.trust.weights import Weights, mixture, resample, smoothed
 
@@ -28,8 +28,8 @@ _ROUND, _MOVES = 12, 6
 # Rounds of moves at temperature 1, at most; correlation at which points have forgotten where they were, and what chance
 # may make of none; draws of each chain by which mixing is told.
 _REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 6, 0.1, 3.0, 40
-# Points that a surrogate is fitted to, and derivatives, at most.
-_POINTS, _PLACES = 3000, 60
+# Points that a surrogate is fitted to, and derivatives, at most; points by which a covariance is told.
+_POINTS, _PLACES, _CLOUD = 3000, 60, 400
 # Growth of the solves, or fall of the temperature, after which the surrogate's parameters are found anew.
 _MORE = 1.3
 # Beyond so many prior standard deviations nothing is proposed.
@@ -122,7 +122,8 @@ class Learner:
         self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
         # Derivatives of readings by latents (m, k, R), where they are known, with the misfits (m,) there.
         self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
-        self.base = self.surrogate = None
+        self.base = self.given = self.surrogate = None
+        self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
 
     def prior_energy(self, z: np.ndarray) -> np.ndarray:
         """Negative log prior density of latents (B, R), shape (B,), up to a constant."""
@@ -236,11 +237,10 @@ class Learner:
                 self.step = min(self.step * np.exp(0.5 * (self.accepted - 0.8)), _LONGEST)
         return z
 
-    def begin(self, last: int | None = None) -> None:
-        """Set the temperature at which the last points, which may be far off, still make an ensemble."""
-        misfit = self.misfit if last is None else self.misfit[-last:]
-        spread = np.subtract(*np.percentile(misfit, [84, 16])) / 2
-        self.temper = float(max(1.0, spread / _AIM))
+    def begin(self) -> None:
+        """Set the temperature of the points so far: of that law the misfit has a mean of T / 2 for each thing told."""
+        rise = float(np.median(self.misfit) - self.misfit.min())
+        self.temper = max(1.0, 2 * rise / min(self.readings.shape[1], self.z.shape[1]))
 
     def propose(self, z: np.ndarray) -> np.ndarray:
         """A round: where to solve next, from points (B, R)."""
@@ -301,10 +301,13 @@ class Learner:
         z = self.move(z, reach)
         return z, self.energy(z)
 
-    def shape(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean (R,) of points, and a factor F of a covariance F Fᵀ near that of the posterior."""
-        assert self.surrogate is not None
-        return z.mean(axis=0), self.surrogate.axes / np.sqrt(1 + self.surrogate.importance)
+    def shape(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Points (B, R) of the surrogate law, its mean (R,), and a factor F of a covariance F Fᵀ near its own."""
+        surrogate = self.surrogate
+        assert surrogate is not None
+        many = self.move(np.resize(z, (_CLOUD, z.shape[1])), Reach(_ROUND))
+        factor = surrogate.axes / np.sqrt(1 + surrogate.importance)
+        return many[:len(z)], many.mean(axis=0), learnt(factor, many[None])
 
 
 def _spread(x: np.ndarray) -> float:
