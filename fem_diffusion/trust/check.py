@@ -27,6 +27,8 @@ __all__ = ["Check", "check"]
 
 # p-value below which something is wrong; there are some ten of them, and exact posteriors are to pass 19 times in 20.
 _LEVEL = 0.003
+# Residual in units of that of the noise from which a search is taken to have found nothing.
+_LOST = 10.0
 # Faults that are too small to matter: of the mean in posterior standard deviations, of the width as a factor, of the
 # width in one direction; and what modes past those of the model may add to a reading, in units of its noise.
 _SHIFT, _WIDTH, _ONE_WIDTH, _REFILL = 0.25, 1.25, 1.5, 0.3
@@ -216,7 +218,11 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
         words.append(sentence)
     ratio = rest.size / rest.expected
     # Where without the odd ones the others are odd still, it is not the sensors.
-    if odd and rest.largest_p < _LEVEL and (len(odd) == k or rest.others_p >= _LEVEL or rest.p >= _LEVEL):
+    if rest.p < _LEVEL and ratio > _LOST and (not odd or k == 1 or rest.others_p < _LEVEL):
+        say("biased", "red", f"No parameter near the samples explains the measurement: the best that was found leaves "
+            f"{_size(ratio)} times the residual of the noise. The samples are far from the posterior, or noise or "
+            f"model are wrong, which a correction or laplace(problem, y) tells. {_REPAIR}")
+    elif odd and rest.largest_p < _LEVEL and (len(odd) == k or rest.others_p >= _LEVEL or rest.p >= _LEVEL):
         reads = "; ".join(f"sensor {name} reads {value:.4g}, where {mean:.4g} ± {std:.2g} is expected"
                           + " beside the others" * (k > 1) for name, value, mean, std in odd)
         say("conflict", "red", f"The measurement conflicts with model or noise: {reads} (p = {_p(rest.largest_p)}). "
