@@ -9,6 +9,7 @@ from mpi4py import MPI
 from scipy.stats import norm
 
 from fem_diffusion.errors import SolveError
+from fem_diffusion.reference.chains import ConvergenceWarning
 from fem_diffusion.trust import correct as module
 from fem_diffusion.trust.correct import corrected
 from fem_diffusion.trust.proposals import Learner
@@ -120,6 +121,7 @@ def test_a_cubic_far_from_its_start_is_repaired():
     check_moments(found, weights, mean, std)
 
 
+@pytest.mark.filterwarnings("ignore:The samples are rough")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_bent_ridge_is_sampled(seed):
     target = curved()
@@ -218,7 +220,7 @@ def test_a_run_goes_on_where_it_was_with_more_solves(tmp_path):
         return corrected(target, start, target, solves, seed=3, path=path)
     whole = correct(curved(), 900, None)
     first, second = curved(), curved()
-    with pytest.raises(SolveError, match="goes on from what is kept in"):
+    with pytest.warns(ConvergenceWarning, match="rough"):
         correct(first, 450, tmp_path)
     again = correct(second, 900, tmp_path)
     assert second.solves == again.solves - first.solves + 1
