@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from threading import RLock
 
 from tqdm import tqdm
 
@@ -23,6 +24,12 @@ class _Lines:
         sys.stderr.flush()
 
 
+class _Bar(tqdm):
+    """A bar with a lock of this process alone: who waits for tqdm's own waits for ever for a child killed with it."""
+
+    _lock = RLock()
+
+
 def bar(total: int, name: str, show: bool, initial: int = 0) -> tqdm:
     """Progress bar on standard error, `initial` of `total` steps done; in a pipe or file a line every ten seconds.
 
@@ -30,8 +37,8 @@ def bar(total: int, name: str, show: bool, initial: int = 0) -> tqdm:
     """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     if watched:
-        return tqdm(total=total, desc=name, disable=not show, initial=initial)
-    return tqdm(total=total, desc=name, disable=not show, initial=initial, file=_Lines(), mininterval=_SPARSE,
+        return _Bar(total=total, desc=name, disable=not show, initial=initial)
+    return _Bar(total=total, desc=name, disable=not show, initial=initial, file=_Lines(), mininterval=_SPARSE,
                 maxinterval=_SPARSE, ncols=100)
 
 
@@ -39,4 +46,4 @@ def tell(text: str, show: bool) -> None:
     """Log a line under "fem_diffusion"; write it to standard error where bars are shown, by `show`, and no one logs."""
     LOG.info(text)
     if show and not LOG.isEnabledFor(logging.INFO):
-        tqdm.write(text, file=sys.stderr)
+        _Bar.write(text, file=sys.stderr)

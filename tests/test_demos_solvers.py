@@ -37,10 +37,16 @@ def test_ten_added_lines_embed_the_plugin(name):
     assert not [name for name in imported if f"{name}(" in solver]
 
 
+@pytest.mark.filterwarnings("ignore:The chains have not quite converged")   # after ten draws
 @pytest.mark.parametrize("name", PICTURES)
 def test_tiny(name, tmp_path):
-    sizes = {"truths": 1} if name == "stokes_inflow" else {"held_out": 20}
-    _load(name).run(tmp_path, n=6, pairs=100, samples=30, options=TrainingOptions(steps=50), progress=False, **sizes)
+    sizes = {"stokes_inflow": {"truths": 1},
+             "heat_conduction": {"n": 3, "solves": 600, "chains": {"chains": 2, "draws": 10}}}
+    given = {"n": 6, "pairs": 100, "samples": 30, "progress": False} | sizes.get(name, {"held_out": 20})
+    demo = _load(name)
+    if name == "heat_conduction":
+        demo.NOISE = 5.0   # near enough to what so small a model knows that few solves correct it
+    demo.run(tmp_path, options=TrainingOptions(steps=50), **given)
     for picture in PICTURES[name]:
         assert (tmp_path / f"{picture}.png").stat().st_size > 10000
     assert "Readings and predictions" in (tmp_path / "report.html").read_text()

@@ -162,14 +162,17 @@ def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndar
     """Probable points (r,) that searches from starts (s, r) end at, the most probable first, and factors (r, r).
 
     F Fᵀ is the inverse of the Gauss-Newton Hessian there. Points that another one explains, or that are improbable
-    beside the best, are left out; none where all searches fail. Costs and errors of `find_point`.
+    beside the best, are left out. Costs and errors of `find_point`, the first
+    where all searches fail.
     """
-    found = []
+    found, failed = [], None
     for start in starts:
         try:
             found.append(find_point(latent, start=start))
-        except SolveError:
-            continue
+        except SolveError as error:
+            failed = failed or error
+    if failed is not None and not found:
+        raise failed
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for z, energy in sorted(found, key=lambda pair: pair[1]):
         apart = (np.linalg.norm(np.linalg.solve(factor, z - centre)) > _APART for centre, factor in kept)
@@ -187,7 +190,5 @@ def around_points(latent: LatentProblem, n: int, seed: int) -> tuple[np.ndarray,
     x = rng.standard_normal((n, latent.r))
     others = rng.standard_normal((_SEARCHES - 1 if len(latent.y) <= _CHEAP else 0, latent.r))
     places = find_points(latent, np.vstack([aside(latent.r), others]))
-    if not places:
-        raise SolveError("No maximum a posteriori point was found: check the measurement and the solver's tolerance.")
     z = [centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))]
     return np.stack(z), *places[0]

@@ -279,7 +279,7 @@ def _p(value: float) -> str:
 
 
 def _size(value: float) -> str:
-    return f"{value:.2g}" if value < 100 else "more than 100"
+    return f"{value:.2g}" if value < 99.5 else "more than 100"
 
 
 def _listed(names: tuple[str, ...]) -> str:

@@ -182,7 +182,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         linearise(run, learner, new, found)
         rounds += 1
         if rounds == _ROUNDS and latent.differentiable and on_root(comm, lambda: learner.temper) > max(first, _HOT):
-            return _by_gradients(run, *(around or (points, *on_root(comm, lambda: learner.shape(points)))))
+            return _by_gradients(run, *(around or on_root(comm, lambda: learner.shape(points))))
         # With half of the solves a surrogate is on its way, or will never be; gradients need not wait so long.
         ripe = latent.differentiable and run.solves > _RIPE and run.left > _AMPLE * _FEW
         worth = on_root(comm, lambda: learner.error) < _HOPE or run.left > _LEARNING * run.budget and not ripe
@@ -215,7 +215,7 @@ def _chains(run: Run, learner: Learner, z: np.ndarray) -> Corrected:
         real, law = np.where(accept, ours, real), np.where(accept, theirs, law)
         tried += 1
         if tried == 1 and accept.mean() < _NEVER and latent.differentiable and run.left > _WORTH * _FEW:
-            return _by_gradients(run, z, *on_root(comm, lambda: learner.shape(z)))
+            return _by_gradients(run, *on_root(comm, lambda: learner.shape(z)))
         if tried <= _TUNING:
             reach = reach.shorter if accept.mean() < _SELDOM else reach
             continue

@@ -20,7 +20,7 @@ reads beside what the others let expect.
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import chi2, f, norm
+from scipy.stats import chi2, f, norm, t as student
 
 __all__ = ["Residual", "Shape", "residual", "shapes"]
 
@@ -106,29 +106,41 @@ def _shape(a: np.ndarray, b: np.ndarray) -> Shape | None:
     n, count = a.shape
     if not count:
         return None
-    mean, variance = b.mean(axis=0), float(b.var(axis=0, ddof=1).mean())
+    mean, covariance = b.mean(axis=0), np.atleast_2d(np.cov(b.T))
+    variance = float(covariance.trace()) / count
     score = n * (mean**2).sum() / (count * variance)
     shift = np.sqrt(max((mean**2).mean() - variance / n, 0.0))
     products = a * (b - mean) * n / (n - 1)
-    squares = products.mean(axis=0)
-    width, free = _width(products.mean(axis=1), count * (n - 1))
-    each = [_width(column, n - 1) for column in products.T]
-    values = [_two_sided(chi2(dof), dof * square) for (_, dof), square in zip(each, squares)]
-    return Shape(count, float(shift), float(f(count, count * (n - 1)).sf(score)), float(np.sqrt(width)),
-                 _two_sided(chi2(free), free * width), np.sqrt([square for square, _ in each]),
-                 min(1.0, count * min(values)))
+    widths, each = zip(*map(_width, products.T, [n - 1] * count))
+    width, width_p = _width(products.mean(axis=1), count * (n - 1))
+    free = _rank(covariance, n)
+    return Shape(count, float(shift), float(f(free, free * (n - 1)).sf(score)), width, width_p, np.array(widths),
+                 min(1.0, count * min(each)))
 
 
-def _width(products: np.ndarray, free: float) -> tuple[float, float]:
-    """Mean (at least 0) of independent products, and degrees of freedom of a chi-square law of that mean and spread."""
-    mean = max(float(products.mean()), 1e-4)
-    # Laws that are not Gaussian spread more.
-    spread = float(products.var(ddof=1)) / len(products)
-    return mean, float(np.clip(2 * mean**2 / max(spread, 1e-300), 2.0, free))
+def _width(products: np.ndarray, free: int) -> tuple[float, float]:
+    """Root of the mean of independent products (n,), and p of a mean so far from one, up or down.
+
+    The mean is as a chi-square law over its degrees of freedom, at most `free`; fewer where laws that are not Gaussian
+    spread more. Where products spread so much that their mean is not known from zero, a small one says nothing, and the
+    t-test of a mean of one has to find it too small as well.
+    """
+    n, mean = len(products), float(products.mean())
+    error = float(products.std(ddof=1)) / np.sqrt(n)
+    size = max(mean, 1e-4)
+    degrees = float(np.clip(2 * size**2 / max(error**2, 1e-300), 2.0, free))
+    low = max(chi2(degrees).cdf(degrees * size), student(n - 1).cdf((mean - 1) / max(error, 1e-300)))
+    return float(np.sqrt(size)), min(1.0, 2 * float(min(low, chi2(degrees).sf(degrees * size))))
 
 
-def _two_sided(law: object, value: float) -> float:
-    return float(min(1.0, 2 * min(law.sf(value), law.cdf(value))))   # pyright: ignore[reportAttributeAccessIssue]
+def _rank(covariance: np.ndarray, n: int) -> float:
+    """Number of equal and independent directions that spread as n vectors of a covariance (r, r) do, at most r.
+
+    tr(S)² / tr(S²), with an estimate of the latter that has no bias (Chen, Zhang and Zhong 2010, section 2).
+    """
+    whole, r = float(covariance.trace()), len(covariance)
+    squares = (n - 1)**2 / ((n - 2) * (n + 1)) * (float((covariance**2).sum()) - whole**2 / (n - 1))
+    return float(np.clip(whole**2 / max(squares, whole**2 / r), 1.0, r))
 
 
 def residual(misfit: np.ndarray, z: np.ndarray, jacobian: np.ndarray, whiten: np.ndarray, noise: np.ndarray | None,

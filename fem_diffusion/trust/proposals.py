@@ -93,12 +93,9 @@ class Learner:
     """
 
     def __init__(self, log_prior: Callable[[np.ndarray], np.ndarray] | None, says: Says, base: Base | None, seed: int):
-        self.log_prior, self.says, self.base, self.given = log_prior, says, base, base
-        self.rng = np.random.default_rng(seed)
-        self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
-        # Derivatives of readings by latents (m, k, R), where they are known, with the misfits (m,) there.
-        self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
-        self.surrogate: Surrogate | None = None
+        self.log_prior, self.says, self.rng = log_prior, says, np.random.default_rng(seed)
+        self.forget()
+        self.base = self.given = base
         # Draws of surrogates at temperature 1, and these.
         self.drawn: list[np.ndarray] = []
         self.drew: list[Surrogate] = []
@@ -122,8 +119,9 @@ class Learner:
         self.z, self.readings, self.misfit = np.empty((0, 0)), np.empty((0, 0)), np.empty(0)
         # Derivatives of readings by latents (m, k, R), where they are known, with the misfits (m,) there.
         self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
-        self.base = self.given = self.surrogate = None
-        self.places, self.slopes, self.heights = np.empty((0, 0)), np.empty((0, 0, 0)), np.empty(0)
+        self.base: Base | None = None
+        self.given: Base | None = None
+        self.surrogate: Surrogate | None = None
 
     def prior_energy(self, z: np.ndarray) -> np.ndarray:
         """Negative log prior density of latents (B, R), shape (B,), up to a constant."""

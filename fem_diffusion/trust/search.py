@@ -1,6 +1,7 @@
 """What corrections spend solves on besides samples: a search for where the posterior is, and derivatives there."""
 
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -93,7 +94,8 @@ def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarra
     def search(_: np.ndarray) -> np.ndarray:
         before, found = (latent.solves, latent.pulls), []
         if direct:
-            found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
+            with suppress(SolveError):
+                found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
         else:
             centre, factor = descend(latent, most)
             if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():

@@ -206,6 +206,35 @@ def test_chains_accept_with_the_forward_problem(monkeypatch):
         check_moments(found, weights, target.y / 1.49, std)
 
 
+class Smooth(Target):
+    """A problem with adjoints."""
+
+    differentiable = True
+
+    def energy_and_gradient(self, z):
+        self.pulls += len(z)
+        steps = 1e-5 * np.eye(self.r)
+        pulls = np.stack([(self.f(z + e) - self.f(z - e)) / 2e-5 for e in steps], axis=2)
+        return self.energy(z), z + np.einsum("nkr,nk->nr", pulls, self.score(self.f(z)))
+
+
+@pytest.mark.parametrize("moment", ["no round is cold enough", "no proposal is accepted"])
+def test_gradients_are_left_where_no_surrogate_holds(monkeypatch, moment):
+    target = Smooth(lambda z: z + z**3 / 4, [1.0, -1.0], 0.7)
+    mean, std = moments_on_a_grid(target)
+    start = np.random.default_rng(1).standard_normal((1000, 2))
+    if moment == "no round is cold enough":
+        judge = Learner.judge
+        monkeypatch.setattr(Learner, "judge", lambda self, *args: (judge(self, *args), setattr(self, "temper", 99))[0])
+        found, weights = run(target, start, solves=20000)
+    else:
+        monkeypatch.setattr(module, "_NEVER", 1.1)
+        monkeypatch.setattr(module, "_RIPE", 20000)
+        found, weights = moves(monkeypatch, target, start, solves=20000)
+    assert found.method == "gradient moves" and found.pulls == target.pulls and found.ess > 400
+    check_moments(found, weights, mean, std)
+
+
 def test_too_few_solves_are_refused_with_what_would_do():
     rng = np.random.default_rng(0)
     A = rng.standard_normal((20, 20))
