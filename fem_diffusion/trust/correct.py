@@ -36,6 +36,7 @@ from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.samples import Samples
+from fem_diffusion.trust.balance import CLOUD, balanced
 from fem_diffusion.trust.proposals import Learner, Reach
 from fem_diffusion.trust.search import PILOT, Run, linearise, searched
 from fem_diffusion.trust.start import Start, start_of
@@ -72,7 +73,10 @@ _FEW, _TOLD = 8, 0.9
 
 @dataclass(frozen=True, eq=False)
 class Corrected:
-    """Latents (n, R) of the posterior, with how they were made; figures as for `Certificate`."""
+    """Latents (n, R) of the posterior, with how they were made; figures as for `Certificate`.
+
+    Where they have weights (n,), `near` are those of a law near the posterior, of which the cloud (N, R) is.
+    """
 
     z: np.ndarray
     readings: np.ndarray
@@ -86,6 +90,8 @@ class Corrected:
     made: int = 0
     notes: tuple[str, ...] = ()
     weights: np.ndarray | None = None
+    near: np.ndarray | None = None
+    cloud: np.ndarray | None = None
 
 
 def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int | None = None,
@@ -101,6 +107,8 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
         latent = start.latent
         found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves, seed=seed, path=path,
                           progress=progress)
+        if found.weights is not None and found.near is not None and found.cloud is not None:
+            found = replace(found, weights=balanced(latent, found.z, found.weights, found.near, found.cloud))
         rng = np.random.default_rng(stream(seed, "draws"))
         chosen = _chosen(found, draws, rng)
         samples = latent.samples(found.z[chosen], stream(seed, "tail"))
@@ -149,7 +157,7 @@ def _weighted(run: Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Co
     readings = np.vstack([readings, *(run.solve(part) for part in parts if len(part))])
     weights = smoothed(_energy(run.latent, z, readings), -density)
     return Corrected(z, readings, "weights", run.solves, run.pulls, weights.ess, weights.khat, made=len(z),
-                     weights=weights.values)
+                     weights=weights.values, near=np.full(len(z), 1 / len(z)), cloud=start.more(CLOUD * len(z)))
 
 
 def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> Corrected:
@@ -188,10 +196,11 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         worth = on_root(comm, lambda: learner.error) < _HOPE or run.left > _LEARNING * run.budget and not ripe
     if kept and worth:
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
-        weights = on_root(comm, lambda: learner.weigh(real))
+        weights, near = on_root(comm, lambda: learner.weigh(real))
         rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
+        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z)))
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat,
-                         rhat, made=len(z), weights=weights.values)
+                         rhat, made=len(z), weights=weights.values, near=near.values, cloud=cloud)
     return _chains(run, learner, points)
 
 

@@ -30,6 +30,8 @@ _ROUND, _MOVES = 12, 6
 _REPEATS, _FORGOTTEN, _CHANCE, _DRAWS = 6, 0.1, 3.0, 40
 # Points that a surrogate is fitted to, and derivatives, at most; points by which a covariance is told.
 _POINTS, _PLACES, _CLOUD = 3000, 60, 400
+# Points whose kernels with all others are kept in the cache of a processor.
+_TOGETHER = 200
 # Growth of the solves, or fall of the temperature, after which the surrogate's parameters are found anew.
 _MORE = 1.3
 # Beyond so many prior standard deviations nothing is proposed.
@@ -102,6 +104,8 @@ class Learner:
         # Number of solves, and temperature, when its parameters were found.
         self.fitted, self.last = (0, np.inf), 0
         self.temper, self.error, self.step, self.accepted = 1.0, np.inf, 0.4, 1.0
+        # F (R, R) of coordinates in which the surrogate law is near standard normal, with covariance F Fᵀ.
+        self.factor = np.empty((0, 0))
 
     def add(self, z: np.ndarray, readings: np.ndarray) -> None:
         """Keep solves, readings (B, k) at latents (B, R); rows of NaN are failures."""
@@ -140,18 +144,29 @@ class Learner:
         assert self.surrogate is not None
         return self.prior_energy(z) - self.says.log_density(self.surrogate(z)) / self.temper
 
-    def weigh(self, real: np.ndarray) -> Weights:
-        """Weights of all draws of surrogates at temperature 1, which have these energies (n,) by the solver."""
-        if not self.drawn:
-            return Weights(np.empty(0), 0.0, np.inf)
+    def weigh(self, real: np.ndarray) -> tuple[Weights, Weights]:
+        """Weights of all draws of surrogates at temperature 1, which have these energies (n,) by the solver.
+
+        Those of the posterior, and those of the last of the surrogate laws.
+        """
         z = np.concatenate(self.drawn)
         prior = self.prior_energy(z)
         energies = np.stack([prior - self.says.log_density(surrogate(z)) for surrogate in self.drew])
-        return smoothed(real, mixture(energies, np.array([len(part) for part in self.drawn])))
+        law = mixture(energies, np.array([len(part) for part in self.drawn]))
+        return smoothed(real, law), smoothed(energies[-1], law)
+
+    def cloud(self, n: int) -> np.ndarray:
+        """Draws (n, R) of the last of the surrogate laws whose draws have been solved."""
+        self.surrogate, z = self.drew[-1], np.concatenate(self.drawn)
+        return self.move(np.resize(z, (n, z.shape[1])), Reach(_ROUND))
 
     def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""
         assert self.surrogate is not None
+        if len(z) > _TOGETHER:
+            parts = [self._force(z[i:i + _TOGETHER]) for i in range(0, len(z), _TOGETHER)]
+            energies, gradients = zip(*parts)
+            return np.concatenate(energies), np.concatenate(gradients)
         inside = np.asarray((np.abs(z) < _FAR).all(axis=1))
         z = np.where(inside[:, None], z, 0.0)
         readings, pull = self.surrogate.with_pull(z)
@@ -206,10 +221,7 @@ class Learner:
         The moves are reversible, so that acceptance by the ratio of two laws makes those of the other law (surrogate
         transitions: Liu 2001, section 9.4.3). `adapt` learns the step.
         """
-        surrogate = self.surrogate
-        assert surrogate is not None
-        # Along the axes of the surrogate the law is near standard normal.
-        factor = surrogate.axes / np.sqrt(1 + surrogate.importance)
+        factor = self.factor
         energy, gradient = self._force(z)
         for _ in range(reach.trajectories):
             step = min(self.step, reach.length) * self.rng.uniform(0.8, 1.2)
@@ -235,6 +247,11 @@ class Learner:
                 self.step = min(self.step * np.exp(0.5 * (self.accepted - 0.8)), _LONGEST)
         return z
 
+    def _along_axes(self) -> np.ndarray:
+        """F (R, R) of a covariance F Fᵀ near that of the surrogate law, as far as the mean square derivative tells."""
+        assert self.surrogate is not None
+        return self.surrogate.axes / np.sqrt(1 + self.surrogate.importance)
+
     def begin(self) -> None:
         """Set the temperature of the points so far: of that law the misfit has a mean of T / 2 for each thing told."""
         rise = float(np.median(self.misfit) - self.misfit.min())
@@ -249,8 +266,10 @@ class Learner:
         # Points that were left behind would never come back: those of the new law are multiplied.
         change = np.where(now <= middle + _STRAY * (1 + high - low), then - now, -np.inf)
         z = z[resample(_even(change), len(z), self.rng)]
-        # The step is learnt first: moves that depend on their own past keep no law.
-        z = self.move(z, Reach(_ROUND // 2), adapt=True)
+        # Widths and step are learnt first: moves that depend on their own past keep no law.
+        for _ in range(2):
+            self.factor = learnt(self._along_axes(), z[None])
+            z = self.move(z, Reach(_ROUND // 2), adapt=True)
         for _ in range(_REPEATS if self.temper == 1 else 1):
             before, z = z, self.move(z, Reach(_ROUND))
             if np.abs(_correlation(before, z)).max() < _FORGOTTEN + _CHANCE / np.sqrt(len(z)):
@@ -261,7 +280,7 @@ class Learner:
         """Largest R-hat of chains of the surrogate law from points (B, R), and smallest share of effective draws."""
         draws = []
         for _ in range(_DRAWS):
-            z = self.move(z, Reach(_ROUND // 2))
+            z = self.move(z, Reach(_ROUND))
             draws.append(z)
         rhat, bulk, _ = diagnosed(np.stack(draws, axis=1))
         return float(rhat.max()), float(min(bulk.min() / (len(z) * _DRAWS), 1.0))
@@ -301,11 +320,8 @@ class Learner:
 
     def shape(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Points (B, R) of the surrogate law, its mean (R,), and a factor F of a covariance F Fᵀ near its own."""
-        surrogate = self.surrogate
-        assert surrogate is not None
         many = self.move(np.resize(z, (_CLOUD, z.shape[1])), Reach(_ROUND))
-        factor = surrogate.axes / np.sqrt(1 + surrogate.importance)
-        return many[:len(z)], many.mean(axis=0), learnt(factor, many[None])
+        return many[:len(z)], many.mean(axis=0), learnt(self._along_axes(), many[None])
 
 
 def _spread(x: np.ndarray) -> float:

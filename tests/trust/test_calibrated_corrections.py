@@ -23,10 +23,10 @@ def judged(draws, truths):
 
 
 def test_corrections_of_crude_starts_are_calibrated():
-    """60 cases of two readings of a bent law, each from a normal start of no account."""
+    """40 cases of two readings of a bent law, each from a normal start of no account."""
     rng = np.random.default_rng(11)
     draws, starts, truths = [], [], []
-    for case in range(60):
+    for case in range(40):
         truth = rng.standard_normal((1, 2))
         target = Target(lambda z: np.stack([z[:, 0] + z[:, 1]**2 / 4, z[:, 1] - z[:, 0] / 2], axis=1), [0, 0],
                         [0.4, 0.6])
