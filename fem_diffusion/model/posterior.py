@@ -139,8 +139,8 @@ class Posterior:
         Parameters
         ----------
         solves : int
-            Forward solves, at most, and as many adjoint ones; some dozens more tell what modes that are left out add to
-            readings.
+            Forward solves, at most, and as many adjoint ones; some dozens of them tell what modes that are left out add
+            to readings.
         draws : int, optional
             Number of samples; as many as the solves give where left out.
         log_prior : callable, optional

@@ -15,7 +15,7 @@ from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 from ufl.differentiation import Derivative
 
-from fem_diffusion.checks import check_array, check_callable, check_count, check_seed
+from fem_diffusion.checks import check_array, check_callable, check_count, check_seed, together
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import (
     check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
@@ -188,7 +188,7 @@ class CallablePrior(Prior):
 
     def sample(self, seed: int) -> Function:
         """Draw one sample, a new Function in ``V``; InputError if the sampler returns anything else."""
-        f = self._sample(check_seed(seed))
+        f = together(self.V.comm, lambda: self._sample(check_seed(seed)), watched=True)
         got = f.function_space() if isinstance(f, Function) else type(f).__name__
         if got != self.V:
             raise InputError(f"the sampler returned {got}, expected a Function in {self.V}: interpolate it "

@@ -15,6 +15,7 @@ from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.walk import Chains
 from fem_diffusion.samples import Samples
 
@@ -125,7 +126,12 @@ def reference_latents(problem: InverseProblem, y: np.ndarray, basis: ModalBasis 
     """The measurement in latents; where no basis is given, of as many modes as the readings see of the prior."""
     latent = LatentProblem(problem, y, basis)
     most = min(_MODES, problem.V.dim())
-    while basis is None and latent.r < most and latent.unseen(np.zeros((_LOOKS, latent.r))) > _VISIBLE:
+    while basis is None and latent.r < most:
+        left = unseen(latent, np.zeros((_LOOKS, latent.r)))[0]
+        if not left > _VISIBLE:
+            if np.isnan(left):
+                _warn(_unknown(latent))
+            break
         latent = LatentProblem(problem, y, karhunen_loeve(problem.prior, min(2 * latent.r, most)))
     return latent
 
@@ -156,9 +162,12 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
               f"effective number of draws {effective:.0f}; take more draws.{kept}")
     z = found.draws.reshape(-1, latent.r)
     looks = np.random.default_rng(seed).permutation(len(z))[:_LOOKS]
-    unseen = latent.unseen(z[looks], seed)
-    if unseen > _VISIBLE:
-        _warn(f"Modes past the {latent.r} of the basis add {unseen:.2g} standard deviations of the noise to a reading, "
+    left, readings = unseen(latent, z[looks], seed)
+    conflict(latent, readings, "draws", z=z.mean(axis=0))
+    if np.isnan(left):
+        _warn(_unknown(latent))
+    elif left > _VISIBLE:
+        _warn(f"Modes past the {latent.r} of the basis add {left:.2g} standard deviations of the noise to a reading, "
               "and are drawn from the prior all the same: give a basis of more modes, karhunen_loeve(prior, r).")
     every = 1 if asked is not None else -(-len(z) // _KEPT)
     chains = len(found.draws)
@@ -166,6 +175,13 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
     how = "" if method == "pcn" or latent.differentiable else ", derivatives by differences in the latents"
     tell(f"{method}: {_words(found, method)}{how}", progress and latent.everyone.rank == 0)
     return ChainPosterior(latent.problem, latent.y, latent.basis, samples, chains, found, method)
+
+
+def _unknown(latent: LatentProblem) -> str:
+    """What to say where no solve tells of modes past r."""
+    return (f"What modes past the {latent.r} of the basis add to readings is not known, because the forward problem "
+            f"fails with them ({latent.failure}): mend it there, or give a basis of more modes, "
+            "karhunen_loeve(prior, r).")
 
 
 def _words(found: Chains, method: str) -> str:

@@ -13,6 +13,7 @@ from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import reference_latents
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import point_conflict
 from fem_diffusion.reference.point import find_point
 from fem_diffusion.samples import Samples
 
@@ -106,12 +107,13 @@ def laplace(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None 
     The Hessian takes one adjoint solve for each reading or, where there are many more of these than latents, a
     randomised factorisation of at most r + 20 linearised solves each way, by this seed.
 
-    Parameters and errors are those of `map_point`; the basis is as for `hmc`.
+    Parameters, errors and warnings are those of `map_point`; the basis is as for `hmc`.
     """
     seed, latent = check_seed(seed), reference_latents(problem, y, basis)
     centre = find_point(latent)[0]
-    return LaplacePosterior(problem, latent, centre, factorised(low_rank(latent, centre, seed)), latent.solves,
-                            latent.pulls)
+    factor = factorised(low_rank(latent, centre, seed))
+    point_conflict(latent, centre)
+    return LaplacePosterior(problem, latent, centre, factor, latent.solves, latent.pulls)
 
 
 def factorised(jacobian: np.ndarray) -> np.ndarray:

@@ -62,6 +62,10 @@ class _CrankNicolson:
         state["energy"] = np.where(accept, energy, state["energy"])
         return np.exp(np.minimum(gain, 0.0))
 
+    def cost(self, state: State) -> int:
+        """As `Kernel.cost`."""
+        return len(state["z"])
+
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
         """As `Kernel.adapt`: step and width by acceptance (Robbins and Monro), Gaussian by draws."""
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)

@@ -1,5 +1,6 @@
 """The most probable parameter of a measurement, by a trust-region Newton method in the latents."""
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import point_conflict
 
 __all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
 
@@ -74,11 +76,13 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
         counts.
 
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
-    at a minimum, or the readings have no slope, as those of a level set.
+    at a minimum, or the readings have no slope, as those of a level set. MeasurementWarning tells of a measurement that
+    is in conflict with prior, noise or sensors, which it names: residuals at the point are not those of the noise.
     """
     starts, seed = check_count(starts, "starts"), check_seed(seed)
     latent = LatentProblem(problem, y, basis)
     z, energy = find_point(latent, starts, seed)
+    point_conflict(latent, z)
     return MapPoint(field(problem.M, latent.parameters(z[None])[0], name="map_point"), z, energy, latent.solves,
                     latent.pulls)
 
@@ -162,19 +166,22 @@ def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndar
     """Probable points (r,) that searches from starts (s, r) end at, the most probable first, and factors (r, r).
 
     F Fᵀ is the inverse of the Gauss-Newton Hessian there. Points that another one explains, or that are improbable
-    beside the best, are left out; none where all searches fail. Costs and errors of `find_point`.
+    beside the best, are left out. Costs of `find_point`, and its errors where all searches fail.
     """
-    found = []
+    found, errors = [], []
     for start in starts:
         try:
             found.append(find_point(latent, start=start))
-        except SolveError:
-            continue
+        except SolveError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for z, energy in sorted(found, key=lambda pair: pair[1]):
         apart = (np.linalg.norm(np.linalg.solve(factor, z - centre)) > _APART for centre, factor in kept)
         if energy < min(e for _, e in found) + _IMPROBABLE and all(apart):
-            kept.append((z, np.linalg.inv(np.linalg.cholesky(latent.expanded(z)[1])).T))
+            with contextlib.suppress(SolveError):   # no solves are left
+                kept.append((z, np.linalg.inv(np.linalg.cholesky(latent.expanded(z)[1])).T))
     return kept
 
 
@@ -187,7 +194,5 @@ def around_points(latent: LatentProblem, n: int, seed: int) -> tuple[np.ndarray,
     x = rng.standard_normal((n, latent.r))
     others = rng.standard_normal((_SEARCHES - 1 if len(latent.y) <= _CHEAP else 0, latent.r))
     places = find_points(latent, np.vstack([aside(latent.r), others]))
-    if not places:
-        raise SolveError("No maximum a posteriori point was found: check the measurement and the solver's tolerance.")
     z = [centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))]
     return np.stack(z), *places[0]

@@ -1,5 +1,6 @@
 """What corrections spend solves on besides samples: a search for where the posterior is, and derivatives there."""
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -20,8 +21,8 @@ __all__ = ["PILOT", "Run", "linearise", "searched"]
 PILOT = 200
 # Derivatives at most, and latents for each solve that one of them costs, at least.
 _SLOPES, _TELLING = 60, 2
-# Gradients, at least and at most, and share of the solves that a search may take.
-_FEWEST_STEPS, _SEARCH, _SHARE = 30, 300, 0.2
+# Gradients, at least and at most, share of the solves that a search may take, and share at which it is stopped.
+_FEWEST_STEPS, _SEARCH, _SHARE, _STOPPED = 30, 300, 0.2, 0.75
 # Solves of a linearisation with which Gauss-Newton steps are cheap, steps that they may take, and searches.
 _DIRECT, _STEPS, _STARTS = 40, 15, 4
 
@@ -92,13 +93,19 @@ def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarra
 
     def search(_: np.ndarray) -> np.ndarray:
         before, found = (latent.solves, latent.pulls), []
-        if direct:
-            found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
-        else:
-            centre, factor = descend(latent, most)
-            if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():
-                factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
-            found = [(centre, factor)]
+        most = int(_STOPPED * run.left)
+        latent.limit = before[0] + most, before[1] + most
+        try:
+            if direct:
+                with contextlib.suppress(SolveError):
+                    found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
+            else:
+                centre, factor = descend(latent, most)
+                if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():
+                    factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+                found = [(centre, factor)]
+        finally:
+            latent.limit = None
         answer = np.full((_STARTS, r * (r + 1)), np.nan)
         for row, (centre, factor) in zip(answer, found):
             row[:] = np.concatenate([centre, factor.ravel()])
