@@ -21,7 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 
-from fem_diffusion.checks import check_count, check_flag, check_kind, check_options, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_flag, check_kind, check_options, check_seed, stream
 from fem_diffusion.diffusion import (
     NETWORKS, Conditioned, Denoiser, GaussianBase, GaussianNoise, History, MeasurementWarning, TrainingOptions,
     fit_denoiser, fit_emulator, sample_latents,
@@ -94,7 +94,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     check_kind(model, "model", Model, "what fit or refine returned")
     check_kind(data, "data", DataSet, "the pairs of its training")
     check_options(options, TrainingOptions)
-    n, rounds, seed = check_count(n), check_count(rounds, "rounds"), check_seed(seed)
+    n, rounds, seed = alike(model.problem.comm, lambda: {
+        "n": check_count(n), "rounds": check_count(rounds, "rounds"), "seed": check_seed(seed)})
     progress = check_flag(progress, "progress")
     if n < _FEWEST * rounds:
         raise InputError(f"n is {n} for {rounds} rounds: give at least {_FEWEST} simulations a round.")

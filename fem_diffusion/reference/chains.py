@@ -7,19 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.checks import alike, check_count, check_seed
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.expansion import karhunen_loeve
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.progress import tell
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.walk import Chains
 from fem_diffusion.samples import Samples
 
-__all__ = ["ChainPosterior", "ConvergenceWarning", "accepted_chains", "reference_latents"]
+__all__ = ["ChainPosterior", "ConvergenceWarning", "accepted_chains", "chain_numbers", "reference_latents"]
 
 # R-hat above which draws are no posterior, and share of accepted proposals below which nothing moves.
 _REFUSED, _FEW = 1.05, 0.1
@@ -109,10 +109,11 @@ class ChainPosterior:
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Some of the draws, at random and each at most once; InputError where there are not so many."""
-        if check_count(n) > len(self.draws):
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
+        if n > len(self.draws):
             raise InputError(f"n is {n} and the chains hold {len(self.draws)} draws: ask for less, or give "
                              f"{self.method} more chains or draws.")
-        return self.draws[np.random.default_rng(check_seed(seed)).permutation(len(self.draws))[:n]]
+        return self.draws[np.random.default_rng(seed).permutation(len(self.draws))[:n]]
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings of n samples with noise, shape (n, k), one solve each."""
@@ -120,6 +121,14 @@ class ChainPosterior:
 
     def __repr__(self) -> str:
         return f"ChainPosterior: {_words(self.record, self.method)}\n{self.problem!r}"
+
+
+def chain_numbers(problem: InverseProblem, seed: int, chains: int, draws: int | None,
+                  most: int) -> tuple[int, int, int | None, int]:
+    """Seed and numbers of a run of chains; InputError where they are out of range, or others on other ranks."""
+    return alike(check_problem(problem).comm, lambda: {  # pyright: ignore[reportReturnType]
+        "seed": check_seed(seed), "chains": check_count(chains, "chains", least=2),
+        "draws": None if draws is None else check_count(draws, "draws"), "most": check_count(most, "most")})
 
 
 def reference_latents(problem: InverseProblem, y: np.ndarray, basis: ModalBasis | None) -> LatentProblem:

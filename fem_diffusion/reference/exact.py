@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.prior.protocol import GaussianCore
@@ -56,7 +56,7 @@ class ExactPosterior:
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Prior draws plus their own update (Matheron's rule): nothing dense is built, and any ranks will do."""
-        n, seed = check_count(n), check_seed(seed)
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         seed = stream(seed, "exact")
         draws = self.prior.sample_many(n, seed)
         noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fem_diffusion.checks import check_count, check_flag, check_seed
+from fem_diffusion.checks import check_flag
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
+from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import around_points
 from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
@@ -213,8 +213,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     ConvergenceWarning tells where R-hat is above 1.01, there are less than 400 effective draws, or modes past r are
     seen; MeasurementWarning where residuals of the draws are not those of the noise, and at which sensors.
     """
-    seed, chains = check_seed(seed), check_count(chains, "chains", least=2)
-    draws, most = None if draws is None else check_count(draws, "draws"), check_count(most, "most")
+    seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
     kernel = _Hamiltonian(latent, lambda: around_points(latent, chains, seed), None)

@@ -11,6 +11,7 @@ from mpi4py import MPI
 from fem_diffusion.checks import check_array, check_kind, check_seed, stream, together
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import field, on_root
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
@@ -76,8 +77,7 @@ class LatentProblem(CountedSolver):
         if not self.basis.standard_prior and log_prior is None:
             raise InputError("The basis has no standard normal latents, so their prior density is not known: give "
                              "karhunen_loeve(problem.prior), or log_prior=.")
-        self._log_prior, self._ensemble = log_prior, check_kind(
-            ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
+        self._log_prior, self._ensemble = log_prior, None if ensemble is None else check_ensemble(ensemble)
         self.r = self.basis.r
         self._told, self._back = False, ChainRule(problem, self.basis)
         self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None

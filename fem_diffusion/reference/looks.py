@@ -36,11 +36,12 @@ def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np
     good = np.isfinite(readings).all(axis=1)
     if not good.any() or not len(latent.y):
         return ()
-    weights = np.full(good.sum(), 1 / good.sum()) if weights is None else weights[good] / weights[good].sum()
     white = latent.whitened(readings[good])
-    size, mean = float(weights @ (white**2).sum(axis=1)), weights @ white
-    chances, whiten = latent.chances(size), latent.noise_matrix(weights @ readings[good])
-    spread = (white - mean).T @ ((white - mean) * weights[:, None])
+    share = np.ones(len(white)) if weights is None else weights[good]
+    share = share / share.sum()
+    size, mean = float(share @ (white**2).sum(axis=1)), share @ white
+    chances, whiten = latent.chances(size), latent.noise_matrix(share @ readings[good])
+    spread = (white - mean).T @ ((white - mean) * share[:, None])
     if len(white) < _DRAWS * len(mean):
         spread = np.zeros_like(spread)
         if min(chances) <= _CONFLICT and latent.differentiable and z is not None:

@@ -8,11 +8,11 @@ import numpy as np
 from firedrake import Function
 from scipy.optimize import OptimizeResult, minimize
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import point_conflict
 
@@ -79,7 +79,8 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
     at a minimum, or the readings have no slope, as those of a level set. MeasurementWarning tells of a measurement that
     is in conflict with prior, noise or sensors, which it names: residuals at the point are not those of the noise.
     """
-    starts, seed = check_count(starts, "starts"), check_seed(seed)
+    starts, seed = alike(check_problem(problem).comm, lambda: {
+        "starts": check_count(starts, "starts"), "seed": check_seed(seed)})
     latent = LatentProblem(problem, y, basis)
     z, energy = find_point(latent, starts, seed)
     point_conflict(latent, z)
@@ -166,16 +167,17 @@ def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndar
     """Probable points (r,) that searches from starts (s, r) end at, the most probable first, and factors (r, r).
 
     F Fᵀ is the inverse of the Gauss-Newton Hessian there. Points that another one explains, or that are improbable
-    beside the best, are left out. Costs of `find_point`, and its errors where all searches fail.
+    beside the best, are left out. Costs and errors of `find_point`, the first
+    where all searches fail.
     """
-    found, errors = [], []
+    found, failed = [], None
     for start in starts:
         try:
             found.append(find_point(latent, start=start))
         except SolveError as error:
-            errors.append(error)
-    if not found:
-        raise errors[0]
+            failed = failed or error
+    if failed is not None and not found:
+        raise failed
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for z, energy in sorted(found, key=lambda pair: pair[1]):
         apart = (np.linalg.norm(np.linalg.solve(factor, z - centre)) > _APART for centre, factor in kept)

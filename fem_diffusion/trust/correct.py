@@ -23,8 +23,9 @@ import numpy as np
 from firedrake import Ensemble
 
 from fem_diffusion.certificate import Certificate
-from fem_diffusion.checks import check_count, check_flag, check_path, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_flag, check_path, check_seed, stream
 from fem_diffusion.errors import SolveError
+from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
 from fem_diffusion.progress import tell
@@ -92,8 +93,10 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
             log_prior: Callable[[np.ndarray], np.ndarray] | None = None, path: str | os.PathLike | None = None,
             ensemble: Ensemble | None = None, progress: bool = True) -> Samples:
     """As `Posterior.correct`."""
-    solves, seed = check_count(solves, "solves", least=_LEAST), check_seed(seed)
-    draws = None if draws is None else check_count(draws, "draws")
+    everyone = posterior.problem.comm if ensemble is None else check_ensemble(ensemble).global_comm
+    solves, seed, draws = alike(everyone, lambda: {
+        "solves": check_count(solves, "solves", least=_LEAST), "seed": check_seed(seed),
+        "draws": None if draws is None else check_count(draws, "draws")})
     progress, path = check_flag(progress, "progress"), None if path is None else check_path(path, "path")
     began = time.monotonic()
     with event("correct"):

@@ -1,7 +1,7 @@
 """What corrections spend solves on besides samples: a search for where the posterior is, and derivatives there."""
 
-import contextlib
 import itertools
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +97,7 @@ def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarra
         latent.limit = before[0] + most, before[1] + most
         try:
             if direct:
-                with contextlib.suppress(SolveError):
+                with suppress(SolveError):
                     found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
             else:
                 centre, factor = descend(latent, most)

@@ -16,6 +16,8 @@ from fem_diffusion import (
 
 V = FunctionSpace(UnitIntervalMesh(20, comm=MPI.COMM_SELF), "CG", 1)
 STD = 0.3
+# Posteriors that are exact for another problem say so.
+TOLD = pytest.mark.filterwarnings("ignore::fem_diffusion.diffusion.MeasurementWarning")
 
 
 class Bent:
@@ -138,6 +140,7 @@ def test_every_fault_of_a_posterior_is_recognised(verdict, bend, number):
         assert abs(shift - 0.95 * FAULTS[verdict].get("shift", 0.05)) < 0.15
 
 
+@TOLD
 @pytest.mark.parametrize("bend, number", [(0.0, 30), (0.4, 10), pytest.param(0.15, 100, marks=pytest.mark.slow)])
 def test_a_measurement_that_goes_not_with_its_model_is_recognised(bend, number):
     for fault in ({"broken": 10 * STD}, {"noise": 3.0}):
@@ -153,6 +156,7 @@ def test_a_measurement_that_goes_not_with_its_model_is_recognised(bend, number):
             assert sum("noise is larger than assumed" in str(x) for x in found) >= 0.7 * number
 
 
+@TOLD
 def test_noise_that_is_smaller_than_assumed_is_recognised_where_there_are_sensors_enough():
     found = _run(_problem(k=60), 20, noise=1 / 3)
     assert sum("noise is smaller than assumed" in str(x) for x in found) >= 18
@@ -175,6 +179,7 @@ def _skew_density(y, clean):
     return torch.where(away > 0, -away, -torch.inf).sum(1) - len(y) * np.log(STD)
 
 
+@TOLD
 @pytest.mark.parametrize("density", [None, _skew_density], ids=["without density", "with density"])
 def test_noise_of_the_users_own_is_taken_as_it_is_drawn(density):
     problem, gauss = _problem(noise=CallableNoise(_skew, density)), _problem()
