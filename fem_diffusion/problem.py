@@ -18,7 +18,7 @@ from fem_diffusion.checks import alike, check_array, check_kind, check_seed, str
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size
-from fem_diffusion.forward.callable import CallableForward, as_forward
+from fem_diffusion.forward.callable import CallableForward, as_forward, check_state
 from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
 from fem_diffusion.forward.taped import Taped
 from fem_diffusion.observation.family import SensorFamily
@@ -127,16 +127,22 @@ class InverseProblem:
     def states(self, parameters: np.ndarray, solver: Forward) -> np.ndarray:
         """Owned coefficients (B, n_owned of U) of what a solver gives for parameters (B, n_owned of M) (collective).
 
-        What it raises on one rank is raised on all; InputError where its states are not those that the sensors see.
+        What it raises on one rank is raised on all; InputError where its states are not those that the sensors see. A
+        solver that does not tell their space is called once more for that, the first time.
         """
         found = together(self.comm, lambda: np.array(solver.solve_many(parameters.copy()), dtype=float), watched=True)
         U, seen = solver.U, getattr(self.observation, "U", None)
         width = found.shape[1:] if seen is None else (owned_size(seen),)
         fits = found.shape == (len(parameters), *width) and (None in (U, seen) or U == seen)
         if not self.comm.allreduce(fits, MPI.LAND):
-            of = f" in {U}" if U is not None else ""
-            raise InputError(f"The forward problem gave states of shape {found.shape}{of}, and the sensors see states "
-                             f"in {seen}, here of shape {(len(parameters), *width)}: build both on the same space.")
+            raise InputError(f"The forward problem gave states of shape {found.shape}"
+                             + (f" in {U}" if U is not None else "")
+                             + f", and the sensors see states in {seen}, here of shape {(len(parameters), *width)}: "
+                             "build both on the same space.")
+        if U is None and seen is not None and len(found) and "_looked" not in vars(self):
+            # Numbers alone do not tell a space from another one of the same size.
+            together(self.comm, lambda: check_state(solver(field(self.M, parameters[0])), seen), watched=True)
+            object.__setattr__(self, "_looked", True)
         return found
 
     def read(self, parameter: np.ndarray, solver: Forward) -> np.ndarray:

@@ -122,9 +122,8 @@ class Job:
 
     def _solve_many(self, parameters: np.ndarray, observe: Callable) -> tuple[np.ndarray, np.ndarray]:
         """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
-        # A copy: these parameters are asked one by one where the block fails.
-        return self._solve(parameters, lambda: np.array(
-            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x, observe)
+        return self._solve(parameters, lambda: self.problem.states(parameters, self.problem.forward), lambda x: x,
+                           observe)
 
     def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""
