@@ -22,7 +22,7 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.laplace import laplace
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import unseen
-from fem_diffusion.reference.point import map_point
+from fem_diffusion.reference.point import find_point, find_points, map_point
 
 CORRELATED = 0.1**2 * np.array([[1, 0.8, 0], [0.8, 1, 0], [0, 0, 1]])
 Y = np.array([1.4, 1.3, 1.2])
@@ -234,6 +234,24 @@ def test_a_slope_of_zero_at_the_prior_mean_hides_no_minimum(power, y, right):
         found = laplace(curved, [y])
     assert abs(found.centre[0]) == pytest.approx(right, abs=1e-4)
     assert found.factor[0, 0] == pytest.approx(0.1 / (power * right**(power - 1)), rel=1e-2)
+
+
+def test_solves_end_where_they_are_limited(curved, basis):
+    latent = LatentProblem(curved, Y, basis)
+    latent.limit = 5, 7
+    latent.readings(np.zeros((5, 5)))
+    with pytest.raises(SolveError, match="All solves that were asked for are spent"):
+        latent.readings(np.zeros((1, 5)))
+    # Three sensors have an adjoint solve each.
+    latent.limit = 100, 7
+    latent.linearised(np.zeros(5))
+    latent.linearised(np.zeros(5))
+    assert (latent.solves, latent.pulls) == (6, 3)
+    latent.linearised(np.ones(5))
+    for search in (lambda: find_point(latent), lambda: find_points(latent, np.zeros((2, 5)))):
+        with pytest.raises(SolveError, match="are spent"):
+            search()
+    assert latent.solves < 100 and latent.pulls == 6
 
 
 def test_a_transform_without_slope_has_no_most_probable_point():
