@@ -93,24 +93,23 @@ def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarra
 
     def search(_: np.ndarray) -> np.ndarray:
         before, found = (latent.solves, latent.pulls), []
-        most = int(_STOPPED * run.left)
-        latent.limit = before[0] + most, before[1] + most
-        try:
-            if direct:
-                with suppress(SolveError):
-                    found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
-            else:
-                centre, factor = descend(latent, most)
-                if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():
-                    factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
-                found = [(centre, factor)]
-        finally:
-            latent.limit = None
+        if direct:
+            with suppress(SolveError):
+                found = find_points(latent, np.vstack([aside(r), samples[:direct - 1]]))
+        else:
+            centre, factor = descend(latent, most)
+            if 1 + dear <= _SHARE * run.left and np.isfinite(centre).all():
+                factor = np.linalg.inv(np.linalg.cholesky(latent.expanded(centre)[1])).T
+            found = [(centre, factor)]
         answer = np.full((_STARTS, r * (r + 1)), np.nan)
         for row, (centre, factor) in zip(answer, found):
             row[:] = np.concatenate([centre, factor.ravel()])
         return np.concatenate([answer.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
-    answer = run.journal.ask(np.zeros((1, r)), search)[0]
+    latent.limit = latent.solves + int(_STOPPED * run.left), latent.pulls + int(_STOPPED * run.left)
+    try:
+        answer = run.journal.ask(np.zeros((1, r)), search)[0]
+    finally:
+        latent.limit = None
     run.spend(*(int(x) for x in answer[-2:]))
     found = [row for row in answer[:-2].reshape(_STARTS, -1) if np.isfinite(row).all()]
     if not found:
