@@ -9,6 +9,7 @@ import inspect
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from numbers import Integral, Real
@@ -18,17 +19,22 @@ from zlib import crc32
 
 import numpy as np
 
-from fem_diffusion.errors import FileError, InputError
+from fem_diffusion.errors import FileError, InputError, InstallError
 
 if TYPE_CHECKING:
     import torch
     from mpi4py.MPI import Comm
 
-__all__ = ["LARGEST", "check_all", "check_array", "check_callable", "check_choice", "check_count", "check_device",
-           "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path", "check_readings",
-           "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words", "stream", "together"]
+__all__ = ["LARGEST", "MISTAKES", "alike", "check_all", "check_array", "check_callable", "check_choice", "check_count",
+           "check_device", "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path",
+           "check_readings", "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words",
+           "stream", "together"]
 
 LARGEST = 1e100   # beyond, sums of squares leave the range of double precision
+# What every further solve would repeat: never a failure of one solve.
+MISTAKES = (InputError, FileError, InstallError)
+# A rank that is done waits so long for the others, in seconds, and in units of its own time: then they hang.
+_PATIENCE, _TIMES = 300.0, 20.0
 
 T = TypeVar("T")
 
@@ -236,18 +242,71 @@ def portable(error: Exception) -> Exception:
     return error
 
 
-def together(comm: "Comm", run: Callable[[], T]) -> T:
-    """Result of `run()`; what it raises on one rank of an MPI communicator is raised on all of them."""
+def together(comm: "Comm", run: Callable[[], T], watched: bool = False) -> T:
+    """Result of `run()`; what it raises on one rank of an MPI communicator is raised on all of them.
+
+    Mistakes come before failures. What the user's own code does is `watched`: it is one collective step of all ranks,
+    and where one waits in vain for the others, for 5 minutes or 20 times as long as its own part took, the run is
+    aborted with a message.
+    """
     result: Any = None
-    error = None
+    error, start = None, time.monotonic()
     try:
         result = run()
     except Exception as caught:
-        error = portable(caught)
-    for found in comm.allgather(error) if comm.size > 1 else [error]:
-        if found is not None:
-            raise found
+        # PETSc turns what is raised in its callbacks into errors of its own.
+        if _interrupted(caught):
+            raise KeyboardInterrupt from caught
+        error = caught
+    if comm.size == 1:
+        found = [error]
+    else:
+        error = None if error is None else portable(error)
+        if watched:
+            _wait(comm, error, max(_PATIENCE, _TIMES * (time.monotonic() - start)))
+        found = comm.allgather(error)
+    for one in sorted((x for x in found if x is not None), key=lambda x: not isinstance(x, MISTAKES)):
+        raise one
     return result
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an exception comes from an interruption by the user."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _wait(comm: "Comm", mine: Exception | None, patience: float) -> None:
+    """Wait for all ranks; the run ends where one of them never comes."""
+    # A barrier that does not block meets none of the collectives that another rank may be stuck in.
+    request, start = comm.Ibarrier(), time.monotonic()
+    while not request.Test():
+        waited = time.monotonic() - start
+        if waited > patience:
+            print(f"fem_diffusion: rank {comm.rank} has waited {patience:.0f} s for the other ranks to end a step of "
+                  f"the user's code (its own outcome: {mine or 'no exception'}). They wait for it in turn: an "
+                  "exception on one rank only, perhaps caught there. Raise exceptions on all ranks, or on none.",
+                  file=sys.stderr, flush=True)
+            comm.Abort(1)
+        time.sleep(0 if waited < 0.01 else 1e-3)
+
+
+def alike(comm: "Comm", check: Callable[[], dict[str, Any]]) -> tuple[Any, ...]:
+    """Arguments in the order in which `check` returns them by name (collective).
+
+    What it raises on one rank is raised on all, and InputError where an argument is another one on other ranks, which
+    would mix parts of two answers.
+    """
+    mine = together(comm, check)
+    if comm.size > 1:
+        marks = [crc32(x.tobytes() if isinstance(x, np.ndarray) else repr(x).encode()) for x in mine.values()]
+        differ = [name for name, *found in zip(mine, *comm.allgather(marks)) if len(set(found)) > 1]
+        if differ:
+            others = "is another one" if len(differ) == 1 else "are others"
+            raise InputError(f"{' and '.join(differ)} {others} on other ranks: read or draw on one, and give all "
+                             f"comm.bcast({differ[0]}).")
+    return tuple(mine.values())
 
 
 def read_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

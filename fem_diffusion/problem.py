@@ -14,11 +14,11 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 from scipy.sparse import issparse, spmatrix
 
-from fem_diffusion.checks import check_array, check_kind, check_seed, stream, together
+from fem_diffusion.checks import alike, check_array, check_kind, check_seed, stream, together
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import field, owned_size
-from fem_diffusion.forward.callable import CallableForward, as_forward
+from fem_diffusion.fields.coefficients import field, on_root, owned_size
+from fem_diffusion.forward.callable import CallableForward, as_forward, check_state
 from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
 from fem_diffusion.forward.taped import Taped
 from fem_diffusion.observation.family import SensorFamily
@@ -119,16 +119,47 @@ class InverseProblem:
             known = vars(self).get("_derivative")
             # One solve serves the readings of a parameter and their derivative.
             solver = known if isinstance(known, Taped) and len(parameters) == 1 else self.forward
-            return self.observation.apply(solver.solve_many(parameters.copy()))
+            return self.observation.apply(self.states(parameters, solver))
         with stop_annotating():
-            rows = [np.array(self.observation(self.forward(field(self.M, row))), ndmin=1) for row in parameters]
-        return check_array(rows, "The readings", (len(rows), "k"))
+            rows = [self.read(row, self.forward) for row in parameters]
+        return together(self.comm, lambda: check_array(rows, "The readings", (len(rows), "k")))
+
+    def states(self, parameters: np.ndarray, solver: Forward) -> np.ndarray:
+        """Owned coefficients (B, n_owned of U) of what a solver gives for parameters (B, n_owned of M) (collective).
+
+        What it raises on one rank is raised on all; InputError where its states are not those that the sensors see. A
+        solver that does not tell their space is called once more for that, the first time.
+        """
+        found = together(self.comm, lambda: np.array(solver.solve_many(parameters.copy()), dtype=float), watched=True)
+        U, seen = solver.U, getattr(self.observation, "U", None)
+        width = found.shape[1:] if seen is None else (owned_size(seen),)
+        fits = found.shape == (len(parameters), *width) and (None in (U, seen) or U == seen)
+        if not self.comm.allreduce(fits, MPI.LAND):
+            raise InputError(f"The forward problem gave states of shape {found.shape}"
+                             + (f" in {U}" if U is not None else "")
+                             + f", and the sensors see states in {seen}, here of shape {(len(parameters), *width)}: "
+                             "build both on the same space.")
+        if U is None and seen is not None and len(found) and "_looked" not in vars(self):
+            # Numbers alone do not tell a space from another one of the same size.
+            together(self.comm, lambda: check_state(solver(field(self.M, parameters[0])), seen), watched=True)
+            object.__setattr__(self, "_looked", True)
+        return found
+
+    def read(self, parameter: np.ndarray, solver: Forward) -> np.ndarray:
+        """What an instrument of the user's own reads (k,) for a parameter (n_owned of M) (collective).
+
+        What solver or instrument raise on one rank is raised on all.
+        """
+        instrument: Any = self.observation
+        state = together(self.comm, lambda: solver(field(self.M, parameter)), watched=True)
+        return together(self.comm, lambda: np.array(instrument(state), ndmin=1), watched=True)
 
     def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
         """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
-        clean = torch.from_numpy(self.readings(parameters))
-        generator = torch.Generator().manual_seed(stream(check_seed(seed), "noise"))
-        return (clean if self.noise is None else self.noise.sample(clean, generator)).numpy()
+        seed, = alike(self.comm, lambda: {"seed": check_seed(seed)})
+        clean, noise = torch.from_numpy(self.readings(parameters)), self.noise
+        generator = torch.Generator().manual_seed(stream(seed, "noise"))
+        return on_root(self.comm, lambda: clean if noise is None else noise.sample(clean, generator)).numpy()
 
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray | None = None) -> np.ndarray:
         """Derivative by the parameter at `m`, owned dual coefficients (k, n_owned of M) (collective).
@@ -138,11 +169,15 @@ class InverseProblem:
         """
         forward, observation = self.differentiable()
         seen = observation.rows if rows is None else dense_rows(rows, observation.U)
-        # Copies, because a solver of the user's own may write into what it gets, and return the same array again.
-        with stop_annotating():
+        shape = seen.shape[0], owned_size(self.M)
+
+        def run() -> np.ndarray:
+            # Copies, because a solver of the user's own may write into what it gets, and return the same array again.
             found: Any = forward.sensitivity(m.copy(deepcopy=True), seen.copy())
-        dense, shape = found.toarray() if issparse(found) else np.array(found), (seen.shape[0], owned_size(self.M))
-        return together(self.comm, lambda: check_array(dense, "The sensitivity of the forward problem", shape))
+            dense = found.toarray() if issparse(found) else np.array(found)
+            return check_array(dense, "The sensitivity of the forward problem", shape)
+        with stop_annotating():
+            return together(self.comm, run, watched=True)
 
     def differentiable(self) -> tuple[Differentiable, Observation]:
         """Forward problem and sensors, with a derivative; InputError where there is none (collective).

@@ -14,7 +14,7 @@ from ufl.conditional import Condition
 
 from fem_diffusion import files
 from fem_diffusion.certificate import Certificate, pack_certificate, unpack_certificate
-from fem_diffusion.checks import check_callable, check_count, check_kind, check_number, check_path
+from fem_diffusion.checks import check_callable, check_count, check_kind, check_number, check_path, together
 from fem_diffusion.errors import InputError, InstallError
 from fem_diffusion.fields.checks import prepared_interpolation
 from fem_diffusion.fields.export import write_checkpoint, write_vtk
@@ -109,7 +109,7 @@ class Samples:
         """
         self._check_some()
         check_callable(f, "f", "a function of a Function", 1)
-        rows = [np.array(f(m)) for m in self]
+        rows = [together(self.V.comm, lambda: np.array(f(m)), watched=True) for m in self]
         if len({row.shape for row in rows}) > 1:
             raise InputError("f gives arrays of different shapes: let it give equally many numbers for each sample.")
         found = np.stack(rows)
@@ -126,7 +126,7 @@ class Samples:
         self._check_some()
         check_callable(condition, "condition", "a function of a Function, such as lambda m: m > 1.6", 1)
         m, W = field(self.V, self.values[0]), self.V
-        found = condition(m)
+        found = together(self.V.comm, lambda: condition(m), watched=True)
         if not isinstance(found, Condition):
             found = self.map(condition)
             if found.dtype != bool or found.ndim != 1:

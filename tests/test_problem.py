@@ -9,10 +9,12 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh, exp
 
 from fem_diffusion import (
     CallableForward, CallableNoise, GaussianNoise, GaussianPrior, InverseProblem, SensorFamily, SensorKind,
-    TransformedPrior, point_sensors,
+    TransformedPrior, karhunen_loeve, point_sensors, simulate,
 )
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.errors import InputError
+from fem_diffusion.forward.taped import Taped
+from fem_diffusion.reference.latents import LatentProblem
 
 MESH = UnitIntervalMesh(8)
 V, W = FunctionSpace(MESH, "CG", 1), FunctionSpace(MESH, "CG", 2)
@@ -38,6 +40,48 @@ def test_it_knows_its_spaces_and_sensors():
     assert _problem(forward=CallableForward(_solve, V, W), observation=lambda u: [1.0]).U == W
     assert repr(problem) == "InverseProblem: TransformedPrior of 9 unknowns, CallableForward, 2 sensors, GaussianNoise"
     assert "any sensors of a family, no noise of its own" in repr(family) and ", a function, " in repr(bare)
+
+
+class Spaceless:
+    """A solver that does not tell the space of its states before it is called."""
+
+    M, U = V, None
+
+    def __init__(self, W):
+        self.W, self.calls = W, 0
+
+    def __call__(self, m):
+        self.calls += 1
+        return Function(self.W)
+
+    def solve_many(self, parameters):
+        return np.zeros((len(parameters), self.W.dim()))
+
+
+ELSEWHERE = FunctionSpace(UnitIntervalMesh(8), "CG", 2)
+
+
+@pytest.mark.parametrize("forward, words", [
+    (lambda m: Function(ELSEWHERE), "a Function in .* on another mesh: return a Function in .* on the mesh of the obs"),
+    (lambda m: Function(V), "a Function in <CG1 on a interval>: return a Function in <CG2"),
+    (lambda m: np.zeros(17), "returned ndarray"),
+    (Taped(lambda m: Function(ELSEWHERE), V), "on another mesh"), (Spaceless(ELSEWHERE), "on another mesh"),
+    (Spaceless(V), "states of shape .*, and the sensors see states in .*: build both on the same space"),
+])
+def test_states_that_sensors_do_not_see_are_refused_at_first_use(forward, words):
+    problem, values, basis = _problem(forward=forward), PRIOR.sample_many(2, 0), karhunen_loeve(PRIOR, 2)
+    for use in (lambda: problem.readings(values), lambda: simulate(problem, 2, seed=1, progress=False),
+                lambda: LatentProblem(problem, [0.0, 0.0], basis).energy(np.zeros((1, 2)))):
+        with pytest.raises(InputError, match=words):
+            use()
+
+
+def test_a_solver_that_tells_no_space_is_called_once_for_it():
+    solver = Spaceless(W)
+    problem = _problem(forward=solver)
+    for _ in range(3):
+        problem.readings(PRIOR.sample_many(2, 0))
+    assert solver.calls == 1
 
 
 def test_readings_and_measurements():

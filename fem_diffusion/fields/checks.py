@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from finat.ufl import FiniteElement, TensorElement, TensorProductElement, VectorElement
 from finat.ufl.finiteelementbase import FiniteElementBase
-from firedrake import H1, Constant, Function, FunctionSpace, Measure, assemble, interpolate
+from firedrake import H1, Constant, Ensemble, Function, FunctionSpace, Measure, assemble, interpolate
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.interpolation import get_interpolator
 from firedrake.mesh import MeshGeometry
@@ -21,11 +21,11 @@ from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 from ufl.form import BaseForm
 
-from fem_diffusion.checks import LARGEST, check_array, check_callable, check_flag, check_number, together
+from fem_diffusion.checks import LARGEST, check_array, check_callable, check_flag, check_kind, check_number, together
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import assign, coefficients, independent_entries, is_real, largest, owned_size
 
-__all__ = ["check_coefficients", "check_expression", "check_finite", "check_function", "check_marker",
+__all__ = ["check_coefficients", "check_ensemble", "check_expression", "check_finite", "check_function", "check_marker",
            "check_reproduced", "check_rows", "check_scalar", "check_solver", "check_space", "exterior_measures",
            "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
            "refuse_variable_layers"]
@@ -197,6 +197,11 @@ def check_space(V: object, name: str = "V") -> WithGeometry:
     if not isinstance(V, WithGeometry):
         raise InputError(f"{name} must be a FunctionSpace, got {type(V).__name__}.")
     return V
+
+
+def check_ensemble(ensemble: Any) -> Ensemble:
+    """A firedrake.Ensemble."""
+    return check_kind(ensemble, "ensemble", Ensemble, "a firedrake.Ensemble")
 
 
 def check_rows(values: Any, V: WithGeometry, name: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A trained model: condition it on a measurement, save it, load it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,7 +10,7 @@ import torch
 from mpi4py import MPI
 from numpy.typing import ArrayLike
 
-from fem_diffusion.checks import check_kind, check_readings
+from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
     Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, TrainingRange, as_noise, measure_distance,
 )
@@ -121,8 +122,9 @@ class Model:
         Raises
         ------
         InputError
-            If the measurement is of the wrong length or not finite (the message names the sensors), sensors or noise
-            are given for a model of fixed sensors, or are missing or do not fit for a family.
+            If the measurement is of the wrong length, not finite (the message names the sensors) or another one on
+            other ranks, sensors or noise are given for a model of fixed sensors, or are missing or do not fit for a
+            family.
 
         Warns
         -----
@@ -135,7 +137,7 @@ class Model:
             if observation is not None or noise is not None:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
-            y = check_readings(y, self.denoiser.base.k, self.problem.names)
+            y = self._same(y, self.denoiser.base.k, self.problem.names)
             if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
                 raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
                                  "model that was refined, or refine that for this measurement.")
@@ -150,7 +152,7 @@ class Model:
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
-        y = check_readings(y, len(observation), observation.names, failed=True)
+        y = self._same(y, len(observation), observation.names, failed=True)
         law = as_noise(noise, len(observation)) if len(y) else None
         covariance, there = torch.zeros(0, 0, dtype=torch.float64), torch.from_numpy(np.flatnonzero(~np.isnan(y)))
         if isinstance(law, GaussianNoise):
@@ -177,6 +179,10 @@ class Model:
         if distance is not None:
             distance.warn()
         return Posterior(problem, self.basis, chosen(reading.numpy()[None]), reading.numpy(), None, distance, chosen)
+
+    def _same(self, y: ArrayLike, k: int, names: Sequence[str], failed: bool = False) -> np.ndarray:
+        """As `check_readings`, on all ranks together, which have to have the same."""
+        return alike(self.problem.comm, lambda: {"y": check_readings(y, k, names, failed)})[0]
 
     def _distance(self, seen: torch.Tensor | None, residual: torch.Tensor, problem: InverseProblem,
                   y: np.ndarray) -> Distance | None:

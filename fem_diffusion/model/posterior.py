@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from firedrake import Ensemble
 
-from fem_diffusion.checks import check_count, check_device, check_flag, check_kind, check_seed
+from fem_diffusion.checks import alike, check_count, check_device, check_flag, check_kind, check_seed
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
@@ -84,10 +84,11 @@ class Posterior:
         Raises
         ------
         InputError
-            If a number is out of range or an argument of the wrong kind, or the measurement is more than twice as far
-            as all that a model which is not exact has seen.
+            If a number is out of range or another one on other ranks, an argument of the wrong kind, or the measurement
+            more than twice as far as all that a model which is not exact has seen.
         """
-        n, seed, progress = check_count(n), check_seed(seed), check_flag(progress, "progress")
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
+        progress = check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
         if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
             raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
@@ -139,8 +140,8 @@ class Posterior:
         Parameters
         ----------
         solves : int
-            Forward solves, at most, and as many adjoint ones; some dozens more tell what modes that are left out add to
-            readings.
+            Forward solves, at most, and as many adjoint ones; some dozens of them tell what modes that are left out add
+            to readings.
         draws : int, optional
             Number of samples; as many as the solves give where left out.
         log_prior : callable, optional

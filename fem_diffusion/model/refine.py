@@ -12,16 +12,21 @@ inside are simulated, all pairs inside train the next model, those of former rou
 """
 
 import contextlib
+import os
 import time
 import warnings
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from firedrake import Ensemble
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 
-from fem_diffusion.checks import check_count, check_flag, check_kind, check_options, check_seed, stream
+from fem_diffusion.checks import (
+    alike, check_count, check_flag, check_kind, check_options, check_path, check_seed, stream, together,
+)
 from fem_diffusion.diffusion import (
     NETWORKS, Conditioned, Denoiser, GaussianBase, GaussianNoise, History, MeasurementWarning, TrainingOptions,
     fit_denoiser, fit_emulator, sample_latents,
@@ -31,13 +36,16 @@ from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.geometry import field_geometry
+from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.model.model import Model
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import bar, tell
 from fem_diffusion.simulation.data_set import DataSet
+from fem_diffusion.simulation.journal import Journal
 from fem_diffusion.simulation.solves import Job, Solved
 
 __all__ = ["refine"]
@@ -48,13 +56,15 @@ _FEWEST, _HELD_OUT, _WIDER = 20, 0.25, 1.5
 _ROUGH = 0.5
 # Samples that a region is made around, and how much wider it is than the farthest of them.
 _SAMPLES, _MARGIN = 2000, 1.2
-# Solves at once; draws of a prior of which the region may hold few; sweeps of a chain that walks in it.
-_BLOCK, _DRAWN, _TRIES, _SWEEPS = 64, 4096, 500, 50
+# Solves at once, of a plain function fewer; draws of a prior of which the region may hold few; sweeps of a chain that
+# walks in it.
+_BLOCK, _FEW, _DRAWN, _TRIES, _SWEEPS = 64, 8, 4096, 500, 50
 
 
 def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, rounds: int = 2,
            observation: Observation | None = None, noise: GaussianNoise | ArrayLike | None = None,
-           options: TrainingOptions = TrainingOptions(), progress: bool = True) -> tuple[Model, DataSet]:
+           options: TrainingOptions = TrainingOptions(), path: str | os.PathLike | None = None,
+           ensemble: Ensemble | None = None, progress: bool = True) -> tuple[Model, DataSet]:
     """A model for one measurement, from n more simulations where its posterior is (collective).
 
     Parameters
@@ -72,6 +82,10 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         Of the measurement, for a model of a family, as for `Model.condition`.
     options, progress : TrainingOptions, bool
         As for `fit`.
+    path : path, optional
+        A folder that keeps draws and solves: the same call goes on where it was, and trains anew.
+    ensemble : firedrake.Ensemble, optional
+        Shares out the solves over its members, each with a model on a mesh of its own communicator.
 
     Returns
     -------
@@ -84,6 +98,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     InputError, DataError, SolveError
         If an argument is out of range, the data are of another problem, more than half of a round's simulations fail,
         too few pairs are left in a region, or training fails.
+    FileError
+        If the folder is of another run, or cannot be written.
 
     Warns
     -----
@@ -94,8 +110,10 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     check_kind(model, "model", Model, "what fit or refine returned")
     check_kind(data, "data", DataSet, "the pairs of its training")
     check_options(options, TrainingOptions)
-    n, rounds, seed = check_count(n), check_count(rounds, "rounds"), check_seed(seed)
-    progress = check_flag(progress, "progress")
+    everyone = model.problem.comm if ensemble is None else check_ensemble(ensemble).global_comm
+    n, rounds, seed = alike(everyone, lambda: {
+        "n": check_count(n), "rounds": check_count(rounds, "rounds"), "seed": check_seed(seed)})
+    progress, path = check_flag(progress, "progress"), None if path is None else check_path(path, "path")
     if n < _FEWEST * rounds:
         raise InputError(f"n is {n} for {rounds} rounds: give at least {_FEWEST} simulations a round.")
     with warnings.catch_warnings():
@@ -111,8 +129,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         if data.states is None:
             raise DataError("A model of a family is refined with the states of its training: pass its data set.")
         data = replace(data, readings=problem.observation.apply(data.states), states=None)
-    pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen)
-    show = progress and problem.comm.rank == 0
+    pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen, path, ensemble)
+    show = progress and everyone.rank == 0
     run = _emulated if model.denoiser.known else _truncated
     denoiser, history = run(pairs, posterior.conditioned, model.denoiser, y,
                             [len(part) for part in np.array_split(np.arange(n), rounds)], seed, options, show)
@@ -126,10 +144,23 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
 
 
 class _Pairs:
-    """Pairs of a problem in latents: those of the prior first, then those that are chosen."""
+    """Pairs of a problem in latents: those of the prior first, then those that are chosen.
 
-    def __init__(self, problem: InverseProblem, basis: ModalBasis, data: DataSet, drawn: int):
+    Draws of the posterior and solves are kept in a folder, where there is one: with them a run that goes on asks for
+    the same solves, though its training may have turned out a little otherwise.
+    """
+
+    def __init__(self, problem: InverseProblem, basis: ModalBasis, data: DataSet, drawn: int, path: Path | None,
+                 ensemble: Ensemble | None):
         self.problem, self.basis, self.data, self.drawn, self.solves = problem, basis, data, drawn, 0
+        self.everyone = problem.comm if ensemble is None else ensemble.global_comm
+        # Who else has part of the solves.
+        self._beside = None if ensemble is None else ensemble.ensemble_comm
+        self._draws, self._answers = (Journal(None if path is None else path / name, self.everyone)
+                                      for name in ("draws", "solves"))
+        # A plain function gains nothing from blocks, and the fewer there are the less is lost.
+        block = _FEW if isinstance(problem.forward, CallableForward) else _BLOCK
+        self._reason, self._block = "", block * (1 if self._beside is None else self._beside.size)
         self.z = torch.from_numpy(basis.encode(data.coefficients))
 
     @property
@@ -143,34 +174,55 @@ class _Pairs:
         if fields is None and z is not None:
             fields = self.basis.decode(z, stream(seed, "tail") if self.basis.standard_prior else None)
         assert fields is not None
-        parameters, found = problem.prior.transform_many(fields.copy()), Solved()
+        parameters, latents, found = problem.prior.transform_many(fields.copy()), self.basis.encode(fields), []
         with contextlib.closing(Job(problem, seed, False)) as job, bar(len(fields), "refine", show) as shown:
-            for first in range(0, len(fields), _BLOCK):
-                part = range(first, min(first + _BLOCK, len(fields)))
-                job.solve(parameters[part.start:part.stop], part, found, lambda found: False)
+            for first in range(0, len(fields), self._block):
+                part = latents[first:first + self._block]
+                found.append(self._answers.ask(part, lambda some: self._solved(
+                    job, parameters[first:first + len(some)])))
                 shown.update(len(part))
+        readings = np.concatenate(found)
         self.solves += len(fields)
-        if len(found.failed) > len(fields) / 2:
-            raise SolveError(f"The forward problem failed for {len(found.failed)} of {len(fields)} samples of the "
-                             f"posterior; the first: {next(iter(found.failed.values()))}. Mend the solver, or simulate "
-                             "more pairs before the first round.")
-        rows = sorted(found.results)
-        readings = np.array([found.results[i][1] for i in rows])
+        rows = np.flatnonzero(np.isfinite(readings).all(axis=1))
+        if len(rows) < len(fields) / 2:
+            raise SolveError(f"The forward problem failed for {len(fields) - len(rows)} of {len(fields)} samples of "
+                             f"the posterior; the first: {self._reason or 'in a former run'}. Mend the solver, or "
+                             "simulate more pairs before the first round.")
         self.data = DataSet(np.concatenate([self.data.coefficients, fields[rows]]),
-                            np.concatenate([self.data.readings, readings]), None, self.data.skipped,
+                            np.concatenate([self.data.readings, readings[rows]]), None, self.data.skipped,
                             self.data.chosen + len(rows))
         self.z = torch.cat([self.z, torch.from_numpy(self.basis.encode(fields[rows]))])
         return len(rows)
+
+    def _solved(self, job: Job, parameters: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of parameters (B, n_owned of M), NaN where solves fail, shared out over an ensemble."""
+        member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
+        mine, found = range(member, len(parameters), members), Solved()
+        together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False))
+        results = {i: row for i, (_, row) in found.results.items()}
+        for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(
+                (results, found.failed)):
+            results |= others
+            self._reason = self._reason or next(iter(failed.values()), "")
+        nothing = np.full(self.data.readings.shape[1], np.nan)
+        return np.array([results.get(i, nothing) for i in range(len(parameters))])
+
+    def posterior(self, conditioned: Conditioned, n: int, seed: int) -> np.ndarray:
+        """Latents (n, r) of samples of the present posterior."""
+        def draw(_: np.ndarray) -> np.ndarray:
+            return on_root(self.everyone, lambda: sample_latents(
+                conditioned, n, seed=seed, progress=False)[0].numpy().reshape(1, -1))
+        return self._draws.ask(np.array([[n, seed % 2**32]]), draw).reshape(n, -1)
 
 
 def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.ndarray, sizes: list[int], seed: int,
               options: TrainingOptions, show: bool) -> tuple[Denoiser, History]:
     """Rounds for standard normal latents and Gaussian noise: an emulator that is right near the measurement."""
-    problem, noise, denoiser, history, error = pairs.problem, pairs.problem.noise, first, History(), 0.0
+    noise, denoiser, history, error = pairs.problem.noise, first, History(), 0.0
     assert isinstance(noise, GaussianNoise)
     for number, size in enumerate(sizes):
         rng = np.random.default_rng([seed, number])
-        z = _drawn(problem, conditioned, size, stream(seed, f"round {number}"))
+        z = pairs.posterior(conditioned, size, stream(seed, f"round {number}"))
         judges = max(1, round(_HELD_OUT * size))
         pull = np.where(np.arange(size) < size - judges, rng.uniform(1.0, _WIDER, size), 1.0)
         before, mean = len(pairs.z), z.mean(axis=0)
@@ -188,7 +240,7 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
             emulator.residual = emulator.residual + covariance
             base = GaussianBase(*law(z[:pairs.drawn], True), emulator)
             return check_base(base if emulator.head is None else replace(base, updates=UPDATES))
-        base = on_root(problem.comm, train)
+        base = on_root(pairs.everyone, train)
         denoiser = Denoiser(base, known=True)
         error = _error(base, noise.covariance(pairs.c))
         tell(f"refine: round {number + 1}: {added} of {size} solves in {before + added:,} pairs, the emulator leaves "
@@ -203,7 +255,7 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
         name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),
                     "latents")
         geometry = field_geometry(pairs.basis) if NETWORKS[name].mesh else None
-        denoiser, history = on_root(problem.comm, lambda: fit_denoiser(
+        denoiser, history = on_root(pairs.everyone, lambda: fit_denoiser(
             pairs.z[:pairs.drawn], pairs.c[:pairs.drawn], noise, network=name, base=denoiser.base, standard_prior=True,
             options=options, geometry=geometry, progress=show))
     return denoiser, history
@@ -247,9 +299,9 @@ class _Ellipsoid:
 def _truncated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.ndarray, sizes: list[int], seed: int,
                options: TrainingOptions, show: bool) -> tuple[Denoiser, History]:
     """Rounds for any prior and noise: a model of the prior restricted to where the posterior is."""
-    problem, region, denoiser, history = pairs.problem, [], first, History()
+    region, denoiser, history = [], first, History()
     for number, size in enumerate(sizes):
-        samples = _drawn(problem, conditioned, _SAMPLES, stream(seed, f"round {number}"))
+        samples = pairs.posterior(conditioned, _SAMPLES, stream(seed, f"round {number}"))
         region = [*region, _Ellipsoid.around(samples)]
         start = pairs.z.numpy()
         start = start[_inside(region, start)]
@@ -264,16 +316,11 @@ def _truncated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.n
                             "latents: raise n, or take fewer modes.")
 
         def train() -> tuple[Denoiser, History]:
-            return fit_denoiser(pairs.z[index], pairs.c[index], problem.noise, progress=show,
+            return fit_denoiser(pairs.z[index], pairs.c[index], pairs.problem.noise, progress=show,
                                 options=replace(options, seed=options.seed + number))
-        denoiser, history = on_root(problem.comm, train)
+        denoiser, history = on_root(pairs.everyone, train)
         conditioned = denoiser.at(torch.from_numpy(y)[None])
     return denoiser, history
-
-
-def _drawn(problem: InverseProblem, conditioned: Conditioned, n: int, seed: int) -> np.ndarray:
-    """Latents (n, r) of samples of the present posterior."""
-    return on_root(problem.comm, lambda: sample_latents(conditioned, n, seed=seed, progress=False)[0].numpy())
 
 
 def _inside(region: list[_Ellipsoid], z: np.ndarray) -> np.ndarray:
@@ -286,7 +333,7 @@ def _from_prior(pairs: _Pairs, region: list[_Ellipsoid], n: int, seed: int,
     """Draws of the prior inside a region: latents (n, r) where they are standard normal, or fields (n, n_owned)."""
     rng = np.random.default_rng(seed)
     if pairs.basis.standard_prior:
-        return on_root(pairs.problem.comm, lambda: _walk(region, start[rng.integers(len(start), size=n)], rng)), None
+        return on_root(pairs.everyone, lambda: _walk(region, start[rng.integers(len(start), size=n)], rng)), None
     found, core = [], pairs.problem.prior.core
     for number in range(_TRIES):
         fields = np.array(core.sample_many(_DRAWN, stream(seed, f"part {number}")))

@@ -78,8 +78,7 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, 
     if rows is None:
         if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)):
             return None
-        # A solver may write into what it gets.
-        rows = np.array(forward.sensitivity(prior.mean.copy(deepcopy=True), problem.observation.rows.copy()))
+        rows = problem.sensitivity(prior.mean)
     seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
     cross = prior.apply_covariance(rows) - seen_modes @ basis.scaled_modes
     seen = problem.comm.allreduce(rows @ cross.T)

@@ -30,7 +30,7 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 
-from fem_diffusion.checks import LARGEST, check_all, check_count, check_flag, check_number, check_seed
+from fem_diffusion.checks import LARGEST, alike, check_all, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, largest, require_real
 from fem_diffusion.fields.checks import (
@@ -213,8 +213,8 @@ class GaussianPrior(GaussianCore):
     @no_annotations
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`: up to rounding on any number of ranks; the first samples do not depend on n."""
-        n, op = check_count(n), self._operator
-        rng = np.random.default_rng(check_seed(seed))
+        n, seed = alike(self.V.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
+        rng, op = np.random.default_rng(seed), self._operator
         samples, block = np.empty((n, self._std.size)), op.block()
         for start in range(0, n, block):
             part = samples[start:start + block]

@@ -15,7 +15,7 @@ from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 from ufl.differentiation import Derivative
 
-from fem_diffusion.checks import check_array, check_callable, check_count, check_seed
+from fem_diffusion.checks import alike, check_array, check_callable, check_count, check_seed, together
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import (
     check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
@@ -188,7 +188,8 @@ class CallablePrior(Prior):
 
     def sample(self, seed: int) -> Function:
         """Draw one sample, a new Function in ``V``; InputError if the sampler returns anything else."""
-        f = self._sample(check_seed(seed))
+        seed, = alike(self.V.comm, lambda: {"seed": check_seed(seed)})
+        f = together(self.V.comm, lambda: self._sample(seed), watched=True)
         got = f.function_space() if isinstance(f, Function) else type(f).__name__
         if got != self.V:
             raise InputError(f"the sampler returned {got}, expected a Function in {self.V}: interpolate it "
@@ -197,7 +198,8 @@ class CallablePrior(Prior):
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`, with seeds derived from seed."""
-        seeds = np.random.SeedSequence(check_seed(seed)).generate_state(check_count(n))
+        n, seed = alike(self.V.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
+        seeds = np.random.SeedSequence(seed).generate_state(n)
         return np.array([coefficients(self.sample(int(s))) for s in seeds])
 
     def __repr__(self) -> str:

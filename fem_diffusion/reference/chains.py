@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_seed
+from fem_diffusion.checks import alike, check_count, check_seed
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.expansion import karhunen_loeve
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.progress import tell
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.walk import Chains
 from fem_diffusion.samples import Samples
 
-__all__ = ["ChainPosterior", "ConvergenceWarning", "accepted_chains", "reference_latents"]
+__all__ = ["ChainPosterior", "ConvergenceWarning", "accepted_chains", "chain_numbers", "reference_latents"]
 
 # R-hat above which draws are no posterior, and share of accepted proposals below which nothing moves.
 _REFUSED, _FEW = 1.05, 0.1
@@ -108,10 +109,11 @@ class ChainPosterior:
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Some of the draws, at random and each at most once; InputError where there are not so many."""
-        if check_count(n) > len(self.draws):
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
+        if n > len(self.draws):
             raise InputError(f"n is {n} and the chains hold {len(self.draws)} draws: ask for less, or give "
                              f"{self.method} more chains or draws.")
-        return self.draws[np.random.default_rng(check_seed(seed)).permutation(len(self.draws))[:n]]
+        return self.draws[np.random.default_rng(seed).permutation(len(self.draws))[:n]]
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings of n samples with noise, shape (n, k), one solve each."""
@@ -121,11 +123,24 @@ class ChainPosterior:
         return f"ChainPosterior: {_words(self.record, self.method)}\n{self.problem!r}"
 
 
+def chain_numbers(problem: InverseProblem, seed: int, chains: int, draws: int | None,
+                  most: int) -> tuple[int, int, int | None, int]:
+    """Seed and numbers of a run of chains; InputError where they are out of range, or others on other ranks."""
+    return alike(check_problem(problem).comm, lambda: {  # pyright: ignore[reportReturnType]
+        "seed": check_seed(seed), "chains": check_count(chains, "chains", least=2),
+        "draws": None if draws is None else check_count(draws, "draws"), "most": check_count(most, "most")})
+
+
 def reference_latents(problem: InverseProblem, y: np.ndarray, basis: ModalBasis | None) -> LatentProblem:
     """The measurement in latents; where no basis is given, of as many modes as the readings see of the prior."""
     latent = LatentProblem(problem, y, basis)
     most = min(_MODES, problem.V.dim())
-    while basis is None and latent.r < most and latent.unseen(np.zeros((_LOOKS, latent.r))) > _VISIBLE:
+    while basis is None and latent.r < most:
+        left = unseen(latent, np.zeros((_LOOKS, latent.r)))[0]
+        if not left > _VISIBLE:
+            if np.isnan(left):
+                _warn(_unknown(latent))
+            break
         latent = LatentProblem(problem, y, karhunen_loeve(problem.prior, min(2 * latent.r, most)))
     return latent
 
@@ -156,9 +171,12 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
               f"effective number of draws {effective:.0f}; take more draws.{kept}")
     z = found.draws.reshape(-1, latent.r)
     looks = np.random.default_rng(seed).permutation(len(z))[:_LOOKS]
-    unseen = latent.unseen(z[looks], seed)
-    if unseen > _VISIBLE:
-        _warn(f"Modes past the {latent.r} of the basis add {unseen:.2g} standard deviations of the noise to a reading, "
+    left, readings = unseen(latent, z[looks], seed)
+    conflict(latent, readings, "draws", z=z.mean(axis=0))
+    if np.isnan(left):
+        _warn(_unknown(latent))
+    elif left > _VISIBLE:
+        _warn(f"Modes past the {latent.r} of the basis add {left:.2g} standard deviations of the noise to a reading, "
               "and are drawn from the prior all the same: give a basis of more modes, karhunen_loeve(prior, r).")
     every = 1 if asked is not None else -(-len(z) // _KEPT)
     chains = len(found.draws)
@@ -166,6 +184,13 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
     how = "" if method == "pcn" or latent.differentiable else ", derivatives by differences in the latents"
     tell(f"{method}: {_words(found, method)}{how}", progress and latent.everyone.rank == 0)
     return ChainPosterior(latent.problem, latent.y, latent.basis, samples, chains, found, method)
+
+
+def _unknown(latent: LatentProblem) -> str:
+    """What to say where no solve tells of modes past r."""
+    return (f"What modes past the {latent.r} of the basis add to readings is not known, because the forward problem "
+            f"fails with them ({latent.failure}): mend it there, or give a basis of more modes, "
+            "karhunen_loeve(prior, r).")
 
 
 def _words(found: Chains, method: str) -> str:

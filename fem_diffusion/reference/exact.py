@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import Function
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.likelihood import Likelihood
+from fem_diffusion.reference.looks import gaussian_conflict
 from fem_diffusion.samples import Samples
 
 __all__ = ["ExactPosterior", "exact"]
@@ -55,7 +56,7 @@ class ExactPosterior:
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Prior draws plus their own update (Matheron's rule): nothing dense is built, and any ranks will do."""
-        n, seed = check_count(n), check_seed(seed)
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         seed = stream(seed, "exact")
         draws = self.prior.sample_many(n, seed)
         noise = np.random.default_rng([seed, 1]).standard_normal((n, len(self.rows)))
@@ -81,7 +82,8 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     y : array_like of shape (k,)
         The measurement.
 
-    InputError is raised if the problem is not of that kind, or y is of another shape or not finite.
+    InputError is raised if the problem is not of that kind, or y is of another shape or not finite. MeasurementWarning
+    tells of a measurement that is in conflict with prior, noise or sensors.
     """
     likelihood = Likelihood(problem, y)
     if not likelihood.gaussian:
@@ -103,5 +105,9 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     if not (np.abs(whiten @ problem.readings(m)[0] - offset - change) <= tolerance).all():
         raise InputError("The forward problem is not affine in the parameter, so its posterior is not Gaussian: take "
                          "hmc.")
-    gain = np.linalg.solve(seen + np.eye(len(seen)), cross)
-    return ExactPosterior(problem, prior, y, rows, whiten @ y - offset, gain, cross)
+    innovation, whole = whiten @ y - offset, seen + np.eye(len(seen))
+    if len(y):
+        misfit = np.linalg.solve(whole, innovation)
+        gaussian_conflict(problem.names, misfit, np.linalg.solve(whole, seen), whiten, float(misfit @ seen @ misfit),
+                          len(y), likelihood.chances, 3)
+    return ExactPosterior(problem, prior, y, rows, innovation, np.linalg.solve(whole, cross), cross)

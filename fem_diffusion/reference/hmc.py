@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fem_diffusion.checks import check_count, check_flag, check_seed
+from fem_diffusion.checks import check_flag
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
+from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import around_points
 from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
@@ -92,6 +92,10 @@ class _Hamiltonian:
         state["gradient"] = np.where(accept[:, None], gradient, state["gradient"])
         return np.exp(np.minimum(gain, 0.0))
 
+    def cost(self, state: State) -> int:
+        """As `Kernel.cost`: the energy at each step, or at the end, and once more where the force changes."""
+        return len(state["z"]) * (int(state["leaps"][0]) if state["exact"][0] else 2)
+
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
         """As `Kernel.adapt`: step by dual averaging, force by its acceptance, mass by the draws."""
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
@@ -156,7 +160,7 @@ def run_hmc(latent: LatentProblem, start: np.ndarray, *, centre: np.ndarray, fac
         Iterations of the warm-up, which finds step, number of steps, mass and force, and draws of each chain that are
         kept; None for as many as R-hat of 1.01 and 400 effective draws take, at most `most`.
     budget : int, optional
-        Number of forward solves after which the run ends, whatever it has.
+        Number of forward solves within which the run ends, whatever it has.
     exact : bool, optional
         Whether the force is the gradient of the finite element problem, one forward and one adjoint solve for each
         step, or of its linearisation, which costs one solve for each trajectory; chosen by the acceptance where left
@@ -207,10 +211,9 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         If the file belongs to another run.
 
     ConvergenceWarning tells where R-hat is above 1.01, there are less than 400 effective draws, or modes past r are
-    seen.
+    seen; MeasurementWarning where residuals of the draws are not those of the noise, and at which sensors.
     """
-    seed, chains = check_seed(seed), check_count(chains, "chains", least=2)
-    draws, most = None if draws is None else check_count(draws, "draws"), check_count(most, "most")
+    seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
     kernel = _Hamiltonian(latent, lambda: around_points(latent, chains, seed), None)

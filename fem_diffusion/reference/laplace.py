@@ -7,12 +7,13 @@ import numpy as np
 from firedrake import Function
 from scipy.linalg import qr
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.reference.chains import reference_latents
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import point_conflict
 from fem_diffusion.reference.point import find_point
 from fem_diffusion.samples import Samples
 
@@ -61,7 +62,7 @@ class LaplacePosterior:
 
     def sample(self, n: int, *, seed: int) -> Samples:
         """Draws of the Gaussian, transformed."""
-        n, seed = check_count(n), check_seed(seed)
+        n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         x = np.random.default_rng(stream(seed, "laplace")).standard_normal((n, len(self.centre)))
         return self.latent.samples(self.centre + x @ self.factor.T, seed)
 
@@ -106,12 +107,14 @@ def laplace(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None 
     The Hessian takes one adjoint solve for each reading or, where there are many more of these than latents, a
     randomised factorisation of at most r + 20 linearised solves each way, by this seed.
 
-    Parameters and errors are those of `map_point`; the basis is as for `hmc`.
+    Parameters, errors and warnings are those of `map_point`; the basis is as for `hmc`.
     """
-    seed, latent = check_seed(seed), reference_latents(problem, y, basis)
+    seed, = alike(check_problem(problem).comm, lambda: {"seed": check_seed(seed)})
+    latent = reference_latents(problem, y, basis)
     centre = find_point(latent)[0]
-    return LaplacePosterior(problem, latent, centre, factorised(low_rank(latent, centre, seed)), latent.solves,
-                            latent.pulls)
+    factor = factorised(low_rank(latent, centre, seed))
+    point_conflict(latent, centre)
+    return LaplacePosterior(problem, latent, centre, factor, latent.solves, latent.pulls)
 
 
 def factorised(jacobian: np.ndarray) -> np.ndarray:

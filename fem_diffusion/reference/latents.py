@@ -2,36 +2,36 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from firedrake import Ensemble
-from firedrake.adjoint import stop_annotating
 from mpi4py import MPI
 
-from fem_diffusion.checks import LARGEST, check_array, check_kind, check_seed, stream, together
-from fem_diffusion.errors import FileError, InputError, InstallError, SolveError
+from fem_diffusion.checks import check_array, check_kind, check_seed, stream, together
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import coefficients, field, owned_size
-from fem_diffusion.forward.callable import CallableForward
-from fem_diffusion.forward.protocol import Forward
-from fem_diffusion.observation.linear import Observation
+from fem_diffusion.fields.checks import check_ensemble
+from fem_diffusion.fields.coefficients import field, on_root
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
+from fem_diffusion.reference.chain_rule import ChainRule
 from fem_diffusion.reference.likelihood import Likelihood
+from fem_diffusion.reference.solver import CountedSolver
 from fem_diffusion.samples import Samples
 
 __all__ = ["FAR", "LatentProblem"]
+
+T = TypeVar("T")
 
 # Beyond so many prior standard deviations nothing is solved.
 FAR = 12.0
 # Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
 _STEP, _FINE = 1e-3, 1e-5
-_MISTAKES = (InputError, FileError, InstallError)
 
 
-class LatentProblem:
+class LatentProblem(CountedSolver):
     """One measurement in latents z in R^r: -log p(z | y) = -log prior(z) - log p(y | readings(z)), up to log p(y).
 
     Latents and readings are NumPy arrays, global and the same on all ranks and members of an ensemble; all methods are
@@ -56,10 +56,8 @@ class LatentProblem:
     ----------
     r : int
         Number of latents.
-    solves, pulls : int
-        Forward solves so far, one for each parameter, and adjoint ones, one for each row of a sensitivity.
-    failure : str
-        Why the last solve that failed did; empty where none has.
+    solves, pulls, failure, limit
+        As `CountedSolver` has them.
 
     InputError is raised if an argument is of another kind, the noise has no density, y is of another shape or not
     finite, or the basis has neither standard normal latents nor a `log_prior`.
@@ -68,7 +66,8 @@ class LatentProblem:
     def __init__(self, problem: InverseProblem, y: np.ndarray, basis: ModalBasis | None = None, *,
                  log_prior: Callable[[np.ndarray], np.ndarray] | None = None, ensemble: Ensemble | None = None):
         self._likelihood = Likelihood(problem, y)
-        self.problem, self.y = problem, self._likelihood.y
+        self.y = self._likelihood.y
+        super().__init__(problem, len(self.y))
         self.basis = check_kind(karhunen_loeve(problem.prior) if basis is None else basis, "basis", ModalBasis,
                                 "karhunen_loeve(prior)")
         if self.basis.V != problem.V:
@@ -78,10 +77,10 @@ class LatentProblem:
         if not self.basis.standard_prior and log_prior is None:
             raise InputError("The basis has no standard normal latents, so their prior density is not known: give "
                              "karhunen_loeve(problem.prior), or log_prior=.")
-        self._log_prior, self._ensemble = log_prior, check_kind(
-            ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
-        self.r, self.solves, self.pulls, self.failure = self.basis.r, 0, 0, ""
-        self._told = False
+        self._log_prior, self._ensemble = log_prior, None if ensemble is None else check_ensemble(ensemble)
+        self.r = self.basis.r
+        self._told, self._back = False, ChainRule(problem, self.basis)
+        self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None
 
     @property
     def everyone(self) -> MPI.Comm:
@@ -93,10 +92,9 @@ class LatentProblem:
         """Whether forward problem, sensors, density and transform have derivatives, so that gradients are exact."""
         try:
             self.problem.differentiable()
-            self.problem.prior.pull_back(np.zeros((1, owned_size(self.problem.M))), coefficients(self.basis.mean))
         except InputError:
             return False
-        return self._likelihood.differentiable
+        return self._back.there and self._said(lambda: self._likelihood.differentiable)
 
     def parameters(self, z: np.ndarray) -> np.ndarray:
         """Owned coefficients of the parameters (B, n_owned of M) with latents (B, r), without modes past r."""
@@ -113,13 +111,14 @@ class LatentProblem:
 
     def log_likelihood(self, readings: np.ndarray) -> np.ndarray:
         """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are NaN."""
-        return self._likelihood.log_density(readings)
+        return self._said(lambda: self._likelihood.log_density(readings))
 
     def log_prior(self, z: np.ndarray) -> np.ndarray:
         """Log density of latents (B, r) under the prior, shape (B,)."""
         if self._log_prior is None:
             return -(z**2).sum(axis=1) / 2 - self.r / 2 * np.log(2 * np.pi)
-        found = np.asarray(self._log_prior(z.copy()), dtype=float)
+        given = self._log_prior
+        found = on_root(self.everyone, lambda: np.asarray(given(z.copy()), dtype=float))
         if found.shape != (len(z),) or np.isnan(found).any():
             raise InputError(f"log_prior gives {'NaN' if found.shape == (len(z),) else f'the shape {found.shape}'}: "
                              f"let it return a number for each of {len(z)} latents.")
@@ -153,7 +152,7 @@ class LatentProblem:
         elif inside.any():
             readings[inside] = self.readings(z[inside])
             solved = np.isfinite(readings).all(axis=1)
-            scores = self._likelihood.score(readings[solved])
+            scores = self._said(lambda: self._likelihood.score(readings[solved]))
             gradient[solved] = [score @ self._differences(row) for row, score in zip(z[solved], scores)]
         energy = self._energy(prior, readings)
         # A state whose adjoint fails counts as failed.
@@ -163,7 +162,7 @@ class LatentProblem:
 
     def noise_matrix(self, readings: np.ndarray) -> np.ndarray:
         """What whitens the noise at readings (k,), as `whitened` and `linearised` have it: a matrix (k, k)."""
-        return self._likelihood.matrix(readings)
+        return self._said(lambda: self._likelihood.matrix(readings))
 
     def whitened(self, readings: np.ndarray) -> np.ndarray:
         """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).
@@ -171,28 +170,46 @@ class LatentProblem:
         Noise that depends on the readings is whitened at these, a density of the user's own by the covariance of draws
         at readings y.
         """
-        return self._likelihood.whitened(readings)
+        return self._said(lambda: self._likelihood.whitened(readings))
 
     def linearised(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whitened misfit (k,) at z (r,), and its derivative by latents (k, r): one solve and k adjoint ones.
 
         Noise that depends on the readings keeps its covariance there. Where there is no derivative, central
-        differences, by 2 r solves. SolveError if there is no solution at z.
+        differences, by 2 r solves. SolveError if there is no solution at z. Once more at the same z it costs nothing.
         """
         z = check_array(z, "z", (self.r,))
+        if self._last is None or self._last[0] != z.tobytes():
+            self._last = z.tobytes(), self._linearised(z)
+        return self._last[1]
+
+    def _linearised(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `linearised`, whatever it costs."""
         readings = self.readings(z[None])
         if np.isnan(readings).any():
             raise SolveError(f"The forward problem has no solution where it is to be linearised ({self.failure}): "
                              "check it there.")
-        W = self._likelihood.matrix(readings[0])
+        W = self.noise_matrix(readings[0])
         jacobian = self.pull(z, W) if self.differentiable else W @ self._differences(z)
         return self.everyone.bcast((self.whitened(readings)[0], jacobian))
 
     def pull(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Derivatives by latents of weighted sums (l, k) of the readings at z (r,): (l, r), by l adjoint solves."""
-        rows, at = self._rows(z, weights), self.basis.decode(z[None])[0]
-        pulled = self.problem.prior.pull_back(rows, at) @ self.basis.scaled_modes.T
-        return self.everyone.bcast(self.problem.comm.allreduce(pulled))
+        return self.everyone.bcast(self._back.at(self._rows(z, weights), self.basis.decode(z[None])[0]))
+
+    @property
+    def noise_std(self) -> np.ndarray:
+        """Standard deviation (k,) of the noise at readings y."""
+        return self._said(lambda: self._likelihood.std)
+
+    @property
+    def least_squares(self) -> bool:
+        """Whether twice the energy is the squared misfit, whitened, and the squared norm of latents, up to a sum."""
+        return self._likelihood.gaussian and self._log_prior is None
+
+    def chances(self, size: float) -> tuple[float, float]:
+        """Chance that squares of whitened noise sum up to so much or more, and to so much or less."""
+        return self._said(lambda: self._likelihood.chances(size))
 
     def slopes(self, z: np.ndarray, directions: np.ndarray) -> np.ndarray:
         """Derivatives (l, k) of the readings at z (r,) along directions (l, r), by central differences: 2 l solves.
@@ -206,8 +223,7 @@ class LatentProblem:
 
     def whitener(self, z: np.ndarray) -> np.ndarray:
         """Matrix W (k, k) that whitens the noise at latents z (r,), as `whitened` and `linearised` use it."""
-        constant = self._likelihood.constant
-        return self._likelihood.matrix(self.y if constant else self.readings(z[None])[0])
+        return self.noise_matrix(self.y if self._likelihood.constant else self.readings(z[None])[0])
 
     def expanded(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Gradient (r,) of the energy at z (r,), and its Gauss-Newton Hessian (r, r); costs and errors of `linearised`.
@@ -235,12 +251,13 @@ class LatentProblem:
         rows = self._rows(z) if smooth else self._differences(z)
 
         def force(x: np.ndarray) -> np.ndarray:
+            fields = self.basis.decode(x) if smooth else x
             if smooth:
-                fields = self.basis.decode(x)
                 change = comm.allreduce((self.problem.prior.transform_many(fields) - there) @ rows.T)
-                pulled = self._back(self._likelihood.score(at + change) @ rows, fields)
             else:
-                pulled = self._likelihood.score(at + (x - z) @ rows.T) @ rows
+                change = (x - z) @ rows.T
+            scores = self._said(lambda: self._likelihood.score(at + change))
+            pulled = self._back.each(scores @ rows, fields) if smooth else scores @ rows
             return self.everyone.bcast(pulled - self._prior_slope(x))
         return force
 
@@ -249,21 +266,20 @@ class LatentProblem:
         tail = stream(check_seed(seed), "tail") if self.basis.standard_prior else None
         return Samples(self.problem.M, self.problem.prior.transform_many(self.basis.decode(z, tail)), np.array(z))
 
-    def unseen(self, z: np.ndarray, seed: int = 0) -> float:
-        """What modes past r add to the reading that sees most of them, in standard deviations of its noise.
-
-        The root mean square over latents z (B, r), for two solves each; NaN where such modes are not known (POD), or
-        a solve fails.
-        """
-        if not self.basis.standard_prior:
-            return np.nan
+    def refilled(self, z: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Readings (B, k) at latents (B, r) with modes past r from the prior, and without: two solves each."""
         tail = self.samples(z, seed).values
 
-        def difference(mine: np.ndarray) -> np.ndarray:
+        def read(mine: np.ndarray) -> np.ndarray:
             mine = mine[:, 0].astype(int)
-            return self._solve(tail[mine]) - self._solve(self.parameters(z[mine]))
-        change = self._shared(np.arange(len(z))[:, None], difference, len(self.y))
-        return float(self.everyone.bcast((np.sqrt((change**2).mean(axis=0)) / self._likelihood.std).max()))
+            return np.hstack([self._solve(tail[mine]), self._solve(self.parameters(z[mine]))])
+        found = self._shared(np.arange(len(z))[:, None], read, 2 * len(self.y))
+        whole, part = np.split(self.everyone.bcast(found), 2, axis=1)
+        return whole, part
+
+    def _said(self, run: Callable[[], T]) -> T:
+        """What the likelihood says, of rank 0: a density of the user's own runs once, and fails for all."""
+        return on_root(self.problem.comm, run)
 
     def _reached(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latents (B, r), their log prior (B,), and which of them are to be solved for (B,)."""
@@ -273,7 +289,7 @@ class LatentProblem:
 
     def _energy(self, prior: np.ndarray, readings: np.ndarray) -> np.ndarray:
         """Energies (B,) from log prior (B,) and readings (B, k)."""
-        energy = -prior - self._likelihood.log_density(readings)
+        energy = -prior - self.log_likelihood(readings)
         return np.where(np.isfinite(energy), energy, np.inf)
 
     def _shared(self, z: np.ndarray, run: Callable[[np.ndarray], np.ndarray], columns: int) -> np.ndarray:
@@ -282,69 +298,21 @@ class LatentProblem:
             return together(self.problem.comm, lambda: run(z)) if len(z) else np.empty((0, columns))
         comm, before = self._ensemble.ensemble_comm, (self.solves, self.pulls)
         mine = z[comm.rank::comm.size]
-        part = together(self._ensemble.global_comm, lambda: run(mine) if len(mine) else np.empty((0, columns)))
+        try:
+            part = together(self._ensemble.global_comm, lambda: run(mine) if len(mine) else np.empty((0, columns)))
+        finally:
+            spent = comm.allreduce(np.array([self.solves, self.pulls]) - before)
+            self.solves, self.pulls = (int(x) for x in before + spent)
         found = np.empty((len(z), columns))
         for i, rows in enumerate(comm.allgather(part)):
             found[i::comm.size] = rows
-        spent = comm.allreduce(np.array([self.solves, self.pulls]) - before)
-        self.solves, self.pulls = (int(x) for x in before + spent)
         return found
-
-    def _solve(self, parameters: np.ndarray, derivative: bool = False) -> np.ndarray:
-        """Readings (B, k) of owned parameters (B, n_owned of M), rows of NaN where there are none.
-
-        With `derivative` by the solver that keeps what a derivative needs.
-        """
-        problem, comm, found = self.problem, self.problem.comm, np.full((len(parameters), len(self.y)), np.nan)
-        solver, observation = problem.forward, problem.observation
-        if derivative:
-            solver = problem.differentiable()[0]
-        good = np.flatnonzero(comm.allreduce((~(np.abs(parameters) <= LARGEST)).any(axis=1).astype(int)) == 0)
-        # A plain function gains nothing from blocks.
-        blocks = not isinstance(solver, CallableForward) and isinstance(observation, Observation)
-        for rows in [good] if blocks and len(good) else good[:, None]:
-            for part in [rows] if len(rows) == 1 else [rows, *rows[:, None]]:
-                self.solves += len(part)
-                read = self._attempt(lambda: self._read(solver, parameters[part]))
-                if read is not None:
-                    found[part] = read
-                    if len(part) == len(rows):
-                        break
-        found[(~(np.abs(found) <= LARGEST)).any(axis=1)] = np.nan
-        if not self.failure and np.isnan(found).any():
-            self.failure = "state or readings are not finite"
-        return found
-
-    def _attempt(self, run: Callable[[], np.ndarray]) -> np.ndarray | None:
-        """Result of the user's code; None where it raises on some rank. Mistakes are raised."""
-        try:
-            with stop_annotating():
-                return together(self.problem.comm, run)
-        except _MISTAKES:
-            raise
-        except Exception as error:
-            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            return None
-
-    def _read(self, solver: Forward, parameters: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of parameters, those of states that are not finite NaN."""
-        comm, M, observe = self.problem.comm, self.problem.M, self.problem.observation
-        if isinstance(observe, Observation):
-            states = together(comm, lambda: np.array(solver.solve_many(parameters.copy()), dtype=float))
-            bad = np.asarray(comm.allreduce((~(np.abs(states) <= LARGEST)).any(axis=1).astype(int))) > 0
-            return np.where(bad[:, None], np.nan, observe.apply(np.where(bad[:, None], 0.0, states)))
-        instrument: Any = observe
-        read = np.array([np.array(instrument(solver(field(M, row))), ndmin=1, dtype=float) for row in parameters])
-        if read.shape != (len(parameters), len(self.y)):
-            raise InputError(f"The observation gives {read.shape[1:]} readings and y holds {len(self.y)}: give as many "
-                             "as the observation has.")
-        return read
 
     def _rows(self, z: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
         """Derivative of the readings, or of weighted sums (l, k), by the parameter at z (r,): (l, n_owned of M)."""
         m = field(self.problem.M, self.parameters(z[None])[0])
         seen = None if weights is None else weights @ self.problem.differentiable()[1].rows
-        self.pulls += len(self.y) if weights is None else len(weights)
+        self._spend(0, len(self.y) if weights is None else len(weights))
         return together(self.everyone, lambda: self.problem.sensitivity(m, seen))
 
     def _prior_slope(self, z: np.ndarray) -> np.ndarray:
@@ -353,24 +321,6 @@ class LatentProblem:
             return -z
         steps = _FINE * np.eye(self.r)
         return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
-
-    def _back(self, rows: np.ndarray, fields: np.ndarray) -> np.ndarray:
-        """Derivatives by latents (B, r) for those by the parameter, owned (B, n_owned of M), at a field for each."""
-        prior = self.problem.prior
-        if self._pointwise:
-            pulled = rows * prior.slope_many(fields)
-        else:
-            pulled = np.concatenate([prior.pull_back(row[None], at) for row, at in zip(rows, fields)])
-        return self.problem.comm.allreduce(pulled @ self.basis.scaled_modes.T)
-
-    @cached_property
-    def _pointwise(self) -> bool:
-        """Whether the transform acts at each node by itself, which is faster."""
-        try:
-            self.problem.prior.slope_many(coefficients(self.basis.mean)[None])
-        except InputError:
-            return False
-        return True
 
     def _read_and_pulled(self, z: np.ndarray) -> np.ndarray:
         """Readings and the gradient of -log p(y | readings) at latents (B, r): (B, k + r), NaN where solves fail.
@@ -384,11 +334,11 @@ class LatentProblem:
             read = self._solve(parameters[i:i + 1], derivative=True)
             found[i, :k] = read[0]
             if np.isfinite(read).all():
-                self.pulls += 1
-                row = self._likelihood.score(read) @ observation.rows
+                self._spend(0, 1)
+                row = self._said(lambda: self._likelihood.score(read)) @ observation.rows
                 pulled = self._attempt(lambda: problem.sensitivity(field(problem.M, parameters[i]), row))
                 if pulled is not None:
-                    found[i, k:] = self._back(pulled, fields[i:i + 1])
+                    found[i, k:] = self._back.each(pulled, fields[i:i + 1])
         return found
 
     def _differences(self, z: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.stats import chi2
 
-from fem_diffusion.checks import check_array, check_kind, together
+from fem_diffusion.checks import alike, check_array, check_kind, together
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import InverseProblem, check_problem
@@ -27,18 +28,16 @@ class Likelihood:
         if check_problem(problem).family:
             raise InputError("The observation is of type SensorFamily: choose sensors, and make an InverseProblem of "
                              "those.")
-        # A rank that refuses alone would leave the others waiting, and one that reads its own would mix two answers.
-        self.y = together(problem.comm, lambda: check_array(
-            y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None))
-        if not all(np.array_equal(self.y, other) for other in problem.comm.allgather(self.y)):
-            raise InputError("y is another one on other ranks: read or draw it on one, and give all comm.bcast(y).")
+        self.y, = alike(problem.comm, lambda: {"y": check_array(
+            y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None)})
         self.noise = check_kind(problem.noise, "The noise", (GaussianNoise, CallableNoise), "GaussianNoise, or "
                                 "CallableNoise(function, log_density), because references need its density")
         if self.noise.log_density is None:
             raise InputError("The noise is of type CallableNoise, without a density: give CallableNoise(function, "
                              "log_density), or GaussianNoise.")
         self._log_density = self.noise.log_density
-        if not torch.isfinite(self._density(torch.from_numpy(self.y[None].copy()))).all():
+        at = together(problem.comm, lambda: self._density(torch.from_numpy(self.y[None].copy())), watched=True)
+        if not torch.isfinite(at).all():
             raise InputError("The noise gives y no finite density where the readings are y: mend its log_density, or "
                              "add a std to relative noise of readings of zero.")
 
@@ -70,6 +69,26 @@ class Likelihood:
     def std(self) -> np.ndarray:
         """Standard deviation (k,) of the noise at readings y."""
         return np.linalg.norm(np.linalg.inv(self._at_y[1]), axis=1)
+
+    @cached_property
+    def _sizes(self) -> np.ndarray | None:
+        """Sums of squares (n,) of whitened draws of noise of the user's own."""
+        if isinstance(self.noise, GaussianNoise):
+            return None
+        mean, W = self._at_y
+        errors = _errors(self.noise, self.y) - mean
+        return ((errors @ W.T)**2).sum(axis=1)
+
+    def chances(self, size: float) -> tuple[float, float]:
+        """Chance that squares of whitened noise sum up to so much or more, and to so much or less.
+
+        Chi-square with k degrees of freedom; for noise of the user's own, whose tails may be heavier, 1 where one of
+        its draws goes as far.
+        """
+        high, low = float(chi2.sf(size, len(self.y))), float(chi2.cdf(size, len(self.y)))
+        if self._sizes is None:
+            return high, low
+        return high if size > self._sizes.max() else 1.0, low if size < self._sizes.min() else 1.0
 
     def log_density(self, readings: np.ndarray) -> np.ndarray:
         """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are not finite."""
@@ -117,13 +136,23 @@ class Likelihood:
         return found
 
 
+def _many(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> torch.Tensor:
+    """Noise-free readings (k,) as often as noise is drawn there for its moments, shape (B, k)."""
+    rows = 1 if isinstance(noise, GaussianNoise) else max(_DRAWS, 50 * len(clean))
+    return torch.from_numpy(np.tile(clean, (rows, 1)))
+
+
+def _errors(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> np.ndarray:
+    """Draws (n, k) of noise of the user's own at noise-free readings (k,)."""
+    return noise.sample(_many(noise, clean), torch.Generator().manual_seed(0)).numpy() - clean
+
+
 def whitener(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (k,) of the noise at noise-free readings (k,), and a matrix W (k, k) that whitens it, W R Wᵀ = I.
 
     InputError if its covariance is singular.
     """
-    rows = 1 if isinstance(noise, GaussianNoise) else max(_DRAWS, 50 * len(clean))
-    many = torch.from_numpy(np.tile(clean, (rows, 1)))
+    many = _many(noise, clean)
     covariance = noise.covariance(many).numpy()
     # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
     std = np.sqrt(np.diag(covariance))

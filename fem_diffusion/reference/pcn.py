@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fem_diffusion.checks import check_count, check_flag, check_seed, stream
+from fem_diffusion.checks import check_flag, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, reference_latents
+from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.point import around_points
 from fem_diffusion.reference.walk import Begin, State, learnt, settle, walk
@@ -62,6 +62,10 @@ class _CrankNicolson:
         state["energy"] = np.where(accept, energy, state["energy"])
         return np.exp(np.minimum(gain, 0.0))
 
+    def cost(self, state: State) -> int:
+        """As `Kernel.cost`."""
+        return len(state["z"])
+
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
         """As `Kernel.adapt`: step and width by acceptance (Robbins and Monro), Gaussian by draws."""
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
@@ -92,8 +96,7 @@ def pcn(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
 
     Parameters, errors and warnings are those of `hmc`.
     """
-    seed, chains = check_seed(seed), check_count(chains, "chains", least=2)
-    draws, most = None if draws is None else check_count(draws, "draws"), check_count(most, "most")
+    seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
 

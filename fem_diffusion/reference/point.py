@@ -1,5 +1,6 @@
 """The most probable parameter of a measurement, by a trust-region Newton method in the latents."""
 
+import contextlib
 import itertools
 from dataclasses import dataclass
 
@@ -7,12 +8,13 @@ import numpy as np
 from firedrake import Function
 from scipy.optimize import OptimizeResult, minimize
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.looks import point_conflict
 
 __all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
 
@@ -74,11 +76,14 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
         counts.
 
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
-    at a minimum, or the readings have no slope, as those of a level set.
+    at a minimum, or the readings have no slope, as those of a level set. MeasurementWarning tells of a measurement that
+    is in conflict with prior, noise or sensors, which it names: residuals at the point are not those of the noise.
     """
-    starts, seed = check_count(starts, "starts"), check_seed(seed)
+    starts, seed = alike(check_problem(problem).comm, lambda: {
+        "starts": check_count(starts, "starts"), "seed": check_seed(seed)})
     latent = LatentProblem(problem, y, basis)
     z, energy = find_point(latent, starts, seed)
+    point_conflict(latent, z)
     return MapPoint(field(problem.M, latent.parameters(z[None])[0], name="map_point"), z, energy, latent.solves,
                     latent.pulls)
 
@@ -177,7 +182,8 @@ def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndar
     for z, energy in sorted(found, key=lambda pair: pair[1]):
         apart = (np.linalg.norm(np.linalg.solve(factor, z - centre)) > _APART for centre, factor in kept)
         if energy < min(e for _, e in found) + _IMPROBABLE and all(apart):
-            kept.append((z, np.linalg.inv(np.linalg.cholesky(latent.expanded(z)[1])).T))
+            with contextlib.suppress(SolveError):   # no solves are left
+                kept.append((z, np.linalg.inv(np.linalg.cholesky(latent.expanded(z)[1])).T))
     return kept
 
 

@@ -69,7 +69,7 @@ class Chains:
     @property
     def worst(self) -> tuple[float, float]:
         """Largest R-hat and smallest effective number of draws; NaN where there are too few draws to tell."""
-        return float(self.rhat.max()), float(min(self.bulk.min(), self.tail.min()))
+        return float(self.rhat.max()), float(np.minimum(self.bulk, self.tail).min())
 
     @property
     def converged(self) -> bool:
@@ -87,6 +87,10 @@ class Kernel(Protocol):
 
     def move(self, state: State, rng: np.random.Generator) -> np.ndarray:
         """Move all chains once, in place; returns what share of the proposals a chain accepts on average, (chains,)."""
+        ...
+
+    def cost(self, state: State) -> int:
+        """Forward solves that an iteration takes, at most."""
         ...
 
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
@@ -197,7 +201,7 @@ def walk(latent: LatentProblem, kernel: Kernel, chains: int, *, seed: int, warmu
         Draws of each chain; None for as many as R-hat of 1.01 and 400 effective draws take, checked every 100 draws,
         and not more than `most`.
     budget : int, optional
-        Number of forward solves after which the run ends, warm-up included, whatever it has.
+        Number of forward solves within which the run ends, warm-up included, whatever it has.
     path : path, optional
         A file that keeps the run: the same call goes on from there, also to more draws.
 
@@ -220,7 +224,7 @@ def walk(latent: LatentProblem, kernel: Kernel, chains: int, *, seed: int, warmu
 
     def done() -> bool:
         """Whether the run ends before its last draw; the same on all ranks."""
-        if budget is not None and record.solves >= budget:
+        if budget is not None and record.solves + kernel.cost(record.state) > budget:
             return True
         n = len(record.draws)
         return draws is None and n > 0 and n % _BLOCK == 0 and bool(everyone.bcast(record.summary(n).converged))

@@ -10,8 +10,9 @@ from firedrake import Ensemble, Function
 from firedrake.adjoint import stop_annotating
 from mpi4py import MPI
 
-from fem_diffusion.checks import check_count, check_flag, check_kind, check_number, check_seed, together
+from fem_diffusion.checks import alike, check_count, check_flag, check_number, check_seed, together
 from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.fields.events import event
 from fem_diffusion.problem import InverseProblem, check_problem
@@ -74,16 +75,17 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
     """
     require_real()
     check_problem(problem)
-    n, block, seed = check_count(n), check_count(block, "block"), check_seed(seed)
-    skip, progress = check_number(skip, "skip", least=0, most=1), check_flag(progress, "progress")
+    everyone = problem.comm if ensemble is None else check_ensemble(ensemble).global_comm
+    n, block, seed, skip = alike(everyone, lambda: {
+        "n": check_count(n), "block": check_count(block, "block"), "seed": check_seed(seed),
+        "skip": check_number(skip, "skip", least=0, most=1)})
+    progress = check_flag(progress, "progress")
     keep_states = problem.family if keep_states is None else check_flag(keep_states, "keep_states")
     if (keep_states or problem.family) and problem.U is None:
         raise InputError("The space of the states is not known: give the solver as CallableForward(solver, M, U).")
-    check_kind(ensemble, "ensemble", (Ensemble, type(None)), "a firedrake.Ensemble")
     if ensemble is not None and path is None:
         raise InputError("An ensemble shares its samples through files: give `path`.")
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
-    everyone = problem.comm if ensemble is None else ensemble.global_comm
     with event("simulate"), stop_annotating(), contextlib.ExitStack() as stack:
         job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states)))
         shown = stack.enter_context(bar(n, "simulate", progress and not problem.comm.rank and not member))
@@ -108,7 +110,7 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
     is damaged, or belongs to another mesh, space or data set.
     """
     check_problem(problem)
-    n = None if n is None else check_count(n)
+    n, = alike(problem.comm, lambda: {"n": None if n is None else check_count(n)})
     folder = Folder(path, problem.V, problem.U)
     folder.open()
     k, found = 0 if problem.family else problem.k, folder.readings.shape[1]
@@ -134,9 +136,11 @@ def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, bloc
     The number is that of `DataSet.skipped` and of error messages, from 0 on.
     """
     check_problem(problem)
-    number, block = check_count(number, "number", least=0), check_count(block, "block")
+    number, block, seed = alike(problem.comm, lambda: {
+        "number": check_count(number, "number", least=0), "block": check_count(block, "block"),
+        "seed": check_seed(seed)})
     index, position = divmod(number, block)
-    fields = problem.prior.core.sample_many(position + 1, block_seed(check_seed(seed), index))
+    fields = problem.prior.core.sample_many(position + 1, block_seed(seed, index))
     return field(problem.M, problem.prior.transform_many(fields[position:])[0])
 
 

@@ -5,8 +5,6 @@ mistake, such as a state in another space (`InputError`), which every sample wou
 """
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field as dataclass_field
 from functools import cached_property
@@ -16,8 +14,8 @@ import numpy as np
 from firedrake import Function
 from mpi4py import MPI
 
-from fem_diffusion.checks import LARGEST, portable
-from fem_diffusion.errors import DataError, FileError, InputError, InstallError, SolveError
+from fem_diffusion.checks import LARGEST, MISTAKES, together
+from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.observation.family import SensorFamily
@@ -27,8 +25,6 @@ from fem_diffusion.simulation.data_set import Block
 
 __all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths"]
 
-# A rank that is done waits so long for the others, in seconds, and in units of its own time: then they hang.
-_PATIENCE, _TIMES = 300.0, 20.0
 # Samples that are solved by themselves, the first ones that succeed: a changed prior, solver or sensor shows in them.
 _PROBES, _CANDIDATES = 2, 8
 # Failures are counted from so many samples on: the first ones say little about a share.
@@ -126,9 +122,8 @@ class Job:
 
     def _solve_many(self, parameters: np.ndarray, observe: Callable) -> tuple[np.ndarray, np.ndarray]:
         """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
-        # A copy: these parameters are asked one by one where the block fails.
-        return self._solve(parameters, lambda: np.array(
-            self.problem.forward.solve_many(parameters.copy()), dtype=float), lambda x: x, observe)
+        return self._solve(parameters, lambda: self.problem.states(parameters, self.problem.forward), lambda x: x,
+                           observe)
 
     def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""
@@ -163,50 +158,14 @@ class Job:
 
     def _together(self, run: Callable) -> Any:
         """Result of `run` on this rank; _Failed on all where one rank has none, mistakes are raised on all."""
-        start = time.monotonic()
-        result = outcome = None
-        try:
-            result = run()
-        except (InputError, FileError, InstallError) as error:
-            outcome = portable(error)
-        except _Failed as error:
-            outcome = str(error)
-        except Exception as error:
-            # PETSc turns what is raised in its callbacks into errors of its own.
-            if _interrupted(error):
-                raise KeyboardInterrupt from error
-            outcome = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        everywhere = [found for found in self._gathered(outcome, time.monotonic() - start) if found is not None]
-        for found in everywhere:
-            if isinstance(found, Exception):
-                raise found
-        if everywhere:
-            raise _Failed(min(everywhere))
-        return result
-
-    def _gathered(self, mine: Exception | str | None, spent: float) -> list:
-        """What all ranks have to say, in order; the run ends where one of them never comes."""
-        comm = self._watch
-        if comm.size == 1:
-            return [mine]
-        request, start, patience = comm.Ibarrier(), time.monotonic(), max(_PATIENCE, _TIMES * spent)
-        while not request.Test():
-            waited = time.monotonic() - start
-            if waited > patience:
-                print(f"fem_diffusion: rank {comm.rank} has waited {patience:.0f} s for the other ranks to end the "
-                      f"solve of a sample (its own outcome: {mine or 'no exception'}). They wait for it in turn: an "
-                      "exception on one rank only, perhaps caught there. Raise exceptions on all ranks, or on none.",
-                      file=sys.stderr, flush=True)
-                comm.Abort(1)
-            time.sleep(0 if waited < 0.01 else 1e-3)
-        return comm.allgather(mine)
-
-
-def _interrupted(error: BaseException | None) -> bool:
-    """Whether an exception comes from an interruption by the user."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
+        def tried() -> Any:
+            try:
+                return run()
+            except (*MISTAKES, _Failed):
+                raise
+            except Exception as error:
+                raise _Failed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+        return together(self._watch, tried, watched=True)
 
 
 def _finite(x: np.ndarray, what: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from fem_diffusion.checks import check_kind
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.product import is_gaussian
@@ -39,7 +40,7 @@ def gaussian(problem: InverseProblem,
     noise = check_kind(noise, "The noise of the problem", CallableNoise, "an InverseProblem with the noise of the "
                        "measurement, because a check compares with it")
     many = torch.from_numpy(np.tile(y, (max(_DRAWS, 50 * len(y)), 1)))
-    errors = noise.sample(many, torch.Generator().manual_seed(0)).numpy() - y
+    errors = on_root(problem.comm, lambda: noise.sample(many, torch.Generator().manual_seed(0)).numpy() - y)
     if noise.log_density is not None:
         return problem, y, [], (errors - errors.mean(axis=0))[:_DRAWS]
     law = GaussianNoise(covariance=np.atleast_2d(np.cov(errors.T)))

@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.distance import pdist
 from scipy.stats import chisquare
 
-from fem_diffusion.checks import check_all, check_array, check_count, check_kind, check_number, check_seed
+from fem_diffusion.checks import alike, check_all, check_array, check_count, check_kind, check_number, check_seed
 from fem_diffusion.diffusion import Sampler, sample_latents
 from fem_diffusion.errors import InputError
 
@@ -164,8 +164,9 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
     """
     from fem_diffusion.fields.coefficients import on_root
 
-    seed, draws = check_seed(seed), check_count(draws, "draws", least=2)
-    leading = None if leading is None else check_count(leading, "leading")
+    seed, draws, leading = alike(model.problem.comm, lambda: {
+        "seed": check_seed(seed), "draws": check_count(draws, "draws", least=2),
+        "leading": None if leading is None else check_count(leading, "leading")})
     check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
     if model.problem.family:
         raise InputError("A family is calibrated for chosen sensors: draw from `model.condition(y, sensors, noise)` "

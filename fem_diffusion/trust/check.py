@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import chi2
 
-from fem_diffusion.checks import check_count, check_seed, stream
+from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.diffusion import Distance
 from fem_diffusion.errors import InputError
 from fem_diffusion.model.posterior import Posterior
@@ -133,12 +133,12 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     SolveError
         If the forward problem has no solution near the mean of the samples.
     """
-    solves, seed = check_count(solves, "solves", least=30), check_seed(seed)
     problem, y = getattr(posterior, "problem", None), getattr(posterior, "y", None)
     if not isinstance(problem, InverseProblem) or y is None or not callable(getattr(posterior, "sample", None)):
         raise InputError(f"posterior is of type {type(posterior).__name__}: give a posterior with sample, problem and "
                          "y, such as model.condition(y) or laplace(problem, y).")
-    y = np.asarray(y, dtype=float)
+    solves, seed, y = alike(problem.comm, lambda: {
+        "solves": check_count(solves, "solves", least=30), "seed": check_seed(seed), "y": np.asarray(y, dtype=float)})
     if not len(y):
         raise InputError("Without a sensor the posterior is the prior: there is nothing to check.")
     problem, y, notes, draws = gaussian(problem, y)

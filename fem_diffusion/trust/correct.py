@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from firedrake import Ensemble
-from scipy.stats import chi2
 
 from fem_diffusion.certificate import Certificate
-from fem_diffusion.checks import check_count, check_flag, check_path, check_seed, stream
-from fem_diffusion.diffusion import MeasurementWarning
+from fem_diffusion.checks import alike, check_count, check_flag, check_path, check_seed, stream
 from fem_diffusion.errors import SolveError
+from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.events import event
 from fem_diffusion.progress import tell
@@ -34,6 +33,7 @@ from fem_diffusion.reference.chains import ConvergenceWarning
 from fem_diffusion.reference.hmc import run_hmc
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.likelihood import Likelihood
+from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust.balance import CLOUD, balanced
@@ -64,8 +64,9 @@ _KHAT, _AMORTISED = 0.7, 0.5
 _SELDOM, _NEVER, _TUNING, _WORTH, _AMPLE = 0.3, 0.2, 6, 200, 1000
 # Misfit per reading from which samples are no start.
 _FAR = 15.0
-# What is refused, what is warned of, and below which chance a measurement is in conflict with the problem.
-_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT, _CONFLICT = 30.0, 1.2, 100.0, 1.05, 1e-5
+# What is refused, and what is warned of.
+_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT = 30.0, 1.2, 100.0, 1.05
+# Samples, of two solves each, that show what modes left out add to readings.
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
 _FEW, _TOLD = 8, 0.9
@@ -98,27 +99,33 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
             log_prior: Callable[[np.ndarray], np.ndarray] | None = None, path: str | os.PathLike | None = None,
             ensemble: Ensemble | None = None, progress: bool = True) -> Samples:
     """As `Posterior.correct`."""
-    solves, seed = check_count(solves, "solves", least=_LEAST), check_seed(seed)
-    draws = None if draws is None else check_count(draws, "draws")
+    everyone = posterior.problem.comm if ensemble is None else check_ensemble(ensemble).global_comm
+    solves, seed, draws = alike(everyone, lambda: {
+        "solves": check_count(solves, "solves", least=_LEAST), "seed": check_seed(seed),
+        "draws": None if draws is None else check_count(draws, "draws")})
     progress, path = check_flag(progress, "progress"), None if path is None else check_path(path, "path")
     began = time.monotonic()
     with event("correct"):
         start = start_of(posterior, log_prior, ensemble, seed)
         latent = start.latent
-        found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves, seed=seed, path=path,
+        spare = 2 * min(_UNSEEN, draws or _UNSEEN) if latent.basis.standard_prior else 0
+        found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves - spare, seed=seed, path=path,
                           progress=progress)
         if found.weights is not None and found.near is not None and found.cloud is not None:
             found = replace(found, weights=balanced(latent, found.z, found.weights, found.near, found.cloud))
         rng = np.random.default_rng(stream(seed, "draws"))
         chosen = _chosen(found, draws, rng)
         samples = latent.samples(found.z[chosen], stream(seed, "tail"))
-        looks = found.z[rng.permutation(chosen)[:_UNSEEN]]
-        unseen, notes = latent.unseen(looks), found.notes + _conflict(latent, found)
-        if np.isfinite(unseen):
-            found = replace(found, solves=found.solves + 2 * len(looks))
+        left, _ = unseen(latent, found.z[rng.permutation(chosen)[:_UNSEEN]])
+        weights = found.weights if len(found.readings) == len(found.z) else None
+        notes = found.notes + conflict(latent, found.readings, "corrected samples", weights)
+        if spare and np.isnan(left):
+            notes += ("What modes that are drawn from the prior add to readings is not known, because the forward "
+                      f"problem fails with them ({latent.failure}).",)
+        found = replace(found, solves=found.solves + min(spare, 2 * len(chosen)))
     shift, ratio = _moved(start.z, found)
     certificate = Certificate(found.method, found.solves, found.pulls, found.made, found.ess, found.khat, found.rhat,
-                              found.acceptance, shift, ratio, float(unseen), time.monotonic() - began, notes)
+                              found.acceptance, shift, ratio, left, time.monotonic() - began, notes)
     tell(str(certificate), progress and latent.everyone.rank == 0)
     return replace(samples, certificate=certificate)
 
@@ -164,13 +171,16 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
     """By weights of a surrogate's samples, round by round; by chains where they fail."""
     comm, latent = run.comm, run.latent
 
+    # What the density is at best.
+    best = latent.log_likelihood(latent.y[None])[0]
+
     def take() -> float:
         learner.add(z, readings)
         if len(learner.z) < _FEWEST:
             raise SolveError(f"The forward problem fails at the amortised samples ({latent.failure}): mend it, or "
                              "train on a prior for which it is solved.")
         learner.begin()
-        return float(np.median(learner.misfit)) + latent.log_likelihood(latent.y[None])[0]
+        return float(np.median(learner.misfit)) + best
     around = None
     if on_root(comm, take) > _FAR * len(latent.y):
         around = searched(run, learner, z)
@@ -207,6 +217,8 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
 def _chains(run: Run, learner: Learner, z: np.ndarray) -> Corrected:
     """Chains with proposals by a surrogate that stays as it is, or with gradients where these are not accepted."""
     comm, latent, reach = run.comm, run.latent, Reach()
+    if run.left < _CHAINS:
+        raise SolveError(_refusal(run, "There were too few solves for chains", 4.0))
     run.journal = run.open(f"after-{run.solves}")
     start = np.resize(z, (_CHAINS, z.shape[1]))
     z, law = on_root(comm, lambda: learner.finish(start))
@@ -293,25 +305,6 @@ def _chosen(found: Corrected, draws: int | None, rng: np.random.Generator) -> np
         return resample(found.weights, len(found.z) if draws is None else draws, rng)
     n = len(found.z)
     return np.arange(n) if draws is None else (np.arange(draws) * n) // draws
-
-
-def _conflict(latent: LatentProblem, found: Corrected) -> tuple[str, ...]:
-    """What the residuals of the posterior say about problem and measurement, and a warning where they are no noise.
-
-    Whitened residuals of a posterior draw have, over measurements, the law of the noise itself.
-    """
-    k = len(latent.y)
-    squares = (latent.whitened(found.readings)**2).sum(axis=1)
-    size = float(np.average(squares, weights=found.weights if len(squares) == len(found.z) else None))
-    if min(chi2.sf(size, k), chi2.cdf(size, k)) > _CONFLICT:
-        return ()
-    why = ("the measurement is in conflict with the problem" if size > k else
-           "the noise is smaller than assumed, and the posterior wider than it need be")
-    note = (f"The residuals of the corrected samples are {np.sqrt(size / k):.2g} noise standard deviations, root mean "
-            f"square, which is not the law of the noise: {why}.")
-    warnings.warn(f"{note} Check the noise, the units of the sensors and the forward problem.", MeasurementWarning,
-                  stacklevel=4)
-    return (note,)
 
 
 def _moved(amortised: np.ndarray, found: Corrected) -> tuple[float, float]:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 
 from fem_diffusion import files
-from fem_diffusion.checks import check_count, check_file, check_flag, check_kind, check_number, check_seed, check_text
+from fem_diffusion.checks import (
+    alike, check_count, check_file, check_flag, check_kind, check_number, check_seed, check_text,
+)
 from fem_diffusion.errors import InputError, InstallError, SolveError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.problem import InverseProblem
@@ -105,7 +107,9 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     comm = problem.comm
     path = on_root(comm, lambda: check_file(path))
     on_root(comm, lambda: bool(_template()))
-    seed, solves = check_seed(seed), check_count(solves, "solves", least=2)
+    seed, solves, draws = alike(comm, lambda: {
+        "seed": check_seed(seed), "solves": check_count(solves, "solves", least=2),
+        "draws": None if draws is None else check_count(draws, "draws", least=2)})
     progress = check_flag(progress, "progress")
     for label, text in (("question", question), ("title", title), ("mesh_units", mesh_units)):
         check_kind(text, label, (str, type(None)), "a string")
@@ -154,7 +158,7 @@ def _drawn(posterior: Any, draws: int | None, seed: int, progress: bool) -> Samp
     """Samples of a posterior, as many as it has where that is less than usual."""
     held = getattr(posterior, "draws", None)
     most = len(held) if isinstance(held, Samples) else _DRAWS
-    n = min(_DRAWS, most) if draws is None else check_count(draws, "draws", least=2)
+    n = min(_DRAWS, most) if draws is None else draws
     more: dict[str, Any] = {} if isinstance(held, Samples) or not hasattr(posterior, "conditioned") else {
         "progress": progress}
     return posterior.sample(n, seed=seed, **more)

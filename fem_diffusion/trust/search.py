@@ -21,8 +21,8 @@ __all__ = ["PILOT", "Run", "linearise", "searched"]
 PILOT = 200
 # Derivatives at most, and latents for each solve that one of them costs, at least.
 _SLOPES, _TELLING = 60, 2
-# Gradients, at least and at most, and share of the solves that a search may take.
-_FEWEST_STEPS, _SEARCH, _SHARE = 30, 300, 0.2
+# Gradients, at least and at most, share of the solves that a search may take, and share at which it is stopped.
+_FEWEST_STEPS, _SEARCH, _SHARE, _STOPPED = 30, 300, 0.2, 0.75
 # Solves of a linearisation with which Gauss-Newton steps are cheap, steps that they may take, and searches.
 _DIRECT, _STEPS, _STARTS = 40, 15, 4
 
@@ -105,7 +105,11 @@ def searched(run: Run, learner: Learner, samples: np.ndarray) -> tuple[np.ndarra
         for row, (centre, factor) in zip(answer, found):
             row[:] = np.concatenate([centre, factor.ravel()])
         return np.concatenate([answer.ravel(), [latent.solves - before[0], latent.pulls - before[1]]])[None]
-    answer = run.journal.ask(np.zeros((1, r)), search)[0]
+    latent.limit = latent.solves + int(_STOPPED * run.left), latent.pulls + int(_STOPPED * run.left)
+    try:
+        answer = run.journal.ask(np.zeros((1, r)), search)[0]
+    finally:
+        latent.limit = None
     run.spend(*(int(x) for x in answer[-2:]))
     found = [row for row in answer[:-2].reshape(_STARTS, -1) if np.isfinite(row).all()]
     if not found:

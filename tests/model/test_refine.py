@@ -2,11 +2,12 @@
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from firedrake import Function, FunctionSpace, UnitIntervalMesh
+from firedrake import Ensemble, Function, FunctionSpace, UnitIntervalMesh
 from mpi4py import MPI
 
 from fem_diffusion import (
@@ -14,7 +15,7 @@ from fem_diffusion import (
     karhunen_loeve, load_model, point_sensors, refine, simulate,
 )
 from fem_diffusion.diffusion import MeasurementWarning
-from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.errors import DataError, FileError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.model.refine import _Ellipsoid, _inside, _walk
 
@@ -172,6 +173,89 @@ def test_a_model_of_a_family_is_refined_for_the_sensors_of_the_measurement():
     assert len(refined.condition([0.5, 1.0]).sample(3, seed=1, progress=False)) == 3
     with pytest.raises(DataError, match="with the states of its training"):
         refine(model, replace(data, states=None), [0.5, np.nan, 1.0], 60, **given)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_killed_run_goes_on_and_solves_nothing_twice(quick, tmp_path):
+    model, data = quick
+    calls = []
+
+    def run(most=1000, path=tmp_path, n=60, **change):
+        calls.clear()
+
+        def solve(m):
+            if len(calls) == most:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return _solve(m)
+        counted = replace(model, problem=_problem(model.problem.noise, solve))
+        return refine(counted, data, n=n, path=path, **{"y": Y, "options": QUICK} | SILENT | change)
+    refined, more = run(path=None)
+    with pytest.raises(KeyboardInterrupt):
+        run(most=45)
+    # One is asked again, so that a changed solver shows; of the block that was cut off five are.
+    found, again = run()
+    assert len(calls) == 60 - 45 + 1 + (45 - 30) % 8
+    np.testing.assert_array_equal(again.readings, more.readings)
+    np.testing.assert_array_equal(again.coefficients, more.coefficients)
+    draws = [x.condition(Y).sample(5, seed=1, progress=False).latents for x in (found, refined)]
+    np.testing.assert_array_equal(*draws)
+    # Training may turn out otherwise, as on another machine: what was solved is kept all the same.
+    _, other = run(options=replace(QUICK, seed=3))
+    assert len(calls) == 1
+    np.testing.assert_array_equal(other.readings, more.readings)
+    for change in ({"seed": 6}, {"n": 62}, {"y": Y + 5 * STD}):
+        with pytest.raises(FileError, match="belongs to another run|computed by another"):
+            run(**change)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_failure_stays_one_when_a_run_goes_on(quick, tmp_path):
+    model, data = quick
+
+    def solve(m):
+        if m.dat.data_ro[3] > 1.0:
+            raise SolveError("no state.")
+        return _solve(m)
+    failing = replace(model, problem=_problem(model.problem.noise, solve))
+    first, second = (refine(failing, data, Y, 60, options=QUICK, path=tmp_path, **SILENT)[1] for _ in range(2))
+    assert 100 < len(first) < 160
+    np.testing.assert_array_equal(first.readings, second.readings)
+
+
+@pytest.mark.parallel(2)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_members_of_an_ensemble_share_the_solves(tmp_path):
+    """Each on a mesh of its own rank, they get the model and the pairs that one alone gets, for half of the solves."""
+    world, counts = MPI.COMM_WORLD, []
+    ensemble, folder = Ensemble(world, 1), Path(world.bcast(str(tmp_path)))
+    W = FunctionSpace(UnitIntervalMesh(8, comm=ensemble.comm), "CG", 1)
+
+    def solve(m):
+        counts.append(1)
+        if m.dat.data_ro[4] > 0.9:
+            raise SolveError("no state.")
+        return Function(W).interpolate(m + m**3)
+    for noise in (GaussianNoise(std=0.1), CallableNoise(_hidden)):
+        problem = InverseProblem(GaussianPrior(W, 1.0, 0.5), solve, point_sensors(W, [[0.2], [0.6]]), noise)
+        data = simulate(problem, 100, seed=1, skip=0.5, progress=False)
+        model = fit(problem, data, basis=karhunen_loeve(problem.prior, 2), options=QUICK, progress=False)
+        given = {"options": QUICK} | SILENT
+        alone, pairs = refine(model, data, [0.3, 0.4], 60, **given)
+        counts.clear()
+        name = type(noise).__name__
+        shared, found = refine(model, data, [0.3, 0.4], 60, ensemble=ensemble, path=folder / name, **given)
+        assert len(counts) in (30, 31)   # one of them again, where a folder is there
+        np.testing.assert_allclose(found.readings, pairs.readings, rtol=1e-10)
+        np.testing.assert_allclose(found.coefficients, pairs.coefficients, rtol=1e-10)
+        z = [x.condition([0.3, 0.4]).sample(4, seed=1, progress=False).latents for x in (shared, alone)]
+        np.testing.assert_allclose(*z, rtol=1e-6)
+        counts.clear()
+        again = refine(model, data, [0.3, 0.4], 60, ensemble=ensemble, path=folder / name, **given)[1]
+        assert world.allreduce(len(counts)) == 1
+        np.testing.assert_array_equal(again.readings, found.readings)
+        with pytest.raises(InputError, match="seed is another one"):
+            refine(model, data, [0.3, 0.4], 60, ensemble=ensemble, **given | {"seed": world.rank})
 
 
 @pytest.mark.parallel(2)

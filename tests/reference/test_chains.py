@@ -9,7 +9,7 @@ import pytest
 import torch
 from firedrake import COMM_WORLD, FunctionSpace, UnitSquareMesh, conditional, gt
 
-from fem_diffusion.diffusion import CallableNoise
+from fem_diffusion.diffusion import CallableNoise, MeasurementWarning
 from fem_diffusion.errors import FileError, InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion
@@ -294,14 +294,16 @@ def test_chains_that_stay_apart_are_refused():
         accepted_chains(latent, found, "hmc", asked=None, path=None, **settings)
     with pytest.raises(SolveError, match="They are kept in here"):
         accepted_chains(latent, found, "hmc", asked=None, path="here", **settings)
-    with pytest.warns(ConvergenceWarning) as told:
+    # Draws of another law have other residuals, too.
+    with pytest.warns((ConvergenceWarning, MeasurementWarning)) as told:
         accepted_chains(latent, found, "hmc", asked=100, path=None, **settings)
-    assert "not quite converged: the largest R-hat" in str(told[0].message)
+    first, second = (str(x.message) for x in told[:2])
+    assert "not quite converged: the largest R-hat" in first and "The residuals of the draws are" in second
 
 
 def test_a_budget_of_solves_ends_a_run():
     found = _run(Toy(), budget=9000, exact=True, draws=None, warmup=50)
-    assert 9000 <= found.solves < 9000 + 8 * 65
+    assert 9000 - 8 * 65 < found.solves <= 9000
     assert found.draws.shape[0] == 8 and np.isfinite(found.energies).all() and found.draws.shape[1] > 5
     none = _run(Toy(), budget=100, exact=True, draws=None)
     assert none.draws.shape[1] == 0 and np.isnan(none.rhat).all() and not none.converged

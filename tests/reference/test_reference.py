@@ -192,7 +192,7 @@ def test_gradients_of_pointwise_and_of_other_transforms_are_right(curved):
     rng = np.random.default_rng(0)
     for problem in (curved, mixing):
         latent = LatentProblem(problem, Y, karhunen_loeve(problem.prior, 5))
-        assert latent._pointwise == (problem is curved)
+        assert latent._back._pointwise == (problem is curved)
         z, d = rng.standard_normal((2, 5))
         jacobian = latent.linearised(z)[1]
         step = 1e-5 * d[None]

@@ -1,5 +1,6 @@
 """Verdicts on posteriors that are right, and on every usual fault; exact ones pass."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -16,6 +17,8 @@ from fem_diffusion import (
 
 V = FunctionSpace(UnitIntervalMesh(20, comm=MPI.COMM_SELF), "CG", 1)
 STD = 0.3
+# Posteriors that are exact for another problem say so.
+TOLD = pytest.mark.filterwarnings("ignore::fem_diffusion.diffusion.MeasurementWarning")
 
 
 class Bent:
@@ -138,6 +141,7 @@ def test_every_fault_of_a_posterior_is_recognised(verdict, bend, number):
         assert abs(shift - 0.95 * FAULTS[verdict].get("shift", 0.05)) < 0.15
 
 
+@TOLD
 @pytest.mark.parametrize("bend, number", [(0.0, 30), (0.4, 10), pytest.param(0.15, 100, marks=pytest.mark.slow)])
 def test_a_measurement_that_goes_not_with_its_model_is_recognised(bend, number):
     for fault in ({"broken": 10 * STD}, {"noise": 3.0}):
@@ -153,6 +157,7 @@ def test_a_measurement_that_goes_not_with_its_model_is_recognised(bend, number):
             assert sum("noise is larger than assumed" in str(x) for x in found) >= 0.7 * number
 
 
+@TOLD
 def test_noise_that_is_smaller_than_assumed_is_recognised_where_there_are_sensors_enough():
     found = _run(_problem(k=60), 20, noise=1 / 3)
     assert sum("noise is smaller than assumed" in str(x) for x in found) >= 18
@@ -175,6 +180,7 @@ def _skew_density(y, clean):
     return torch.where(away > 0, -away, -torch.inf).sum(1) - len(y) * np.log(STD)
 
 
+@TOLD
 @pytest.mark.parametrize("density", [None, _skew_density], ids=["without density", "with density"])
 def test_noise_of_the_users_own_is_taken_as_it_is_drawn(density):
     problem, gauss = _problem(noise=CallableNoise(_skew, density)), _problem()
@@ -221,6 +227,34 @@ def test_many_sensors_do_not_cost_an_adjoint_solve_each():
         found = _run(problem, 10, **fault)
         assert sum(x.verdict == name for x in found) >= 9, (name, Counter(x.verdict for x in found))
         assert found[0].solves < 70 and found[0].pulls < 50
+
+
+class Folded(Bent):
+    """The state m³ - 3m, which has a top of 2 at m = -1."""
+
+    def solve_many(self, parameters):
+        return parameters**3 - 3 * parameters
+
+    def sensitivity(self, m, rows):
+        return (rows.toarray() if issparse(rows) else rows) * (3 * m.dat.data_ro**2 - 3)
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_samples_from_which_no_step_leads_to_the_measurement_are_no_verdict_on_sensors(k):
+    """On the top of a fold at -1 the search ends at once; a parameter of 2.49 would give the readings of 9."""
+    problem, y = _problem(forward=Folded(0.0), k=k), np.full(k, 9.0)
+
+    def around(centre):
+        found = check(Given(problem, y, lambda n, seed: centre + 0.05 * problem.prior.sample_many(n, seed)))
+        return found, [line for line in found.sentences if "No parameter near the samples explains" in line]
+    found, (lost,) = around(-1.0)
+    assert found.verdict == "biased" and found.light == "red" and found.misfit > 20
+    # 7 / 0.3 noise standard deviations.
+    assert re.search(r"leaves 2[23] times the residual of the noise. The samples are far from the posterior", lost)
+    assert "laplace(problem, y) tells. posterior.correct(...) mends that" in lost
+    assert not any("conflicts with model or noise" in line for line in found.sentences)
+    # Beside the truth the same measurement is explained.
+    assert not around(2.45)[1]
 
 
 def test_a_check_says_what_it_found_and_draws_it(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from firedrake import Function, FunctionSpace, SpatialCoordinate, UnitIntervalMesh, sin
 
 from fem_diffusion.diffusion import GaussianNoise, MeasurementWarning, TrainingOptions
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.model.fit import fit
 from fem_diffusion.observation.family import SensorFamily, SensorKind
@@ -20,6 +20,7 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.exact import exact
 from fem_diffusion.samples import load_samples
 from fem_diffusion.simulation.simulate import simulate
+from fem_diffusion.trust import correct as module, start
 
 POOR = TrainingOptions(steps=60, evaluate_every=20, width=16, depth=1, batch=32)
 PLACES = [[0.2], [0.5], [0.85]]
@@ -159,3 +160,71 @@ def test_noise_that_is_three_times_what_was_said_is_told():
     with pytest.warns(MeasurementWarning, match="in conflict with the problem"):
         samples = posterior.correct(solves=700, seed=1, progress=False)
     assert "in conflict" in str(samples.certificate)
+
+
+class Counted:
+    """m -> m + m³/2, with its derivative, counted."""
+
+    def __init__(self, V, fails=lambda row: False):
+        self.M = self.U = V
+        self.fails, self.solves, self.pulls = fails, 0, 0
+
+    def __call__(self, m):
+        return Function(self.U, val=self.solve_many(m.dat.data_ro[None])[0])
+
+    def solve_many(self, parameters):
+        self.solves += len(parameters)
+        rows = parameters + parameters**3 / 2
+        rows[[self.fails(row) for row in parameters]] = np.nan
+        return rows
+
+    def sensitivity(self, m, rows):
+        self.pulls += rows.shape[0]
+        return (rows.toarray() if hasattr(rows, "toarray") else rows) * (1 + 1.5 * m.dat.data_ro**2)
+
+
+@pytest.mark.filterwarnings("ignore::fem_diffusion.reference.chains.ConvergenceWarning")
+@pytest.mark.parametrize("how, solves", [
+    ("as it is", 100), ("as it is", 133), ("as it is", 600), ("searched", 600), ("searched", 1500),
+    ("by gradients", 2500), ("by gradients at once", 9000)])
+def test_no_more_solves_are_spent_than_asked(how, solves, monkeypatch):
+    """Whatever leads to the samples, and what they lack of further modes is looked at."""
+    V, _ = line()
+    solver = Counted(V)
+    case = problem(solver)
+    posterior = trained(case).condition(measured(case, 7))
+    if how == "searched":
+        monkeypatch.setattr(module, "_FAR", -np.inf)
+    elif how != "as it is":
+        name, value = ("_NEVER", 1.1) if how == "by gradients" else ("_FAR", -np.inf)
+        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(module, "_KHAT", -1.0)
+        monkeypatch.setattr(module, "_HOPE", 0.0)
+        monkeypatch.setattr(module, "_LEARNING", 0.9)
+    solver.solves = solver.pulls = 0
+    try:
+        certificate = posterior.correct(solves=solves, seed=2, progress=False).certificate
+    except SolveError as error:
+        assert solves < 600 and "Give about solves=" in str(error)
+    else:
+        assert certificate.solves == solver.solves and certificate.pulls == solver.pulls
+        assert certificate.method == "gradient moves" or "gradients" not in how
+    assert solver.solves <= solves and solver.pulls <= solves
+
+
+def test_a_look_at_further_modes_that_fails_is_counted_and_told(monkeypatch):
+    """NaN is no small number."""
+    V, prior = line()
+    few = karhunen_loeve(prior, 4)
+
+    def beyond(row):
+        return np.abs(row - few.decode(few.encode(row[None]))[0]).max() > 1e-8
+    solver = Counted(V)
+    case = InverseProblem(prior, solver, point_sensors(V, PLACES), GaussianNoise(std=0.3))
+    posterior = trained(case).condition(measured(case, 7))
+    # The correction stays in the modes of the model, as where modes are too many.
+    monkeypatch.setattr(start, "extended", lambda basis: basis)
+    solver.fails, solver.solves = beyond, 0
+    certificate = posterior.correct(solves=800, seed=2, progress=False).certificate
+    assert np.isnan(certificate.unseen) and "is not known, because the forward problem fails" in str(certificate)
+    assert certificate.solves <= 800 and solver.solves <= 800
