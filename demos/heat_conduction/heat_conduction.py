@@ -140,9 +140,10 @@ def run(folder, n=6, pairs=4000, solves=2000, samples=2000, options=TrainingOpti
     print("residuals of the right posterior: {:.1f} to {:.1f} in 95 % of all cases".format(*law))
     draw(folder, truth, heat(truth), found, problem, y)
     posterior.report(
-        folder / "report.html", threshold=5.0, samples=corrected, seed=7, progress=progress, name="conductivity at T = 0",
-        units="W/(m K)", mesh_units="m", reading="temperature [K]", boundaries=[PIPE], question="How well does the "
-        "concrete conduct around the pipe, and is there a part above 5 W/(m K), which would be wet?")
+        folder / "report.html", threshold=5.0, samples=corrected, seed=7, progress=progress, units="W/(m K)",
+        name="conductivity at T = 0", mesh_units="m", reading="temperature [K]", boundaries=[PIPE],
+        question="How well does the concrete conduct around the pipe, and is there a part above 5 W/(m K), which "
+        "would be wet?")
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return rows
 

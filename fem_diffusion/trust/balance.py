@@ -1,13 +1,10 @@
 r"""Weights of a few solved draws that know the moments of many unsolved ones: control variates, kept as weights.
 
 Draws :math:`z_i` have weights :math:`w_i` of the posterior and :math:`v_i` of a law near it, of which a cloud of draws
-costs no solve. For features :math:`\varphi` of the field
-
-.. math:: E_{cloud}\,\varphi + \sum_i (w_i - v_i)\, \varphi(z_i)
-
-is a mean under the posterior whose error is that of the cloud and of what the two laws differ by. The weights
-:math:`u_i = w_i (1 + \lambda \cdot \varphi(z_i))` that have these means give all others by regression on the features
-(calibration estimators: Deville and Särndal 1992, section 2), and with many solves they are the :math:`w_i`.
+costs no solve. Factors :math:`1 + \lambda \cdot \varphi(z_i)` give features :math:`\varphi` of the field the means under
+:math:`v_i` that they have in the cloud (calibration estimators: Deville and Särndal 1992, section 2), and
+:math:`u_i = w_i (1 + \lambda \cdot \varphi(z_i))` leaves of the error of any mean what its terms, weight ratio times
+function, have beside their regression on the features. With many solves the :math:`u_i` are the :math:`w_i`.
 """
 
 import numpy as np
@@ -18,7 +15,7 @@ from fem_diffusion.reference.latents import LatentProblem
 __all__ = ["CLOUD", "balanced"]
 
 # Draws of the cloud for each solved one.
-CLOUD = 10
+CLOUD = 8
 # Effective draws for each feature, at least; principal components at most; coefficients of a rank that show these, and
 # draws that are decoded together.
 _SHARE, _MOST, _COLUMNS, _TOGETHER = 15, 12, 2000, 200
@@ -56,7 +53,7 @@ def balanced(latent: LatentProblem, z: np.ndarray, weights: np.ndarray, near: np
     mean, unit = theirs.mean(axis=0), theirs.std(axis=0)
     mine = (mine - mean) / np.where(unit > 0, unit, 1.0)
     # The cloud's own mean is zero in these units.
-    tilt, *_ = lstsq((mine * weights[:, None]).T @ mine, -near @ mine)
+    tilt, *_ = lstsq((mine * near[:, None]).T @ mine, -near @ mine)
     found = np.maximum(weights * (1 + mine @ tilt), 0)
     found /= found.sum()
     return latent.everyone.bcast(found if _LEFT * effective * (found**2).sum() < 1 else weights)
