@@ -1,8 +1,8 @@
 r"""Weights of a few solved draws that know the moments of many unsolved ones: control variates, kept as weights.
 
 Draws :math:`z_i` have weights :math:`w_i` of the posterior and :math:`v_i` of a law near it, of which a cloud of draws
-costs no solve. Factors :math:`1 + \lambda \cdot \varphi(z_i)` give features :math:`\varphi` of the field the means under
-:math:`v_i` that they have in the cloud (calibration estimators: Deville and Särndal 1992, section 2), and
+costs no solve. Factors :math:`1 + \lambda \cdot \varphi(z_i)` give features :math:`\varphi` of the field the means
+under :math:`v_i` that they have in the cloud (calibration estimators: Deville and Särndal 1992, section 2), and
 :math:`u_i = w_i (1 + \lambda \cdot \varphi(z_i))` leaves of the error of any mean what its terms, weight ratio times
 function, have beside their regression on the features. With many solves the :math:`u_i` are the :math:`w_i`.
 """

@@ -158,7 +158,7 @@ class Learner:
     def cloud(self, n: int) -> np.ndarray:
         """Draws (n, R) of the last of the surrogate laws whose draws have been solved."""
         self.surrogate, z = self.drew[-1], np.concatenate(self.drawn)
-        return self.move(np.resize(z, (n, z.shape[1])), Reach(2 * _ROUND))
+        return self.move(np.resize(z, (n, z.shape[1])), Reach(_ROUND))
 
     def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""

@@ -1,4 +1,4 @@
-"""Weights that know the moments of a cloud: nearer to the truth than those they came from, and right without a cloud."""
+"""Weights that know the moments of a cloud: nearer to the truth than those they came from, or as these are."""
 
 from types import SimpleNamespace
 
