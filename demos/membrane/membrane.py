@@ -21,7 +21,7 @@ from arviz_stats.base import array_stats
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    GaussianNoise, GaussianPrior, InputError, InverseProblem, TrainingOptions, fit, hmc, point_sensors,
+    GaussianNoise, GaussianPrior, InputError, InverseProblem, SolveError, TrainingOptions, fit, hmc, point_sensors,
     simulate,
 )
 from fem_diffusion.checks import read_arguments
@@ -116,22 +116,31 @@ def run(folder, pairs=10000, solves=(2000, 20000), samples=2000, options=Trainin
     print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
     posterior = model.condition(y)
     print(posterior.check(seed=3))
-    found, reference = {}, read_reference(reference)
+    found, corrected, reference = {}, None, read_reference(reference)
     try:
         found["amortised"] = posterior.sample(samples, seed=2, progress=progress)
     except InputError as error:
         print(f"no amortised samples: {error}")
     for count in solves:
         begun, before = time.perf_counter(), problem.forward.solves
-        found[f"corrected, {count} solves"] = corrected = posterior.correct(solves=count, seed=4, progress=progress)
-        print(f"{corrected.certificate}\n{problem.forward.solves - before} factorisations, "
-              f"{time.perf_counter() - begun:.0f} s")
+        try:
+            corrected = posterior.correct(solves=count, seed=4, progress=progress)
+            found[f"corrected, {count} solves"] = corrected
+            print(corrected.certificate)
+        except SolveError as error:
+            print(f"not corrected by {count} solves: {error}")
+        print(f"{problem.forward.solves - before} factorisations, {time.perf_counter() - begun:.0f} s")
     rows = {name: errors(draws.values, reference) for name, draws in found.items()}
     print("\n| posterior | distance of means, rms | ratio of std, least | most | rms of its logarithm |\n"
           "|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
     draw(folder, found, reference)
+    if corrected is not None:
+        posterior.report(
+            folder / "report.html", threshold=MEAN + STD, samples=corrected, progress=progress, name="log stiffness",
+            reading="deflection", question="How stiff is the membrane, block by block, and where is it above 6, as one "
+            "block in six is expected to be?")
     print(f"finished after {time.perf_counter() - start:.0f} s; pictures in {folder}", flush=True)
     return rows
 
