@@ -265,7 +265,7 @@ def _by_gradients(run: Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarra
         raise SolveError(_refusal(run, "No surrogate holds where the posterior is, and there were too few solves for "
                                        "chains with gradients", 1 + _WORTH * _FEW * 3 / run.budget))
     # One of few lengths, so that a somewhat longer run goes on where this one ends.
-    warmup = _WARM * 2**int(np.log2(max(budget // (_FEW * 30 * _WARM), 1)))
+    warmup = int(_WARM * 2**(round(2 * np.log2(max(budget / (_FEW * 30 * _WARM), 1))) / 2))
     name = f"gradients-{run.solves}-{warmup}.safetensors"
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
                      warmup=warmup, most=budget, budget=budget, exact=True,
