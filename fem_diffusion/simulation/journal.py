@@ -29,10 +29,14 @@ class Journal:
         Made where it is missing; None keeps nothing.
     comm : mpi4py.MPI.Comm
         Rank 0 of it reads and writes, and all get what it has.
+    extends : bool
+        Whether a run may go beyond the end of a former one, which asked otherwise near its end: from there on what is
+        kept is replaced.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, comm: MPI.Comm = MPI.COMM_WORLD) -> None:
-        self.folder, self.comm = None if folder is None else check_path(folder, "path"), comm
+    def __init__(self, folder: str | os.PathLike | None, comm: MPI.Comm = MPI.COMM_WORLD, extends: bool = False
+                 ) -> None:
+        self.folder, self.comm, self.extends = None if folder is None else check_path(folder, "path"), comm, extends
         self.asked = self.found = 0
         if self.folder is not None:
             made = self.folder
@@ -84,9 +88,20 @@ class Journal:
             asked = content.array("inputs", None, None)
             scale = np.abs(asked).max(initial=0.0)
             if asked.shape != inputs.shape or not np.allclose(asked, inputs, _SAME, _SAME * scale):
+                if self.extends and self.found:
+                    self._forget(index)
+                    return None
                 raise content.error("belongs to another run: its inputs are not those of this one")
             return content.array("answers", len(inputs), None, finite=False)
         return on_root(self.comm, look)
+
+    def _forget(self, index: int) -> None:
+        """Remove the blocks from this one on; on rank 0. The last goes first, so that no gap is left by a kill."""
+        last = index
+        while os.path.exists(self._path(last + 1)):
+            last += 1
+        for i in range(last, index - 1, -1):
+            os.remove(self._path(i))
 
     def _computed(self, inputs: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Answers (B, p), the same on all ranks."""

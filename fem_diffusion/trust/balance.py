@@ -1,14 +1,20 @@
 r"""Weights of a few solved draws that know the moments of many unsolved ones: control variates, kept as weights.
 
 Draws :math:`z_i` have weights :math:`w_i` of the posterior and :math:`v_i` of a law near it, of which a cloud of draws
-costs no solve. Factors :math:`1 + \lambda \cdot \varphi(z_i)` give features :math:`\varphi` of the field the means
-under :math:`v_i` that they have in the cloud (calibration estimators: Deville and Särndal 1992, section 2), and
-:math:`u_i = w_i (1 + \lambda \cdot \varphi(z_i))` leaves of the error of any mean what its terms, weight ratio times
-function, have beside their regression on the features. With many solves the :math:`u_i` are the :math:`w_i`.
+costs no solve. For features :math:`\varphi` of the field, whose mean in the cloud is zero, :math:`\sum_i v_i
+\varphi(z_i)` is an error that is known, and
+
+.. math:: u_i = w_i (1 + v_i\, t \cdot \varphi(z_i)), \qquad
+          t = -\Big(\sum_i v_i^2 \varphi \varphi^T\Big)^{-1} \sum_i v_i \varphi ,
+
+takes from every weighted mean what its terms :math:`w_i f(z_i)` have in common with it by regression (Owen, Monte
+Carlo theory, methods and examples, section 8.9). With many solves the known error vanishes, and u is w.
 """
 
 import numpy as np
+from mpi4py import MPI
 from scipy.linalg import eigh, lstsq
+from scipy.stats import norm
 
 from fem_diffusion.reference.latents import LatentProblem
 
@@ -19,8 +25,9 @@ CLOUD = 8
 # Effective draws for each feature, at least; principal components at most; coefficients of a rank that show these, and
 # draws that are decoded together.
 _SHARE, _MOST, _COLUMNS, _TOGETHER = 15, 12, 2000, 200
-# Share of the variance below which a component is rounding; least effective number after over before.
-_ROUNDING, _LEFT = 1e-10, 0.6
+# Share of the variance below which a component is rounding; least effective number over that of even weights, or of w;
+# chance of means so far apart below which the cloud is not believed.
+_ROUNDING, _LEFT, _CHANCE = 1e-10, 0.5, 1e-4
 
 
 def balanced(latent: LatentProblem, z: np.ndarray, weights: np.ndarray, near: np.ndarray, cloud: np.ndarray
@@ -28,35 +35,47 @@ def balanced(latent: LatentProblem, z: np.ndarray, weights: np.ndarray, near: np
     """Weights u (n,) of solved draws z (n, R), from w and v (n,) and the cloud (N, R) (collective).
 
     Features are products, up to the second order, of the leading principal components of the parameter's coefficients,
-    each in units of its own spread. Where there are too few draws for that, or weights would become uneven, w is
-    returned as it is.
+    each in units of its own spread. w is returned as it is where that would be no gain: there are too few draws, v or u
+    are uneven, the parameter is not finite, or the cloud is of another law than v.
     """
     comm, effective = latent.problem.comm, 1 / (weights**2).sum()
     count = min(int((np.sqrt(9 + 8 * effective / _SHARE) - 3) / 2), _MOST)
-    if count < 1:
+    if count < 1 or _LEFT * len(z) * (near**2).sum() > 1 or _apart(z, near, cloud):
         return weights
-    fields = _fields(latent, z)
+    fields, others = _fields(latent, z), _fields(latent, cloud)
+    if not comm.allreduce(np.isfinite(fields).all() and np.isfinite(others).all(), MPI.LAND):
+        return weights
     centre = weights @ fields
     spread = np.sqrt(weights @ (fields - centre)**2)
     spread[spread == 0] = 1.0
     rows = np.sqrt(weights)[:, None] * (fields - centre) / spread
     gram = comm.allreduce(rows @ rows.T)
-    values, vectors = eigh(gram, subset_by_index=[max(len(z) - count, 0), len(z) - 1])
+    values, vectors = comm.bcast(eigh(gram, subset_by_index=[max(len(z) - count, 0), len(z) - 1]))
     there = values > _ROUNDING * gram.trace()
+    if not there.any():
+        return weights
     loadings = rows.T @ (vectors[:, there] / values[there])
 
     def features(fields: np.ndarray) -> np.ndarray:
         x = comm.allreduce((fields - centre) / spread @ loadings)
         one, other = np.triu_indices(x.shape[1])
         return np.hstack([x, x[:, one] * x[:, other]])
-    mine, theirs = features(fields), features(_fields(latent, cloud))
+    mine, theirs = features(fields), features(others)
     mean, unit = theirs.mean(axis=0), theirs.std(axis=0)
-    mine = (mine - mean) / np.where(unit > 0, unit, 1.0)
-    # The cloud's own mean is zero in these units.
-    tilt, *_ = lstsq((mine * near[:, None]).T @ mine, -near @ mine)
-    found = np.maximum(weights * (1 + mine @ tilt), 0)
-    found /= found.sum()
-    return latent.everyone.bcast(found if _LEFT * effective * (found**2).sum() < 1 else weights)
+    terms = near[:, None] * (mine - mean) / np.where(unit > 0, unit, 1.0)
+    tilt, *_ = lstsq(terms.T @ terms, -terms.sum(axis=0))
+    found = np.maximum(weights * (1 + terms @ tilt), 0)
+    good = _LEFT * effective * (found**2).sum() < found.sum()**2
+    return latent.everyone.bcast(found / found.sum() if good else weights)
+
+
+def _apart(z: np.ndarray, near: np.ndarray, cloud: np.ndarray) -> bool:
+    """Whether draws with weights v and the cloud have other means of a latent, more than chance makes them."""
+    mean = cloud.mean(axis=0)
+    terms = near[:, None] * (z - mean)
+    error = np.sqrt((terms**2).sum(axis=0) + cloud.var(axis=0) / len(cloud))
+    largest = np.abs(terms.sum(axis=0) / np.where(error > 0, error, 1.0)).max(initial=0.0)
+    return bool(2 * norm.sf(largest) * z.shape[1] < _CHANCE)
 
 
 def _fields(latent: LatentProblem, z: np.ndarray) -> np.ndarray:

@@ -116,6 +116,8 @@ class Local:
         good = np.isfinite(found[0]).all(axis=1) & (True if found[1] is None else np.isfinite(found[1]))
         self.samples, self.readings, self.failed = z[good], found[0][good], int((~good).sum())
         self.lost = self.failed > len(z) - _FEWEST
+        # Then the solves that samples have not taken are left for derivatives.
+        rows = rows or (smooth and self.lost)
         if self.failed:
             self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples, or they are more than"
                               f" {FAR:g} prior standard deviations out: they do not belong to this problem.")

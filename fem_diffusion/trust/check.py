@@ -170,7 +170,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     notes += found.notes
     if not found.settled:
         light = "yellow" if light == "green" else light
-        if verdict == "trustworthy" and misfit > np.sqrt(chi2(len(y)).isf(_LEVEL) / len(y)):
+        if verdict == "trustworthy" and not found.lost and misfit > np.sqrt(chi2(len(y)).isf(_LEVEL) / len(y)):
             verdict, light = "conflict", "red"
             sentences = [f"Samples miss the readings by {_size(misfit)} noise standard deviations (root mean square), "
                          "and about 1 is expected: model, noise or posterior are wrong."]

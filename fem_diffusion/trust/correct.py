@@ -47,9 +47,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Corrected", "correct", "corrected"]
 
-_LEAST = 100
+_LEAST = 200
 # Solves that are kept together, and chains; fewer solutions or draws of a chain than the last are none.
 _BLOCK, _CHAINS, _FEWEST = 50, 50, 4
+# Amortised samples that are drawn together.
+_MANY = 500
 # Rounds grow with the solves so far, so that their number stays small.
 _GROWTH = 0.25
 # Rounds after which a temperature above that of the start, and above this, says that no surrogate holds.
@@ -70,6 +72,8 @@ _ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT = 30.0, 1.2, 100.0, 1.05
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
 _FEW, _TOLD = 8, 0.9
+# Iterations of a warm-up, at least.
+_WARM = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +139,8 @@ def corrected(latent: LatentProblem, start: Start, says: Likelihood, solves: int
     """Latents of the posterior from a start, by at most so many solves; SolveError where they do not suffice."""
     run = Run(latent, solves, seed, path, progress)
     with run.shown:
-        z = start.z[:min(PILOT, solves // 2)]
-        readings = run.solve(z)
+        z = start.z[:min(PILOT, solves // 2 // _BLOCK * _BLOCK)]
+        readings = run.solve_all(z, _BLOCK)
         if start.log_density is not None:
             found = _weighted(run, start, z, readings)
             if found is not None:
@@ -158,10 +162,11 @@ def _weighted(run: Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Co
     pilot = smoothed(_energy(run.latent, z, readings), -density)
     if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _GOOD_ESS * len(z):
         return None
-    more = start.more(run.left)
-    z, density = np.vstack([z, more]), np.concatenate([density, start.log_density(more)])
-    parts = np.split(more, np.arange(_BLOCK, len(more), _BLOCK))
-    readings = np.vstack([readings, *(run.solve(part) for part in parts if len(part))])
+    while run.left:
+        # As many each time, whatever is left: so a longer run asks the same first.
+        more = start.more(_MANY)[:run.left]
+        z, density = np.vstack([z, more]), np.concatenate([density, start.log_density(more)])
+        readings = np.vstack([readings, run.solve_all(more, _BLOCK)])
     weights = smoothed(_energy(run.latent, z, readings), -density)
     return Corrected(z, readings, "weights", run.solves, run.pulls, weights.ess, weights.khat, made=len(z),
                      weights=weights.values, near=np.full(len(z), 1 / len(z)), cloud=start.more(CLOUD * len(z)))
@@ -194,7 +199,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         start = np.resize(points, (size, z.shape[1]))
         points = on_root(comm, lambda: learner.propose(start))
         new = points[:run.left // _BLOCK * _BLOCK]
-        found = np.concatenate([run.solve(new[i:i + _BLOCK]) for i in range(0, len(new), _BLOCK)])
+        found = run.solve_all(new, _BLOCK)
         if on_root(comm, lambda: learner.judge(new, found)):
             kept.append((new, found, _energy(latent, new, found)))
         linearise(run, learner, new, found)
@@ -208,7 +213,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights, near = on_root(comm, lambda: learner.weigh(real))
         rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
-        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z)))
+        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z), near.values))
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat,
                          rhat, made=len(z), weights=weights.values, near=near.values, cloud=cloud)
     return _chains(run, learner, points)
@@ -230,7 +235,9 @@ def _chains(run: Run, learner: Learner, z: np.ndarray) -> Corrected:
         found = run.solve(new)
         ours = _energy(latent, new, found)
         # A chain that starts where the forward problem fails leaves at the first chance.
-        gain = np.where(np.isfinite(ours), np.where(np.isfinite(real), real - law - ours + theirs, np.inf), -np.inf)
+        with np.errstate(invalid="ignore"):
+            gain = np.where(np.isfinite(real), real - law - ours + theirs, np.inf)
+        gain = np.where(np.isfinite(ours), gain, -np.inf)
         accept = comm.bcast(np.log(rng.uniform(size=len(z))) < gain)
         z, readings = np.where(accept[:, None], new, z), np.where(accept[:, None], found, readings)
         real, law = np.where(accept, ours, real), np.where(accept, theirs, law)
@@ -257,11 +264,13 @@ def _by_gradients(run: Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarra
     if budget < _WORTH * _FEW:
         raise SolveError(_refusal(run, "No surrogate holds where the posterior is, and there were too few solves for "
                                        "chains with gradients", 1 + _WORTH * _FEW * 3 / run.budget))
-    before = latent.solves, latent.pulls
+    # One of few lengths, so that a somewhat longer run goes on where this one ends.
+    warmup = _WARM * 2**int(np.log2(max(budget // (_FEW * 30 * _WARM), 1)))
+    name = f"gradients-{run.solves}-{warmup}.safetensors"
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
-                     warmup=max(20, budget // (_FEW * 30)), most=budget, budget=budget, exact=True,
-                     path=None if run.path is None else run.path / f"gradients-{run.solves}.safetensors")
-    run.spend(latent.solves - before[0], latent.pulls - before[1])
+                     warmup=warmup, most=budget, budget=budget, exact=True,
+                     path=None if run.path is None else run.path / name)
+    run.spend(chains.solves, chains.pulls)
     draws = chains.draws.reshape(-1, latent.r)
     looks = draws[np.random.default_rng(stream(run.seed, "looks")).permutation(len(draws))[:_CHAINS]]
     return Corrected(draws, run.solve(looks), "gradient moves", run.solves, run.pulls, float(chains.bulk.min()),
@@ -300,11 +309,14 @@ def _refusal(run: Run, why: str, factor: float) -> str:
 
 
 def _chosen(found: Corrected, draws: int | None, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of the latents that become samples: by weight, or evenly spread over the chains."""
-    if found.weights is not None:
-        return resample(found.weights, len(found.z) if draws is None else draws, rng)
+    """Numbers of the latents that become samples: by weight, or any of the chains'."""
     n = len(found.z)
-    return np.arange(n) if draws is None else (np.arange(draws) * n) // draws
+    if found.weights is not None:
+        return resample(found.weights, n if draws is None else draws, rng)
+    if draws is None:
+        return np.arange(n)
+    whole = np.tile(np.arange(n), draws // n)
+    return np.concatenate([whole, rng.permutation(n)[:draws - len(whole)]])
 
 
 def _moved(amortised: np.ndarray, found: Corrected) -> tuple[float, float]:

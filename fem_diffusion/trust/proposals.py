@@ -149,16 +149,16 @@ class Learner:
 
         Those of the posterior, and those of the last of the surrogate laws.
         """
-        z = np.concatenate(self.drawn)
+        self.surrogate, self.temper, z = self.drew[-1], 1.0, np.concatenate(self.drawn)
         prior = self.prior_energy(z)
         energies = np.stack([prior - self.says.log_density(surrogate(z)) for surrogate in self.drew])
-        law = mixture(energies, np.array([len(part) for part in self.drawn]))
+        law = mixture(energies, np.array([len(part) for part in self.drawn]), former=True)
         return smoothed(real, law), smoothed(energies[-1], law)
 
-    def cloud(self, n: int) -> np.ndarray:
-        """Draws (n, R) of the last of the surrogate laws whose draws have been solved."""
-        self.surrogate, z = self.drew[-1], np.concatenate(self.drawn)
-        return self.move(np.resize(z, (n, z.shape[1])), Reach(_ROUND))
+    def cloud(self, n: int, near: np.ndarray) -> np.ndarray:
+        """Draws (n, R) of the last of the surrogate laws whose draws have been solved, with their weights of it."""
+        z = np.concatenate(self.drawn)
+        return self.move(z[resample(near, n, self.rng)], Reach(_ROUND))
 
     def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""

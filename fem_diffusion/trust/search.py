@@ -43,7 +43,7 @@ class Run:
 
     def open(self, name: str) -> Journal:
         """What keeps the solves of a phase."""
-        return Journal(None if self.path is None else self.path / name, self.comm)
+        return Journal(None if self.path is None else self.path / name, self.comm, extends=True)
 
     def spend(self, solves: int, pulls: int = 0) -> None:
         """Count solves."""
@@ -55,6 +55,11 @@ class Run:
         readings = self.journal.ask(z, self.latent.readings)
         self.spend(len(z))
         return readings
+
+    def solve_all(self, z: np.ndarray, size: int) -> np.ndarray:
+        """Readings (B, k) at latents (B, R), of which `size` are kept together."""
+        parts = [self.solve(z[i:i + size]) for i in range(0, len(z), size)]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.latent.y)))
 
 
 def linearise(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> None:

