@@ -31,6 +31,7 @@ from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as Adve
 from fem_diffusion.forward.callable import CallableForward as CallableForward
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
+from fem_diffusion.forward.steady import Steady as Steady
 from fem_diffusion.forward.taped import Taped as Taped
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion as TransientAdvectionDiffusion
 from fem_diffusion.model.fit import fit as fit

@@ -19,21 +19,40 @@ doi:10.1016/0045-7825(91)90041-4), which follows stretched cells: ``τ⁻² = v�
 A discontinuous V has upwind advection and interior penalty diffusion instead: see `weak_forms`.
 """
 
-import numpy as np
+from collections.abc import Mapping
+
 from firedrake import Function
-from firedrake.adjoint import stop_annotating
 from firedrake.functionspaceimpl import WithGeometry
+from pyadjoint import no_annotations
 
-from fem_diffusion.fields.coefficients import coefficients
-from fem_diffusion.forward.blocks import BlockForward, check_parameter
-from fem_diffusion.forward.physics import Boundary, Physics
+from fem_diffusion.checks import check_options
+from fem_diffusion.fields.checks import check_coefficients, check_solver
+from fem_diffusion.fields.coefficients import require_real
+from fem_diffusion.forward.equation import Equation, equation
+from fem_diffusion.forward.one_step import OneStep
+from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
+from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.forward.steady import Steady
-from fem_diffusion.forward.unknowns import Name
+from fem_diffusion.forward.unknowns import Name, check_spaces, read
 
-__all__ = ["AdvectionDiffusion"]
+__all__ = ["AdvectionDiffusion", "posed"]
 
 
-class AdvectionDiffusion(BlockForward):
+def posed(V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
+          solver: tuple[str | Mapping, str | None], steps: TimeSteps | None = None, **given: object
+          ) -> tuple[Equation, Function, dict]:
+    """The equation, its parameter and the options of PETSc, from what users give, checked."""
+    require_real()
+    check_spaces(V, M)
+    given = check_coefficients(V.mesh(), **vars(check_options(physics, Physics, "physics")),
+                               **vars(check_options(bcs, Boundary, "bcs")), **given)
+    parameters, m = check_solver(*solver, V.comm), Function(M, name="parameter")
+    unknowns = read(unknown, V, M, m, given, steps)
+    advective = physics.velocity is not None or any(x.kind == "velocity" for x in unknowns)
+    return equation(V, unknowns, given, steps), m, linear_options(parameters, V, advective)
+
+
+class AdvectionDiffusion(Steady):
     """The map from unknown coefficients to the state of ``v·∇u - ∇·(κ∇u) + r(u) = f``.
 
     Parameters
@@ -75,33 +94,9 @@ class AdvectionDiffusion(BlockForward):
         Wrong spaces, shapes, unknown, markers or options, or conditions that leave u undetermined; a complex PETSc.
     """
 
-    _march: Steady
-
+    @no_annotations
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics = Physics(),
                  bcs: Boundary = Boundary(), *, supg: bool | str = "auto", solver_parameters: str | dict = "direct",
                  options_prefix: str | None = None) -> None:
-        super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), supg=supg)
-        self.U, self.u, self.F, self.bcs = V, self._march.u, self._march.R, self._march.bcs
-
-    def _alone(self, m: Function) -> Function:
-        self._march.assign(m)
-        return self._march.solve().copy(deepcopy=True)
-
-    def linearise_at(self, m: Function) -> None:
-        """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
-
-        Without it single solves start from zero, and the first block keeps the Jacobian at the mean of its parameters,
-        or at zero where that fails; blocks start from the state there. For a reaction with several solutions this
-        choice may decide which one is found: then call this with a typical parameter first, such as the prior mean.
-        It raises what one solve raises.
-        """
-        check_parameter(m, self.M)
-        with stop_annotating():
-            self._march.refer(m)
-
-    def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
-        if not self._march.varying:
-            return None
-        self._march.assign(m)
-        u = coefficients(self._march.solve() if state is None else state)
-        return [u, u]
+        e, parameter, options = posed(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), supg=supg)
+        self._pose(OneStep(e, M, options, options_prefix, parameter))

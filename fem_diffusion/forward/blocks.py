@@ -12,18 +12,14 @@ from pyadjoint import Block, get_working_tape, no_annotations, stop_annotating
 from scipy.sparse import spmatrix
 from ufl.core.expr import Expr
 
-from fem_diffusion.checks import check_count, check_options
+from fem_diffusion.checks import check_count
 from fem_diffusion.errors import InputError, SolveError
-from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, require_real
-from fem_diffusion.fields.checks import check_coefficients, check_function, check_solver
+from fem_diffusion.fields.coefficients import assign, coefficients, owned_size
+from fem_diffusion.fields.checks import check_function
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.forward.equation import equation
 from fem_diffusion.forward.march import March
-from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.protocol import dense_rows
-from fem_diffusion.forward.solvers import NOT_FINITE, linear_options, norms
-from fem_diffusion.forward.steady import Steady
-from fem_diffusion.forward.unknowns import Name, check_spaces, read
+from fem_diffusion.forward.solvers import NOT_FINITE, norms
 
 __all__ = ["BlockForward", "check_parameter"]
 
@@ -37,24 +33,12 @@ class BlockForward:
 
     U: WithGeometry
 
-    @no_annotations
-    def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], physics: Physics, bcs: Boundary,
-                 solver: tuple[str | Mapping, str | None], steps: TimeSteps | None = None, **given: object) -> None:
-        require_real()
-        check_spaces(V, M)
-        given = check_coefficients(V.mesh(), **vars(check_options(physics, Physics, "physics")),
-                                   **vars(check_options(bcs, Boundary, "bcs")), **given)
-        parameters, prefix = check_solver(*solver, V.comm), solver[1]
-        self.V, self.M, self.m = V, M, Function(M, name="parameter")
-        self._unknowns = read(unknown, V, M, self.m, given, steps)
-        advective = physics.velocity is not None or any(x.kind == "velocity" for x in self._unknowns)
-        options = linear_options(parameters, V, advective)
-        e = equation(V, self._unknowns, given, steps)
-        self._march = March(e, M, options, prefix) if steps else Steady(e, M, options, prefix, self.m)
-        self.linear, self.operator_depends_on_parameter = self._march.linear, self._march.by_member
+    def __init__(self, march: March, m: Function) -> None:
+        self._march, self.m, self.V, self.M = march, m, march.V, march.M
+        self.linear, self.operator_depends_on_parameter = march.linear, march.by_member
 
     def __repr__(self) -> str:
-        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._unknowns]
+        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._march.e.unknowns]
         return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
                 f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
 
@@ -65,7 +49,7 @@ class BlockForward:
         derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
-        if not annotate_tape() or (self._march.e.steps is None and len(self.M) == 1):
+        if not annotate_tape() or (self._march.e.steps is None and self._march.one):
             return self._alone(m)
         with stop_annotating():
             state = self._alone(m)

@@ -1,12 +1,15 @@
 """From what users give to an equation in UFL: unknowns in their places, conditions that fit the mesh and each other."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from firedrake import Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble
+from firedrake import (
+    Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble, derivative,
+    homogenize,
+)
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import Form, as_tensor, as_ufl, diff, variable
 from ufl.algorithms import expand_derivatives, extract_coefficients
@@ -15,12 +18,12 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import exterior_measures
-from fem_diffusion.fields.coefficients import owned_size
+from fem_diffusion.fields.coefficients import coefficients, owned_size
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
 from fem_diffusion.forward.unknowns import Unknown, apply_unknown, is_discontinuous
 from fem_diffusion.forward.weak_forms import Terms, residual
 
-__all__ = ["Equation", "equation"]
+__all__ = ["Equation", "boundary_value", "equation", "of_residual"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +34,8 @@ class Equation:
     change: Function | None    # ∂u/∂t there, None in a steady equation
     A: Form                    # the part affine in both, a one-form
     N: Form | None             # the rest
-    values: dict               # strong Dirichlet values by marker, UFL scalars
+    bcs: list[DirichletBC]     # strong conditions; of several for one node the last holds
+    raised: dict[Unknown, Expr]   # values of those that are unknown, the last ones of `bcs`, in which they are zero
     initial: Expr              # initial state, a UFL scalar; zero in a steady equation
     unknowns: list[Unknown]
     steps: TimeSteps | None
@@ -44,7 +48,7 @@ class Equation:
     @property
     def lifted(self) -> list[Unknown]:
         """Unknown boundary values where they are imposed strongly."""
-        return [x for x in self.unknowns if x.kind == "dirichlet" and x.marker in self.values]
+        return list(self.raised)
 
     @property
     def loads(self) -> list[Unknown]:
@@ -54,13 +58,22 @@ class Equation:
     @cached_property
     def zero_bcs(self) -> list[DirichletBC]:
         """Homogeneous conditions where values are imposed strongly."""
-        return [DirichletBC(self.u.function_space(), 0, marker) for marker in self.values]
+        return homogenize(self.bcs)
 
     @cached_property
     def fixed(self) -> np.ndarray:
-        """Numbers of the owned nodes with strong Dirichlet values."""
-        nodes = np.unique(np.concatenate([bc.nodes for bc in self.zero_bcs] or [np.empty(0)])).astype(int)
-        return nodes[nodes < owned_size(self.u.function_space())]
+        """Numbers of the owned coefficients with strong Dirichlet values."""
+        free = Function(self.u.function_space())
+        with free.dat.vec_wo as x:
+            x.set(1.0)
+        for bc in self.zero_bcs:
+            bc.apply(free)
+        return np.flatnonzero(coefficients(free) == 0)
+
+
+def boundary_value(bc: DirichletBC) -> Expr:
+    """What was given as a condition's value; its `function_arg` holds an expression only as it was interpolated."""
+    return as_ufl(bc._original_arg)  # pyright: ignore[reportReturnType]
 
 
 def mesh_markers(mesh: MeshGeometry) -> tuple[Marker, ...]:
@@ -191,4 +204,28 @@ def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeS
         places = [initial] if x.kind == "initial" else [A, *values.values()]
         if not any(x.value in extract_coefficients(place) for place in places):
             raise InputError(f"the callable given for {x.name!r} makes no use of the parameter: let it depend on m.")
-    return Equation(u, change, A, N, {} if discontinuous else values, initial, unknowns, steps)
+    raised = {} if discontinuous else {x: values[x.marker] for x in unknowns if x.kind == "dirichlet"}
+    markers = [x.marker for x in raised]
+    bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in ({} if discontinuous else values).items()]
+    return Equation(u, change, A, N, bcs, raised, initial, unknowns, steps)
+
+
+def of_residual(F: Form, u: Function, m: Function, bcs: Sequence[DirichletBC]) -> Equation:
+    """The equation F(u; m) = 0, split by what is affine in the state; u and m are the Functions that it holds."""
+    A, N = [], []
+    for integral in F.integrals():
+        slope = expand_derivatives(derivative(Form([integral]), u))
+        (N if u in extract_coefficients(slope) else A).append(integral)
+    unknowns, raised = [], {}
+    whole = Unknown("parameter", "parameter", None, None, m.function_space(),
+                    slice(0, owned_size(m.function_space())), m)
+    if m in extract_coefficients(F):
+        unknowns.append(whole)
+    unknown = [bc for bc in bcs if m in extract_coefficients(boundary_value(bc))]
+    for bc in unknown:
+        x = replace(whole, kind="dirichlet")
+        unknowns.append(x)
+        raised[x] = boundary_value(bc)
+    known = [bc for bc in bcs if bc not in unknown]
+    return Equation(u, None, Form(A), Form(N) if N else None, [*known, *homogenize(unknown)], raised, Zero(), unknowns,
+                    None)

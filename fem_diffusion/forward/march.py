@@ -8,20 +8,20 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from firedrake import (Cofunction, Constant, DirichletBC, Function, NonlinearVariationalSolver, TrialFunction,
-                       assemble, derivative, interpolate, replace)
+from firedrake import (Cofunction, Constant, Function, Measure, NonlinearVariationalSolver, TestFunction, TrialFunction,
+                       assemble, derivative, inner, interpolate, replace)
 from firedrake.assemble import OneFormAssembler, get_assembler
 from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
-from ufl import Form, as_ufl
+from ufl import Form, zero
 from ufl.algorithms.analysis import extract_type
 from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
-from fem_diffusion.forward.equation import Equation
+from fem_diffusion.forward.equation import Equation, boundary_value
 from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver
 from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
 
@@ -52,6 +52,7 @@ class March:
             step = {e.u: theta * self.new + (1 - theta) * self.old,
                     e.change: (self.new - self.old) / Constant(steps.time_step)}
             self.A, self.N = expanded(replace(e.A, step)), e.N and expanded(replace(e.N, step))
+        self.one = all(x.space == M for x in e.unknowns)   # not a Function for each of several unknowns
         self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
         self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
 
@@ -59,12 +60,14 @@ class March:
         self.J, self.J_old = (expanded(derivative(self.R, w)) for w in (self.new, self.old))
         direction = TrialFunction(V)
         affine = [expanded(derivative(self.A, w, direction)) for w in (self.new, self.old)]
+        if not affine[0].integrals():
+            affine[0] = Constant(0.0) * inner(direction, TestFunction(V)) * Measure("dx", V.mesh())
         affine = [form for form in affine if form.integrals()]   # a steady equation has no past
         self.by_member = any(contains(form, values) for form in (self.J, *affine))
         self.operator_moves = any(contains(form, moving) for form in (self.J, *affine))
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
-        self._assemblers = [get_assembler(form) for form in affine]
+        self._assemblers = [get_assembler(form, mat_type="aij") for form in affine]
         self._matrices: list[Any] = [None] * len(affine)
         self._factorised, self._stale, self.prepared = None, True, None
         self._nonlinear = self.N and get_assembler(self.N)
@@ -74,8 +77,8 @@ class March:
         self.affine = not self.varying and self.load.affine and self.boundary.affine and self.start.affine
 
     def vector(self, assembler: OneFormAssembler) -> np.ndarray:
-        """Coefficients (n_owned of V,) of a one-form at the present values, to be used before the next call."""
-        return assembler.assemble(tensor=self._out).dat.data_ro
+        """Owned coefficients (n_owned of V,) of a one-form at the present values."""
+        return coefficients(assembler.assemble(tensor=self._out))
 
     # --- operators
 
@@ -125,7 +128,7 @@ class March:
         """
         u = self.initial(ms)
         load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
-        if self.e.values:
+        if self.e.bcs:
             u[:, self.e.fixed] = boundary(0)[:, self.e.fixed]
         self.typical(u)
         out = np.empty((*u.shape, len(self.saved)))
@@ -174,7 +177,7 @@ class March:
     def _newton_solver(self) -> tuple[NonlinearVariationalSolver, Function]:
         """Newton's method for one step, and the Function that holds its boundary values."""
         g = Function(self.V)
-        bcs = [DirichletBC(self.V, g, key) for key in self.e.values]
+        bcs = [bc.reconstruct(g=g) for bc in self.e.bcs]
         return variational_solver(self.R, self.new, bcs, False, False, self.options, self.prefix), g
 
     def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int, sample: int) -> np.ndarray:
@@ -252,7 +255,7 @@ class Part:
 
 def column(form: Form | Expr) -> PETSc.Mat | np.ndarray:
     """An assembled derivative: a matrix, or by a function of time alone owned coefficients."""
-    f = assemble(form)
+    f = assemble(form, mat_type="aij")
     return coefficients(f) if isinstance(f, (Function, Cofunction)) else f.petscmat
 
 
@@ -263,7 +266,8 @@ class Load(Part):
 
     def __init__(self, march: March) -> None:
         loads, values = march.e.loads, [x.value for x in march.e.loads]
-        form = replace(march.A, {march.new: as_ufl(0), march.old: as_ufl(0)})
+        nothing = zero(march.new.ufl_shape)
+        form = replace(march.A, {march.new: nothing, march.old: nothing})
         # Integrals without unknowns are the same for all members.
         split = {True: [], False: []}
         for integral in form.integrals():
@@ -279,7 +283,7 @@ class Load(Part):
         march = self.march
         march.t.assign(march.between[k])
         if self._kept is None or (self.moves and self._kept[0] != k):
-            self._kept = k, march.vector(self._shared).copy() if self._shared else np.zeros(owned_size(march.V))
+            self._kept = k, march.vector(self._shared) if self._shared else np.zeros(owned_size(march.V))
         return march.vector(self._own) + self._kept[1] if self._own else self._kept[1].copy()
 
 
@@ -293,26 +297,28 @@ class Boundary(Part):
     def __init__(self, march: March) -> None:
         e, V = march.e, march.V
         self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), Zero()
-        markers = [x.marker for x in e.lifted]   # the last ones in their table
-        self._bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in e.values.items()]
-        for i, marker in enumerate(markers):
+        known = len(e.bcs) - len(e.raised)
+        for i, value in enumerate(e.raised.values(), known):
             mask = Function(V)
-            DirichletBC(V, 1, marker).apply(mask)
-            for later in markers[i + 1:]:
-                DirichletBC(V, 0, later).apply(mask)
-            self._masked += mask * e.values[marker]
+            e.bcs[i].reconstruct(g=1).apply(mask)
+            for later in e.bcs[i + 1:]:
+                later.apply(mask)
+            self._masked += mask * value
         super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
-                         e.values.values())
+                         [*(boundary_value(bc) for bc in e.bcs[:known]), *e.raised.values()])
         self.value(0)
 
     def update(self) -> None:
         """Interpolate the current parameter (recorded if a tape is running)."""
-        self.g.interpolate(self._masked + self._known)
+        if self.march.e.raised:
+            self.g.interpolate(self._masked + self._known)
+        else:
+            self.g.assign(self._known)
 
     def value(self, k: int) -> np.ndarray:
         """At the present values and step k."""
         self.march.t.assign(self.march.times[k])
-        for bc in self._bcs:
+        for bc in self.march.e.bcs:
             bc.apply(self._known)
         self.update()
         return coefficients(self.g)

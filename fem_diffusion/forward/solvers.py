@@ -35,7 +35,8 @@ def linear_options(given: str | dict, V: WithGeometry, advective: bool) -> dict:
     if isinstance(given, dict):
         return given
     if given == "direct":
-        own = V.mesh().comm.size == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
+        # A saddle point needs pivots.
+        own = V.mesh().comm.size == 1 and len(V) == 1 and V.dim() <= PETSC_LU_LIMIT[V.mesh().topological_dimension]
         return {"mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu",
                 "pc_factor_mat_solver_type": "petsc" if own else DEFAULT_DIRECT_SOLVER}
     # Multigrid needs diffusion to smooth; with advection overlapping ILU is the robust choice.

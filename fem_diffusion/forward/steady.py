@@ -1,108 +1,143 @@
-"""Steady equations: blocks iterate with one Jacobian at a reference state, single solves are Firedrake's own."""
+"""Steady problems from a residual in UFL: solved for many parameters as fast as what the Jacobian depends on allows."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from firedrake import DirichletBC, Function, replace
+from firedrake import (
+    DirichletBC, Function, LinearVariationalProblem, NonlinearVariationalProblem, replace,
+)
 from firedrake.adjoint import stop_annotating
-from firedrake.exceptions import ConvergenceError
-from firedrake.functionspaceimpl import WithGeometry
-from firedrake.petsc import PETSc
+from pyadjoint import no_annotations
+from ufl import Form
+from ufl.algorithms import extract_coefficients
 
-from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import assign, coefficients
-from fem_diffusion.forward.equation import Equation
-from fem_diffusion.forward.march import March, Rows
-from fem_diffusion.forward.solvers import NOT_FINITE, centre, refused, variational_solver
+from fem_diffusion.checks import check_kind
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.checks import check_solver, check_space
+from fem_diffusion.fields.coefficients import coefficients, require_real
+from fem_diffusion.forward.blocks import BlockForward, check_parameter
+from fem_diffusion.forward.equation import boundary_value, of_residual
+from fem_diffusion.forward.one_step import OneStep
+from fem_diffusion.forward.solvers import linear_options
 
 __all__ = ["Steady"]
 
 
-class Steady(March):
-    """One step without a past, from a reference state; `m` holds the parameter of single solves."""
+class Steady(BlockForward):
+    """The map m -> u of F(u; m; v) = 0 for all v, from the residual in UFL.
 
-    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None, m: Function) -> None:
-        super().__init__(equation, M, options, prefix)
-        self.m, self.u, self._lift = m, self.new, self.boundary if equation.lifted else None
-        self.bcs = [DirichletBC(self.V, self._lift.g if self._lift else g, key) for key, g in equation.values.items()]
-        self._w, F, bcs = self.u, self.R, self.bcs
-        if self._lift is not None:   # solve for u minus the lift
-            self._w, bcs = Function(self.V), equation.zero_bcs
-            F = replace(F, {self.u: self._w + self._lift.g})
-        self.solver = variational_solver(F, self._w, bcs, self.linear, not self.by_member, options, prefix)
-        self._start = Function(self.V)   # where single solves start: fixed, so that m -> u has no memory
-        self._reference = np.zeros_like(coefficients(self._start))
-        self._chosen = self.linear   # then any reference will do
+    How it is solved for many parameters follows from what the form contains. Where ∂F/∂u depends neither on u nor on
+    m, one factorisation serves for ever, and a block of parameters is one block of right-hand sides; where it depends
+    on u alone, blocks iterate with the Jacobian at a reference state (chord Newton); where it depends on m, a loop over
+    one solver is left.
 
-    def assign(self, m: Function) -> None:
-        """Copy a Function of M into the parameter (recorded if a tape is running)."""
-        if m is not self.m:
-            self.m.assign(m)
-        if len(self.M) > 1:
-            self._set(coefficients(m))
+    Parameters
+    ----------
+    F : ufl.Form
+        Residual, linear in its test function, which is in the space of u; other coefficients keep their values.
+    u : Function
+        The state in F, in any space: scalar, vector-valued, mixed, H(div), discontinuous. It is not written to.
+    m : Function
+        The parameter in F, in any space on a mesh that F may integrate over. It is not written to.
+    bcs : DirichletBC, or sequence of them
+        Conditions on u or its components. Values may depend on m where the space of u is scalar.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of every linear solve, and of Newton's method where there is one, and their prefix on the command
+        line.
 
-    def _set(self, row: np.ndarray) -> None:
-        """Set the parameter from owned coefficients (n_owned of M,)."""
-        assign(self.m, row)
-        if len(self.M) > 1:
-            for x in self.e.unknowns:
-                x.write(row[x.columns])
+    Attributes
+    ----------
+    V, M, U : FunctionSpace
+        Of state and parameter; U is V.
+    m, u : Function
+        The problem's own parameter and state, overwritten by every solve.
+    F : ufl.Form
+        Residual, a linear form in its test function, with coefficients `u` and `m` (or, for several unknowns of
+        `AdvectionDiffusion`, a Function for each); `bcs` are the Dirichlet conditions on `u`.
+    linear, operator_depends_on_parameter : bool
+        Whether F is affine in u, and whether ∂F/∂u contains m.
 
-    def solve(self) -> Function:
-        """Solve for the parameter held in m and return u."""
-        if self._lift is not None:
-            self._lift.update()
-        self._w.assign(self._start)
-        try:
-            self.solver.solve()
-        except PETSc.Error as error:
-            raise refused(error) from error
-        except ConvergenceError as error:
-            raise SolveError(f"{' '.join(str(error).split())}: check the range of the parameter, call linearise_at(m) "
-                             "with a typical one to start from its state, or pass other solver_parameters.") from error
-        if self._lift is not None:
-            self.u.assign(self._w + self._lift.g)
-        with stop_annotating(), self.u.dat.vec_ro as x:
-            if not np.isfinite(x.norm()):
-                raise SolveError(NOT_FINITE)
-        return self.u
+    Raises
+    ------
+    InputError, InstallError
+        If F is no such form, u or m is not in it, or options are wrong; a complex PETSc.
+    """
 
-    def refer(self, m: Function) -> None:
-        """Start single solves and blocks from the state at m, with the Jacobian there."""
-        self.assign(m)
-        self._start = self.solve().copy(deepcopy=True)
-        self._reference, self._chosen = coefficients(self._start), True
+    _march: OneStep
 
-    def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
-        """States (n, n_owned of V, 1) of a block; single solves start where they did."""
-        if self.by_member:
-            return self._alone(ms[0], first)[None, :, None]
-        if not self._chosen:   # linearise at the mean of parameters, at zero where that fails
-            mean = centre(ms, self.V.mesh().comm)
-            try:
-                self._set(mean)
-                self.solve()
-            except SolveError:
-                self._set(np.zeros_like(mean))
-                self.solve()
-            self._reference, self._chosen = coefficients(self.u), True
-        return super().run(ms, first, path)
+    @no_annotations
+    def __init__(self, F: Form, u: Function, m: Function, bcs: DirichletBC | Sequence[DirichletBC] = (), *,
+                 solver_parameters: str | Mapping = "direct", options_prefix: str | None = None) -> None:
+        require_real()
+        conditions = _checked(F, u, m, [bcs] if isinstance(bcs, DirichletBC) else list(bcs))
+        V, M = u.function_space(), m.function_space()
+        parameters = check_solver(solver_parameters, options_prefix, V.comm)
+        own, state = Function(M, name="parameter"), Function(V, name="state")
+        conditions = [bc.reconstruct(g=replace(boundary_value(bc), {m: own}))
+                      if m in extract_coefficients(boundary_value(bc)) else bc for bc in conditions]
+        e = of_residual(replace(F, {u: state, m: own}), state, own, conditions)
+        self._pose(OneStep(e, M, linear_options(parameters, V, True), options_prefix, own))
 
-    def initial(self, ms: np.ndarray) -> np.ndarray:
-        """The reference state (n, n_owned of V), where all of them start."""
-        return np.tile(self._reference, (len(ms), 1))
+    @classmethod
+    def from_problem(cls, problem: LinearVariationalProblem | NonlinearVariationalProblem, m: Function, *,
+                     solver_parameters: str | Mapping = "direct", options_prefix: str | None = None) -> "Steady":
+        """From a variational problem as it is, with its conditions, and the Function in it that is the parameter."""
+        check_kind(problem, "problem", NonlinearVariationalProblem, "a LinearVariationalProblem or a "
+                   "NonlinearVariationalProblem")
+        return cls(problem.F, problem.u, m, problem.bcs, solver_parameters=solver_parameters,
+                   options_prefix=options_prefix)
 
-    def typical(self, states: np.ndarray) -> None:
-        """Linearise at the reference, unless that has been done and nothing since."""
-        if self.prepared is not self._reference:
-            self.prepare(self._reference, self._reference)
+    def _pose(self, step: OneStep) -> None:
+        super().__init__(step, step.m)
+        self.U, self.u, self.F, self.bcs = step.V, step.u, step.R, step.bcs
 
-    def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: Rows, i: int, sample: int) -> np.ndarray:
-        """A full solve for member i."""
-        return self._alone(load.ms[i], sample)
+    def _alone(self, m: Function) -> Function:
+        self._march.assign(m)
+        return self._march.solve().copy(deepcopy=True)
 
-    def _alone(self, row: np.ndarray, sample: int) -> np.ndarray:
-        """Full solve for owned coefficients of a parameter; its state's owned coefficients."""
-        self._set(row)
-        try:
-            return coefficients(self.solve())
-        except SolveError as error:
-            raise SolveError(f"sample {sample}: {error}") from error
+    def linearise_at(self, m: Function) -> None:
+        """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
+
+        Without it single solves start from zero, and the first block keeps the Jacobian at the mean of its parameters,
+        or at zero where that fails; blocks start from the state there. For an equation with several solutions this
+        choice may decide which one is found: then call this with a typical parameter first, such as the prior mean.
+        It raises what one solve raises.
+        """
+        check_parameter(m, self.M)
+        with stop_annotating():
+            self._march.refer(m)
+
+    def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
+        if not self._march.varying:
+            return None
+        self._march.assign(m)
+        u = coefficients(self._march.solve() if state is None else state)
+        return [u, u]
+
+
+def _checked(F: Form, u: Function, m: Function, bcs: list[DirichletBC]) -> list[DirichletBC]:
+    """The conditions; InputError where something does not fit."""
+    check_kind(F, "F", Form, "the residual, a UFL form such as inner(grad(u), grad(v)) * dx - m * v * dx")
+    for x, name in ((u, "u"), (m, "m")):
+        check_space(check_kind(x, name, Function, "the Function that F contains").function_space(), name)
+    arguments, V = tuple(F.arguments() or ()), u.function_space()
+    if len(arguments) != 1 or arguments[0].function_space() != V:
+        raise InputError(f"F has {len(arguments)} arguments: write the residual with one TestFunction in the space of "
+                         f"u, {V}, and u itself where a TrialFunction would be.")
+    for bc in bcs:
+        check_kind(bc, "A condition", DirichletBC, "DirichletBC(V, value, marker)")
+        space = bc.function_space()
+        while space.parent is not None:
+            space = space.parent
+        if space != V:
+            raise InputError(f"A condition is on {space}, and u in {V}: build it on the space of u.")
+    inside = extract_coefficients(F)
+    moved = [bc for bc in bcs if m in extract_coefficients(boundary_value(bc))]
+    if moved and V.value_shape != ():
+        raise InputError("The value of a condition contains m, which is possible for a scalar u alone: impose it "
+                         "weakly in F (Nitsche's method).")
+    if u not in inside or u is m:
+        raise InputError("F does not contain u: write it with the Function u that is solved for.")
+    if m not in inside and not moved:
+        raise InputError("Neither F nor a condition contains m: write them with the Function m that is the parameter.")
+    return bcs

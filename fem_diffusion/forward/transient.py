@@ -24,11 +24,14 @@ goes to Newton's method.  Where the operator contains the unknown, each sample h
 
 from firedrake import Function, VectorFunctionSpace
 from firedrake.functionspaceimpl import WithGeometry
+from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_options
 from fem_diffusion.fields.coefficients import field
+from fem_diffusion.forward.advection_diffusion import posed
 from fem_diffusion.forward.blocks import BlockForward
+from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
 from fem_diffusion.forward.unknowns import Name
 
@@ -70,13 +73,15 @@ class TransientAdvectionDiffusion(BlockForward):
         As for `AdvectionDiffusion`, and as given.
     """
 
+    @no_annotations
     def __init__(self, V: WithGeometry, M: WithGeometry, unknown: Name | list[Name], steps: TimeSteps,
                  physics: Physics = Physics(), bcs: Boundary = Boundary(), *, initial: Expr | float = 0,
                  supg: bool | str = "auto", solver_parameters: str | dict = "direct",
                  options_prefix: str | None = None) -> None:
         self.steps = check_options(steps, TimeSteps, "steps")
-        super().__init__(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), steps, initial=initial,
-                         supg=supg)
+        e, parameter, options = posed(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), steps,
+                                      initial=initial, supg=supg)
+        super().__init__(March(e, M, options, options_prefix), parameter)
         self.U = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(steps.times))
 
     def _alone(self, m: Function) -> Function:
