@@ -71,6 +71,7 @@ class March:
         self._matrices: list[Any] = [None] * len(affine)
         self._factorised, self._stale, self.prepared = None, True, None
         self._nonlinear = self.N and get_assembler(self.N)
+        self._nonlinear_by_member = self.N is not None and contains(self.N, values)
         self._out = Cofunction(V.dual())
         self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
         # Whether the states are affine in the parameter.
@@ -157,7 +158,9 @@ class March:
 
         def residuals(members: np.ndarray, states: np.ndarray) -> np.ndarray:
             rows = base[members] + multiply(A, states - u[members])
-            for row, new, old in zip(rows, states, u[members]):
+            for i, row, new, old in zip(members, rows, states, u[members]):
+                if self._nonlinear_by_member:
+                    load.write_rest(k, i)
                 assign(self.new, new)
                 if self.e.change is not None:
                     assign(self.old, old)
@@ -219,6 +222,14 @@ class Rows:
                 row[:] = part.value(k)
         self._kept = result
         return result
+
+    def write_rest(self, k: int, i: int) -> None:
+        """Set the unknowns to what is left of those of member i: to zero where the rows hold all that is linear."""
+        if not self.part.affine:
+            self.write(k, i)
+            return
+        for x in self._at:
+            x.value.assign(0)
 
     def write(self, k: int, i: int) -> None:
         """Set the unknowns to those of member i at step k."""

@@ -28,7 +28,7 @@ class OneStep(March):
             self._w, bcs = Function(self.V), equation.zero_bcs
             F = replace(F, {self.u: self._w + self._lift.g})
         self.solver = variational_solver(F, self._w, bcs, self.linear, not self.by_member, options, prefix)
-        self._start = Function(self.V)   # where single solves start: fixed, so that m -> u has no memory
+        self._start = self.u.copy(deepcopy=True)   # where single solves start: fixed, so that m -> u has no memory
         self._reference = np.zeros_like(coefficients(self._start))
         self._chosen = self.linear   # then any reference will do
 

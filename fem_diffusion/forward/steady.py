@@ -36,7 +36,8 @@ class Steady(BlockForward):
     F : ufl.Form
         Residual, linear in its test function, which is in the space of u; other coefficients keep their values.
     u : Function
-        The state in F, in any space: scalar, vector-valued, mixed, H(div), discontinuous. It is not written to.
+        The state in F, in any space: scalar, vector-valued, mixed, H(div), discontinuous. Newton's method starts from
+        what it holds now; it is not written to.
     m : Function
         The parameter in F, in any space on a mesh that F may integrate over. It is not written to.
     bcs : DirichletBC, or sequence of them
@@ -72,7 +73,7 @@ class Steady(BlockForward):
         conditions = _checked(F, u, m, [bcs] if isinstance(bcs, DirichletBC) else list(bcs))
         V, M = u.function_space(), m.function_space()
         parameters = check_solver(solver_parameters, options_prefix, V.comm)
-        own, state = Function(M, name="parameter"), Function(V, name="state")
+        own, state = Function(M, name="parameter"), Function(V, name="state").assign(u)
         conditions = [bc.reconstruct(g=replace(boundary_value(bc), {m: own}))
                       if m in extract_coefficients(boundary_value(bc)) else bc for bc in conditions]
         e = of_residual(replace(F, {u: state, m: own}), state, own, conditions)
@@ -98,10 +99,10 @@ class Steady(BlockForward):
     def linearise_at(self, m: Function) -> None:
         """Move the reference: start later solves from the state at m, and keep the Jacobian there for blocks.
 
-        Without it single solves start from zero, and the first block keeps the Jacobian at the mean of its parameters,
-        or at zero where that fails; blocks start from the state there. For an equation with several solutions this
-        choice may decide which one is found: then call this with a typical parameter first, such as the prior mean.
-        It raises what one solve raises.
+        Without it single solves start from what u held (zero in an `AdvectionDiffusion`), and the first block keeps the
+        Jacobian at the mean of its parameters, or at zero where that fails; blocks start from the state there. For an
+        equation with several solutions this choice may decide which one is found: then call this with a typical
+        parameter first, such as the prior mean. It raises what one solve raises.
         """
         check_parameter(m, self.M)
         with stop_annotating():

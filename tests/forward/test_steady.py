@@ -39,6 +39,17 @@ def logistic():
     return inner(grad(u), grad(v)) * dx - 3 * u * (1 - u) * v * dx - exp(m) * v * dx, u, m, [DirichletBC(V, 0, 1)]
 
 
+def in_one():
+    """The parameter, affine and not, in one integral with what is not affine in the state."""
+    V, u, m, v = scalar()
+    return (inner(grad(u), grad(v)) + (u**3 + m) * v) * dx, u, m, DirichletBC(V, 1, 1)
+
+
+def in_one_bent():
+    V, u, m, v = scalar()
+    return (inner(grad(u), grad(v)) + (exp(u) - exp(m)) * v) * dx, u, m, DirichletBC(V, 1, 1)
+
+
 def diffusivity():
     V, u, m, v = scalar()
     return exp(m) * inner(grad(u), grad(v)) * dx - v * dx, u, m, [DirichletBC(V, 0, "on_boundary")]
@@ -106,7 +117,8 @@ def several():
 
 
 # Whether the residual is affine in the state, and whether its derivative contains the parameter.
-CASES = {source: (True, False), logistic: (False, False), diffusivity: (True, True), conduction: (False, True),
+CASES = {source: (True, False), logistic: (False, False), in_one: (False, False), in_one_bent: (False, False),
+         diffusivity: (True, True), conduction: (False, True),
          raised: (False, False), stokes: (True, False), navier_stokes: (False, False), elastic: (True, True),
          mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False)}
 
@@ -231,6 +243,17 @@ def test_a_solution_that_is_known():
         found = problem(Function(V).interpolate(x))
         errors.append(np.sqrt(assemble((found - right)**2 * dx)))
     assert np.log2(errors[0] / errors[1]) > 1.8
+
+
+def test_newton_starts_from_what_the_state_holds():
+    """The logistic equation has a zero solution and a positive one."""
+    V, u, m, v = scalar()
+    F = (0.01 * inner(grad(u), grad(v)) - u * (1 - u) * v - m * v) * dx
+    rows = 0.01 + 0.01 * np.arange(3)[:, None] * np.ones(V.dim())
+    above = Steady(F, u.assign(2.0), m, DirichletBC(V, 0, 1))
+    assert above.solve_many(rows).max() > 0.9 and coefficients(above(field(V, rows[0]))).max() > 0.9
+    below = Steady(F, u.assign(0.0), m, DirichletBC(V, 0, 1))
+    assert below(field(V, rows[0])).dat.data_ro.max() < 0.5
 
 
 def test_members_that_have_no_solution_are_named():
