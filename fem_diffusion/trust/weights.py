@@ -40,7 +40,10 @@ def smoothed(energy: np.ndarray, proposal: np.ndarray) -> Weights:
         khat = 0.0
         if np.exp(log).mean() < 1 / _EVEN:
             # ArviZ takes the log likelihoods whose inverse the weights are.
-            log, khat = array_stats.psislw(-log)
+            # Where nearly all weight is on one draw there is no tail to fit.
+            with np.errstate(all="ignore"):
+                smooth, khat = array_stats.psislw(-log)
+            log, khat = (smooth, khat) if np.isfinite(smooth).all() and np.isfinite(khat) else (log, np.inf)
         values[there] = np.exp(log - log.max())
         values /= values.sum()
     ess = float(1 / (values**2).sum()) if values.any() else 0.0

@@ -272,6 +272,13 @@ def test_a_mixture_knows_its_constants():
     assert len(np.unique(chosen)) == 1000 or np.bincount(chosen).max() <= np.ceil(1000 * weights.values.max())
 
 
+def test_weights_of_draws_that_are_all_far_say_so():
+    """The law of one draw among thousands that are ever farther: no tail can be fitted."""
+    for energy in (np.geomspace(1, 1e6, 200), np.append(np.zeros(1), np.full(199, 1e5)), np.arange(200.0)**3):
+        weights = smoothed(energy, np.zeros(200))
+        assert np.isfinite(weights.values).all() and weights.ess < 10 and weights.khat > 0.7
+
+
 def test_chains_too_short_to_tell_are_refused():
     """Below four draws neither R-hat nor effective sample size is a number."""
     z, told = np.zeros((2, 1)), SimpleNamespace(budget=500, path=None, solves=400)
