@@ -113,6 +113,7 @@ benchmark-formulations: install
 
 benchmark-forward: install
 	$(RUN) benchmarks/forward.py
+	$(RUN) benchmarks/residuals.py
 	$(RUN) benchmarks/transient.py
 
 benchmark-networks: install
