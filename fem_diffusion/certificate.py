@@ -15,7 +15,8 @@ class Certificate:
     Parameters
     ----------
     method : str
-        "weights", "surrogate moves" or "gradient moves".
+        "weights", of amortised samples; "surrogate weights", of a surrogate's samples; "surrogate moves" or "gradient
+        moves", of chains.
     solves, pulls, draws : int
         Forward solves, adjoint or tangent solves, and evaluations of the model that the samples are made of.
     ess : float
