@@ -8,6 +8,7 @@ level is rarer still where nothing is wrong.
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import chi2
@@ -16,7 +17,7 @@ from fem_diffusion.diffusion import MeasurementWarning
 from fem_diffusion.errors import SolveError
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["conflict", "gaussian_conflict", "point_conflict", "unseen"]
+__all__ = ["Told", "conflict", "gaussian_conflict", "point_conflict", "unseen"]
 
 # Chance below which a measurement is in conflict with its problem.
 _CONFLICT = 1e-5
@@ -25,8 +26,16 @@ _CONFLICT = 1e-5
 _FEW, _SHARE, _ALONE, _LEFT, _DRAWS = 4, 0.4, 0.6, 0.05, 5
 
 
+class Told(NamedTuple):
+    """Notes, and their light: "red" for a conflict, "yellow" for noise that is smaller than assumed, "green" for none.
+    """
+
+    notes: tuple[str, ...] = ()
+    light: str = "green"
+
+
 def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np.ndarray | None = None,
-             z: np.ndarray | None = None) -> tuple[str, ...]:
+             z: np.ndarray | None = None) -> Told:
     """What noise-free readings (n, k) of posterior draws say about problem and measurement (collective).
 
     A note with a MeasurementWarning, at the caller's caller's caller, where their residuals are no noise. Draws count
@@ -35,7 +44,7 @@ def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np
     """
     good = np.isfinite(readings).all(axis=1)
     if not good.any() or not len(latent.y):
-        return ()
+        return Told()
     white = latent.whitened(readings[good])
     share = np.ones(len(white)) if weights is None else weights[good]
     share = share / share.sum()
@@ -56,10 +65,10 @@ def _spread(jacobian: np.ndarray) -> np.ndarray:
     return jacobian @ np.linalg.solve(np.eye(jacobian.shape[1]) + jacobian.T @ jacobian, jacobian.T)
 
 
-def point_conflict(latent: LatentProblem, z: np.ndarray) -> tuple[str, ...]:
+def point_conflict(latent: LatentProblem, z: np.ndarray) -> Told:
     """As `conflict`, of the most probable latents (r,), by the linearised problem there: costs of `linearised`."""
     if not len(latent.y):
-        return ()
+        return Told()
     misfit, jacobian = latent.linearised(z)
     free = len(misfit) + len(z) if latent.least_squares else None
     return gaussian_conflict(latent.problem.names, misfit, _spread(jacobian), latent.whitener(z), float(z @ z), free,
@@ -68,19 +77,20 @@ def point_conflict(latent: LatentProblem, z: np.ndarray) -> tuple[str, ...]:
 
 def gaussian_conflict(names: tuple[str, ...], misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray,
                       squared: float, free: int | None, chances: Callable[[float], tuple[float, float]],
-                      depth: int) -> tuple[str, ...]:
+                      depth: int) -> Told:
     """As `conflict`, of draws with a mean whitened `misfit` (k,) of covariance `spread` (k, k), so many calls up.
 
     Where twice the energy is the squares of misfit and latents, the latter `squared` at the mean, their sum there is at
     most that of the truth, chi-square with k + r degrees of freedom, and has k of them in a linear problem: `free`.
     """
     size = float(misfit @ misfit + spread.trace())
-    notes = _told(names, "most probable parameter", size, misfit, spread, whiten, chances(size), depth)
-    if not notes and free is not None and chi2.sf(float(misfit @ misfit) + squared, free) < _CONFLICT:
-        notes = (f"The most probable parameter is {np.sqrt(squared):.2g} prior standard deviations from the prior "
-                 "mean, farther than prior and noise allow: the measurement is in conflict with the problem.",)
-        warnings.warn(f"{notes[0]} Check sensors, prior and forward problem.", MeasurementWarning, stacklevel=depth)
-    return notes
+    found = _told(names, "most probable parameter", size, misfit, spread, whiten, chances(size), depth)
+    if not found.notes and free is not None and chi2.sf(float(misfit @ misfit) + squared, free) < _CONFLICT:
+        note = (f"The most probable parameter is {np.sqrt(squared):.2g} prior standard deviations from the prior "
+                 "mean, farther than prior and noise allow: the measurement is in conflict with the problem.")
+        warnings.warn(f"{note} Check sensors, prior and forward problem.", MeasurementWarning, stacklevel=depth)
+        return Told((note,), "red")
+    return found
 
 
 def _odd(misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray) -> list[tuple[int, float]]:
@@ -107,10 +117,10 @@ def _odd(misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray) -> list[tup
 
 
 def _told(names: tuple[str, ...], what: str, size: float, misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray,
-          chances: tuple[float, float], depth: int) -> tuple[str, ...]:
+          chances: tuple[float, float], depth: int) -> Told:
     """A note, and a warning, where it is improbable that a squared residual is so large, or so small."""
     if min(chances) > _CONFLICT:
-        return ()
+        return Told()
     large = chances[0] <= chances[1]
     odd = _odd(misfit, spread, whiten) if large else []
     worst = " and ".join(f"sensor {names[i] if names else i} ({apart:.2g} standard deviations)" for i, apart in odd)
@@ -121,7 +131,7 @@ def _told(names: tuple[str, ...], what: str, size: float, misfit: np.ndarray, sp
             f"square, which is not the law of the noise: {why}.")
     at = "these sensors" if len(odd) > 1 else "this sensor" if odd else "the units of the sensors"
     warnings.warn(f"{note} Check {at}, the noise and the forward problem.", MeasurementWarning, stacklevel=depth + 1)
-    return (note,)
+    return Told((note,), "red" if large else "yellow")
 
 
 def unseen(latent: LatentProblem, z: np.ndarray, seed: int = 0) -> tuple[float, np.ndarray]:

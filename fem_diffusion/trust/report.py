@@ -212,9 +212,13 @@ def _verdict(check: Any, certificate: Any, reason: str | None) -> Verdict:
             word = f"{word}: {check.verdict}"
         return Verdict(check.light, word, check.sentences)
     if certificate is not None:
-        return Verdict("green", "Corrected", (
-            "These samples were corrected with the forward model itself: they are samples of the finite element "
-            "posterior, as far as the certificate below tells.", *certificate.notes))
+        why = {"red": ": the measurement conflicts with the problem", "yellow": ", with care", "green": ""}
+        unseen = f"{words.number(certificate.unseen, 'noise standard deviations', 2)}"
+        blind = (f"Modes that are drawn from the prior add up to {unseen} to a reading, whatever the data say of "
+                 "them: fit with more modes.",) * certificate.blind
+        return Verdict(certificate.light, f"Corrected{why[certificate.light]}", (
+            *certificate.notes, *blind, "These samples were corrected with the forward model itself: they are samples "
+            "of the finite element posterior, as far as the certificate below tells."))
     return Verdict("grey", _LIGHTS["grey"], (
         "Nobody has checked whether these samples can be trusted for this measurement"
         + (": run check, some 50 solves." if reason is None else f". {reason}"),))

@@ -224,6 +224,26 @@ def test_corrected_samples_speak_by_their_certificate(line, tmp_path):
     assert "Corrected" in text and "R-hat" in text and "1.007" in text and "Not checked" not in text
 
 
+CONFLICT = "The measurement is in conflict with the problem."
+
+
+@pytest.mark.parametrize("change, light, word, sentence", [
+    ({}, "green", "Corrected", "Two chains were restarted."),
+    ({"residuals": "red", "ess": 35.0, "notes": (CONFLICT,)}, "red",
+     "Corrected: the measurement conflicts with the problem", CONFLICT),
+    ({"residuals": "yellow", "notes": ("The noise is smaller.",)}, "yellow", "Corrected, with care", "The noise is"),
+    ({"ess": 99.0, "notes": ("The samples are rough.",)}, "yellow", "Corrected, with care", "The samples are rough."),
+    ({"rhat": 1.06, "notes": ("The samples are rough.",)}, "yellow", "Corrected, with care", "The samples are rough."),
+    ({"unseen": 0.31, "notes": ()}, "yellow", "Corrected, with care",
+     "Modes that are drawn from the prior add up to 0.31\u00a0noise standard deviations to a reading"),
+    ({"unseen": np.nan, "rhat": None}, "green", "Corrected", "samples of the finite element posterior")])
+def test_the_light_of_corrected_samples_is_that_of_their_certificate(line, tmp_path, change, light, word, sentence):
+    corrected = replace(line.samples, certificate=replace(CERTIFICATE, **change))
+    page = report(line, tmp_path / "a.html", samples=corrected).read_text()
+    assert f'class="verdict {light}"' in page and f"<strong>{word}</strong>" in page
+    assert sentence in page.partition('class="verdict')[2].partition("</section>")[0]
+
+
 @pytest.mark.parametrize("space, points, given, parts", [
     (lambda: FunctionSpace(UnitIntervalMesh(20), "CG", 1), [0.2, 0.7], dict(threshold=1.6), ["Along its length"]),
     (lambda: FunctionSpace(UnitCubeMesh(3, 3, 3), "CG", 1), [(0.2, 0.3, 0.4)], dict(threshold=1.6),
