@@ -101,7 +101,8 @@ def unpack_certificate(content: Content, name: str) -> Certificate | None:
     values = content.value(name, dict)
     # Files of earlier versions hold no light of the residuals.
     part = Content(content.path, content.remedy, {}, {"residuals": "green"} | values)
-    kinds = {"method": (str,), "residuals": (str,), "solves": (int,), "pulls": (int,), "draws": (int,), "notes": (list,),
+    kinds = {"notes": (list,), **{key: (str,) for key in ("method", "residuals")},
+             **{key: (int,) for key in ("solves", "pulls", "draws")},
              **{key: (float, type(None)) for key in ("khat", "rhat", "acceptance")}}
     found = {field.name: part.value(field.name, *kinds.get(field.name, (float,))) for field in fields(Certificate)}
     if not all(isinstance(note, str) for note in found["notes"]):

@@ -1,7 +1,8 @@
 """A posterior beside the solver itself, for one measurement and some 50 solves: a verdict in words with numbers.
 
 The samples' fields are written in the prior's own modes, many of them, so that what a model leaves out or draws from
-the prior is looked at, too. `fem_diffusion.trust.local` holds the mathematics.
+the prior is looked at, too. `fem_diffusion.trust.local` and
+`fem_diffusion.reference.residual` hold the mathematics.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from fem_diffusion.diffusion import Distance
 from fem_diffusion.errors import InputError
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.residual import Residual, residual
 from fem_diffusion.trust.beside import SEARCH, Local, gaussian, in_modes, unseen
-from fem_diffusion.trust.local import Residual, Shape, residual, shapes
+from fem_diffusion.trust.local import Shape, shapes
 from fem_diffusion.trust.neighbours import local_calibration, more_pairs
 
 if TYPE_CHECKING:
@@ -147,8 +149,9 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     refill = unseen(latent, own, found.jacobian) if own is not None else 0.0
     whiten = latent.noise_matrix(found.at)
     errors = None if draws is None else draws @ whiten.T
-    rest = latent.everyone.bcast(residual(found.misfit, found.z, found.jacobian, whiten, errors,
-                                          stream(seed, "check"), _LEVEL))
+    rest = latent.everyone.bcast(residual(
+        found.jacobian @ found.z - found.misfit, found.jacobian @ found.jacobian.T, whiten, errors,
+        stream(seed, "check"), _LEVEL))
     if not found.settled:
         rest = replace(rest, p=1.0, prior_p=1.0, largest_p=1.0, odd=(), sensor_p=np.full(len(y), np.nan))
     told, others = (None, None) if found.lost else latent.everyone.bcast(

@@ -108,7 +108,7 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
     with event("correct"):
         start = start_of(posterior, log_prior, ensemble, seed)
         latent = start.latent
-        spare = 2 * min(_UNSEEN, draws or _UNSEEN) if latent.basis.standard_prior else 0
+        spare = 2 * min(_UNSEEN, draws or _UNSEEN) + 2 * latent.differentiable if latent.basis.standard_prior else 0
         found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves - spare, seed=seed, path=path,
                           progress=progress)
         if found.weights is not None and found.near is not None and found.cloud is not None:
@@ -116,14 +116,17 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
         rng = np.random.default_rng(stream(seed, "draws"))
         chosen = _chosen(found, draws, rng)
         samples = latent.samples(found.z[chosen], stream(seed, "tail"))
+        before = latent.solves, latent.pulls
         left, _ = unseen(latent, found.z[rng.permutation(chosen)[:_UNSEEN]])
         weights = found.weights if len(found.readings) == len(found.z) else None
-        told = conflict(latent, found.readings, "corrected samples", weights)
+        told = conflict(latent, found.readings, "corrected samples", weights,
+                        np.average(found.z, axis=0, weights=found.weights))
         notes = told.notes + found.notes
         if spare and np.isnan(left):
             notes += ("What modes that are drawn from the prior add to readings is not known, because the forward "
                       f"problem fails with them ({latent.failure}).",)
-        found = replace(found, solves=found.solves + min(spare, 2 * len(chosen)))
+        found = replace(found, solves=found.solves + latent.solves - before[0],
+                        pulls=found.pulls + latent.pulls - before[1])
     shift, ratio = _moved(start.z, found)
     certificate = Certificate(found.method, found.solves, found.pulls, found.made, found.ess, found.khat, found.rhat,
                               found.acceptance, shift, ratio, left, time.monotonic() - began, notes, told.light)
