@@ -133,7 +133,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
         If an argument is of the wrong kind, there are no sensors or no noise of the problem's own, or data are given
         for a posterior without a model.
     SolveError
-        If the forward problem has no solution near the mean of the samples.
+        If the forward problem has no solution for nearly all samples, and none at the prior mean, or no derivative.
     """
     problem, y = getattr(posterior, "problem", None), getattr(posterior, "y", None)
     if not isinstance(problem, InverseProblem) or y is None or not callable(getattr(posterior, "sample", None)):
@@ -238,10 +238,11 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
     elif rest.p < _LEVEL:
         say("conflict", "yellow", f"The residual is only {ratio:.2g} times what the noise would leave "
             f"(p = {_p(rest.p)}): the noise is smaller than assumed, and the posterior wider than it need be.")
-    if rest.prior_p < _LEVEL / 2 and rest.prior > 1 and others is not None:
-        say("conflict", "yellow", f"The parameter that fits best is {rest.prior:.2g} times as far from the prior mean "
-            f"as expected (p = {_p(rest.prior_p)}): the prior is too narrow, or a sensor is wrong.")
     faults = []
+    if rest.prior_p < _LEVEL / 2 and rest.prior > 1 and others is not None:
+        faults.append((rest.prior, "conflict", False, f"The parameter that fits best is {rest.prior:.2g} times as far "
+                       f"from the prior mean as expected (p = {_p(rest.prior_p)}): the prior is too narrow, or a "
+                       "sensor is wrong."))
     for shape, where in ((told, "of which the data tell"), (others, "of which the data tell little")):
         if shape is None:
             continue
@@ -259,7 +260,8 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
             faults.append((size, "too wide" if up else "too narrow", size > np.log2(_WIDTH_BAD), "The posterior is "
                            f"{'wider' if up else 'narrower'} than data and prior {'allow' if up else 'say'} by about a "
                            f"factor of {_size(2**size)} {where}{one} (p = {_p(min(shape.width_p, shape.widest_p))})."))
-    for _, kind, bad, sentence in sorted(faults, key=lambda fault: -fault[0]):
+    # Those with which nothing should be decided are told first.
+    for _, kind, bad, sentence in sorted(faults, key=lambda fault: (fault[2], fault[0]), reverse=True):
         say(kind, "red" if bad else "yellow", sentence)
     if verdict in ("biased", "too wide", "too narrow"):
         words.append(_REPAIR)
