@@ -305,6 +305,41 @@ def test_the_check_is_made_where_none_is_given(line, tmp_path):
     assert "Trustworthy" in text and "for the check" in text and "for the predictions" not in text
 
 
+@pytest.mark.parametrize("given, message", [
+    (dict(lines=[[0, 1]]), r"each of lines has the shape"),
+    (dict(lines=1), "lines is 1: give a sequence, such as"),
+    (dict(lines=[[(3, 3), (5, 5)]]), r"ends at \(3.0, 3.0\), which is outside the mesh: move it there, between"),
+    (dict(lines=[[(0, 0), (5, 5)]]), r"ends at \(5.0, 5.0\), which is outside the mesh: move it there, between"),
+    (dict(lines=[[(0, 0), (0, 0)]]), "one point: give different ones"),
+    (dict(boundaries=1), r"boundaries is 1: give a sequence, such as \(1,\)"),
+    (dict(boundaries="on_boundary"), "boundaries is 'on_boundary': give a sequence"),
+    (dict(boundaries=(1, 9)), "boundary is 9, which the mesh does not have .* give one of its markers"),
+    (dict(slices=[("z", 0.5)]), "mesh of three dimensions, .* leave slices out"),
+    (dict(name=""), "name is empty: give a word"), (dict(reading=" "), "reading is empty: give a word")])
+def test_places_that_are_not_there_and_empty_names_are_refused_before_a_check(square, tmp_path, monkeypatch, given,
+                                                                              message):
+    monkeypatch.setattr("fem_diffusion.trust.report.check", None)
+    with pytest.raises(InputError, match=message):
+        report(square, tmp_path / "a.html", samples=square.samples, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_are_refused_where_no_unknown_has_them(line, tmp_path):
+    with pytest.raises(InputError, match="lines and boundaries are for bands of a scalar field on a mesh of two"):
+        report(line, tmp_path / "a.html", check=False, lines=[[(0.1,), (0.9,)]])
+    cube = _posterior(FunctionSpace(UnitCubeMesh(2, 2, 2), "CG", 1), [(0.2, 0.3, 0.4)], n=5)
+    for given, message in ((dict(slices=[("z", 3.0)]), "slice is at z = 3 and the mesh lies between 0 and 1"),
+                           (dict(slices=("z", 0.5)), "slice is 'z': give a coordinate and its value"),
+                           (dict(boundaries=[1]), "boundary is drawn of meshes in a plane")):
+        with pytest.raises(InputError, match=message):
+            report(cube, tmp_path / "a.html", check=False, **given)
+    mesh = UnitSquareMesh(3, 3)
+    vector = _without_solver(VectorFunctionSpace(mesh, "CG", 1), lambda prior: prior.sample_many(30, 0))
+    with pytest.raises(InputError, match="no unknown is one: leave them out"):
+        report(vector, tmp_path / "a.html", check=False, boundaries=[1])
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_arguments_are_refused_and_leave_no_page(line, tmp_path, monkeypatch):
     path = tmp_path / "a.html"
     for given, error, message in [
