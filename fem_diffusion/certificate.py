@@ -5,7 +5,12 @@ from typing import Any
 
 from fem_diffusion.files import Content
 
-__all__ = ["Certificate", "pack_certificate", "unpack_certificate"]
+__all__ = ["GOOD_ESS", "GOOD_RHAT", "Certificate", "pack_certificate", "unpack_certificate"]
+
+# Effective sample size below which, and R-hat above which samples are rough; what modes that are not seen may add to a
+# reading, in standard deviations of its noise.
+GOOD_ESS, GOOD_RHAT, _MUCH = 100.0, 1.05, 0.3
+_LIGHTS = "green", "yellow", "red"
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,8 @@ class Certificate:
     Parameters
     ----------
     method : str
-        "weights", "surrogate moves" or "gradient moves".
+        "weights", of amortised samples; "surrogate weights", of a surrogate's samples; "surrogate moves" or "gradient
+        moves", of chains.
     solves, pulls, draws : int
         Forward solves, adjoint or tangent solves, and evaluations of the model that the samples are made of.
     ess : float
@@ -33,6 +39,9 @@ class Certificate:
         Wall time.
     notes : tuple of str
         What else a user should know, a sentence each.
+    residuals : str
+        "green" where the residuals of the samples are as noise; "yellow" where the noise is smaller than assumed, and
+        "red" where the measurement is in conflict with the problem, which a note tells.
     """
 
     method: str
@@ -48,6 +57,22 @@ class Certificate:
     unseen: float
     seconds: float
     notes: tuple[str, ...] = ()
+    residuals: str = "green"
+
+    @property
+    def rough(self) -> bool:
+        """Whether there are few effective samples, or chains that differ."""
+        return self.ess < GOOD_ESS or self.rhat is not None and self.rhat > GOOD_RHAT
+
+    @property
+    def blind(self) -> bool:
+        """Whether modes that are drawn from the prior add much to a reading."""
+        return self.unseen > _MUCH
+
+    @property
+    def light(self) -> str:
+        """That of the residuals; "yellow" at best where the samples are rough or blind."""
+        return "yellow" if self.residuals == "green" and (self.rough or self.blind) else self.residuals
 
     def __str__(self) -> str:
         pulls = f" and {self.pulls:,} adjoint solves" if self.pulls else ""
@@ -74,10 +99,14 @@ def unpack_certificate(content: Content, name: str) -> Certificate | None:
     if content.values.get(name) is None:
         return None
     values = content.value(name, dict)
-    part = Content(content.path, content.remedy, {}, values)
-    kinds = {"method": (str,), "solves": (int,), "pulls": (int,), "draws": (int,), "notes": (list,),
+    # Files of earlier versions hold no light of the residuals.
+    part = Content(content.path, content.remedy, {}, {"residuals": "green"} | values)
+    kinds = {"notes": (list,), **{key: (str,) for key in ("method", "residuals")},
+             **{key: (int,) for key in ("solves", "pulls", "draws")},
              **{key: (float, type(None)) for key in ("khat", "rhat", "acceptance")}}
     found = {field.name: part.value(field.name, *kinds.get(field.name, (float,))) for field in fields(Certificate)}
     if not all(isinstance(note, str) for note in found["notes"]):
         raise content.error("holds notes of a certificate that are no text")
+    if found["residuals"] not in _LIGHTS:
+        raise content.error("holds residuals of a certificate that are neither green, yellow nor red")
     return Certificate(**{**found, "notes": tuple(found["notes"])})

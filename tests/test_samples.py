@@ -11,9 +11,10 @@ from firedrake import (
 )
 from mpi4py import MPI
 
-from fem_diffusion.certificate import Certificate
-from fem_diffusion.errors import InputError, InstallError
+from fem_diffusion.certificate import Certificate, pack_certificate, unpack_certificate
+from fem_diffusion.errors import FileError, InputError, InstallError
 from fem_diffusion.fields.coefficients import coefficients, owned_size
+from fem_diffusion.files import Content
 from fem_diffusion.samples import Samples, load_samples
 
 LINE = FunctionSpace(UnitIntervalMesh(4), "CG", 1)
@@ -111,9 +112,21 @@ def test_it_says_what_it_is():
     assert isinstance(_samples()[0], Function) and len(repr(_samples()[:3])) < 120
 
 
+def test_a_certificate_of_an_earlier_file_has_no_light_of_its_residuals_and_a_wrong_one_is_refused(tmp_path):
+    certificate = Certificate("weights", 1900, 0, 1400, 812.5, 0.3, None, None, 2.5, 0.4, 0.02, 61.0)
+    packed = pack_certificate(certificate)
+    for change, expected in ({}, certificate), ({"residuals": "red"}, replace(
+            certificate, residuals="red")):
+        assert unpack_certificate(Content(tmp_path, "", {}, {"it": packed | change}), "it") == expected
+    del packed["residuals"]
+    assert unpack_certificate(Content(tmp_path, "", {}, {"it": packed}), "it") == certificate
+    with pytest.raises(FileError, match="neither green, yellow nor red"):
+        unpack_certificate(Content(tmp_path, "Make it anew.", {}, {"it": packed | {"residuals": "blue"}}), "it")
+
+
 def test_a_certificate_stays_with_its_samples(tmp_path):
     certificate = Certificate("surrogate moves", 1900, 0, 1400, 812.5, None, 1.004, 0.91, 2.5, 0.4, 0.02, 61.0,
-                              ("The measurement is unlike the training.",))
+                              ("The measurement is unlike the training.",), "red")
     samples = replace(_samples(LINE), certificate=certificate)
     samples.save(tmp_path)
     for kept in (samples[2:], samples.component(0), load_samples(tmp_path, LINE)):

@@ -21,7 +21,7 @@ from fem_diffusion.plot.places import boundary_curve, line_curve, mesh_curve
 from fem_diffusion.plot.style import Asked, check_axes, marks_of
 from fem_diffusion.samples import Samples
 
-__all__ = ["nodal_values", "plot_samples"]
+__all__ = ["drawn_space", "nodal_values", "plot_samples"]
 
 
 def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, truth: Function | None = None,
@@ -93,7 +93,7 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
     asked = Asked(tuple(check_number(q, "quantile", least=0, most=1) for q in levels.tolist()),
                   None if threshold is None else check_number(threshold, "threshold"), ylabel or "parameter", units,
                   mesh_units, xlabel)
-    V = _drawn_space(V)
+    V = drawn_space(V)
     if V.ufl_element().family() == "Real":
         _refuse("numbers", curves=curves, sensors=sensors, slice=slice, line=line, boundary=boundary,
                 mesh_units=mesh_units)
@@ -130,7 +130,7 @@ def _refuse(what: str, **arguments: Any) -> None:
         raise InputError(f"pictures of {what} have no use for {' and '.join(given)}: leave it out.")
 
 
-def _drawn_space(V: WithGeometry) -> WithGeometry:
+def drawn_space(V: WithGeometry) -> WithGeometry:
     """A space with the same coefficients: scalar for vectors of one component, of the base mesh along an extrusion."""
     element, mesh = V.ufl_element(), V.mesh()
     if element.family() != "Real" and V.value_size == 1 and V.value_shape:

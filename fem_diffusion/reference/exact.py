@@ -107,7 +107,5 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
                          "hmc.")
     innovation, whole = whiten @ y - offset, seen + np.eye(len(seen))
     if len(y):
-        misfit = np.linalg.solve(whole, innovation)
-        gaussian_conflict(problem.names, misfit, np.linalg.solve(whole, seen), whiten, float(misfit @ seen @ misfit),
-                          len(y), likelihood.chances, 3)
+        gaussian_conflict(problem.names, comm.bcast((innovation, seen, whiten)), likelihood.chances, 3)
     return ExactPosterior(problem, prior, y, rows, innovation, np.linalg.solve(whole, cross), cross)

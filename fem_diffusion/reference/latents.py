@@ -203,9 +203,9 @@ class LatentProblem(CountedSolver):
         return self._said(lambda: self._likelihood.std)
 
     @property
-    def least_squares(self) -> bool:
-        """Whether twice the energy is the squared misfit, whitened, and the squared norm of latents, up to a sum."""
-        return self._likelihood.gaussian and self._log_prior is None
+    def noise_draws(self) -> np.ndarray | None:
+        """Whitened draws (n, k) of noise of the user's own at readings y; None for Gaussian noise."""
+        return self._said(lambda: self._likelihood.draws)
 
     def chances(self, size: float) -> tuple[float, float]:
         """Chance that squares of whitened noise sum up to so much or more, and to so much or less."""

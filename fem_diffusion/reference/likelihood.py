@@ -71,13 +71,17 @@ class Likelihood:
         return np.linalg.norm(np.linalg.inv(self._at_y[1]), axis=1)
 
     @cached_property
-    def _sizes(self) -> np.ndarray | None:
-        """Sums of squares (n,) of whitened draws of noise of the user's own."""
+    def draws(self) -> np.ndarray | None:
+        """Whitened draws (n, k) of noise of the user's own at readings y; None for Gaussian noise."""
         if isinstance(self.noise, GaussianNoise):
             return None
         mean, W = self._at_y
-        errors = _errors(self.noise, self.y) - mean
-        return ((errors @ W.T)**2).sum(axis=1)
+        return (_errors(self.noise, self.y) - mean) @ W.T
+
+    @cached_property
+    def _sizes(self) -> np.ndarray | None:
+        """Sums of squares (n,) of these."""
+        return None if self.draws is None else (self.draws**2).sum(axis=1)
 
     def chances(self, size: float) -> tuple[float, float]:
         """Chance that squares of whitened noise sum up to so much or more, and to so much or less.

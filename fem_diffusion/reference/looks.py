@@ -1,127 +1,143 @@
-"""What is looked at before a posterior is handed out: do its residuals have the law of the noise, and what is left out.
+"""What is looked at before a posterior is handed out: does it explain the measurement, and what is left out.
 
-Whitened residuals of a posterior draw have, over measurements, the law of the noise itself, whatever the problem: their
-squares sum up to chi-square with k degrees of freedom. The mean over draws spreads less, so that what is rarer than a
-level is rarer still where nothing is wrong.
+Two looks. Whitened residuals of a posterior draw have, over measurements, the law of the noise itself, whatever the
+problem: their squares sum up to chi-square with k degrees of freedom, and the mean over draws spreads less, so that
+what is rarer than a level is rarer still where nothing is wrong. But hundreds of modes take in what a broken sensor
+reads. Where the problem is linearised, `residual` tells what they had to do for it, as in `check`.
 """
 
 import contextlib
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import chi2
 
 from fem_diffusion.diffusion import MeasurementWarning
-from fem_diffusion.errors import SolveError
 from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.residual import Residual, residual
 
-__all__ = ["conflict", "gaussian_conflict", "point_conflict", "unseen"]
+__all__ = ["Told", "conflict", "gaussian_conflict", "point_conflict", "unseen"]
 
 # Chance below which a measurement is in conflict with its problem.
 _CONFLICT = 1e-5
-# One sensor in so many may be what is wrong; share of a misfit that an odd one makes, and that one makes alone;
-# smallest share of its variance that a posterior leaves of a residual; draws a sensor that tell their covariance.
-_FEW, _SHARE, _ALONE, _LEFT, _DRAWS = 4, 0.4, 0.6, 0.05, 5
+# Smallest share of its variance that a posterior leaves of a residual, and draws a sensor that tell their covariance.
+_LEFT, _DRAWS = 0.05, 5
+# Readings up to which a derivative is taken for a look, and squares of its misfit, in units of those of draws, beyond
+# which their mean is no likely point, as between two modes.
+_ROWS, _OFF = 100, 2.0
+
+
+class Told(NamedTuple):
+    """Notes, and their light: "red" for a conflict, "yellow" for noise that is smaller than assumed, "green" for none.
+    """
+
+    notes: tuple[str, ...] = ()
+    light: str = "green"
+
+
+# The innovation d (k,) and the covariance J Jᵀ (k, k) of what is seen, both whitened, and what whitens, (k, k).
+_Linear = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np.ndarray | None = None,
-             z: np.ndarray | None = None) -> tuple[str, ...]:
+             z: np.ndarray | None = None) -> Told:
     """What noise-free readings (n, k) of posterior draws say about problem and measurement (collective).
 
     A note with a MeasurementWarning, at the caller's caller's caller, where their residuals are no noise. Draws count
-    by their weights (n,); those whose solves have failed do not. Where they are few, the problem that is linearised at
-    latents z (r,) tells which sensors are odd.
+    by their weights (n,); those whose solves have failed do not. With z (r,), the mean of the draws, and a derivative
+    the problem that is linearised there tells the rest, and which sensors are odd: two solves and an adjoint one for
+    each of up to 100 readings.
     """
     good = np.isfinite(readings).all(axis=1)
     if not good.any() or not len(latent.y):
-        return ()
+        return Told()
     white = latent.whitened(readings[good])
     share = np.ones(len(white)) if weights is None else weights[good]
     share = share / share.sum()
     size, mean = float(share @ (white**2).sum(axis=1)), share @ white
-    chances, whiten = latent.chances(size), latent.noise_matrix(share @ readings[good])
-    spread = (white - mean).T @ ((white - mean) * share[:, None])
-    if len(white) < _DRAWS * len(mean):
-        spread = np.zeros_like(spread)
-        if min(chances) <= _CONFLICT and latent.differentiable and z is not None:
-            with contextlib.suppress(SolveError):
-                mean, jacobian = latent.linearised(z)
-                spread, whiten = _spread(jacobian), latent.whitener(z)
-    return _told(latent.problem.names, what, size, mean, spread, whiten, chances, 4)
+    found = near = None if z is None else _near(latent, z, size)
+    if found is None:
+        left = np.eye(len(mean))
+        if len(white) >= _DRAWS * len(mean):
+            values, axes = np.linalg.eigh((white - mean).T @ ((white - mean) * share[:, None]))
+            left = axes * np.maximum(1 - values, _LEFT) @ axes.T
+        whole = np.linalg.inv(left)
+        found = -whole @ mean, whole - np.eye(len(mean)), latent.noise_matrix(share @ readings[good])
+    rest = latent.everyone.bcast(residual(*found, latent.noise_draws, 0, _CONFLICT))
+    return _told(latent.problem.names, what, size, latent.chances(size), rest, near is not None, 5)
 
 
-def _spread(jacobian: np.ndarray) -> np.ndarray:
-    """Covariance (k, k) of whitened readings of the Gaussian posterior with their derivative (k, r)."""
-    return jacobian @ np.linalg.solve(np.eye(jacobian.shape[1]) + jacobian.T @ jacobian, jacobian.T)
+def _near(latent: LatentProblem, z: np.ndarray, size: float) -> _Linear | None:
+    """The problem linearised at the mean z (r,) of draws, if there is a derivative and the mean is a likely point."""
+    if not (latent.differentiable and latent.basis.standard_prior and len(latent.y) <= _ROWS):
+        return None
+    # Draws are not lost for a derivative of the user's own that fails.
+    with contextlib.suppress(Exception):
+        misfit, jacobian = latent.linearised(z)
+        if misfit @ misfit <= _OFF * max(size, len(misfit)):
+            return jacobian @ z - misfit, jacobian @ jacobian.T, latent.whitener(z)
+    return None
 
 
-def point_conflict(latent: LatentProblem, z: np.ndarray) -> tuple[str, ...]:
+def point_conflict(latent: LatentProblem, z: np.ndarray) -> Told:
     """As `conflict`, of the most probable latents (r,), by the linearised problem there: costs of `linearised`."""
     if not len(latent.y):
-        return ()
+        return Told()
     misfit, jacobian = latent.linearised(z)
-    free = len(misfit) + len(z) if latent.least_squares else None
-    return gaussian_conflict(latent.problem.names, misfit, _spread(jacobian), latent.whitener(z), float(z @ z), free,
-                             latent.chances, 4)
+    linear = jacobian @ z - misfit, jacobian @ jacobian.T, latent.whitener(z)
+    return gaussian_conflict(latent.problem.names, latent.everyone.bcast(linear), latent.chances, 4, misfit,
+                             latent.noise_draws, latent.basis.standard_prior)
 
 
-def gaussian_conflict(names: tuple[str, ...], misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray,
-                      squared: float, free: int | None, chances: Callable[[float], tuple[float, float]],
-                      depth: int) -> tuple[str, ...]:
-    """As `conflict`, of draws with a mean whitened `misfit` (k,) of covariance `spread` (k, k), so many calls up.
+def gaussian_conflict(names: tuple[str, ...], linear: _Linear, chances: Callable[[float], tuple[float, float]],
+                      depth: int, misfit: np.ndarray | None = None, draws: np.ndarray | None = None,
+                      normal: bool = True) -> Told:
+    """As `conflict`, of a posterior that is Gaussian, or taken to be so, so many calls up.
 
-    Where twice the energy is the squares of misfit and latents, the latter `squared` at the mean, their sum there is at
-    most that of the truth, chi-square with k + r degrees of freedom, and has k of them in a linear problem: `free`.
+    Around a whitened misfit (k,), that of the linear problem where left out; `draws` are those of noise of the user's
+    own, and `normal` says whether latents are so.
     """
-    size = float(misfit @ misfit + spread.trace())
-    notes = _told(names, "most probable parameter", size, misfit, spread, whiten, chances(size), depth)
-    if not notes and free is not None and chi2.sf(float(misfit @ misfit) + squared, free) < _CONFLICT:
-        notes = (f"The most probable parameter is {np.sqrt(squared):.2g} prior standard deviations from the prior "
-                 "mean, farther than prior and noise allow: the measurement is in conflict with the problem.",)
-        warnings.warn(f"{notes[0]} Check sensors, prior and forward problem.", MeasurementWarning, stacklevel=depth)
-    return notes
+    d, seen, _ = linear
+    left = np.linalg.inv(np.eye(len(d)) + seen)
+    misfit = -left @ d if misfit is None else misfit
+    size = float(misfit @ misfit + (left * seen).sum())
+    return _told(names, "most probable parameter", size, chances(size), residual(*linear, draws, 0, _CONFLICT), normal,
+                 depth + 1)
 
 
-def _odd(misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray) -> list[tuple[int, float]]:
-    """Sensors without which the others agree, and how many standard deviations each is from what those tell.
-
-    Of a Gaussian posterior whose whitened misfit has this mean and covariance (k, k): with S the covariance of
-    measurements, d how far this one is from its prediction, and S⁻¹ = Wᵀ(I - spread)W, it is (S⁻¹d) / sqrt(diag S⁻¹);
-    the farthest is left out, and the next is looked for without it. Where that takes more than a few, only one that
-    makes most of the misfit counts.
-    """
-    values, axes = np.linalg.eigh((spread + spread.T) / 2)
-    Q = whiten.T @ (axes * np.maximum(1 - values, _LEFT)) @ axes.T @ whiten
-    q, rest, found, alone = whiten.T @ misfit, list(range(len(misfit))), [], 0
-    while chi2.sf(size := float(q @ np.linalg.solve(Q, q)), len(q)) < _CONFLICT:
-        apart = np.abs(q) / np.sqrt(Q.diagonal())
-        i = int(apart.argmax())
-        found.append((rest.pop(i), float(apart[i])))
-        if len(found) > max(1, len(misfit) // _FEW) or not rest or apart[i]**2 < _SHARE * size:
-            return found[:alone]
-        alone = alone or int(apart[i]**2 > _ALONE * size)
-        others = np.arange(len(q)) != i
-        Q, q = (Q - np.outer(Q[i], Q[i]) / Q[i, i])[others][:, others], (q - Q[i] * q[i] / Q[i, i])[others]
-    return found
-
-
-def _told(names: tuple[str, ...], what: str, size: float, misfit: np.ndarray, spread: np.ndarray, whiten: np.ndarray,
-          chances: tuple[float, float], depth: int) -> tuple[str, ...]:
-    """A note, and a warning, where it is improbable that a squared residual is so large, or so small."""
-    if min(chances) > _CONFLICT:
-        return ()
-    large = chances[0] <= chances[1]
-    odd = _odd(misfit, spread, whiten) if large else []
-    worst = " and ".join(f"sensor {names[i] if names else i} ({apart:.2g} standard deviations)" for i, apart in odd)
-    why = ("the measurement is in conflict with the problem"
-           + f", for the others contradict {worst}" * bool(worst) if large else
-           "the noise is smaller than assumed, and the posterior wider than it need be")
-    note = (f"The residuals of the {what} are {np.sqrt(size / len(misfit)):.2g} noise standard deviations, root mean "
-            f"square, which is not the law of the noise: {why}.")
+def _told(names: tuple[str, ...], what: str, size: float, chances: tuple[float, float], rest: Residual, known: bool,
+          depth: int) -> Told:
+    """A note, and a warning, where a squared residual is improbable, or what nothing explains, if its law is known."""
+    # Where without the odd ones the others are odd still, it is not the sensors; one alone has no others.
+    several = len(rest.t) > 1
+    odd = rest.odd if rest.others_p >= _CONFLICT and several else ()
+    worst = " and ".join(f"sensor {names[i] if names else i} ({abs(rest.t[i]):.2g} standard deviations)" for i in odd)
+    why = "the measurement is in conflict with the problem" + f", for the others contradict {worst}" * bool(worst)
+    small = "the noise is smaller than assumed, and the posterior wider than it need be"
+    light, ratio = "red", rest.size / rest.expected
     at = "these sensors" if len(odd) > 1 else "this sensor" if odd else "the units of the sensors"
-    warnings.warn(f"{note} Check {at}, the noise and the forward problem.", MeasurementWarning, stacklevel=depth + 1)
-    return (note,)
+    if min(chances) <= _CONFLICT:
+        light = "red" if chances[0] <= chances[1] else "yellow"
+        note = (f"The residuals of the {what} are {np.sqrt(size / len(rest.t)):.2g} noise standard deviations, root "
+                f"mean square, which is not the law of the noise: {why if light == 'red' else small}.")
+    elif not known:
+        return Told()
+    elif several and (rest.largest_p < _CONFLICT or rest.p < _CONFLICT and ratio > 1):
+        note = (f"No probable parameter explains the measurement, and what is left of it is {ratio:.2g} times what the "
+                f"noise would leave: {why}.")
+    elif rest.p < _CONFLICT and ratio <= 1:
+        light = "yellow"
+        note = f"What is left of the measurement is {ratio:.2g} times what the noise would leave: {small}."
+    elif rest.prior_p < _CONFLICT and rest.prior > 1:
+        at = "sensors, the prior"
+        note = (f"The parameter that fits best is {rest.prior:.2g} times as far from the prior mean as prior and noise "
+                f"let expect: {why}.")
+    else:
+        return Told()
+    at = "the units of the sensors" if light == "yellow" else at
+    warnings.warn(f"{note} Check {at}, the noise and the forward problem.", MeasurementWarning, stacklevel=depth)
+    return Told((note,), light)
 
 
 def unseen(latent: LatentProblem, z: np.ndarray, seed: int = 0) -> tuple[float, np.ndarray]:

@@ -9,7 +9,7 @@ import torch
 
 from fem_diffusion.checks import check_kind
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.model.posterior import Posterior
@@ -122,8 +122,12 @@ class Local:
             self.notes.append(f"The solver has no solution for {self.failed} of {len(z)} samples, or they are more than"
                               f" {FAR:g} prior standard deviations out: they do not belong to this problem.")
         if self.lost and not rows:
-            raise InputError(f"The solver has no solution for {self.failed} of {len(z)} samples ({latent.failure}): the"
-                             " posterior is of no use here; take hmc(problem, y).")
+            there = np.isfinite(latent.readings(np.zeros((1, latent.r)))).all()
+            raise SolveError(f"The solver has no solution for {self.failed} of {len(z)} samples" + (
+                f", and has one at the prior mean ({latent.failure}): the posterior is of no use here; take "
+                "pcn(problem, y, seed=1), which begins at the prior." if there else
+                f", and none at the prior mean ({latent.failure}): mend the solver, or choose a prior for which it "
+                "solves."))
         # Samples that are lost say nothing of where the posterior is, and the prior mean does.
         start = np.zeros(latent.r) if self.lost else self.samples.mean(axis=0)
         if rows:

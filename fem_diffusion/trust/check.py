@@ -1,7 +1,8 @@
 """A posterior beside the solver itself, for one measurement and some 50 solves: a verdict in words with numbers.
 
 The samples' fields are written in the prior's own modes, many of them, so that what a model leaves out or draws from
-the prior is looked at, too. `fem_diffusion.trust.local` holds the mathematics.
+the prior is looked at, too. `fem_diffusion.trust.local` and
+`fem_diffusion.reference.residual` hold the mathematics.
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from fem_diffusion.diffusion import Distance
 from fem_diffusion.errors import InputError
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.residual import Residual, residual
 from fem_diffusion.trust.beside import SEARCH, Local, gaussian, in_modes, unseen
-from fem_diffusion.trust.local import Residual, Shape, residual, shapes
+from fem_diffusion.trust.local import Shape, shapes
 from fem_diffusion.trust.neighbours import local_calibration, more_pairs
 
 if TYPE_CHECKING:
@@ -131,7 +133,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
         If an argument is of the wrong kind, there are no sensors or no noise of the problem's own, or data are given
         for a posterior without a model.
     SolveError
-        If the forward problem has no solution near the mean of the samples.
+        If the forward problem has no solution for nearly all samples, and none at the prior mean, or no derivative.
     """
     problem, y = getattr(posterior, "problem", None), getattr(posterior, "y", None)
     if not isinstance(problem, InverseProblem) or y is None or not callable(getattr(posterior, "sample", None)):
@@ -147,8 +149,9 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     refill = unseen(latent, own, found.jacobian) if own is not None else 0.0
     whiten = latent.noise_matrix(found.at)
     errors = None if draws is None else draws @ whiten.T
-    rest = latent.everyone.bcast(residual(found.misfit, found.z, found.jacobian, whiten, errors,
-                                          stream(seed, "check"), _LEVEL))
+    rest = latent.everyone.bcast(residual(
+        found.jacobian @ found.z - found.misfit, found.jacobian @ found.jacobian.T, whiten, errors,
+        stream(seed, "check"), _LEVEL))
     if not found.settled:
         rest = replace(rest, p=1.0, prior_p=1.0, largest_p=1.0, odd=(), sensor_p=np.full(len(y), np.nan))
     told, others = (None, None) if found.lost else latent.everyone.bcast(
@@ -235,10 +238,11 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
     elif rest.p < _LEVEL:
         say("conflict", "yellow", f"The residual is only {ratio:.2g} times what the noise would leave "
             f"(p = {_p(rest.p)}): the noise is smaller than assumed, and the posterior wider than it need be.")
-    if rest.prior_p < _LEVEL / 2 and rest.prior > 1 and others is not None:
-        say("conflict", "yellow", f"The parameter that fits best is {rest.prior:.2g} times as far from the prior mean "
-            f"as expected (p = {_p(rest.prior_p)}): the prior is too narrow, or a sensor is wrong.")
     faults = []
+    if rest.prior_p < _LEVEL / 2 and rest.prior > 1 and others is not None:
+        faults.append((rest.prior, "conflict", False, f"The parameter that fits best is {rest.prior:.2g} times as far "
+                       f"from the prior mean as expected (p = {_p(rest.prior_p)}): the prior is too narrow, or a "
+                       "sensor is wrong."))
     for shape, where in ((told, "of which the data tell"), (others, "of which the data tell little")):
         if shape is None:
             continue
@@ -256,7 +260,8 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
             faults.append((size, "too wide" if up else "too narrow", size > np.log2(_WIDTH_BAD), "The posterior is "
                            f"{'wider' if up else 'narrower'} than data and prior {'allow' if up else 'say'} by about a "
                            f"factor of {_size(2**size)} {where}{one} (p = {_p(min(shape.width_p, shape.widest_p))})."))
-    for _, kind, bad, sentence in sorted(faults, key=lambda fault: -fault[0]):
+    # Those with which nothing should be decided are told first.
+    for _, kind, bad, sentence in sorted(faults, key=lambda fault: (fault[2], fault[0]), reverse=True):
         say(kind, "red" if bad else "yellow", sentence)
     if verdict in ("biased", "too wide", "too narrow"):
         words.append(_REPAIR)

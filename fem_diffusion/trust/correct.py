@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from firedrake import Ensemble
 
-from fem_diffusion.certificate import Certificate
+from fem_diffusion.certificate import GOOD_ESS, GOOD_RHAT, Certificate
 from fem_diffusion.checks import alike, check_count, check_flag, check_path, check_seed, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.checks import check_ensemble
@@ -67,7 +67,7 @@ _SELDOM, _NEVER, _TUNING, _WORTH, _AMPLE = 0.3, 0.2, 6, 200, 1000
 # Misfit per reading from which samples are no start.
 _FAR = 15.0
 # What is refused, and what is warned of.
-_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT = 30.0, 1.2, 100.0, 1.05
+_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT = 30.0, 1.2, GOOD_ESS, GOOD_RHAT
 # Samples, of two solves each, that show what modes left out add to readings.
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
@@ -112,7 +112,7 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
     with event("correct"):
         start = start_of(posterior, log_prior, ensemble, seed)
         latent = start.latent
-        spare = 2 * min(_UNSEEN, draws or _UNSEEN) if latent.basis.standard_prior else 0
+        spare = 2 * min(_UNSEEN, draws or _UNSEEN) + 2 * latent.differentiable if latent.basis.standard_prior else 0
         found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves - spare, seed=seed, path=path,
                           progress=progress)
         if found.weights is not None and found.near is not None and found.cloud is not None:
@@ -120,16 +120,20 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
         rng = np.random.default_rng(stream(seed, "draws"))
         chosen = _chosen(found, draws, rng)
         samples = latent.samples(found.z[chosen], stream(seed, "tail"))
+        before = latent.solves, latent.pulls
         left, _ = unseen(latent, found.z[rng.permutation(chosen)[:_UNSEEN]])
         weights = found.weights if len(found.readings) == len(found.z) else None
-        notes = found.notes + conflict(latent, found.readings, "corrected samples", weights)
+        told = conflict(latent, found.readings, "corrected samples", weights,
+                        np.average(found.z, axis=0, weights=found.weights))
+        notes = told.notes + found.notes
         if spare and np.isnan(left):
             notes += ("What modes that are drawn from the prior add to readings is not known, because the forward "
                       f"problem fails with them ({latent.failure}).",)
-        found = replace(found, solves=found.solves + min(spare, 2 * len(chosen)))
+        found = replace(found, solves=found.solves + latent.solves - before[0],
+                        pulls=found.pulls + latent.pulls - before[1])
     shift, ratio = _moved(start.z, found)
     certificate = Certificate(found.method, found.solves, found.pulls, found.made, found.ess, found.khat, found.rhat,
-                              found.acceptance, shift, ratio, left, time.monotonic() - began, notes)
+                              found.acceptance, shift, ratio, left, time.monotonic() - began, notes, told.light)
     tell(str(certificate), progress and latent.everyone.rank == 0)
     return replace(samples, certificate=certificate)
 

@@ -26,6 +26,7 @@ from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
 from fem_diffusion.trust import words
+from fem_diffusion.trust.asked import check_places
 from fem_diffusion.trust.check import Check, check
 from fem_diffusion.trust.findings import Asked, Unknown, findings, readings
 
@@ -77,7 +78,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     mesh_units, reading : str, optional
         Unit of lengths, and what the sensors measure, with its unit.
     lines : sequence of array_like of shape (2, gdim), optional
-        Ends of lines along which bands are drawn; a line through the middle where left out.
+        Ends of lines along which bands are drawn, in the mesh; a line through the middle where left out.
     boundaries : sequence of int or str
         Markers of boundaries of a plane mesh along which bands are drawn.
     slices : sequence of tuple of str and float, optional
@@ -95,7 +96,8 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     Raises
     ------
     InputError
-        If an argument is of the wrong kind, or the posterior has no samples for this measurement.
+        If an argument is of the wrong kind, a line, boundary or slice is not there or of no unknown, or the posterior
+        has no samples for this measurement.
     FileError
         If the page cannot be written.
     InstallError
@@ -113,7 +115,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     progress = check_flag(progress, "progress")
     for label, text in (("question", question), ("title", title), ("mesh_units", mesh_units)):
         check_kind(text, label, (str, type(None)), "a string")
-    check_text(reading, "reading")
+    _label(reading, "reading")
     given, reason = samples is not None, None
     if samples is None:
         samples = _drawn(posterior, draws, seed, progress)
@@ -121,13 +123,14 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
         raise InputError("The samples are of another space than the posterior: give samples of this problem.")
     if len(samples) < 2:
         raise InputError("A report needs at least 2 samples: draw more.")
+    unknowns = _unknowns(samples, name, units, threshold)
+    check_places([samples.component(i).V for i in range(len(unknowns))], lines, boundaries, slices)
     certificate = getattr(samples, "certificate", None)
     check_kind(check, "check", (Check, bool, type(None)), "what posterior.check() returned, or False")
     if check is True or check is None and certificate is None:
         found, reason = _checked(posterior, solves, seed)
     else:
         found = check or None
-    unknowns = _unknowns(samples, name, units, threshold)
     asked = Asked(question is not None, mesh_units, lines, boundaries, slices, problem.observation)
     parts = [findings(samples.component(i), unknown, asked, problem, i, seed) for i, unknown in enumerate(unknowns)]
     seen = readings(posterior, samples, None if given else found, reading, solves, seed)
@@ -188,8 +191,15 @@ def _unknowns(samples: Samples, name: Any, units: Any, threshold: Any) -> list[U
     if count > 1 and isinstance(name, str):
         names = [f"{name} {i}" for i in range(count)]
     parts = zip(names, each(units, "units", None), each(threshold, "threshold", None))
-    return [Unknown(check_text(n, "name"), check_kind(u, "units", (str, type(None)), "a string"),
+    return [Unknown(_label(n, "name"), check_kind(u, "units", (str, type(None)), "a string"),
                     None if t is None else check_number(t, "threshold")) for n, u, t in parts]
+
+
+def _label(text: Any, name: str) -> str:
+    """What something is called, which a page cannot do without."""
+    if not check_text(text, name).strip():
+        raise InputError(f"{name} is empty: give a word, such as 'conductivity', or leave it out.")
+    return text
 
 
 def _question(unknowns: Sequence[Unknown], problem: InverseProblem) -> str:
@@ -212,9 +222,13 @@ def _verdict(check: Any, certificate: Any, reason: str | None) -> Verdict:
             word = f"{word}: {check.verdict}"
         return Verdict(check.light, word, check.sentences)
     if certificate is not None:
-        return Verdict("green", "Corrected", (
-            "These samples were corrected with the forward model itself: they are samples of the finite element "
-            "posterior, as far as the certificate below tells.", *certificate.notes))
+        why = {"red": ": the measurement conflicts with the problem", "yellow": ", with care", "green": ""}
+        unseen = f"{words.number(certificate.unseen, 'noise standard deviations', 2)}"
+        blind = (f"Modes that are drawn from the prior add up to {unseen} to a reading, whatever the data say of "
+                 "them: fit with more modes.",) * certificate.blind
+        return Verdict(certificate.light, f"Corrected{why[certificate.light]}", (
+            *certificate.notes, *blind, "These samples were corrected with the forward model itself: they are samples "
+            "of the finite element posterior, as far as the certificate below tells."))
     return Verdict("grey", _LIGHTS["grey"], (
         "Nobody has checked whether these samples can be trusted for this measurement"
         + (": run check, some 50 solves." if reason is None else f". {reason}"),))

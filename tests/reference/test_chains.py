@@ -318,12 +318,15 @@ def test_an_open_number_of_draws_is_as_many_as_it_takes():
 
 def test_modes_that_readings_see_are_added_or_told():
     problem = _source(noise=0.002)
+    three = karhunen_loeve(problem.prior, 3)
+    y, = LatentProblem(problem, Y, three).readings(np.array([[0.5, -0.5, 0.5]]))
     with pytest.warns(ConvergenceWarning, match="Modes past the 3 of the basis add"):
-        hmc(problem, Y, basis=karhunen_loeve(problem.prior, 3), seed=0, chains=8, draws=100, progress=False)
+        hmc(problem, y, basis=three, seed=0, chains=8, draws=100, progress=False)
     rough = _source(noise=1e-5)
     rough = replace(rough, prior=GaussianPrior(rough.M, 1.0, 0.3, mean=0.3))
     few = karhunen_loeve(rough.prior)
-    r = hmc(rough, Y, seed=0, chains=8, draws=100, progress=False).draws.latents.shape[1]
+    y, = rough.measurements(rough.prior.sample_many(1, 0), seed=0)
+    r = hmc(rough, y, seed=0, chains=8, draws=100, progress=False).draws.latents.shape[1]
     assert r == 36 > few.r
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from firedrake import Function, FunctionSpace, UnitIntervalMesh, exp
+from scipy.integrate import quad
 from scipy.stats import chi2
 
 from fem_diffusion.diffusion import CallableNoise, GaussianNoise, MeasurementWarning
@@ -22,6 +23,7 @@ from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.pcn import pcn
 from fem_diffusion.reference.point import map_point
+from fem_diffusion.reference.residual import _tail
 
 V = FunctionSpace(UnitIntervalMesh(16), "CG", 1)
 PLACES = np.linspace(0.05, 0.95, 12)[:, None]
@@ -31,13 +33,12 @@ STD = 0.1
 class Pointwise:
     """The state m, or exp(m), with its derivative."""
 
-    M = U = V
-
-    def __init__(self, bent=False):
+    def __init__(self, bent=False, space=V):
+        self.M = self.U = space
         self.bent = bent
 
     def __call__(self, m):
-        return Function(V).interpolate(exp(m) if self.bent else m)
+        return Function(self.U).interpolate(exp(m) if self.bent else m)
 
     def solve_many(self, parameters):
         return np.exp(parameters) if self.bent else parameters
@@ -45,6 +46,19 @@ class Pointwise:
     def sensitivity(self, m, rows):
         rows = rows.toarray() if hasattr(rows, "toarray") else rows
         return rows * (np.exp(m.dat.data_ro) if self.bent else 1.0)
+
+
+class Squared(Pointwise):
+    """The state m², with its derivative."""
+
+    def __call__(self, m):
+        return Function(self.U).interpolate(m**2)
+
+    def solve_many(self, parameters):
+        return parameters**2
+
+    def sensitivity(self, m, rows):
+        return 2 * super().sensitivity(m, rows) * m.dat.data_ro
 
 
 def _problem(bent=False, noise=STD):
@@ -79,6 +93,65 @@ def test_a_broken_sensor_is_told_and_a_sound_one_is_not(name, bent):
     assert "Check this sensor, the noise" in str(told[0].message)
     # It points at the line of the call.
     assert told[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore::fem_diffusion.reference.chains.ConvergenceWarning")
+@pytest.mark.parametrize("bent", [False, True])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_a_broken_sensor_that_many_modes_take_in_is_told(name, bent):
+    """Forty modes read by sixteen sensors: residuals are those of the noise, but no prior field is so uneven."""
+    if name == "exact" and bent:
+        return
+    fine = FunctionSpace(UnitIntervalMesh(60), "CG", 1)
+    problem = InverseProblem(GaussianPrior(fine, 0.5, 0.2), Pointwise(bent, fine),
+                             point_sensors(fine, np.linspace(0.05, 0.95, 16)[:, None]), 0.05)
+    y = _measured(problem, 0)
+    REFERENCES[name](problem, y)
+    with pytest.warns(MeasurementWarning, match="No probable parameter explains the measurement.* in conflict with the "
+                      "problem, for the others contradict sensor " + re.escape(problem.names[4])) as told:
+        REFERENCES[name](problem, y + 1.0 * (np.arange(16) == 4))
+    assert [x.filename for x in told if x.category is MeasurementWarning] == [__file__]
+
+
+def test_a_prior_that_is_too_narrow_is_told():
+    """All sensors agree on a field that is nine prior standard deviations from the mean."""
+    problem = _problem()
+    y = _measured(problem, 3) + 9 * 0.5
+    J = problem.observation.rows @ karhunen_loeve(problem.prior, V.dim()).scaled_modes.T / STD
+    inverse = np.linalg.inv(np.eye(12) + J @ J.T)
+    far = np.linalg.norm(J.T @ inverse @ y / STD) / np.sqrt(np.trace(J @ J.T @ inverse))
+    with pytest.warns(MeasurementWarning, match=f"fits best is {far:.2g} times as far from the prior mean as prior and "
+                      "noise let expect: the measurement is in conflict with the problem. Check sensors, the prior"):
+        exact(problem, y)
+
+
+def test_the_mean_of_draws_of_two_modes_is_no_point_to_look_from():
+    """A state m² has two, and its derivative is zero between them."""
+    prior = GaussianPrior(V, 1.0, 2.0)
+    problem = InverseProblem(prior, Squared(), point_sensors(V, PLACES), STD)
+    basis = karhunen_loeve(prior, 1)
+    z = np.array([[1.5], [-1.5]])
+    clean = LatentProblem(problem, np.zeros(12), basis).readings(z)[0]
+    latent = LatentProblem(problem, clean + STD * np.random.default_rng(0).standard_normal(12), basis)
+    assert latent.differentiable and np.abs(latent.linearised(np.zeros(1))[0]).max() > 5
+    assert conflict(latent, latent.readings(z), "draws", z=np.zeros(1)).light == "green"
+
+
+def test_tails_of_a_residual_are_bounded_and_not_by_much():
+    """Against chi-square, and against a numerical inversion for squares of different weights (Imhof 1961)."""
+    uneven = np.geomspace(1e-2, 1.0, 8)
+
+    def above(value):
+        def wave(u):
+            angle = np.arctan(uneven * u).sum() / 2 - u * value / 2
+            return np.sin(angle) / (u * np.prod((1 + (uneven * u)**2)**0.25))
+        return 0.5 + quad(wave, 0, np.inf, limit=2000)[0] / np.pi
+    one = np.array([1.0, 0.0, 0.0])
+    for weights, value, chance in ((np.ones(8), 40.0, chi2.sf(40, 8)), (np.ones(8), 0.4, chi2.cdf(0.4, 8)),
+                                   (one, 20.0, chi2.sf(20, 1)), (one, 1e-4, chi2.cdf(1e-4, 1)),
+                                   (uneven, 20.0, above(20.0)), (uneven, 0.05, 1 - above(0.05))):
+        assert chance <= _tail(weights, value) < 100 * chance
+    assert _tail(np.zeros(3), 1.0) == 1.0 and _tail(one, 0.0) == 1.0
 
 
 def test_noise_that_is_said_wrong_is_told_either_way():

@@ -11,8 +11,8 @@ from mpi4py import MPI
 from scipy.sparse import issparse
 
 from fem_diffusion import (
-    CallableNoise, Check, GaussianNoise, GaussianPrior, InputError, InverseProblem, Samples, check, exact,
-    karhunen_loeve, point_sensors,
+    CallableNoise, Check, GaussianNoise, GaussianPrior, InputError, InverseProblem, Samples, SolveError, check,
+    exact, karhunen_loeve, point_sensors,
 )
 
 V = FunctionSpace(UnitIntervalMesh(20, comm=MPI.COMM_SELF), "CG", 1)
@@ -255,6 +255,40 @@ def test_samples_from_which_no_step_leads_to_the_measurement_are_no_verdict_on_s
     assert not any("conflicts with model or noise" in line for line in found.sentences)
     # Beside the truth the same measurement is explained.
     assert not around(2.45)[1]
+
+
+@TOLD
+def test_samples_that_are_far_off_are_told_before_a_prior_that_is_too_narrow():
+    """All readings ask for five prior standard deviations, and the samples are far from there."""
+    problem = _problem()
+    y = _pair(problem, 0)[1] + 5.0
+    right = exact(problem, y)
+
+    def look(shift):
+        return check(Given(problem, y, lambda n, seed: right.sample(n, seed=seed).values, shift=shift))
+    off = look(3.0)
+    assert off.verdict == "biased" and off.light == "red"
+    assert re.match(r"The samples are off by [\d.]+ posterior standard deviations", off.sentences[0])
+    assert "times as far from the prior mean" in off.sentences[1]
+    right_there = look(0.0)
+    assert right_there.verdict == "conflict" and "times as far from the prior mean" in right_there.sentences[0]
+
+
+@pytest.mark.parametrize("fails, words", [
+    (lambda values: True, "none at the prior mean (RuntimeError: no state here): mend the solver, or choose a prior"),
+    (lambda values: abs(values).max() > 0, "has one at the prior mean (RuntimeError: no state here): .* take pcn(")])
+def test_a_solver_that_fails_for_all_samples_is_told_with_what_helps(fails, words):
+    problem = _problem()
+    y = _pair(problem, 0)[1]
+
+    def solve(m):
+        if fails(m.dat.data_ro):
+            raise RuntimeError("no state here")
+        return m.copy(deepcopy=True)
+    posterior = Given(_problem(forward=solve), y, lambda n, seed: problem.prior.sample_many(n, seed))
+    words = re.escape(words).replace(r"\.\*", ".*")
+    with pytest.raises(SolveError, match="no solution for 30 of 30 samples, and " + words):
+        check(posterior)
 
 
 def test_a_check_says_what_it_found_and_draws_it(tmp_path):

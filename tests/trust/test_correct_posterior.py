@@ -56,7 +56,7 @@ class Linear:
         return parameters
 
     def sensitivity(self, m, rows):
-        return rows.toarray()
+        return rows.toarray() if hasattr(rows, "toarray") else rows
 
 
 def trained(case, pairs=300, r=4):
@@ -159,7 +159,22 @@ def test_noise_that_is_three_times_what_was_said_is_told():
     posterior = replace(model.condition(wave), y=wave + 0.9 * np.random.default_rng(2).standard_normal(20))
     with pytest.warns(MeasurementWarning, match="in conflict with the problem"):
         samples = posterior.correct(solves=700, seed=1, progress=False)
-    assert "in conflict" in str(samples.certificate)
+    assert "in conflict" in str(samples.certificate) and samples.certificate.light == "red"
+
+
+def test_a_broken_sensor_that_the_modes_take_in_is_told():
+    """Residuals of the draws are as the noise: only beside the others what the sensor reads is odd."""
+    V = FunctionSpace(UnitIntervalMesh(60), "CG", 1)
+    case = InverseProblem(GaussianPrior(V, 0.5, 0.2), Linear(V),
+                          point_sensors(V, np.linspace(0.05, 0.95, 16)[:, None]), GaussianNoise(std=0.05))
+    model, (y,) = trained(case, r=20), case.measurements(case.prior.sample_many(1, 0), seed=0)
+    assert model.condition(y).correct(solves=700, seed=1, progress=False).certificate.residuals == "green"
+    posterior = replace(model.condition(y), y=y + 1.0 * (np.arange(16) == 4))
+    with pytest.warns(MeasurementWarning, match="contradict sensor"):
+        samples = posterior.correct(solves=700, seed=1, progress=False)
+    assert samples.certificate.residuals == "red"
+    assert "No probable parameter explains the measurement" in str(samples.certificate)
+    assert "the others contradict sensor (0.29)" in str(samples.certificate)
 
 
 class Counted:

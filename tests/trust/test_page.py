@@ -224,6 +224,26 @@ def test_corrected_samples_speak_by_their_certificate(line, tmp_path):
     assert "Corrected" in text and "R-hat" in text and "1.007" in text and "Not checked" not in text
 
 
+CONFLICT = "The measurement is in conflict with the problem."
+
+
+@pytest.mark.parametrize("change, light, word, sentence", [
+    ({}, "green", "Corrected", "Two chains were restarted."),
+    ({"residuals": "red", "ess": 35.0, "notes": (CONFLICT,)}, "red",
+     "Corrected: the measurement conflicts with the problem", CONFLICT),
+    ({"residuals": "yellow", "notes": ("The noise is smaller.",)}, "yellow", "Corrected, with care", "The noise is"),
+    ({"ess": 99.0, "notes": ("The samples are rough.",)}, "yellow", "Corrected, with care", "The samples are rough."),
+    ({"rhat": 1.06, "notes": ("The samples are rough.",)}, "yellow", "Corrected, with care", "The samples are rough."),
+    ({"unseen": 0.31, "notes": ()}, "yellow", "Corrected, with care",
+     "Modes that are drawn from the prior add up to 0.31\u00a0noise standard deviations to a reading"),
+    ({"unseen": np.nan, "rhat": None}, "green", "Corrected", "samples of the finite element posterior")])
+def test_the_light_of_corrected_samples_is_that_of_their_certificate(line, tmp_path, change, light, word, sentence):
+    corrected = replace(line.samples, certificate=replace(CERTIFICATE, **change))
+    page = report(line, tmp_path / "a.html", samples=corrected).read_text()
+    assert f'class="verdict {light}"' in page and f"<strong>{word}</strong>" in page
+    assert sentence in page.partition('class="verdict')[2].partition("</section>")[0]
+
+
 @pytest.mark.parametrize("space, points, given, parts", [
     (lambda: FunctionSpace(UnitIntervalMesh(20), "CG", 1), [0.2, 0.7], dict(threshold=1.6), ["Along its length"]),
     (lambda: FunctionSpace(UnitCubeMesh(3, 3, 3), "CG", 1), [(0.2, 0.3, 0.4)], dict(threshold=1.6),
@@ -283,6 +303,41 @@ def test_a_check_that_cannot_be_made_is_told(line, tmp_path, monkeypatch):
 def test_the_check_is_made_where_none_is_given(line, tmp_path):
     text = _text(report(line, tmp_path / "a.html").read_text())
     assert "Trustworthy" in text and "for the check" in text and "for the predictions" not in text
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(lines=[[0, 1]]), r"each of lines has the shape"),
+    (dict(lines=1), "lines is 1: give a sequence, such as"),
+    (dict(lines=[[(3, 3), (5, 5)]]), r"ends at \(3.0, 3.0\), which is outside the mesh: move it there, between"),
+    (dict(lines=[[(0, 0), (5, 5)]]), r"ends at \(5.0, 5.0\), which is outside the mesh: move it there, between"),
+    (dict(lines=[[(0, 0), (0, 0)]]), "one point: give different ones"),
+    (dict(boundaries=1), r"boundaries is 1: give a sequence, such as \(1,\)"),
+    (dict(boundaries="on_boundary"), "boundaries is 'on_boundary': give a sequence"),
+    (dict(boundaries=(1, 9)), "boundary is 9, which the mesh does not have .* give one of its markers"),
+    (dict(slices=[("z", 0.5)]), "mesh of three dimensions, .* leave slices out"),
+    (dict(name=""), "name is empty: give a word"), (dict(reading=" "), "reading is empty: give a word")])
+def test_places_that_are_not_there_and_empty_names_are_refused_before_a_check(square, tmp_path, monkeypatch, given,
+                                                                              message):
+    monkeypatch.setattr("fem_diffusion.trust.report.check", None)
+    with pytest.raises(InputError, match=message):
+        report(square, tmp_path / "a.html", samples=square.samples, **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_are_refused_where_no_unknown_has_them(line, tmp_path):
+    with pytest.raises(InputError, match="lines and boundaries are for bands of a scalar field on a mesh of two"):
+        report(line, tmp_path / "a.html", check=False, lines=[[(0.1,), (0.9,)]])
+    cube = _posterior(FunctionSpace(UnitCubeMesh(2, 2, 2), "CG", 1), [(0.2, 0.3, 0.4)], n=5)
+    for given, message in ((dict(slices=[("z", 3.0)]), "slice is at z = 3 and the mesh lies between 0 and 1"),
+                           (dict(slices=("z", 0.5)), "slice is 'z': give a coordinate and its value"),
+                           (dict(boundaries=[1]), "boundary is drawn of meshes in a plane")):
+        with pytest.raises(InputError, match=message):
+            report(cube, tmp_path / "a.html", check=False, **given)
+    mesh = UnitSquareMesh(3, 3)
+    vector = _without_solver(VectorFunctionSpace(mesh, "CG", 1), lambda prior: prior.sample_many(30, 0))
+    with pytest.raises(InputError, match="no unknown is one: leave them out"):
+        report(vector, tmp_path / "a.html", check=False, boundaries=[1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_wrong_arguments_are_refused_and_leave_no_page(line, tmp_path, monkeypatch):
