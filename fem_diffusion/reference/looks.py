@@ -124,8 +124,8 @@ def _told(names: tuple[str, ...], what: str, size: float, chances: tuple[float, 
     elif not known:
         return Told()
     elif several and (rest.largest_p < _CONFLICT or rest.p < _CONFLICT and ratio > 1):
-        note = (f"No probable parameter explains the measurement, and what is left of it is {ratio:.2g} times what the "
-                f"noise would leave: {why}.")
+        note = (f"Nothing near the {what} explains the measurement, and what is left of it is {ratio:.2g} times what "
+                f"the noise would leave: {why}.")
     elif rest.p < _CONFLICT and ratio <= 1:
         light = "yellow"
         note = f"What is left of the measurement is {ratio:.2g} times what the noise would leave: {small}."

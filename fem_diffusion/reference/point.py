@@ -77,7 +77,8 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
 
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
     at a minimum, or the readings have no slope, as those of a level set. MeasurementWarning tells of a measurement that
-    is in conflict with prior, noise or sensors, which it names: residuals at the point are not those of the noise.
+    is in conflict with prior, noise or sensors, which it names: what is left of it at the point is not as prior and
+    noise let expect. With several minima it may be the point that is improbable: give more starts.
     """
     starts, seed = alike(check_problem(problem).comm, lambda: {
         "starts": check_count(starts, "starts"), "seed": check_seed(seed)})

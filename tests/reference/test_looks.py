@@ -107,10 +107,21 @@ def test_a_broken_sensor_that_many_modes_take_in_is_told(name, bent):
                              point_sensors(fine, np.linspace(0.05, 0.95, 16)[:, None]), 0.05)
     y = _measured(problem, 0)
     REFERENCES[name](problem, y)
-    with pytest.warns(MeasurementWarning, match="No probable parameter explains the measurement.* in conflict with the "
+    with pytest.warns(MeasurementWarning, match="Nothing near the .* explains the measurement.* in conflict with the "
                       "problem, for the others contradict sensor " + re.escape(problem.names[4])) as told:
         REFERENCES[name](problem, y + 1.0 * (np.arange(16) == 4))
     assert [x.filename for x in told if x.category is MeasurementWarning] == [__file__]
+
+
+def test_an_alarm_at_a_poor_minimum_ends_with_more_starts():
+    """Where a state m² has the sign of m wrong in between, the search ends at a parameter that explains little."""
+    fine = FunctionSpace(UnitIntervalMesh(60), "CG", 1)
+    problem = InverseProblem(GaussianPrior(fine, 1.0, 0.2), Squared(space=fine),
+                             point_sensors(fine, np.linspace(0.05, 0.95, 16)[:, None]), 0.1)
+    y = _measured(problem, 45)
+    with pytest.warns(MeasurementWarning, match="Nothing near the most probable parameter explains"):
+        poor = map_point(problem, y)
+    assert map_point(problem, y, starts=6, seed=1).energy < poor.energy - 10
 
 
 def test_a_prior_that_is_too_narrow_is_told():

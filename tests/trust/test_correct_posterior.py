@@ -173,7 +173,7 @@ def test_a_broken_sensor_that_the_modes_take_in_is_told():
     with pytest.warns(MeasurementWarning, match="contradict sensor"):
         samples = posterior.correct(solves=700, seed=1, progress=False)
     assert samples.certificate.residuals == "red"
-    assert "No probable parameter explains the measurement" in str(samples.certificate)
+    assert "Nothing near the corrected samples explains the measurement" in str(samples.certificate)
     assert "the others contradict sensor (0.29)" in str(samples.certificate)
 
 
