@@ -72,21 +72,8 @@ class AdvectionDiffusion(Steady):
         Taken as fixed after construction, because factorisations are kept.
     supg : "auto" or bool
         Streamline-upwind Petrov-Galerkin terms; "auto" has them where V is continuous and there is a velocity.
-    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
-        PETSc options of every linear solve (and of Newton's method, where there is one), and their prefix on the
-        command line.
-
-    Attributes
-    ----------
-    V, M, U : FunctionSpace
-        Of state and parameter; U is V.
-    m, u : Function
-        The problem's own parameter and state, overwritten by every solve.
-    F : ufl.Form
-        Residual, a linear form in its test function, with coefficients ``u`` and ``m`` (or, for several unknowns, a
-        Function for each); `bcs` are the Dirichlet conditions on ``u``.
-    linear, operator_depends_on_parameter : bool
-        Whether F is affine in u, and whether ∂F/∂u contains m.
+    solver_parameters, options_prefix
+        As for `Steady`, and so are the attributes.
 
     Raises
     ------
