@@ -5,11 +5,11 @@ from typing import Any
 
 from fem_diffusion.files import Content
 
-__all__ = ["GOOD_ESS", "GOOD_RHAT", "Certificate", "pack_certificate", "unpack_certificate"]
+__all__ = ["GOOD_ESS", "GOOD_RHAT", "VISIBLE", "Certificate", "pack_certificate", "unpack_certificate"]
 
 # Effective sample size below which, and R-hat above which samples are rough; what modes that are not seen may add to a
 # reading, in standard deviations of its noise.
-GOOD_ESS, GOOD_RHAT, _MUCH = 100.0, 1.05, 0.3
+GOOD_ESS, GOOD_RHAT, VISIBLE = 100.0, 1.05, 0.3
 _LIGHTS = "green", "yellow", "red"
 
 
@@ -67,7 +67,7 @@ class Certificate:
     @property
     def blind(self) -> bool:
         """Whether modes that are drawn from the prior add much to a reading."""
-        return self.unseen > _MUCH
+        return self.unseen > VISIBLE
 
     @property
     def light(self) -> str:

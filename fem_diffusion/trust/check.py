@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import chi2
 
+from fem_diffusion.certificate import VISIBLE
 from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.diffusion import Distance
 from fem_diffusion.errors import InputError
@@ -32,8 +33,8 @@ _LEVEL = 0.003
 # Residual in units of that of the noise from which a search is taken to have found nothing.
 _LOST = 10.0
 # Faults that are too small to matter: of the mean in posterior standard deviations, of the width as a factor, of the
-# width in one direction; and what modes past those of the model may add to a reading, in units of its noise.
-_SHIFT, _WIDTH, _ONE_WIDTH, _REFILL = 0.25, 1.25, 1.5, 0.3
+# width in one direction.
+_SHIFT, _WIDTH, _ONE_WIDTH = 0.25, 1.25, 1.5
 # Faults with which nothing should be decided.
 _SHIFT_BAD, _WIDTH_BAD = 0.75, 1.75
 
@@ -183,7 +184,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
         verdict = "biased" if verdict == "trustworthy" else verdict
         sentences = [] if verdict == "biased" else sentences
         notes.append(_REPAIR)
-    if refill > _REFILL and getattr(posterior, "tail", None) is None:
+    if refill > VISIBLE and getattr(posterior, "tail", None) is None:
         light = "yellow" if light == "green" else light
         notes.append(f"Modes that the model draws from the prior add up to {refill:.2g} noise standard deviations to a "
                      "reading, whatever the data say of them: fit with more modes, or correct the samples.")
