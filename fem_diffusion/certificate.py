@@ -5,12 +5,17 @@ from typing import Any
 
 from fem_diffusion.files import Content
 
-__all__ = ["GOOD_ESS", "GOOD_RHAT", "VISIBLE", "Certificate", "pack_certificate", "unpack_certificate"]
+__all__ = ["GOOD_ESS", "VISIBLE", "Certificate", "are_rough", "pack_certificate", "unpack_certificate"]
 
 # Effective sample size below which, and R-hat above which samples are rough; what modes that are not seen may add to a
 # reading, in standard deviations of its noise.
-GOOD_ESS, GOOD_RHAT, VISIBLE = 100.0, 1.05, 0.3
+GOOD_ESS, _GOOD_RHAT, VISIBLE = 100.0, 1.05, 0.3
 _LIGHTS = "green", "yellow", "red"
+
+
+def are_rough(ess: float, rhat: float | None) -> bool:
+    """Whether samples of an effective size and an R-hat are rough: few, or of chains that differ."""
+    return ess < GOOD_ESS or rhat is not None and rhat > _GOOD_RHAT
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Certificate:
     @property
     def rough(self) -> bool:
         """Whether there are few effective samples, or chains that differ."""
-        return self.ess < GOOD_ESS or self.rhat is not None and self.rhat > GOOD_RHAT
+        return are_rough(self.ess, self.rhat)
 
     @property
     def blind(self) -> bool:

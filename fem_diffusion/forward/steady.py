@@ -70,7 +70,8 @@ class Steady(BlockForward):
     def __init__(self, F: Form, u: Function, m: Function, bcs: DirichletBC | Sequence[DirichletBC] = (), *,
                  solver_parameters: str | Mapping = "direct", options_prefix: str | None = None) -> None:
         require_real()
-        conditions = _checked(F, u, m, [bcs] if isinstance(bcs, DirichletBC) else list(bcs))
+        conditions: list[DirichletBC] = [bcs] if isinstance(bcs, DirichletBC) else list(bcs)
+        _check(F, u, m, conditions)
         V, M = u.function_space(), m.function_space()
         parameters = check_solver(solver_parameters, options_prefix, V.comm)
         own, state = Function(M, name="parameter"), Function(V, name="state").assign(u)
@@ -116,8 +117,8 @@ class Steady(BlockForward):
         return [u, u]
 
 
-def _checked(F: Form, u: Function, m: Function, bcs: list[DirichletBC]) -> list[DirichletBC]:
-    """The conditions; InputError where something does not fit."""
+def _check(F: Form, u: Function, m: Function, bcs: list[DirichletBC]) -> None:
+    """InputError where something does not fit."""
     check_kind(F, "F", Form, "the residual, a UFL form such as inner(grad(u), grad(v)) * dx - m * v * dx")
     for x, name in ((u, "u"), (m, "m")):
         check_space(check_kind(x, name, Function, "the Function that F contains").function_space(), name)
@@ -141,4 +142,3 @@ def _checked(F: Form, u: Function, m: Function, bcs: list[DirichletBC]) -> list[
         raise InputError("F does not contain u: write it with the Function u that is solved for.")
     if m not in inside and not moved:
         raise InputError("Neither F nor a condition contains m: write them with the Function m that is the parameter.")
-    return bcs

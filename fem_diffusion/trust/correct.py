@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from firedrake import Ensemble
 
-from fem_diffusion.certificate import GOOD_ESS, GOOD_RHAT, Certificate
+from fem_diffusion.certificate import GOOD_ESS, Certificate, are_rough
 from fem_diffusion.checks import alike, check_count, check_flag, check_path, check_seed, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.checks import check_ensemble
@@ -66,8 +66,8 @@ _KHAT, _AMORTISED = 0.7, 0.5
 _SELDOM, _NEVER, _TUNING, _WORTH, _AMPLE = 0.3, 0.2, 6, 200, 1000
 # Misfit per reading from which samples are no start.
 _FAR = 15.0
-# What is refused, and what is warned of.
-_ESS, _RHAT, _GOOD_ESS, _GOOD_RHAT = 30.0, 1.2, GOOD_ESS, GOOD_RHAT
+# What is refused.
+_ESS, _RHAT = 30.0, 1.2
 # Samples, of two solves each, that show what modes left out add to readings.
 _UNSEEN = 16
 # Hamiltonian chains, and standard deviation of a latent below which the measurement has told something of it.
@@ -164,7 +164,7 @@ def _weighted(run: Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Co
     assert start.log_density is not None
     density = start.log_density(z)
     pilot = smoothed(_energy(run.latent, z, readings), -density)
-    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * _GOOD_ESS * len(z):
+    if pilot.khat > _KHAT or pilot.ess < _AMORTISED * len(z) or pilot.ess * run.budget < 2 * GOOD_ESS * len(z):
         return None
     while run.left:
         # As many each time, whatever is left: so a longer run asks the same first.
@@ -294,8 +294,7 @@ def _accepted(run: Run, found: Corrected) -> Corrected:
     if not found.ess >= _ESS:
         raise SolveError(_refusal(run, f"The effective sample size is {found.ess:.0f}, where {_ESS:.0f} are needed",
                                   1.3 * _ESS / max(found.ess, 5.0)))
-    rough = found.ess < _GOOD_ESS or found.rhat is not None and found.rhat > _GOOD_RHAT
-    if not rough:
+    if not are_rough(found.ess, found.rhat):
         return found
     note = (f"The samples are rough: {found.ess:.0f} effective ones leave an error of {found.ess**-0.5:.0%} of a "
             "posterior standard deviation in a mean; more solves give better ones.")
