@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import issparse, spmatrix
 
 from fem_diffusion.checks import alike, check_array, check_kind, check_seed, stream, together
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.diffusion import Noise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size
 from fem_diffusion.forward.blocks import BlockForward
@@ -45,8 +45,9 @@ class InverseProblem:
     observation : Observation, SensorFamily or Callable
         The sensors, or all that a measurement may have; or a nonlinear instrument, a function that maps a state to k
         numbers, the same on all ranks.
-    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
-        Of the measurements; numbers are standard deviations. None for a family, whose kinds have their own, and where
+    noise : Noise, float, array_like of shape (k,) or None
+        Of the measurements: GaussianNoise, StudentNoise, CallableNoise, or `join_noise` of several instruments; numbers
+        are standard deviations. None for a family, whose kinds have their own, and where
         readings hold noise already.
 
     InputError is raised if one is none of these, spaces do not follow each other, or the noise is for other sensors.
@@ -55,11 +56,11 @@ class InverseProblem:
     prior: Prior
     forward: Forward
     observation: Observation | SensorFamily | Callable[[Function], ArrayLike]
-    noise: GaussianNoise | CallableNoise | None
+    noise: Noise | None
 
     def __init__(self, prior: Prior, forward: Forward | Callable[[Function], Function],
                  observation: Observation | SensorFamily | Callable[[Function], ArrayLike],
-                 noise: GaussianNoise | CallableNoise | ArrayLike | None = None) -> None:
+                 noise: Noise | ArrayLike | None = None) -> None:
         object.__setattr__(self, "prior", check_prior(prior))
         object.__setattr__(self, "observation", observation)
         if not callable(observation) and not self.family:

@@ -41,7 +41,7 @@ class LatentProblem(CountedSolver):
     Parameters
     ----------
     problem : InverseProblem
-        With noise that has a density: GaussianNoise, or CallableNoise with its `log_density`. Any forward problem and
+        With noise that has a density: all but CallableNoise without its `log_density`. Any forward problem and
         any instrument.
     y : array_like of shape (k,)
         The measurement.
