@@ -17,11 +17,13 @@ from scipy.sparse import issparse, spmatrix
 from fem_diffusion.checks import alike, check_array, check_kind, check_seed, stream, together
 from fem_diffusion.diffusion import Noise, as_noise
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import field, on_root, owned_size
+from fem_diffusion.fields.coefficients import by_component, field, on_root, owned_size
 from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward, as_forward, check_state
 from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
 from fem_diffusion.forward.taped import Taped
+from fem_diffusion.levels import Beside, beside, with_levels
+from fem_diffusion.marginal import Marginal
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.protocol import Prior, check_prior
@@ -30,6 +32,8 @@ __all__ = ["InverseProblem", "check_problem"]
 
 # Pairs of draws at which a recorded derivative is compared with differences, while the solver fails.
 _TRIALS = 3
+# Beyond so many standard deviations of its normal number a level is at its bound.
+_FAR = 12.0
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -47,8 +51,9 @@ class InverseProblem:
         numbers, the same on all ranks.
     noise : Noise, float, array_like of shape (k,) or None
         Of the measurements: GaussianNoise, StudentNoise, CallableNoise, or `join_noise` of several instruments; numbers
-        are standard deviations. None for a family, whose kinds have their own, and where
-        readings hold noise already.
+        are standard deviations. One that is unknown, ``GaussianNoise(std=scipy.stats.loguniform(0.005, 0.05))``, is one
+        more number of the parameter, the last one, in a space named "noise level": `prior` and `M` have it. None for a
+        family, whose kinds have their own, and where readings hold noise already.
 
     InputError is raised if one is none of these, spaces do not follow each other, or the noise is for other sensors.
     """
@@ -75,8 +80,13 @@ class InverseProblem:
                                  "forward problem and observation on the same spaces.")
         if self.family and noise is not None:
             raise InputError("The kinds of a family have their own noise: leave noise out.")
+        noise, given = as_noise(noise, self.k), forward.levels if isinstance(forward, Beside) else ()
+        if noise is not None and noise.levels and list(map(id, noise.levels)) != list(map(id, given)):
+            inner, own = (forward.inner, forward.prior) if isinstance(forward, Beside) else (forward, self.prior)
+            extended, forward = with_levels(own, inner, noise.levels)
+            object.__setattr__(self, "prior", extended)
         object.__setattr__(self, "forward", forward)
-        object.__setattr__(self, "noise", as_noise(noise, self.k))
+        object.__setattr__(self, "noise", noise)
 
     @property
     def V(self) -> WithGeometry:
@@ -112,6 +122,21 @@ class InverseProblem:
     def names(self) -> tuple[str, ...]:
         """Of the sensors, where they have any."""
         return self.observation.names if isinstance(self.observation, Observation) else ()
+
+    @property
+    def levels(self) -> tuple[Marginal, ...]:
+        """Laws of the unknown standard deviations of the noise, the last numbers of the parameter."""
+        return () if self.noise is None else self.noise.levels
+
+    def normal_levels(self, fields: np.ndarray) -> np.ndarray:
+        """Standard normal numbers (B, l), global, of the levels in fields (B, n_owned of V) before any transform."""
+        return self._last(self.V, fields)
+
+    def _last(self, V: WithGeometry, values: np.ndarray) -> np.ndarray:
+        """The last numbers (B, l), one for each level, global, of coefficients (B, n_owned)."""
+        count = len(self.levels)
+        parts = by_component(V, values)[-count:] if count else []
+        return np.hstack([np.empty((len(values), 0)), *(np.hstack(self.comm.allgather(part)) for part in parts)])
 
     def readings(self, parameters: np.ndarray) -> np.ndarray:
         """What the sensors read without noise, shape (B, k), global, of parameters (B, n_owned of M) (collective)."""
@@ -159,7 +184,9 @@ class InverseProblem:
     def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
         """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
         seed, = alike(self.comm, lambda: {"seed": check_seed(seed)})
-        clean, noise = torch.from_numpy(self.readings(parameters)), self.noise
+        known, noise = self._last(self.M, parameters), self.noise
+        normal = [level.to_normal(x).clip(-_FAR, _FAR) for level, x in zip(self.levels, known.T)]
+        clean = torch.from_numpy(np.column_stack([self.readings(parameters), *normal]))
         generator = torch.Generator().manual_seed(stream(seed, "noise"))
         return on_root(self.comm, lambda: clean if noise is None else noise.sample(clean, generator)).numpy()
 
@@ -200,6 +227,9 @@ class InverseProblem:
     @cached_property
     def _derivative(self) -> Differentiable | str:
         """The forward problem with its derivative, or why there is none, as far as its sensors see it."""
+        if isinstance(self.forward, Beside):
+            own = InverseProblem(self.forward.prior, self.forward.inner, self.observation)._derivative
+            return own if isinstance(own, str) else beside(own, self.forward)   # pyright: ignore[reportReturnType]
         forward, rows, error = self.forward, getattr(self.observation, "rows", None), None
         if isinstance(forward, Differentiable) and not isinstance(forward, Taped):
             return forward

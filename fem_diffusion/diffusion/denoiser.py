@@ -24,6 +24,7 @@ from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.checks import check_near, check_tensor
 from fem_diffusion.diffusion.network import ScoreNetwork
+from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.tensors import Tensors, mapped
@@ -109,7 +110,7 @@ class Denoiser(Tensors):
     spectrum, support : Spectrum or None, Support or None
         Of the posterior covariance in base coordinates, over training measurements; hard bounds of the latents.
     known : bool
-        Whether latents are N(0, I) and noise is Gaussian and known, so that the emulator gives the density of any
+        Whether latents are N(0, I) and the law of the noise is known, so that the emulator gives the density of any
         posterior.
     """
 
@@ -129,12 +130,16 @@ class Denoiser(Tensors):
             if part is not None:
                 check_kind(part, name, kind, f"a {kind.__name__} or None")
 
-    def select(self, sensors: Tensor, before: Tensor, after: Tensor) -> "Denoiser":
+    def select(self, sensors: Tensor, before: Tensor, after: Tensor, noise: Noise | None) -> "Denoiser":
         """For some of the fixed sensors, by their numbers, of which some may come again; without its network.
 
-        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement.
+        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement, whose `noise`
+        is that of these sensors.
         """
         emulator = self.base.emulator.select(sensors)
+        if self.base.law is not None and noise is not None:
+            law = replace(self.base.law, noise=noise, covariance=after)
+            return Denoiser(replace(self.base, emulator=emulator, law=law), None, None, self.support, self.known)
         # What is left beside the noise is the emulator's own error; rounding may make it negative.
         unit = after.diagonal().clamp(min=1e-300).sqrt()
         error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
@@ -167,8 +172,8 @@ class Denoiser(Tensors):
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
             return Conditioned(located)
-        affine = base.emulator.head is None
-        density = emulator_density(base, layout, y, located) if self.known and not affine else None
+        moves = base.emulator.head is not None or base.law is not None
+        density = emulator_density(base, layout, y, located) if self.known and moves else None
         if self.network is None:
             return Conditioned(located, None, (), None, self.support, density)
         with torch.no_grad():

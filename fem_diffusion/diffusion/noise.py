@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import copy
 from math import log, pi
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -11,6 +12,7 @@ from torch import Tensor
 from fem_diffusion.checks import LARGEST, check_array, check_count
 from fem_diffusion.diffusion.checks import check_generator
 from fem_diffusion.errors import InputError
+from fem_diffusion.marginal import Marginal
 
 __all__ = ["GaussianNoise", "Noise", "as_noise"]
 
@@ -23,9 +25,15 @@ class Noise:
 
     Sampling draws it afresh in training, `mean` and `covariance` make the Gaussian base, `log_density` is what
     references, checks and corrections know of it; it is None of a model that has none.
+
+    A standard deviation may be unknown: `levels` are the laws of such numbers, and noise-free readings (B, k) are then
+    given as (B, k + l), with the standard normal number of each level behind them, ``x = F⁻¹(Φ(z))``.
     """
 
-    constant: bool = False   # whether it does not depend on the readings
+    constant: bool = False   # whether it does not depend on the readings or on a level
+    levels: tuple[Marginal, ...] = ()
+    law: bool = False        # whether the emulator's density of a posterior has this density in it
+    heavy: bool = False      # whether it has outliers
     log_density: Callable[[Tensor, Tensor], Tensor] | None
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -38,7 +46,23 @@ class Noise:
 
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance (k, k) averaged over noise-free readings `y` (B, k)."""
+        return self.each(y.reshape(-1, y.shape[-1])).mean(0)
+
+    def each(self, y: Tensor) -> Tensor:
+        """Covariances (B, k, k) at noise-free readings `y` (B, k)."""
         raise NotImplementedError
+
+    def near(self, y: Tensor, square: Tensor) -> Tensor:
+        """As `each`, of Gaussian noise that is as likely near residuals of these squares (B, k)."""
+        return self.each(y)
+
+    def widened(self, variance: Tensor) -> "Noise":
+        """The noise with more variance (k,) of each sensor: an emulator's error counts so; only where it is a `law`."""
+        raise NotImplementedError
+
+    def readings(self, clean: Tensor) -> Tensor:
+        """Noise-free readings (..., k) without the levels behind them."""
+        return clean[..., :clean.shape[-1] - len(self.levels)]
 
     def select(self, sensors: Tensor) -> "Noise":
         """Noise of some of the sensors, by their numbers; InputError of a model that does not know it."""
@@ -52,20 +76,27 @@ class Noise:
 class GaussianNoise(Noise):
     """Gaussian noise, e ~ N(0, R(y)) with R(y) = std^2 I + relative^2 diag(y^2) + covariance.
 
+    ``GaussianNoise(std=scipy.stats.loguniform(0.005, 0.05))`` has an unknown standard deviation of this law, the same
+    for all its sensors: it is one more number of the parameter, with a posterior of its own.
+
     InputError if an argument is not of finite real numbers, a standard deviation is negative, the parts are for
     different numbers of sensors, the covariance is not symmetric positive semidefinite, or there is no noise (the
     posterior then has no density).
 
     Parameters
     ----------
-    std, relative : float or array_like of shape (k,)
-        Standard deviation of each sensor, in units of the measurement and as a fraction of the noise-free value.
+    std : float, array_like of shape (k,), or frozen distribution of SciPy
+        Standard deviation of each sensor, in units of the measurement, or the law of one of all sensors.
+    relative : float or array_like of shape (k,)
+        As a fraction of the noise-free value.
     covariance : array_like of shape (k, k), optional
         Covariance of correlated noise, symmetric positive semidefinite and not zero, in units of the measurement
         squared. Sensors may be of any units, and some may have none of this noise.
     """
 
-    def __init__(self, std: ArrayLike = 0.0, relative: ArrayLike = 0.0, covariance: ArrayLike | None = None):
+    def __init__(self, std: ArrayLike | Any = 0.0, relative: ArrayLike = 0.0, covariance: ArrayLike | None = None):
+        self.levels, std = as_levels(std)
+        self.law, self._more = bool(self.levels), None
         self.std, self.relative = (torch.from_numpy(check_array(x, f"Noise {name!r}", (), ("k",)))
                                    for name, x in (("std", std), ("relative", relative)))
         for name, value in (("std", self.std), ("relative", self.relative)):
@@ -80,33 +111,33 @@ class GaussianNoise(Noise):
             raise InputError(f"Parts of the noise are for {self._sizes} sensors: give all of them for one number.")
         # Correlated noise may leave a sensor exact, as a whole it must be there.
         correlated = self.correlated is not None and bool(self.correlated.any())
-        if not correlated and not ((self.std > 0) | (self.relative > 0)).all():
+        if not correlated and not self.levels and not ((self.std > 0) | (self.relative > 0)).all():
             raise InputError("Every sensor needs noise: give 'std', 'relative' or 'covariance' a positive value, or "
                              "pass noise=None where the observations hold noise already.")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements (B, k) for noise-free ones (B, k), of their dtype and on their device."""
-        self._check_observations(y)
+        variance = self._variance(y)
         check_generator(generator, y.device)
+        y, scale = self.readings(y), variance.sqrt()
         like = {"generator": generator, "dtype": y.dtype, "device": y.device}
-        scale = torch.sqrt(self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2)
         noisy = y + scale * torch.randn(y.shape, **like)
         return noisy if self._factor is None else noisy + torch.randn(y.shape, **like) @ self._factor.to(y).T
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
-        """log p(y | clean) of a measurement y (k,) for noise-free readings `clean` (B, k), shape (B,).
+        """log p(y | clean) of a measurement y (k,), or one each (B, k), for noise-free readings `clean` (B, k): (B,).
 
         It is normalised and differentiable in `clean`, on which the covariance depends where noise is relative.
         InputError if the shapes disagree, or the covariance is singular.
         """
-        self._check_observations(clean)
-        y = y.to(clean)
-        if clean.ndim != 2 or y.shape != clean.shape[1:]:
+        variance = self._variance(clean)
+        clean, y = self.readings(clean), y.to(clean)
+        if clean.ndim != 2 or y.shape not in (clean.shape[1:], clean.shape):
             raise InputError(f"y has the shape {tuple(y.shape)} and the readings {tuple(clean.shape)}: give (k,) and "
                              "(B, k).")
-        variance, constant = self.std.to(clean)**2 + (self.relative.to(clean) * clean)**2, len(y) * log(2 * pi)
+        constant = clean.shape[1] * log(2 * pi)
         if self.correlated is None:
-            return -((y - clean)**2 / variance + torch.log(variance) + constant / len(y)).sum(1) / 2
+            return -((y - clean)**2 / variance + torch.log(variance) + log(2 * pi)).sum(1) / 2
         matrix = self.correlated.to(clean)
         # One factor serves all rows where the noise is constant.
         total = matrix + torch.diag_embed(variance.expand(clean.shape)[:1 if self.constant else None])
@@ -121,16 +152,36 @@ class GaussianNoise(Noise):
 
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance R averaged over noise-free observations `y` of shape (B, k); shape (k, k)."""
-        self._check_observations(y)
-        diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).reshape(-1, y.shape[-1]).mean(0)
-        matrix = torch.diag(diagonal)
+        diagonal = self._variance(y).expand_as(self.readings(y))
+        matrix = torch.diag(diagonal.reshape(-1, diagonal.shape[-1]).mean(0))
         return matrix if self.correlated is None else matrix + self.correlated.to(y)
+
+    def each(self, y: Tensor) -> Tensor:
+        """As `Noise.each`."""
+        matrix = torch.diag_embed(self._variance(y).expand_as(self.readings(y)))
+        return matrix if self.correlated is None else matrix + self.correlated.to(y)
+
+    def widened(self, variance: Tensor) -> "GaussianNoise":
+        """As `Noise.widened`."""
+        part = copy(self)
+        part._more = variance
+        return part
+
+    def _variance(self, y: Tensor) -> Tensor:
+        """Variance of independent noise, of a shape that goes with noise-free readings (..., k)."""
+        self._check_observations(y)
+        clean = self.readings(y)
+        variance = self.std.to(y)**2 + (self.relative.to(y) * clean)**2
+        if self.levels:
+            variance = variance + level_of(self.levels[0], y[..., -1:])**2
+        return variance if self._more is None else variance + self._more.to(y)
 
     def select(self, sensors: Tensor) -> "GaussianNoise":
         """Noise of some of the sensors, by their numbers."""
         # The parts are sound already, and a sensor without noise of its own stays one.
         part = copy(self)
         part.std, part.relative = (x[sensors] if x.ndim else x for x in (self.std, self.relative))
+        part._more = None if self._more is None else self._more[sensors]
         if self.correlated is not None:
             part.correlated = self.correlated[sensors][:, sensors]
             part._factor = _factor(part.correlated)
@@ -138,8 +189,8 @@ class GaussianNoise(Noise):
 
     @property
     def constant(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether the noise does not depend on the readings."""
-        return not bool(self.relative.any())
+        """Whether the noise does not depend on the readings or on a level."""
+        return not self.levels and not bool(self.relative.any())
 
     def check(self, k: int) -> None:
         """Raise InputError where the noise is for another number of sensors than k."""
@@ -151,12 +202,42 @@ class GaussianNoise(Noise):
         if not isinstance(y, Tensor) or not y.is_floating_point() or not y.ndim:
             raise InputError("Noise is made for a floating-point tensor (B, k): pass torch.as_tensor(y, "
                              "dtype=torch.float64).")
-        self.check(y.shape[-1])
+        self.check(y.shape[-1] - len(self.levels))
 
     @property
     def _sizes(self) -> list[int]:
         """Numbers of sensors that the parts are for."""
         return sorted({len(x) for x in (self.std, self.relative, self.correlated) if x is not None and x.ndim})
+
+
+class _LevelOf(torch.autograd.Function):
+    """Numbers of a law for standard normal ones, with its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, level: Marginal) -> Tensor:   # pyright: ignore[reportIncompatibleMethodOverride]
+        flat = z.detach().cpu().double().numpy()
+        ctx.save_for_backward(torch.from_numpy(level.slope(flat)).to(z))
+        return torch.from_numpy(level.of_normal(flat)).to(z)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:   # pyright: ignore
+        return gradient * ctx.saved_tensors[0], None
+
+
+def level_of(level: Marginal, z: Tensor) -> Tensor:
+    """Standard deviations of a law for standard normal numbers `z` of any shape, differentiable."""
+    return _LevelOf.apply(z, level)   # pyright: ignore[reportReturnType]
+
+
+def as_levels(std: Any) -> tuple[tuple[Marginal, ...], Any]:
+    """The law of an unknown standard deviation and zero, or none and the known one; InputError of a negative one."""
+    if isinstance(std, Marginal) or hasattr(std, "support"):
+        level = std if isinstance(std, Marginal) else Marginal(std, "std")
+        if level.bounds[0] < 0:
+            raise InputError(f"std is of the law {level}, which may be negative: give one of positive numbers, such as "
+                             "scipy.stats.loguniform(0.005, 0.05).")
+        return (level,), 0.0
+    return (), std
 
 
 def as_noise(noise: Noise | ArrayLike | None, k: int | None = None) -> Noise | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sized
 from copy import copy
 from dataclasses import dataclass
 from math import lgamma, log, pi
+from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count, check_number
 from fem_diffusion.diffusion.checks import check_generator
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_levels, as_noise, level_of
 from fem_diffusion.errors import InputError
+from fem_diffusion.marginal import Marginal
 
 __all__ = ["CallableNoise", "JoinedNoise", "StudentNoise", "join_noise"]
 
@@ -25,8 +27,9 @@ class StudentNoise(Noise):
 
     Parameters
     ----------
-    std : float or array_like of shape (k,)
-        The scale s of each sensor, in units of the measurement: the standard deviation is sqrt(df / (df - 2)) times
+    std : float, array_like of shape (k,), or frozen distribution of SciPy
+        The scale s of each sensor, or the law of an unknown one of all, in units of the measurement: the standard
+        deviation is sqrt(df / (df - 2)) times
         that, most of it from outliers.
     df : float
         Degrees of freedom, above 2, so that there is a covariance.
@@ -34,38 +37,57 @@ class StudentNoise(Noise):
     InputError if a number is out of range.
     """
 
-    constant = True
+    law = heavy = True
 
-    def __init__(self, std: ArrayLike, df: float = 4.0):
+    def __init__(self, std: ArrayLike | Any, df: float = 4.0):
+        self.levels, std = as_levels(std)
+        self.constant, self._more = not self.levels, torch.zeros((), dtype=torch.float64)
         self.std = torch.from_numpy(check_array(std, "Noise 'std'", (), ("k",)))
         self.df = check_number(df, "df", above=2)
-        if not (self.std >= 1 / LARGEST).all():
+        if not self.levels and not (self.std >= 1 / LARGEST).all():
             raise InputError("Every sensor needs noise: give 'std' positive values.")
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """As `Noise.sample`, by the polar method (Bailey 1994, doi:10.1090/S0025-5718-1994-1219702-8)."""
-        self.check(y.shape[-1])
+        scale = self._scale(y)
         check_generator(generator, y.device)
+        y = self.readings(y)
         u, v = (torch.rand(y.shape, generator=generator, dtype=torch.float64, device=y.device) for _ in range(2))
         radius = (self.df * torch.expm1(-2 / self.df * torch.log1p(-u))).sqrt()
-        return y + self.std.to(y) * (radius * torch.cos(2 * pi * v)).to(y)
+        return y + scale * (radius * torch.cos(2 * pi * v)).to(y)
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
         """As `GaussianNoise.log_density`."""
-        self.check(clean.shape[-1])
-        df, std = self.df, self.std.to(clean)
+        df, std = self.df, self._scale(clean)
+        clean = self.readings(clean)
         constant = lgamma((df + 1) / 2) - lgamma(df / 2) - log(df * pi) / 2
         away = (y.to(clean) - clean) / std
         return (constant - torch.log(std) - (df + 1) / 2 * torch.log1p(away.square() / df)).sum(1)
 
-    def covariance(self, y: Tensor) -> Tensor:
-        """As `Noise.covariance`, s² df / (df - 2) on the diagonal."""
-        return torch.diag((self.std.to(y)**2 * self.df / (self.df - 2)).expand(y.shape[-1]))
+    def each(self, y: Tensor) -> Tensor:
+        """As `Noise.each`, s² df / (df - 2) on the diagonal."""
+        return torch.diag_embed((self._scale(y)**2 * self.df / (self.df - 2)).expand_as(self.readings(y)))
+
+    def near(self, y: Tensor, square: Tensor) -> Tensor:
+        """As `Noise.near`: the mean precision of the scale mixture given a residual, (df + 1) / (df s² + e²)."""
+        return torch.diag_embed((self.df * self._scale(y)**2 + square) / (self.df + 1))
+
+    def widened(self, variance: Tensor) -> "StudentNoise":
+        """As `Noise.widened`, of the same degrees of freedom."""
+        part = copy(self)
+        part._more = variance * (self.df - 2) / self.df
+        return part
+
+    def _scale(self, y: Tensor) -> Tensor:
+        """The scale, of a shape that goes with noise-free readings (..., k)."""
+        self.check(y.shape[-1] - len(self.levels))
+        scale = level_of(self.levels[0], y[..., -1:]) if self.levels else self.std.to(y)
+        return (scale**2 + self._more.to(y)).sqrt()
 
     def select(self, sensors: Tensor) -> "StudentNoise":
         """As `Noise.select`."""
         part = copy(self)
-        part.std = self.std[sensors] if self.std.ndim else self.std
+        part.std, part._more = (x[sensors] if x.ndim else x for x in (self.std, self._more))
         return part
 
     def check(self, k: int) -> None:
@@ -124,18 +146,27 @@ class CallableNoise(Noise):
 class JoinedNoise(Noise):
     """Independent noise of several instruments, whose readings follow each other; from `join_noise`.
 
-    `parts` are pairs of a number of sensors and their noise.
+    `parts` are pairs of a number of sensors and their noise; `levels` those of all parts, of the same noise model once.
     """
 
     def __init__(self, parts: Iterable[tuple[int, Noise]]):
         self.parts = tuple(parts)
         self.constant = all(noise.constant for _, noise in self.parts)
+        self.law = all(noise.law or isinstance(noise, GaussianNoise) and noise.constant for _, noise in self.parts)
+        # A level is itself alone, whatever others are of the same law.
+        self.heavy = any(noise.heavy for _, noise in self.parts)
+        self._keep(tuple({id(level): level for _, noise in self.parts for level in noise.levels}.values()))
         if any(noise.log_density is None for _, noise in self.parts):
             self.log_density = None   # pyright: ignore[reportAttributeAccessIssue]
 
-    def _split(self, y: Tensor) -> list[Tensor]:
-        self.check(y.shape[-1])
-        return list(y.split([k for k, _ in self.parts], -1))
+    def _split(self, y: Tensor, clean: bool = True) -> list[Tensor]:
+        """What belongs to each part, of noise-free readings (..., k) with the levels, or of measurements."""
+        count = len(self.levels) if clean else 0
+        self.check(y.shape[-1] - count)
+        parts = y[..., :y.shape[-1] - count].split([k for k, _ in self.parts], -1)
+        levels = y[..., y.shape[-1] - count:]
+        return [torch.cat([x, levels[..., places]], -1) if clean and places else x
+                for x, places in zip(parts, self._places)]
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """As `Noise.sample`."""
@@ -143,13 +174,29 @@ class JoinedNoise(Noise):
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
         """As `GaussianNoise.log_density`."""
-        parts = zip(self._split(y), self._split(clean), self.parts)
+        parts = zip(self._split(y, False), self._split(clean), self.parts)
         found = [noise.log_density(a, b) for a, b, (_, noise) in parts]   # pyright: ignore[reportOptionalCall]
         return torch.stack(found).sum(0)
 
     def mean(self, y: Tensor) -> Tensor:
         """As `Noise.mean`."""
-        return torch.cat([noise.mean(x) for x, (_, noise) in zip(self._split(y), self.parts)])
+        return torch.cat([noise.mean(x) for x, (_, noise) in zip(self._split(y, False), self.parts)])
+
+    def each(self, y: Tensor) -> Tensor:
+        """As `Noise.each`."""
+        return _blocks([noise.each(x) for x, (_, noise) in zip(self._split(y), self.parts)])
+
+    def near(self, y: Tensor, square: Tensor) -> Tensor:
+        """As `Noise.near`."""
+        parts = zip(self._split(y), self._split(square, False), self.parts)
+        return _blocks([noise.near(a, b) for a, b, (_, noise) in parts])
+
+    def widened(self, variance: Tensor) -> "JoinedNoise":
+        """As `Noise.widened`."""
+        shares = variance.split([k for k, _ in self.parts])
+        part = JoinedNoise((k, noise.widened(share)) for share, (k, noise) in zip(shares, self.parts))
+        part._keep(self.levels)
+        return part
 
     def covariance(self, y: Tensor) -> Tensor:
         """As `Noise.covariance`."""
@@ -158,12 +205,20 @@ class JoinedNoise(Noise):
     def select(self, sensors: Tensor) -> Noise:
         """As `Noise.select`; the sensors' numbers increase."""
         parts, first = [], 0
+        # A level whose sensors have failed stays one.
         for k, noise in self.parts:
             mine = sensors[(sensors >= first) & (sensors < first + k)] - first
             if len(mine):
                 parts.append((len(mine), noise.select(mine) if len(mine) < k else noise))
             first += k
-        return JoinedNoise(parts)
+        part = JoinedNoise(parts)
+        part._keep(self.levels)
+        return part
+
+    def _keep(self, levels: tuple[Marginal, ...]) -> None:
+        """Have these levels, in this order, of which those of all parts are some."""
+        self.levels = levels
+        self._places = [[[id(x) for x in levels].index(id(level)) for level in noise.levels] for _, noise in self.parts]
 
     def check(self, k: int) -> None:
         """As `Noise.check`."""
@@ -172,8 +227,17 @@ class JoinedNoise(Noise):
                              f"observations have {k}: join as many instruments, in the same order.")
 
 
+def _blocks(parts: list[Tensor]) -> Tensor:
+    """Block diagonal matrices (B, k, k) of such parts."""
+    sizes = [part.shape[-1] for part in parts]
+    return torch.cat([torch.nn.functional.pad(part, (sum(sizes[:i]), sum(sizes[i + 1:])))
+                      for i, part in enumerate(parts)], -2)
+
+
 def join_noise(*parts: tuple[Sized | int, Noise | ArrayLike]) -> Noise:
     """Noise of instruments joined by ``first + second``: independent, each with its own model, units and precision.
+
+    An unknown standard deviation of one model is one number, wherever that model object comes again.
 
     Gaussian noise of all of them makes one `GaussianNoise`, so that linear problems stay exact.
 
@@ -196,7 +260,7 @@ def join_noise(*parts: tuple[Sized | int, Noise | ArrayLike]) -> Noise:
         found.append((k, noise))
     if not found:
         raise InputError("There are no parts: give pairs of an instrument and its noise.")
-    if not all(isinstance(noise, GaussianNoise) for _, noise in found):
+    if not all(isinstance(noise, GaussianNoise) and not noise.levels for _, noise in found):
         return JoinedNoise(found)
     gaussian = [(k, noise) for k, noise in found if isinstance(noise, GaussianNoise)]
     std, relative = (torch.cat([getattr(noise, name).expand(k) for k, noise in gaussian]).numpy()

@@ -38,6 +38,8 @@ _MOST_POD, _PAIRS_A_MODE = 128, 4
 _MISSED = 0.25
 # Pairs with which measurements are compared.
 _SEEN = 1000
+# The normal number of small noise, and a variance beside which the level itself is seen.
+_LOW, _SHARP = -1.3, 1e-2
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
@@ -91,6 +93,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                         f"{problem.k}: simulate the problem itself.")
     states = shown = None
     noise, seen = problem.noise, torch.as_tensor(data.readings)
+    if problem.levels:
+        seen = torch.cat([seen, torch.as_tensor(problem.normal_levels(np.asarray(data.coefficients)))], 1)
     if isinstance(problem.observation, SensorFamily):
         states, seen, noise = layout_family(problem.observation, data, state_modes)
         shown = TrainingRange.of(noise)
@@ -133,7 +137,8 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
     noise, emulator = problem.noise, denoiser.base.emulator
-    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior):
+    known = isinstance(noise, GaussianNoise) and not noise.levels
+    if problem.family or not (known and emulator.head is None and basis.standard_prior):
         return False, None
     if linear_tail(problem, basis, denoiser.base, known=False) is not None:
         return True, None
@@ -167,8 +172,14 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
     if isinstance(noise, LayoutFamily):
         rows, std = noise.dense()
         seen, covariance = seen @ rows.T, torch.diag(std**2)
+    elif noise is not None and noise.levels:
+        # Small noise shows most modes, and the levels are to be among them.
+        low, k = seen.double().clone(), data.readings.shape[1]
+        low[:, k:] = _LOW
+        covariance = torch.block_diag(noise.covariance(low), _SHARP * torch.eye(low.shape[1] - k, dtype=low.dtype))
     else:
         covariance = None if noise is None else noise.covariance(seen.double())
-    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or getattr(noise, "constant", False))
+    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or noise is not None and (
+        noise.constant or noise.law))
     z = torch.from_numpy(basis.encode(data.coefficients))
     return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance, known)))

@@ -93,7 +93,7 @@ class Model:
         if self.problem.k not in (None, self.denoiser.base.k):
             raise InputError(f"The problem has {self.problem.k} sensors and the model {self.denoiser.base.k}: pass a "
                              "problem with the sensors of the training.")
-        if self.seen is not None and self.seen.shape[1:] != (self.denoiser.base.k,):
+        if self.seen is not None and self.seen.shape[1:] != (self.denoiser.base.k + len(self.problem.levels),):
             raise InputError(f"seen has the shape {tuple(self.seen.shape)}: give what the pairs of the training read.")
         fits = self.rows is None or self.rows.shape == (self.denoiser.base.k, owned_size(self.problem.V))
         if not self.problem.comm.allreduce(fits, MPI.LAND):
@@ -200,17 +200,21 @@ class Model:
                           + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
                           "the posterior itself; a model of a SensorFamily has a network for any sensors.",
                           MeasurementWarning, stacklevel=4)
-        at = self.denoiser.base.emulator.offset[None] if self.seen is None else self.seen
+        offset = self.denoiser.base.emulator.offset
+        at = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None] if self.seen is None else self.seen
         chosen = torch.from_numpy(index)
 
         def run() -> Denoiser:
+            k = self.denoiser.base.k
+            some = torch.cat([chosen, torch.arange(k, at.shape[1])])
             before, after = (law.covariance(x) if law is not None else torch.zeros(x.shape[1], x.shape[1]).to(x)
-                             for law, x in ((self.problem.noise, at), (problem.noise, at[:, chosen])))
-            return self.denoiser.select(chosen, before, after)
+                             for law, x in ((self.problem.noise, at), (problem.noise, at[:, some])))
+            return self.denoiser.select(chosen, before, after, problem.noise)
         near = None if self.near is None else self.near[index]
         return replace(self, problem=problem, denoiser=on_root(problem.comm, run), near=near,
                        rows=None if self.rows is None else self.rows[index],
-                       seen=None if self.seen is None else self.seen[:, chosen])
+                       seen=None if self.seen is None else at[:, torch.cat([chosen, torch.arange(
+                           self.denoiser.base.k, at.shape[1])])])
 
     def _same(self, y: ArrayLike, k: int, names: Sequence[str], repeats: bool = False) -> np.ndarray:
         """As `check_readings`, row by row where there are repeats, on all ranks together, which have to have the same.

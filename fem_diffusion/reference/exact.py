@@ -87,7 +87,8 @@ def exact(problem: InverseProblem, y: np.ndarray) -> ExactPosterior:
     """
     likelihood = Likelihood(problem, y)
     if not likelihood.gaussian:
-        raise InputError(f"The noise is {'not Gaussian' if likelihood.constant else 'relative'}, so the posterior is "
+        kind = "of unknown size" if problem.levels else "not Gaussian" if likelihood.constant else "relative"
+        raise InputError(f"The noise is {kind}, so the posterior is "
                          "not Gaussian: take hmc, or give GaussianNoise of constant covariance.")
     y, whiten = likelihood.y, likelihood.matrix(likelihood.y)
     prior, comm = problem.prior, problem.comm

@@ -12,7 +12,7 @@ from fem_diffusion.checks import check_array, check_kind, check_seed, stream, to
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
-from fem_diffusion.fields.coefficients import field, on_root
+from fem_diffusion.fields.coefficients import coefficients, field, on_root
 from fem_diffusion.prior.chain_rule import ChainRule
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
@@ -54,8 +54,9 @@ class LatentProblem(CountedSolver):
 
     Attributes
     ----------
-    r : int
-        Number of latents.
+    r, width : int
+        Number of latents; of readings, with the standard normal numbers of unknown levels of noise behind them, (B, k)
+        being (B, width) then.
     solves, pulls, failure, limit
         As `CountedSolver` has them.
 
@@ -79,6 +80,10 @@ class LatentProblem(CountedSolver):
                              "karhunen_loeve(problem.prior), or log_prior=.")
         self._log_prior, self._ensemble = log_prior, None if ensemble is None else check_ensemble(ensemble)
         self.r = self.basis.r
+        # Levels of noise are affine in the latents: rows (l, r) and offset (l,) of their standard normal numbers.
+        self._levels = problem.normal_levels(self.basis.scaled_modes).T
+        self._normal = problem.normal_levels(coefficients(self.basis.mean)[None])[0]
+        self.width = len(self.y) + len(self._normal)
         self._told, self._back = False, ChainRule(problem.prior, self.basis)
         self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -107,11 +112,23 @@ class LatentProblem(CountedSolver):
         state in another space, are raised.
         """
         z = check_array(z, "z", ("B", self.r))
-        return self._shared(z, lambda mine: self._solve(self.parameters(mine)), len(self.y))
+        return self.with_levels(self._shared(z, lambda mine: self._solve(self.parameters(mine)), len(self.y)), z)
+
+    def with_levels(self, readings: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Readings (B, k) with the normal numbers of the levels at latents (B, r) behind them; NaN stays such."""
+        if self.width == len(self.y):
+            return readings
+        normal = self._normal + z @ self._levels.T
+        return np.hstack([readings, np.where(np.isfinite(readings).all(axis=1)[:, None], normal, np.nan)])
 
     def log_likelihood(self, readings: np.ndarray) -> np.ndarray:
         """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are NaN."""
         return self._said(lambda: self._likelihood.log_density(readings))
+
+    @property
+    def best(self) -> float:
+        """log p(y | readings) of readings that are the measurement itself, at the median of unknown levels."""
+        return float(self.log_likelihood(self._likelihood.at[None])[0])
 
     def log_prior(self, z: np.ndarray) -> np.ndarray:
         """Log density of latents (B, r) under the prior, shape (B,)."""
@@ -130,7 +147,7 @@ class LatentProblem(CountedSolver):
         Nothing is solved where z is more than 12 prior standard deviations out.
         """
         z, prior, inside = self._reached(z)
-        readings = np.full((len(z), len(self.y)), np.nan)
+        readings = np.full((len(z), self.width), np.nan)
         readings[inside] = self.readings(z[inside])
         # The same on all ranks, whatever their rounding: one that accepts alone would leave the others.
         return self.everyone.bcast(self._energy(prior, readings))
@@ -145,10 +162,10 @@ class LatentProblem(CountedSolver):
     def readings_and_gradient(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Readings (B, k), NaN where nothing is solved or solves fail, and `energy_and_gradient`."""
         z, prior, inside = self._reached(z)
-        readings, gradient = np.full((len(z), len(self.y)), np.nan), np.zeros_like(z)
+        readings, gradient = np.full((len(z), self.width), np.nan), np.zeros_like(z)
         if inside.any() and self.differentiable:
-            found = self._shared(z[inside], self._read_and_pulled, len(self.y) + self.r)
-            readings[inside], gradient[inside] = np.split(found, [len(self.y)], axis=1)
+            found = self._shared(z[inside], self._read_and_pulled, self.width + self.r)
+            readings[inside], gradient[inside] = np.split(found, [self.width], axis=1)
         elif inside.any():
             readings[inside] = self.readings(z[inside])
             solved = np.isfinite(readings).all(axis=1)
@@ -195,7 +212,12 @@ class LatentProblem(CountedSolver):
 
     def pull(self, z: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Derivatives by latents of weighted sums (l, k) of the readings at z (r,): (l, r), by l adjoint solves."""
-        return self.everyone.bcast(self._back.at(self._rows(z, weights), self.basis.decode(z[None])[0]))
+        k = len(self.y)
+        seen = weights[:, :k].any(axis=1)
+        pulled = weights[:, k:] @ self._levels
+        if seen.any():
+            pulled[seen] += self._back.at(self._rows(z, weights[seen, :k]), self.basis.decode(z[None])[0])
+        return self.everyone.bcast(pulled)
 
     @property
     def noise_std(self) -> np.ndarray:
@@ -254,10 +276,13 @@ class LatentProblem(CountedSolver):
             fields = self.basis.decode(x) if smooth else x
             if smooth:
                 change = comm.allreduce((self.problem.prior.transform_many(fields) - there) @ rows.T)
+                change = np.hstack([change, (x - z) @ self._levels.T])
             else:
                 change = (x - z) @ rows.T
             scores = self._said(lambda: self._likelihood.score(at + change))
-            pulled = self._back.each(scores @ rows, fields) if smooth else scores @ rows
+            k = len(self.y)
+            pulled = (self._back.each(scores[:, :k] @ rows, fields) + scores[:, k:] @ self._levels if smooth else
+                      scores @ rows)
             return self.everyone.bcast(pulled - self._prior_slope(x))
         return force
 
@@ -275,7 +300,7 @@ class LatentProblem(CountedSolver):
             return np.hstack([self._solve(tail[mine]), self._solve(self.parameters(z[mine]))])
         found = self._shared(np.arange(len(z))[:, None], read, 2 * len(self.y))
         whole, part = np.split(self.everyone.bcast(found), 2, axis=1)
-        return whole, part
+        return self.with_levels(whole, z), self.with_levels(part, z)
 
     def _said(self, run: Callable[[], T]) -> T:
         """What the likelihood says, of rank 0: a density of the user's own runs once, and fails for all."""
@@ -328,17 +353,18 @@ class LatentProblem(CountedSolver):
         One latent after the other, so that a solver that keeps its last solve has it ready for the derivative.
         """
         problem, fields, k = self.problem, self.basis.decode(z), len(self.y)
-        parameters, found = problem.prior.transform_many(fields), np.full((len(z), k + self.r), np.nan)
+        parameters, found = problem.prior.transform_many(fields), np.full((len(z), self.width + self.r), np.nan)
         observation = problem.differentiable()[1]
         for i in range(len(z)):
-            read = self._solve(parameters[i:i + 1], derivative=True)
-            found[i, :k] = read[0]
+            read = self.with_levels(self._solve(parameters[i:i + 1], derivative=True), z[i:i + 1])
+            found[i, :self.width] = read[0]
             if np.isfinite(read).all():
                 self._spend(0, 1)
-                row = self._said(lambda: self._likelihood.score(read)) @ observation.rows
+                score = self._said(lambda: self._likelihood.score(read))
+                row = score[:, :k] @ observation.rows
                 pulled = self._attempt(lambda: problem.sensitivity(field(problem.M, parameters[i]), row))
                 if pulled is not None:
-                    found[i, k:] = self._back.each(pulled, fields[i:i + 1])
+                    found[i, self.width:] = (self._back.each(pulled, fields[i:i + 1]) + score[:, k:] @ self._levels)[0]
         return found
 
     def _differences(self, z: np.ndarray) -> np.ndarray:

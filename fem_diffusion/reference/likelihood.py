@@ -4,6 +4,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from scipy.linalg import block_diag
 from scipy.stats import chi2
 
 from fem_diffusion.checks import alike, check_array, check_kind, together
@@ -15,10 +16,14 @@ __all__ = ["Likelihood", "whitener"]
 
 _DRAWS = 4096      # of noise of the user's own, for its covariance
 _STEP = 1e-5       # of differences of a density, in standard deviations of the noise
+_FINE, _NOTHING = 1e-4, 1e-8   # step of differences in levels, and information that is none
 
 
 class Likelihood:
     """p(y | readings) of one measurement y (k,); arrays are NumPy's and global.
+
+    Where noise has unknown levels, readings (B, k) have their standard normal numbers behind them, and the whitened
+    misfit as many entries more: Gauss-Newton Hessians have the Fisher information of the levels so.
 
     InputError is raised if the problem is of a family, its noise has no density, y does not fit the sensors, or
     differs between ranks.
@@ -36,7 +41,9 @@ class Likelihood:
             raise InputError(f"The noise is of type {type(self.noise).__name__}, without a density: give "
                              "CallableNoise(function, log_density), or GaussianNoise.")
         self._log_density = self.noise.log_density
-        at = together(problem.comm, lambda: self._density(torch.from_numpy(self.y[None].copy())), watched=True)
+        # Readings that are the measurement, at the median of every level.
+        self.at = np.concatenate([self.y, np.zeros(len(self.noise.levels))])
+        at = together(problem.comm, lambda: self._density(torch.from_numpy(self.at[None].copy())), watched=True)
         if not torch.isfinite(at).all():
             raise InputError("The noise gives y no finite density where the readings are y: mend its log_density, or "
                              "add a std to relative noise of readings of zero.")
@@ -44,7 +51,7 @@ class Likelihood:
     @property
     def constant(self) -> bool:
         """Whether one matrix whitens the noise everywhere."""
-        return not isinstance(self.noise, GaussianNoise) or self.noise.constant
+        return self.noise.constant or not (isinstance(self.noise, GaussianNoise) or self.noise.levels)
 
     @property
     def gaussian(self) -> bool:
@@ -54,7 +61,7 @@ class Likelihood:
     @cached_property
     def differentiable(self) -> bool:
         """Whether torch differentiates the density."""
-        clean = torch.from_numpy(self.y[None].copy()).requires_grad_()
+        clean = torch.from_numpy(self.at[None].copy()).requires_grad_()
         try:
             torch.autograd.grad(self._density(clean).sum(), clean)
         except RuntimeError:
@@ -63,11 +70,12 @@ class Likelihood:
 
     @cached_property
     def _at_y(self) -> tuple[np.ndarray, np.ndarray]:
-        return whitener(self.noise, self.y)
+        mean, W = whitener(self.noise, self.at)
+        return mean, W if not self.noise.levels else block_diag(W, self._information(self.at[None])[0].T)
 
     @property
     def std(self) -> np.ndarray:
-        """Standard deviation (k,) of the noise at readings y."""
+        """Standard deviation (k,) of the noise at readings y; of levels, one over the root of their information."""
         return np.linalg.norm(np.linalg.inv(self._at_y[1]), axis=1)
 
     @cached_property
@@ -76,7 +84,8 @@ class Likelihood:
         if isinstance(self.noise, GaussianNoise):
             return None
         mean, W = self._at_y
-        return (_errors(self.noise, self.y) - mean) @ W.T
+        k = len(self.y)
+        return (_errors(self.noise, self.at)[:, :k] - mean) @ W[:k, :k].T
 
     @cached_property
     def _sizes(self) -> np.ndarray | None:
@@ -118,7 +127,10 @@ class Likelihood:
 
     def matrix(self, readings: np.ndarray) -> np.ndarray:
         """What whitens the noise at readings (k,): a matrix (k, k)."""
-        return self._at_y[1] if self.constant else whitener(self.noise, readings)[1]
+        if self.constant:
+            return self._at_y[1]
+        W = whitener(self.noise, readings)[1]
+        return W if not self.noise.levels else block_diag(W, self._information(readings[None])[0].T)
 
     def whitened(self, readings: np.ndarray) -> np.ndarray:
         """Readings (B, k) minus measurement in units of the noise, whitened, shape (B, k).
@@ -128,8 +140,27 @@ class Likelihood:
         if self.constant:
             mean, W = self._at_y
             return (readings + mean - self.y) @ W.T
+        if self.noise.levels:
+            there, k = np.isfinite(readings).all(axis=1), len(self.y)
+            found, some = np.full(readings.shape, np.nan), readings[there]
+            roots = np.linalg.cholesky(self.noise.each(torch.from_numpy(some)).numpy())
+            white = np.linalg.solve(roots, (some[:, :k] - self.y)[:, :, None])[:, :, 0]
+            told = np.linalg.solve(self._information(some), self.score(some)[:, k:, None])[:, :, 0]
+            found[there] = np.hstack([white, told])
+            return found
         rows = [self.matrix(row) @ (row - self.y) if np.isfinite(row).all() else row for row in readings]
         return np.array(rows).reshape(readings.shape)
+
+    def _information(self, readings: np.ndarray) -> np.ndarray:
+        """Cholesky factors (B, l, l) of the Fisher information of the levels' normal numbers, as of Gaussian noise."""
+        k, slopes = len(self.y), []
+        R = self.noise.each(torch.from_numpy(readings)).numpy()
+        for step in np.eye(readings.shape[1])[k:] * _FINE:
+            ahead, behind = (self.noise.each(torch.from_numpy(readings + x)).numpy() for x in (step, -step))
+            slopes.append(np.linalg.solve(R, (ahead - behind) / (2 * _FINE)))
+        found = np.array([[(a * b.swapaxes(1, 2)).sum(axis=(1, 2)) / 2 for a in slopes] for b in slopes])
+        # A level that all its sensors have lost tells nothing.
+        return np.linalg.cholesky(found.transpose(2, 0, 1) + _NOTHING * np.eye(len(slopes)))
 
     def _density(self, readings: torch.Tensor) -> torch.Tensor:
         found = self._log_density(torch.from_numpy(self.y), readings)
@@ -148,7 +179,8 @@ def _many(noise: Noise, clean: np.ndarray) -> torch.Tensor:
 
 def _errors(noise: Noise, clean: np.ndarray) -> np.ndarray:
     """Draws (n, k) of noise of the user's own at noise-free readings (k,)."""
-    return noise.sample(_many(noise, clean), torch.Generator().manual_seed(0)).numpy() - clean
+    return noise.sample(_many(noise, clean), torch.Generator().manual_seed(0)).numpy() - noise.readings(
+        torch.from_numpy(clean)).numpy()
 
 
 def whitener(noise: Noise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -162,6 +194,6 @@ def whitener(noise: Noise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     std = np.sqrt(np.diag(covariance))
     scaled = covariance / np.outer(std, std) if std.all() else covariance
     try:
-        return noise.mean(many).numpy(), np.linalg.inv(np.linalg.cholesky(scaled)) / std
+        return noise.mean(noise.readings(many)).numpy(), np.linalg.inv(np.linalg.cholesky(scaled)) / std
     except np.linalg.LinAlgError:
         raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None

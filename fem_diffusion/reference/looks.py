@@ -52,7 +52,8 @@ def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np
     good = np.isfinite(readings).all(axis=1)
     if not good.any() or not len(latent.y):
         return Told()
-    white = latent.whitened(readings[good])
+    k = len(latent.y)
+    white = latent.whitened(readings[good])[:, :k]
     share = np.ones(len(white)) if weights is None else weights[good]
     share = share / share.sum()
     size, mean = float(share @ (white**2).sum(axis=1)), share @ white
@@ -63,7 +64,7 @@ def conflict(latent: LatentProblem, readings: np.ndarray, what: str, weights: np
             values, axes = np.linalg.eigh((white - mean).T @ ((white - mean) * share[:, None]))
             left = axes * np.maximum(1 - values, _LEFT) @ axes.T
         whole = np.linalg.inv(left)
-        found = -whole @ mean, whole - np.eye(len(mean)), latent.noise_matrix(share @ readings[good])
+        found = -whole @ mean, whole - np.eye(len(mean)), latent.noise_matrix(share @ readings[good])[:k, :k]
     rest = latent.everyone.bcast(residual(*found, latent.noise_draws, 0, _CONFLICT))
     return _told(latent.problem.names, what, size, latent.chances(size), rest, near is not None, 5)
 
@@ -74,18 +75,25 @@ def _near(latent: LatentProblem, z: np.ndarray, size: float) -> _Linear | None:
         return None
     # Draws are not lost for a derivative of the user's own that fails.
     with contextlib.suppress(Exception):
-        misfit, jacobian = latent.linearised(z)
+        misfit, jacobian, whiten = _of_sensors(latent, z)
         if misfit @ misfit <= _OFF * max(size, len(misfit)):
-            return jacobian @ z - misfit, jacobian @ jacobian.T, latent.whitener(z)
+            return jacobian @ z - misfit, jacobian @ jacobian.T, whiten
     return None
+
+
+def _of_sensors(latent: LatentProblem, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `LatentProblem.linearised`, with what whitens the noise, without the entries of unknown levels."""
+    k = len(latent.y)
+    misfit, jacobian = latent.linearised(z)
+    return misfit[:k], jacobian[:k], latent.whitener(z)[:k, :k]
 
 
 def point_conflict(latent: LatentProblem, z: np.ndarray) -> Told:
     """As `conflict`, of the most probable latents (r,), by the linearised problem there: costs of `linearised`."""
     if not len(latent.y):
         return Told()
-    misfit, jacobian = latent.linearised(z)
-    linear = jacobian @ z - misfit, jacobian @ jacobian.T, latent.whitener(z)
+    misfit, jacobian, whiten = _of_sensors(latent, z)
+    linear = jacobian @ z - misfit, jacobian @ jacobian.T, whiten
     return gaussian_conflict(latent.problem.names, latent.everyone.bcast(linear), latent.chances, 4, misfit,
                              latent.noise_draws, latent.basis.standard_prior)
 
@@ -147,7 +155,7 @@ def unseen(latent: LatentProblem, z: np.ndarray, seed: int = 0) -> tuple[float, 
     without them. NaN where there are none, and where such modes are not known (POD): there nothing is solved.
     """
     if not latent.basis.standard_prior:
-        return np.nan, np.full((len(z), len(latent.y)), np.nan)
+        return np.nan, np.full((len(z), latent.width), np.nan)
     whole, part = latent.refilled(z, seed)
     change = (whole - part)[np.isfinite(whole - part).all(axis=1)]
     return float((np.sqrt((change**2).mean(axis=0)) / latent.noise_std).max()) if len(change) else np.nan, part

@@ -181,7 +181,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
     comm, latent = run.comm, run.latent
 
     # What the density is at best.
-    best = latent.log_likelihood(latent.y[None])[0]
+    best = latent.best
 
     def take() -> float:
         learner.add(z, readings)

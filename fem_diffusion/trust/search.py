@@ -59,7 +59,7 @@ class Run:
     def solve_all(self, z: np.ndarray, size: int) -> np.ndarray:
         """Readings (B, k) at latents (B, R), of which `size` are kept together."""
         parts = [self.solve(z[i:i + size]) for i in range(0, len(z), size)]
-        return np.concatenate(parts) if parts else np.empty((0, len(self.latent.y)))
+        return np.concatenate(parts) if parts else np.empty((0, self.latent.width))
 
 
 def linearise(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> None:

@@ -9,7 +9,8 @@ import torch
 from firedrake import Ensemble
 
 from fem_diffusion.checks import stream
-from fem_diffusion.diffusion import log_density
+from fem_diffusion.diffusion import Emulator, log_density
+from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -115,6 +116,8 @@ def known_readings(posterior: "Posterior") -> Base | None:
     density, noise = posterior.conditioned.density, posterior.problem.noise
     if density is None or noise is None:
         return None
+    if (law := density.base.law) is not None:
+        return _by_law(density.base.emulator, law, posterior.basis.r)
     emulator, rows, y = density.base.emulator, density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
     offset, matrix = torch.zeros_like(y), torch.eye(len(y), dtype=rows.dtype)
@@ -137,4 +140,21 @@ def known_readings(posterior: "Posterior") -> Base | None:
                 pulled = back(torch.from_numpy(covector) @ matrix).numpy()
             return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
         return (offset + c @ matrix.T).numpy(), pull
+    return base
+
+
+def _by_law(emulator: Emulator, law: NoiseLaw, r: int) -> Base:
+    """Readings as the emulator tells them, with the numbers of the levels behind them."""
+    def base(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+        x = torch.from_numpy(z[:, :r].copy())
+        with torch.no_grad():
+            c, back = emulator.with_pull(x)
+            found = law.clean(c, x).numpy()
+
+        def pull(covector: np.ndarray) -> np.ndarray:
+            k = c.shape[1]
+            with torch.no_grad():
+                pulled = back(torch.from_numpy(covector[:, :k].copy())).numpy() + covector[:, k:] @ law.rows.numpy()
+            return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
+        return found, pull
     return base

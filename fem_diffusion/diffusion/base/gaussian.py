@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator, roots
+from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.errors import SolveError
@@ -97,12 +98,15 @@ class GaussianBase(Tensors):
         Of the coordinates that sensors see.
     updates : int
         Kalman updates: 1 stops at the joint Gaussian of latents and measurement, more follow the posterior.
+    law : NoiseLaw or None
+        Of noise that is not in the emulator's residual, because no covariance holds it.
     """
 
     mean: Tensor
     factor: Tensor
     emulator: Emulator
     updates: int = 1
+    law: NoiseLaw | None = None
 
     @property
     def r(self) -> int:
@@ -129,6 +133,7 @@ class GaussianBase(Tensors):
         """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
         covariance = signal @ signal.T + self.noise(Layout.readings(self.k, self.mean))[0]
+        covariance = covariance if self.law is None else covariance + self.law.covariance
         return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
@@ -137,7 +142,7 @@ class GaussianBase(Tensors):
         return (y - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
-        """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive."""
+        """Covariance of sensor noise, but of a `law`, and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive."""
         covariance = torch.diag_embed(layout.variance) + layout.rows @ self.emulator.residual @ layout.rows.mT
         # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
         signal = (layout.rows @ (self.emulator.matrix @ self.factor)).square().sum(2)
@@ -146,11 +151,19 @@ class GaussianBase(Tensors):
     def locate(self, layout: Layout, y: Tensor) -> Located:
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
         affine = self.emulator.head is None
-        if not affine and len(y) > _TOGETHER:
+        if not (affine and self.law is None) and len(y) > _TOGETHER:
             indices = torch.arange(len(y), device=y.device).split(_TOGETHER)
             parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]
             return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in zip(*parts)))   # shared by all, or apart
-        identity, noise = torch.eye(self.r, dtype=y.dtype, device=y.device), self.noise(layout)
+        return self.update(layout, y, self.noise(layout)) if self.law is None else self.law.locate(self, layout, y)
+
+    def update(self, layout: Layout, y: Tensor, noise: Tensor, more: tuple[Tensor, Tensor, Tensor] | None = None
+               ) -> Located:
+        """As `locate`, for noise of this covariance (B, k, k), and readings of the latents that are known beside.
+
+        `more` are their rows (l, r), values (B, l) and variances (B, l).
+        """
+        affine, identity = self.emulator.head is None, torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], y.new_empty(0, self.r) if affine else _points(self.r, y)
         for _ in range(1 if affine else self.updates):
@@ -159,9 +172,14 @@ class GaussianBase(Tensors):
             else:
                 G, expected, spread = self._fit(layout.rows, mean, factor, points)
                 expected, rest = layout.offset + expected, noise + spread
-            root = cholesky(rest)
-            target = solve_lower(root, y - expected + apply(G, mean - prior_mean))
-            white = torch.linalg.solve_triangular(root, G, upper=False)
+            root, away = cholesky(rest), y - expected + apply(G, mean - prior_mean)
+            target, white = solve_lower(root, away), torch.linalg.solve_triangular(root, G, upper=False)
+            if more is not None:
+                rows, values, variance = more
+                spread = variance.sqrt()
+                beside = rows / spread[:, :, None]
+                white = torch.cat([white.expand(len(beside), -1, -1), beside], 1)
+                target = torch.cat([target, (values - prior_mean @ rows.T) / spread], 1)
             if len(white) == 1:
                 # Orthogonal: readings without noise do not blur what they do not see.
                 Q, M = torch.linalg.qr(torch.cat([self._inverse[None], white], 1))

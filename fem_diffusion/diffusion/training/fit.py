@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
-from fem_diffusion.diffusion.base.emulator import fit_emulator, roots, spread
+from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots, spread
 from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
@@ -71,7 +72,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     ----------
     z, y : Tensor
         Latents, shape (n, r), of any scale; noise-free readings, shape (n, k), or measurements where `noise` is None,
-        in any units; for a family coordinates of the state, of unit variance, shape (n, s).
+        in any units, with the standard normal numbers of unknown levels behind them, (n, k + l), affine in the latents;
+        for a family coordinates of the state, of unit variance, shape (n, s).
     noise : Noise, float, LayoutFamily or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
@@ -111,19 +113,22 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
     z, y = z.double().cpu(), y.double().cpu()
-    parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(y, noise)
+    # Levels of noise stand behind the readings: emulator and base have them from the latents.
+    seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
+    parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(seen, noise)
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else _bases(
-            z, y, parts, base, standard_prior, options, checkpoint, progress)
+            z, seen, parts, base, standard_prior, options, checkpoint, progress)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
         emulator = bases[0].emulator
-        if denoiser.known and emulator.head is None and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
+        alone = bases[0].law is None and emulator.head is None
+        if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
             return denoiser, History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
-        tasks = [_Denoising(z.to(device), y.to(device), parts.to(device), (network, geometry),
+        tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
         task = min(tasks, key=lambda task: task.surprise)
         if task.settled():
@@ -141,9 +146,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
 class _Parts(Tensors):
     """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
 
-    `covariance` (s, s) is the noise that the base's residual has to hold, `errors` what errors of coordinates
-    count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise, `constant`
-    whether the noise is Gaussian and known.
+    `covariance` (s, s) is the noise that the base's residual has to hold, where its law does not, `errors` what errors
+    of coordinates count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise,
+    `constant` whether the law of the noise is known and one for all readings.
     """
 
     noise: Noise | LayoutFamily | None
@@ -161,7 +166,8 @@ class _Parts(Tensors):
         if isinstance(self.noise, LayoutFamily):
             layout = self.noise.draw(len(c), generator)
             return layout, layout.measure(c, generator)
-        return Layout.readings(c.shape[1], c), c if self.noise is None else self.noise.sample(c, generator)
+        y = c if self.noise is None else self.noise.sample(c, generator)
+        return Layout.readings(y.shape[1], y), y
 
 
 def _family(c: Tensor, family: LayoutFamily) -> _Parts:
@@ -179,23 +185,30 @@ def _family(c: Tensor, family: LayoutFamily) -> _Parts:
 
 
 def _fixed(y: Tensor, noise: Noise | float | None) -> _Parts:
-    k = y.shape[1]
-    noise = as_noise(noise, k)
+    noise = as_noise(noise, y.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
+    k = y.shape[1] - (0 if noise is None else len(noise.levels))
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
-    known = isinstance(noise, GaussianNoise) and bool((covariance.diagonal() > 0).all())
+    told = isinstance(noise, GaussianNoise) or noise is not None and noise.law
+    known = told and bool((covariance.diagonal() > 0).all())
 
     def share(residual: Tensor) -> float:
         if not known:
             return math.inf
         whitener, _ = roots(covariance)
         return float(torch.linalg.eigvalsh(whitener @ residual @ whitener.T)[-1])
-    constant = known and isinstance(noise, GaussianNoise) and noise.constant
+    constant = known and noise is not None and (noise.constant or noise.law)
     return _Parts(noise, covariance, covariance if known else None, share, constant)
 
 
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
            checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
     """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
+    seen, of_noise = y, None
+    if isinstance(parts.noise, Noise):
+        y = parts.noise.readings(seen)
+        if parts.noise.law:
+            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
+            of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
@@ -204,8 +217,10 @@ def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool,
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
     emulator, _ = fit_emulator(z, y, parts.errors, options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
-    emulator.residual = emulator.residual + parts.covariance
-    base = check_base(GaussianBase(*moments, emulator))
+    if of_noise is None:
+        emulator.residual = emulator.residual + parts.covariance
+    base = GaussianBase(*moments, emulator, law=of_noise)
+    base = check_base(base) if of_noise is None else base
     return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
 
 
@@ -229,7 +244,7 @@ class _Denoising(Task[ScoreModule]):
     def __init__(self, z: Tensor, c: Tensor, parts: _Parts, wanted: tuple[str, FieldGeometry | None],
                  denoiser: Denoiser, options: TrainingOptions):
         self.options, self.denoiser, self.source, self.wanted = options, denoiser, parts, wanted
-        shared = denoiser.base.emulator.head is None and not parts.family
+        shared = denoiser.base.emulator.head is None and denoiser.base.law is None and not parts.family
         self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
@@ -299,7 +314,9 @@ class _Denoising(Task[ScoreModule]):
     def prepare(self, generator: torch.Generator) -> None:
         index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)
         # Under an affine emulator the base is all that moves could find.
-        moves = self.draws - 1 if self.denoiser.known and self.denoiser.base.emulator.head is not None else 0
+        base = self.denoiser.base
+        alone = base.emulator.head is None and base.law is None
+        moves = self.draws - 1 if self.denoiser.known and not alone else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
     def loss(self, network: ScoreModule, index: Tensor, generator: torch.Generator) -> Tensor:

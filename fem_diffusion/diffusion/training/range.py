@@ -150,7 +150,7 @@ class Distance:
 def measure_distance(clean: Tensor, noise: Noise | None, y: Tensor,
                      names: Sequence[str]) -> Distance:
     """Distance of a measurement `y` (k,) from training readings without noise (n, k), n > 2, k > 0."""
-    n, k = clean.shape
+    n, k = len(clean), len(y)
     x, covariance = clean, clean.new_zeros(k, k)
     if noise is not None:
         x, covariance = noise.sample(clean, torch.Generator().manual_seed(0)), noise.covariance(clean)
