@@ -251,9 +251,10 @@ class InverseProblem:
 
     def __repr__(self) -> str:
         sensors = "any sensors of a family" if self.family else "a function" if self.k is None else f"{self.k} sensors"
+        forward = self.forward.inner if isinstance(self.forward, Beside) else self.forward
         noise = "no noise of its own" if self.noise is None else type(self.noise).__name__
         return (f"InverseProblem: {type(self.prior).__name__} of {self.M.dim()} unknowns, "
-                f"{type(self.forward).__name__}, {sensors}, {noise}")
+                f"{type(forward).__name__}, {sensors}, {noise}{' of unknown level' * bool(self.levels)}")
 
     def __reduce_ex__(self, protocol: int) -> None:
         raise InputError("An InverseProblem holds a mesh and cannot be copied or pickled: build it again.")

@@ -69,6 +69,10 @@ class Noise:
         raise InputError(f"{type(self).__name__} is of all sensors together: give noise for those that are left, or "
                          "GaussianNoise or StudentNoise, which know it of each.")
 
+    def known(self, normal: Tensor) -> "Noise":
+        """The noise with its levels at these standard normal numbers (l,); itself where it has none."""
+        return self
+
     def check(self, k: int) -> None:
         """Raise InputError where the noise is for another number of sensors than k."""
 
@@ -161,6 +165,13 @@ class GaussianNoise(Noise):
         matrix = torch.diag_embed(self._variance(y).expand_as(self.readings(y)))
         return matrix if self.correlated is None else matrix + self.correlated.to(y)
 
+    def known(self, normal: Tensor) -> "GaussianNoise":
+        """As `Noise.known`."""
+        part = copy(self)
+        if self.levels:
+            part.std, part.levels, part.law = level_of(self.levels[0], normal[0]).double(), (), False
+        return part
+
     def widened(self, variance: Tensor) -> "GaussianNoise":
         """As `Noise.widened`."""
         part = copy(self)
@@ -215,9 +226,9 @@ class _LevelOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, level: Marginal) -> Tensor:   # pyright: ignore[reportIncompatibleMethodOverride]
-        flat = z.detach().cpu().double().numpy()
-        ctx.save_for_backward(torch.from_numpy(level.slope(flat)).to(z))
-        return torch.from_numpy(level.of_normal(flat)).to(z)
+        flat = z.detach().cpu().double().reshape(-1).numpy()
+        ctx.save_for_backward(torch.from_numpy(level.slope(flat)).to(z).view(z.shape))
+        return torch.from_numpy(level.of_normal(flat)).to(z).view(z.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:   # pyright: ignore

@@ -72,6 +72,13 @@ class StudentNoise(Noise):
         """As `Noise.near`: the mean precision of the scale mixture given a residual, (df + 1) / (df s² + e²)."""
         return torch.diag_embed((self.df * self._scale(y)**2 + square) / (self.df + 1))
 
+    def known(self, normal: Tensor) -> "StudentNoise":
+        """As `Noise.known`."""
+        part = copy(self)
+        if self.levels:
+            part.std, part.levels, part.constant = level_of(self.levels[0], normal[0]).double(), (), True
+        return part
+
     def widened(self, variance: Tensor) -> "StudentNoise":
         """As `Noise.widened`, of the same degrees of freedom."""
         part = copy(self)
@@ -190,6 +197,10 @@ class JoinedNoise(Noise):
         """As `Noise.near`."""
         parts = zip(self._split(y), self._split(square, False), self.parts)
         return _blocks([noise.near(a, b) for a, b, (_, noise) in parts])
+
+    def known(self, normal: Tensor) -> Noise:
+        """As `Noise.known`."""
+        return join_noise(*((k, noise.known(normal[places])) for (k, noise), places in zip(self.parts, self._places)))
 
     def widened(self, variance: Tensor) -> "JoinedNoise":
         """As `Noise.widened`."""

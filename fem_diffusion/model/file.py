@@ -9,7 +9,8 @@ import torch
 
 from fem_diffusion import files
 from fem_diffusion.checks import LARGEST
-from fem_diffusion.diffusion import Denoiser, GaussianNoise, TrainingRange
+from fem_diffusion.diffusion import Denoiser, GaussianBase, GaussianNoise, TrainingRange
+from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from fem_diffusion.model.model import Model
 
 __all__ = ["read_model", "write_model"]
+
+# Normal numbers of levels at which noise is compared.
+_LEVELS = -2.0, 0.0, 2.0
 
 
 def write_model(path: str | os.PathLike, model: "Model") -> None:
@@ -35,6 +39,10 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
 
     if model.seen is not None:
         arrays = arrays | {"seen": model.seen.numpy()}
+
+    if model.denoiser.base.law is not None:
+        law = model.denoiser.base.law
+        arrays = arrays | {f"law.{name}": getattr(law, name).numpy() for name in ("rows", "offset", "covariance")}
 
     if model.near is not None:
         arrays = arrays | {"near": model.near}
@@ -53,6 +61,8 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     content = read_everywhere(problem.comm, path, "model", REMEDY)
     denoiser, history = unpack_denoiser(content)
     basis = unpack_basis(content, "basis", problem.V, problem.prior)
+    if "law.rows" in content.arrays:
+        denoiser = replace(denoiser, base=replace(denoiser.base, law=_law(content, problem, denoiser.base)))
     if basis.r != denoiser.base.r:
         raise content.error("holds a basis and a model of different sizes")
     same = content.value("names", list) == list(problem.names) and problem.k in (None, denoiser.base.k)
@@ -66,7 +76,7 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
         rows = content.array("rows", denoiser.base.k, len(content.arrays["basis.key"]))
         parts["rows"] = rows[:, own_columns(content, "basis.key", "basis.element", problem.V)]
     if "seen" in content.arrays:
-        seen = content.array("seen", None, denoiser.base.k)
+        seen = content.array("seen", None, denoiser.base.k + len(problem.levels))
         if (np.abs(seen) > LARGEST).any():
             raise content.error("holds readings too large to calculate with")
         parts["seen"] = torch.from_numpy(seen)
@@ -81,10 +91,28 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
 
 
 def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
-    """Standard deviations of Gaussian noise of fixed sensors at the readings of the mean field; none of other noise."""
-    if problem.family or not isinstance(problem.noise, GaussianNoise):
+    """Standard deviations of the noise of fixed sensors at mean readings, at some numbers of its levels.
+
+    None of noise of the user's own; of outliers the density there as well.
+    """
+    noise, at = problem.noise, denoiser.base.emulator.offset[None]
+    if problem.family or not (isinstance(noise, GaussianNoise) or noise is not None and noise.law):
         return np.zeros(0)
-    return problem.noise.covariance(denoiser.base.emulator.offset[None]).diagonal().sqrt().numpy()
+    places = [torch.cat([at, at.new_full((1, len(noise.levels)), x)], 1) for x in (_LEVELS if noise.levels else [0.0])]
+    found = [noise.covariance(x).diagonal().sqrt().numpy() for x in places]
+    if noise.heavy and noise.log_density is not None:
+        found += [noise.log_density(at[0], x).numpy() for x in places]
+    return np.concatenate(found)
+
+
+def _law(content: files.Content, problem: InverseProblem, base: GaussianBase) -> NoiseLaw:
+    """The law of the problem's noise, and where the latents have its levels."""
+    noise, count = problem.noise, len(problem.levels)
+    if problem.family or noise is None or not noise.law or count != len(content.arrays["law.rows"]):
+        raise FileError(f"{content.path} was trained for other noise: pass the problem of its training.")
+    rows, offset, covariance = (torch.from_numpy(content.array(f"law.{name}", *shape)) for name, shape in (
+        ("rows", (count, base.r)), ("offset", (count,)), ("covariance", (base.k, base.k))))
+    return NoiseLaw(noise, rows, offset, covariance)
 
 
 def _range(content: files.Content, s: int) -> TrainingRange:

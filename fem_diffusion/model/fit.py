@@ -137,8 +137,8 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
     noise, emulator = problem.noise, denoiser.base.emulator
-    known = isinstance(noise, GaussianNoise) and not noise.levels
-    if problem.family or not (known and emulator.head is None and basis.standard_prior):
+    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior) or (
+            noise.levels):
         return False, None
     if linear_tail(problem, basis, denoiser.base, known=False) is not None:
         return True, None

@@ -269,7 +269,7 @@ class Model:
                 network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
-        elif base.emulator.head is None:
+        elif base.emulator.head is None and base.law is None:
             network += ", which is exact as far as held-out pairs tell"
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"

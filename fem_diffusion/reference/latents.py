@@ -81,7 +81,7 @@ class LatentProblem(CountedSolver):
         self._log_prior, self._ensemble = log_prior, None if ensemble is None else check_ensemble(ensemble)
         self.r = self.basis.r
         # Levels of noise are affine in the latents: rows (l, r) and offset (l,) of their standard normal numbers.
-        self._levels = problem.normal_levels(self.basis.scaled_modes).T
+        self.level_rows = problem.normal_levels(self.basis.scaled_modes).T
         self._normal = problem.normal_levels(coefficients(self.basis.mean)[None])[0]
         self.width = len(self.y) + len(self._normal)
         self._told, self._back = False, ChainRule(problem.prior, self.basis)
@@ -118,8 +118,12 @@ class LatentProblem(CountedSolver):
         """Readings (B, k) with the normal numbers of the levels at latents (B, r) behind them; NaN stays such."""
         if self.width == len(self.y):
             return readings
-        normal = self._normal + z @ self._levels.T
-        return np.hstack([readings, np.where(np.isfinite(readings).all(axis=1)[:, None], normal, np.nan)])
+        lost = np.isnan(readings).any(axis=1, keepdims=True)
+        return np.hstack([readings, np.where(lost, np.nan, self.normal_levels(z))])
+
+    def normal_levels(self, z: np.ndarray) -> np.ndarray:
+        """Standard normal numbers (B, l) of unknown levels of noise at latents (B, r)."""
+        return self._normal + z @ self.level_rows.T
 
     def log_likelihood(self, readings: np.ndarray) -> np.ndarray:
         """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are NaN."""
@@ -214,7 +218,7 @@ class LatentProblem(CountedSolver):
         """Derivatives by latents of weighted sums (l, k) of the readings at z (r,): (l, r), by l adjoint solves."""
         k = len(self.y)
         seen = weights[:, :k].any(axis=1)
-        pulled = weights[:, k:] @ self._levels
+        pulled = weights[:, k:] @ self.level_rows
         if seen.any():
             pulled[seen] += self._back.at(self._rows(z, weights[seen, :k]), self.basis.decode(z[None])[0])
         return self.everyone.bcast(pulled)
@@ -276,12 +280,12 @@ class LatentProblem(CountedSolver):
             fields = self.basis.decode(x) if smooth else x
             if smooth:
                 change = comm.allreduce((self.problem.prior.transform_many(fields) - there) @ rows.T)
-                change = np.hstack([change, (x - z) @ self._levels.T])
+                change = np.hstack([change, (x - z) @ self.level_rows.T])
             else:
                 change = (x - z) @ rows.T
             scores = self._said(lambda: self._likelihood.score(at + change))
             k = len(self.y)
-            pulled = (self._back.each(scores[:, :k] @ rows, fields) + scores[:, k:] @ self._levels if smooth else
+            pulled = (self._back.each(scores[:, :k] @ rows, fields) + scores[:, k:] @ self.level_rows if smooth else
                       scores @ rows)
             return self.everyone.bcast(pulled - self._prior_slope(x))
         return force
@@ -364,7 +368,8 @@ class LatentProblem(CountedSolver):
                 row = score[:, :k] @ observation.rows
                 pulled = self._attempt(lambda: problem.sensitivity(field(problem.M, parameters[i]), row))
                 if pulled is not None:
-                    found[i, self.width:] = (self._back.each(pulled, fields[i:i + 1]) + score[:, k:] @ self._levels)[0]
+                    by_levels = score[:, k:] @ self.level_rows
+                    found[i, self.width:] = (self._back.each(pulled, fields[i:i + 1]) + by_levels)[0]
         return found
 
     def _differences(self, z: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fem_diffusion.checks import check_kind
+from fem_diffusion.checks import check_kind, stream
 from fem_diffusion.diffusion import GaussianNoise, Noise
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
@@ -19,7 +19,7 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.samples import Samples
 
-__all__ = ["SEARCH", "Local", "gaussian", "in_modes", "unseen"]
+__all__ = ["SEARCH", "Local", "at_levels", "gaussian", "in_modes", "unseen"]
 
 # Sensors that have an adjoint solve each, at most, in units of the solves; solves of the search for the most probable
 # point; fewest samples; steps of differences in posterior standard deviations; draws of noise of the user's own.
@@ -35,7 +35,7 @@ def gaussian(problem: InverseProblem,
     Noise of the user's own without a density counts by its mean and covariance at the readings.
     """
     noise = problem.noise
-    if isinstance(noise, GaussianNoise):
+    if isinstance(noise, GaussianNoise) or problem.levels:
         return problem, y, [], None
     noise = check_kind(noise, "The noise of the problem", Noise, "an InverseProblem with the noise of the "
                        "measurement, because a check compares with it")
@@ -82,6 +82,20 @@ def in_modes(posterior: Any, problem: InverseProblem, y: np.ndarray, n: int,
         basis, own = own, None
     latent = LatentProblem(problem, y, basis)
     return latent, problem.comm.bcast(basis.encode(fields)), own if isinstance(own, ModalBasis) else None
+
+
+def at_levels(latent: LatentProblem, z: np.ndarray, seed: int) -> tuple[LatentProblem, np.ndarray, str]:
+    """The problem with levels of noise known, at the mean of samples (n, r), these samples, and what that means."""
+    problem, normal = latent.problem, latent.normal_levels(z)
+    known = replace(problem, noise=problem.noise.known(torch.from_numpy(normal.mean(axis=0))))   # pyright: ignore
+    # The levels are out of the comparison: their numbers are as the prior has them.
+    others = np.random.default_rng(stream(seed, "levels")).standard_normal(normal.shape)
+    z = z + (others - normal) @ latent.level_rows
+    std = ", ".join(f"{x:.3g}" for x in np.unique(np.round(problem.noise.known(torch.from_numpy(   # pyright: ignore
+        normal.mean(axis=0))).each(torch.from_numpy(latent.y[None]))[0].diagonal().sqrt().numpy(), 12)))
+    return LatentProblem(known, latent.y, latent.basis), z, (
+        f"The unknown noise counts as known, with a standard deviation of {std}: whether its own posterior is right is "
+        "for a correction or hmc(problem, y) to tell.")
 
 
 def unseen(latent: LatentProblem, own: ModalBasis, jacobian: np.ndarray) -> float:

@@ -172,6 +172,8 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
         raise InputError("A family is calibrated for chosen sensors: draw from `model.condition(y, sensors, noise)` "
                          "for each pair, and pass the draws to calibrate.")
     y, noise = torch.from_numpy(check_array(data.readings, "The readings", ("n", "k"))), model.problem.noise
+    if model.problem.levels:
+        y = torch.cat([y, torch.from_numpy(model.problem.normal_levels(np.asarray(data.coefficients)))], 1)
     truth = model.basis.encode(data.coefficients)
 
     def run() -> Calibration:

@@ -19,7 +19,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.residual import Residual, residual
-from fem_diffusion.trust.beside import SEARCH, Local, gaussian, in_modes, unseen
+from fem_diffusion.trust.beside import SEARCH, Local, at_levels, gaussian, in_modes, unseen
 from fem_diffusion.trust.local import Shape, shapes
 from fem_diffusion.trust.neighbours import local_calibration, more_pairs
 
@@ -146,6 +146,10 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
         raise InputError("Without a sensor the posterior is the prior: there is nothing to check.")
     problem, y, notes, draws = gaussian(problem, y)
     latent, z, own = in_modes(posterior, problem, y, solves - SEARCH, seed, notes)
+    if latent.problem.levels:
+        latent, z, note = at_levels(latent, z, seed)
+        draws = gaussian(latent.problem, y)[3]
+        notes.append(note)
     found = Local(latent, z, solves)
     refill = unseen(latent, own, found.jacobian) if own is not None else 0.0
     whiten = latent.noise_matrix(found.at)

@@ -36,12 +36,12 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> tuple
     if locate is None or len(clean) < _LEAST:
         raise InputError(f"{len(clean)} held-out pairs say nothing of a model near one measurement: give "
                          f"model.condition(y) and at least {_LEAST}, from simulate with another seed.")
-    z = posterior.basis.encode(data.coefficients)[:, :_LEADING]
+    z, levels = posterior.basis.encode(data.coefficients)[:, :_LEADING], _levels(posterior, data)
     noise, y = posterior.problem.noise, posterior.y
 
     def run() -> tuple[float, str]:
         generator = torch.Generator().manual_seed(stream(seed, "neighbours"))
-        noisy = torch.from_numpy(clean) if noise is None else noise.sample(torch.from_numpy(clean), generator)
+        noisy = torch.from_numpy(clean) if noise is None else noise.sample(_beside(clean, levels), generator)
         read = noisy.numpy()
         unit = read.std(axis=0).clip(min=1e-300)
         centre, white = read.mean(axis=0), (read - read.mean(axis=0)) / unit
@@ -63,9 +63,10 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
     """Whether more pairs than these would help the modes of a model, in words (collective)."""
     clean = _clean(posterior, data)
     z, noise = posterior.basis.encode(data.coefficients), posterior.problem.noise
+    levels = _levels(posterior, data)
 
     def run() -> str:
-        covariance = None if noise is None else noise.covariance(torch.from_numpy(clean))
+        covariance = None if noise is None else noise.covariance(_beside(clean, levels))
         found = learning_gain(torch.from_numpy(z), torch.from_numpy(clean), covariance)
         if found is None:
             return "The pairs are too few to tell whether more would help."
@@ -78,6 +79,17 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
         return (f"Twice as many pairs would gain about {gain:.2g} nats of a measurement's log density over these "
                 f"{z.shape[1]} modes: simulate more.")
     return on_root(posterior.problem.comm, run)
+
+
+def _levels(posterior: "Posterior", data: DataSet) -> np.ndarray:
+    """Standard normal numbers (n, l) of the levels of the noise of pairs."""
+    problem = posterior.problem
+    return problem.normal_levels(np.asarray(data.coefficients)) if problem.levels else np.empty((len(data), 0))
+
+
+def _beside(clean: np.ndarray, levels: np.ndarray) -> torch.Tensor:
+    """Noise-free readings as noise takes them."""
+    return torch.from_numpy(np.hstack([clean, levels]))
 
 
 def _clean(posterior: "Posterior", data: DataSet) -> np.ndarray:
