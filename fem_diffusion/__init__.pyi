@@ -29,6 +29,7 @@ from fem_diffusion.fields.coefficients import coefficients as coefficients, fiel
 from fem_diffusion.fields.basis import ModalBasis as ModalBasis, load_basis as load_basis
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as AdvectionDiffusion
 from fem_diffusion.forward.callable import CallableForward as CallableForward
+from fem_diffusion.forward.march import March as March
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
 from fem_diffusion.forward.steady import Steady as Steady

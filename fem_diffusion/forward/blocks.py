@@ -17,7 +17,7 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size
 from fem_diffusion.fields.checks import check_function
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.forward.march import March
+from fem_diffusion.forward.stepper import Stepper
 from fem_diffusion.forward.protocol import dense_rows
 from fem_diffusion.forward.solvers import NOT_FINITE, norms
 
@@ -33,12 +33,12 @@ class BlockForward:
 
     U: WithGeometry
 
-    def __init__(self, march: March, m: Function) -> None:
-        self._march, self.m, self.V, self.M = march, m, march.V, march.M
-        self.linear, self.operator_depends_on_parameter = march.linear, march.by_member
+    def __init__(self, stepper: Stepper, m: Function) -> None:
+        self._stepper, self.m, self.V, self.M = stepper, m, stepper.V, stepper.M
+        self.linear, self.operator_depends_on_parameter = stepper.linear, stepper.by_member
 
     def __repr__(self) -> str:
-        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._march.e.unknowns]
+        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._stepper.e.unknowns]
         return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
                 f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
 
@@ -49,7 +49,7 @@ class BlockForward:
         derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
-        if not annotate_tape() or (self._march.e.steps is None and self._march.one):
+        if not annotate_tape() or (self._stepper.e.steps is None and self._stepper.one):
             return self._alone(m)
         with stop_annotating():
             state = self._alone(m)
@@ -74,7 +74,7 @@ class BlockForward:
         ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
         out = np.empty((len(ms), owned_size(self.U)))
         with stop_annotating():
-            few = self._march.affine and ("_response" in vars(self) or self._pays(len(ms)))
+            few = self._stepper.affine and ("_response" in vars(self) or self._pays(len(ms)))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
                 if few:   # sums of responses
@@ -92,8 +92,8 @@ class BlockForward:
 
     def _states(self, ms: np.ndarray, first: int = 0) -> np.ndarray:
         """States (n, n_owned of U) of one block, `first` the number of its first sample."""
-        size = 1 if self._march.by_member else len(ms)
-        states = [self._march.run(ms[i:i + size], first + i) for i in range(0, len(ms), size)]
+        size = 1 if self._stepper.by_member else len(ms)
+        states = [self._stepper.run(ms[i:i + size], first + i) for i in range(0, len(ms), size)]
         return np.concatenate(states).reshape(len(ms), -1)
 
     def _pays(self, n: int) -> bool:
@@ -134,7 +134,7 @@ class BlockForward:
 
     @cached_property
     def _backward(self) -> Backward:
-        return Backward(self._march)
+        return Backward(self._stepper)
 
     def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
         """States at all steps, where they are known already; the march back finds those that it needs."""

@@ -10,13 +10,13 @@ from firedrake.petsc import PETSc
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients
 from fem_diffusion.forward.equation import Equation
-from fem_diffusion.forward.march import March, Rows
+from fem_diffusion.forward.stepper import Stepper, Rows
 from fem_diffusion.forward.solvers import NOT_FINITE, centre, refused, variational_solver
 
 __all__ = ["OneStep"]
 
 
-class OneStep(March):
+class OneStep(Stepper):
     """One step without a past, from a reference state; `m` holds the parameter of single solves."""
 
     def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None, m: Function) -> None:
