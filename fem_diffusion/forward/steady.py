@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from firedrake import DirichletBC, Function, LinearVariationalProblem, NonlinearVariationalProblem
-from firedrake.adjoint import stop_annotating
+from firedrake.adjoint import annotate_tape, stop_annotating
 from pyadjoint import no_annotations
 from ufl import Form
 
 from fem_diffusion.checks import check_kind
 from fem_diffusion.fields.checks import check_solver
-from fem_diffusion.fields.coefficients import coefficients
+from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.blocks import BlockForward, check_parameter
 from fem_diffusion.forward.one_step import OneStep
 from fem_diffusion.forward.residual import of_residual
@@ -83,6 +83,8 @@ class Steady(BlockForward):
         self.U, self.u, self.F, self.bcs = step.V, step.u, step.R, step.bcs
 
     def _alone(self, m: Function) -> Function:
+        if not annotate_tape():
+            return field(self.V, self._stepper.state(coefficients(m)), name="state")
         self._stepper.assign(m)
         return self._stepper.solve().copy(deepcopy=True)
 
@@ -101,6 +103,7 @@ class Steady(BlockForward):
     def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
         if not self._stepper.varying:
             return None
-        self._stepper.assign(m)
-        u = coefficients(self._stepper.solve() if state is None else state)
+        if state is not None:
+            self._stepper.assign(m)
+        u = self._stepper.state(coefficients(m)) if state is None else coefficients(state)
         return [u, u]

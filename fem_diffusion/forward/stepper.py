@@ -3,7 +3,7 @@
 A steady equation is one step without a past.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
@@ -22,15 +22,23 @@ from ufl.core.expr import Expr
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
 from fem_diffusion.forward.equation import Equation, boundary_value
-from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver
+from fem_diffusion.forward.solvers import Factorised, centre, chord, norms, variational_solver
 from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
 
-__all__ = ["Stepper"]
+__all__ = ["Lose", "Rows", "Stepper", "column", "refuse"]
 
 
 def contains(form: Form | Expr, things: list[Function | Constant]) -> bool:
     """Whether a form or expression contains one of these."""
     return not set(things).isdisjoint(extract_type(form, (Function, Constant)))
+
+
+Lose = Callable[[int, str], None]   # hears the number of a member that has no state, and why
+
+
+def refuse(number: int, why: str) -> None:
+    """The `Lose` of those who need every state."""
+    raise SolveError(why)
 
 
 class Stepper:
@@ -61,6 +69,7 @@ class Stepper:
         affine = [form for form in affine if form.integrals()]   # of the former state there may be none
         self.by_member = any(contains(form, values) for form in (self.J, *affine))
         self.operator_moves = any(contains(form, moving) for form in (self.J, *affine))
+        self.most = 1 if self.by_member else None   # members that `run` takes at once
         # States count in the derivative where the Jacobian or ∂R/∂m contains them.
         self.varying = self.by_member or not self.linear
         self._assemblers = [get_assembler(form, mat_type="aij") for form in affine]
@@ -112,11 +121,12 @@ class Stepper:
         mean = centre(states, self.V.mesh().comm)
         self.prepare(mean, mean)
 
-    def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
+    def run(self, ms: np.ndarray, lose: Lose = refuse, path: list | None = None) -> np.ndarray:
         """Saved states (n, n_owned of V, number of saved times) of a block of parameters (n, n_owned of M).
 
-        Where the operator depends on the parameter n is one. `first` is the number of the first of them, for messages;
-        `path` takes the states (n, n_owned of V) at all steps.
+        Where the operator depends on the parameter n is one. `lose` hears of members that have no state, by their
+        number in the block, unless it raises; their states are NaN. `path` takes the states (n, n_owned of V) at all
+        steps.
         """
         u = self.initial(ms)
         load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
@@ -126,13 +136,13 @@ class Stepper:
         out = np.empty((*u.shape, len(self.saved)))
         for k in range(len(self.times)):
             if k:
-                u = self._step(k - 1, u, load, boundary, first)
+                u = self._step(k - 1, u, load, boundary, lose)
             if path is not None:
                 path.append(u)
             out[:, :, self.saved == k] = u[:, :, None]
         return out
 
-    def _step(self, k: int, u: np.ndarray, load: "Rows", boundary: "Rows", first: int) -> np.ndarray:
+    def _step(self, k: int, u: np.ndarray, load: "Rows", boundary: "Rows", lose: Lose) -> np.ndarray:
         """States (n, n_owned of V) at step k + 1 from those at step k."""
         start, fixed = u, self.e.fixed
         moves = self.boundary.moves or (k == 0 and not self.e.imposed and len(self.e.bcs) > 0)
@@ -162,10 +172,17 @@ class Stepper:
             rows[:, fixed] = 0
             return rows
 
-        new = start.copy()
-        lost = chord(residuals, ksp, new, self.V.mesh().comm)
-        for i in lost:
-            new[i] = self.newton(k, u[i], start[i], load, i, first + i)
+        comm = self.V.mesh().comm
+        sound = np.flatnonzero(np.isfinite(norms(start, comm)))   # those that are lost already stay so
+        new, found = start.copy(), start[sound]
+        lost = chord(lambda members, states: residuals(sound[members], states), ksp, found, comm)
+        new[sound] = found
+        for i in sound[lost]:
+            try:
+                new[i] = self.newton(k, u[i], start[i], load, i)
+            except SolveError as error:
+                new[i] = np.nan
+                lose(int(i), str(error))
         if lost and k + 2 < len(self.times):   # a Jacobian at the present states serves the next steps better
             self.typical(new)
         return new
@@ -177,7 +194,7 @@ class Stepper:
         return variational_solver(replace(self.R, {self.new: start + change}), change, self.e.zero_bcs, False, False,
                                   self.options, self.prefix), start, change
 
-    def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int, sample: int) -> np.ndarray:
+    def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int) -> np.ndarray:
         """One step of member i by Newton's method, as owned coefficients."""
         solver, here, change = self._newton_solver
         load.write(k, i)
@@ -188,7 +205,7 @@ class Stepper:
         try:
             solver.solve()
         except ConvergenceError as error:
-            raise SolveError(f"sample {sample}, step to t = {self.times[k + 1]:g}: {' '.join(str(error).split())}: "
+            raise SolveError(f"step to t = {self.times[k + 1]:g}: {' '.join(str(error).split())}: "
                              "check the range of the parameter, or take a smaller time_step.") from error
         return start + coefficients(change)
 

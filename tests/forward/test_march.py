@@ -270,7 +270,7 @@ def test_a_step_without_solution_names_sample_and_time():
     F = ((u - old) / 0.5 - u**2) * v * dx   # u' = u² from 1 has no solution after t = 1
     problem = March(F, u, old, m, 0.5, 2.0, initial=m)
     rows = np.array([0.01, 1.0])[:, None] * np.ones(V.dim())
-    with pytest.raises(SolveError, match="sample 1, step to t = "):
+    with pytest.raises(SolveError, match="sample 1: step to t = "):
         problem.solve_many(rows)
 
 
