@@ -38,7 +38,6 @@ class Differing:
         self._matrices: list = []   # of members, kept for the next ones
         self._vectors = (V.dof_dset.layout_vec.duplicate(), V.dof_dset.layout_vec.duplicate())
         self._centre: np.ndarray | None = None   # parameter (n_owned of M,) of the factorisation
-        self._symmetric = False
 
     def run(self, ms: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """States (n, n_owned of V) of parameters (n, n_owned of M), and the members that were not found."""
@@ -84,7 +83,9 @@ class Differing:
             rows[:, fixed] = 0
             return rows
         u *= D
-        if self._symmetric:
+        # A member as well: at the centre, what is not symmetric may vanish.
+        if stepper.linear and self._is_symmetric(ksp.getOperators()[0]) and self._is_symmetric(
+                self._matrices[0].petscmat):
             change, lost = conjugate(products, ksp, -residuals(np.arange(len(u)), u), comm)
             u += change
         else:
@@ -102,12 +103,14 @@ class Differing:
         Rows(stepper.load, at[None]).write(0, 0)
         stepper.typical(ms)
         ksp = stepper.operators(0)[-1]
-        if stepper.linear:
-            K, rng = ksp.getOperators()[0], np.random.default_rng(stepper.V.mesh().comm.rank)
-            x, y = (rng.standard_normal(owned_size(stepper.V)) for _ in range(2))
-            ends = stepper.V.mesh().comm.allreduce(np.array([x @ self._product(K, y), y @ self._product(K, x)]))
-            self._symmetric = bool(np.abs(ends[0] - ends[1]) <= 1e-10 * np.abs(ends).max())
         return ksp
+
+    def _is_symmetric(self, matrix: PETSc.Mat) -> bool:
+        """Whether two random vectors find it so."""
+        comm = self.stepper.V.mesh().comm
+        x, y = np.random.default_rng(comm.rank).standard_normal((2, owned_size(self.stepper.V)))
+        ends = comm.allreduce(np.array([x @ self._product(matrix, y), y @ self._product(matrix, x)]))
+        return bool(np.abs(ends[0] - ends[1]) <= 1e-10 * np.abs(ends).max())
 
     def _diagonal(self, i: int | None) -> np.ndarray:
         """Diagonal (n_owned of V,) of ∂F/∂u at the present parameter, that of member i, whose matrix is kept."""

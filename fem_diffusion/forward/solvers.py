@@ -146,9 +146,12 @@ def chord(residuals: Rowwise, ksp: PETSc.KSP, u: np.ndarray, comm: MPI.Comm) -> 
         size = norms(step, comm)
         u[left] = moved = here + step
         total, misses = norms(moved, comm), np.where(size < 0.9 * best, 0, misses + 1)
-        # A small step may only mean that J is too large: then the residual has not shrunk. At rounding it cannot.
-        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)) | (size <= 1e-13 * total)
-        keep = ~done & np.isfinite(size) & (misses < 2)   # secants may mend one bad step
+        # A small step may only mean that J or the state is too large: then the residual has not shrunk. At rounding it
+        # cannot.
+        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)
+                | (size <= 1e-13 * total) & (now <= first))
+        # Secants may mend one bad step, unless it goes nowhere.
+        keep = ~done & (misses < 2) & (size < 10 * best)
         lost.extend(left[~done & ~keep])
         best = np.minimum(best, size)
         left, best, misses, first = left[keep], best[keep], misses[keep], first[keep]

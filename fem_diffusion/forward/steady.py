@@ -24,8 +24,8 @@ class Steady(BlockForward):
 
     How it is solved for many parameters follows from what the form contains. Where ∂F/∂u depends neither on u nor on
     m, one factorisation serves for ever, and a block of parameters is one block of right-hand sides; where it depends
-    on u alone, blocks iterate with the Jacobian at a reference state (chord Newton); where it depends on m, a loop over
-    one solver is left.
+    on u alone, blocks iterate with the Jacobian at a reference state (chord Newton); where it depends on m, they do so
+    with a factorisation in the midst of their parameters, scaled to each member.
 
     Parameters
     ----------
