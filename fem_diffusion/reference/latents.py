@@ -129,11 +129,6 @@ class LatentProblem(CountedSolver):
         """log p(y | readings), shape (B,), of noise-free readings (B, k); minus infinity where they are NaN."""
         return self._said(lambda: self._likelihood.log_density(readings))
 
-    @property
-    def best(self) -> float:
-        """log p(y | readings) of readings that are the measurement itself, at the median of unknown levels."""
-        return float(self.log_likelihood(self._likelihood.at[None])[0])
-
     def log_prior(self, z: np.ndarray) -> np.ndarray:
         """Log density of latents (B, r) under the prior, shape (B,)."""
         if self._log_prior is None:

@@ -180,8 +180,10 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
     """By weights of a surrogate's samples, round by round; by chains where they fail."""
     comm, latent = run.comm, run.latent
 
-    # What the density is at best.
-    best = latent.best
+    # What the density is at best, at the median of unknown levels of noise.
+    at = np.zeros((1, readings.shape[1]))
+    at[:, :len(latent.y)] = latent.y
+    best = latent.log_likelihood(at)[0]
 
     def take() -> float:
         learner.add(z, readings)

@@ -157,16 +157,20 @@ class GaussianBase(Tensors):
             return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in zip(*parts)))   # shared by all, or apart
         return self.update(layout, y, self.noise(layout)) if self.law is None else self.law.locate(self, layout, y)
 
-    def update(self, layout: Layout, y: Tensor, noise: Tensor, more: tuple[Tensor, Tensor, Tensor] | None = None
-               ) -> Located:
+    def update(self, layout: Layout, y: Tensor, noise: Tensor, more: tuple[Tensor, Tensor, Tensor] | None = None,
+               start: Located | None = None) -> Located:
         """As `locate`, for noise of this covariance (B, k, k), and readings of the latents that are known beside.
 
-        `more` are their rows (l, r), values (B, l) and variances (B, l).
+        `more` are their rows (l, r), values (B, l) and variances (B, l). Where the base follows the posterior, one
+        update goes on from a `start`.
         """
         affine, identity = self.emulator.head is None, torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], y.new_empty(0, self.r) if affine else _points(self.r, y)
-        for _ in range(1 if affine else self.updates):
+        follows = start is not None and self.updates > 1
+        if start is not None and follows:
+            mean, factor = start.mean, start.factor
+        for _ in range(1 if affine or follows else self.updates):
             if affine:
                 G, expected, rest = layout.rows @ self.emulator.matrix, layout.read(self.emulator(mean)), noise
             else:

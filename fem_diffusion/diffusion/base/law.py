@@ -71,7 +71,7 @@ class NoiseLaw(Tensors):
                 variance = variance.clamp(max=_MOST)
                 more = self.rows, zeta / (1 - variance) - self.offset, variance / (1 - variance)
             R = self._near(y, zeta, square)
-            located = base.update(layout, y, own + R, more)
+            located = base.update(layout, y, own + R, more, located)
         return located
 
     def _near(self, y: Tensor, zeta: Tensor, square: Tensor) -> Tensor:
