@@ -26,7 +26,7 @@ Rowwise = Callable[[np.ndarray, np.ndarray], np.ndarray]   # of members (l,), ro
 PETSC_LU_LIMIT = {1: 50_000, 2: 20_000, 3: 1_000}
 NOT_FINITE = ("the state is not finite: look for NaN in the parameter and coefficients, a diffusivity that is not "
               "positive, and a singular operator.")
-SINGULAR = ("the operator is singular to rounding, because conditions leave the state open, as a constant in a pressure "
+SINGULAR = ("the operator is singular to rounding, because the state is left open, as by a constant in a pressure "
             "or under Neumann conditions: add what fixes it, as a DirichletBC at one point or a mean by a Real space.")
 LARGEST_GROWTH = 1e14     # of a random right-hand side in units of the operator
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
