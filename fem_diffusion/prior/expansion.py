@@ -57,7 +57,7 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     draws = core.sample_many(_TAIL_DRAWS, seed=0) - coefficients(core.mean)
     size = min(16, free) if r is None else r
     while True:
-        modes, variances = leading_modes(core.apply_covariance, V, core.bcs, size)
+        modes, variances = leading_modes(core.apply_covariance, V, core.bcs, size, fewer=r is None)
         # The tail is the mean square of what prior draws keep outside the modes.
         outside = draws - V.comm.allreduce(draws @ mass(modes).T) @ modes
         tail = V.comm.allreduce(float((outside * mass(outside)).sum())) / len(draws)
