@@ -218,11 +218,13 @@ def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
 
 
 def _dense(rows: np.ndarray, comm: MPI.Comm) -> PETSc.Mat:
-    """Dense matrix whose columns are the rows of an array (k, n_owned); whoever asks for it destroys it."""
+    """Dense matrix whose columns are the rows of an array (k, n_owned), without a copy where they lie in a row.
+
+    Whoever asks for it destroys it.
+    """
     k, owned = rows.shape
-    matrix = PETSc.Mat().createDense(((owned, None), (None, k)), comm=comm)
-    matrix.setUp()
-    matrix.getDenseArray()[:] = rows.T
+    array = np.ascontiguousarray(rows, dtype=float).T
+    matrix = PETSc.Mat().createDense(((owned, None), (None, k)), array=array, comm=comm)
     matrix.assemble()
     return matrix
 
@@ -248,9 +250,9 @@ def solve(ksp: PETSc.KSP, rows: np.ndarray) -> np.ndarray:
     """
     if ksp.getType() != "preonly":
         return solve_each(ksp, rows, ksp.solve)
-    rhs, out = _dense(rows, ksp.comm), _dense(np.zeros_like(rows), ksp.comm)
+    result = np.zeros(rows.shape)
+    rhs, out = _dense(rows, ksp.comm), _dense(result, ksp.comm)
     ksp.matSolve(rhs, out)
-    result = out.getDenseArray().T.copy()
     rhs.destroy()
     out.destroy()
     _check_solved(ksp)
