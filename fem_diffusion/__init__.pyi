@@ -12,7 +12,10 @@ from fem_diffusion.diffusion.formulation import (
     variance_preserving as variance_preserving,
 )
 from fem_diffusion.diffusion.network import ScoreNetwork as ScoreNetwork
-from fem_diffusion.diffusion.noise import CallableNoise as CallableNoise, GaussianNoise as GaussianNoise
+from fem_diffusion.diffusion.noise import GaussianNoise as GaussianNoise
+from fem_diffusion.diffusion.noise_laws import (
+    CallableNoise as CallableNoise, StudentNoise as StudentNoise, join_noise as join_noise,
+)
 from fem_diffusion.diffusion.sampling.likelihood import log_density as log_density
 from fem_diffusion.diffusion.sampling.sample import Sampler as Sampler, churn as churn, sample_latents as sample_latents
 from fem_diffusion.diffusion.training.collapse import CollapseWarning as CollapseWarning
@@ -49,6 +52,7 @@ from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod 
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore as GaussianCore, Prior as Prior
+from fem_diffusion.prior.scalar import ScalarPrior as ScalarPrior
 from fem_diffusion.prior.transformed import (
     CallablePrior as CallablePrior, TransformedPrior as TransformedPrior, level_set as level_set,
 )

@@ -145,10 +145,10 @@ def check_choice(x: Any, name: str, choices: Collection[str]) -> str:
     return x
 
 
-def check_readings(y: Any, count: int, names: Sequence[str] | None = None, failed: bool = False) -> np.ndarray:
+def check_readings(y: Any, count: int, names: Sequence[str] | None = None) -> np.ndarray:
     """Readings of `count` sensors as floats, shape (count,): real and of a size with which one can calculate.
 
-    Messages use the names of the sensors, or their numbers; `failed` lets NaN stand for a sensor that failed.
+    NaN stands for a sensor that failed. Messages use the names of the sensors, or their numbers.
     """
     try:
         array = np.asarray(y)
@@ -158,11 +158,11 @@ def check_readings(y: Any, count: int, names: Sequence[str] | None = None, faile
         raise InputError(f"y has shape {array.shape} and type {array.dtype}: give a real number for each of the "
                          f"{count} sensors.")
     y = array.astype(float)
-    if len(bad := np.flatnonzero(~(np.abs(y) <= LARGEST) & ~(np.isnan(y) & failed))):
+    if len(bad := np.flatnonzero(~(np.abs(y) <= LARGEST) & ~np.isnan(y))):
         which = ", ".join(f"{i if names is None else names[i]} ({y[i]:g})" for i in bad[:5])
-        repair = "give NaN for a sensor that failed" if failed else "a model for this set of sensors needs all of them"
         raise InputError(f"Readings are not finite or too large to calculate with: sensor {which}"
-                         f"{' and others' if len(bad) > 5 else ''}. Repair them, or choose other units; {repair}.")
+                         f"{' and others' if len(bad) > 5 else ''}. Repair them, choose other units, or "
+                         "give NaN for a sensor that failed.")
     return y
 
 

@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike
 from scipy.sparse import issparse, spmatrix
 
 from fem_diffusion.checks import alike, check_array, check_kind, check_seed, stream, together
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.diffusion import Noise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import field, on_root, owned_size
+from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward, as_forward, check_state
 from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
 from fem_diffusion.forward.taped import Taped
@@ -44,8 +45,9 @@ class InverseProblem:
     observation : Observation, SensorFamily or Callable
         The sensors, or all that a measurement may have; or a nonlinear instrument, a function that maps a state to k
         numbers, the same on all ranks.
-    noise : GaussianNoise, CallableNoise, float, array_like of shape (k,) or None
-        Of the measurements; numbers are standard deviations. None for a family, whose kinds have their own, and where
+    noise : Noise, float, array_like of shape (k,) or None
+        Of the measurements: GaussianNoise, StudentNoise, CallableNoise, or `join_noise` of several instruments; numbers
+        are standard deviations. None for a family, whose kinds have their own, and where
         readings hold noise already.
 
     InputError is raised if one is none of these, spaces do not follow each other, or the noise is for other sensors.
@@ -54,11 +56,11 @@ class InverseProblem:
     prior: Prior
     forward: Forward
     observation: Observation | SensorFamily | Callable[[Function], ArrayLike]
-    noise: GaussianNoise | CallableNoise | None
+    noise: Noise | None
 
     def __init__(self, prior: Prior, forward: Forward | Callable[[Function], Function],
                  observation: Observation | SensorFamily | Callable[[Function], ArrayLike],
-                 noise: GaussianNoise | CallableNoise | ArrayLike | None = None) -> None:
+                 noise: Noise | ArrayLike | None = None) -> None:
         object.__setattr__(self, "prior", check_prior(prior))
         object.__setattr__(self, "observation", observation)
         if not callable(observation) and not self.family:
@@ -161,19 +163,22 @@ class InverseProblem:
         generator = torch.Generator().manual_seed(stream(seed, "noise"))
         return on_root(self.comm, lambda: clean if noise is None else noise.sample(clean, generator)).numpy()
 
-    def sensitivity(self, m: Function, rows: spmatrix | np.ndarray | None = None) -> np.ndarray:
+    def sensitivity(self, m: Function, rows: spmatrix | np.ndarray | None = None,
+                    state: Function | None = None) -> np.ndarray:
         """Derivative by the parameter at `m`, owned dual coefficients (k, n_owned of M) (collective).
 
-        Of the readings, or of what other `rows` over the owned coefficients of the state see, (k, n_owned of U). Raises
-        InputError where sensors or forward problem have no derivative, or give no such array.
+        Of the readings, or of what other `rows` over the owned coefficients of the state see, (k, n_owned of U). The
+        `state` at m, where it is known, saves a solver of ours a solve. Raises InputError where sensors or forward
+        problem have no derivative, or give no such array.
         """
         forward, observation = self.differentiable()
+        known = {"state": state} if isinstance(forward, BlockForward) else {}
         seen = observation.rows if rows is None else dense_rows(rows, observation.U)
         shape = seen.shape[0], owned_size(self.M)
 
         def run() -> np.ndarray:
             # Copies, because a solver of the user's own may write into what it gets, and return the same array again.
-            found: Any = forward.sensitivity(m.copy(deepcopy=True), seen.copy())
+            found: Any = forward.sensitivity(m.copy(deepcopy=True), seen.copy(), **known)
             dense = found.toarray() if issparse(found) else np.array(found)
             return check_array(dense, "The sensitivity of the forward problem", shape)
         with stop_annotating():

@@ -33,7 +33,7 @@ from fem_diffusion.checks import (
 from fem_diffusion.comparison.combinations import Combination, Plan
 from fem_diffusion.comparison.report import summarise, write_csv, write_markdown
 from fem_diffusion.diffusion import (
-    CallableNoise, Conditioned, Denoiser, GaussianNoise, Sampler, ScoreNetwork, TrainingOptions, as_noise, fit_denoiser,
+    Conditioned, Denoiser, Noise, Sampler, ScoreNetwork, TrainingOptions, as_noise, fit_denoiser,
     sample_latents,
 )
 from fem_diffusion.diffusion.base.emulator import spread
@@ -239,7 +239,7 @@ def _read(path: Path) -> list[dict]:
 
 
 def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.PathLike, *,
-            noise: GaussianNoise | CallableNoise | float | None = None, plan: Plan = Plan(),
+            noise: Noise | float | None = None, plan: Plan = Plan(),
             options: TrainingOptions = TrainingOptions(), progress: bool = True) -> list[dict]:
     """Compare formulations and samplers on joint samples of your own, scored on held-out pairs.
 
@@ -253,7 +253,7 @@ def compare(z: Tensor | np.ndarray, y: Tensor | np.ndarray, folder: str | os.Pat
         Latents, shape (n, r), and noise-free readings, shape (n, k), or measurements where `noise` is None.
     folder : path
         For rows, checkpoints, results.csv, summary.csv and summary.md; the same call continues what is there.
-    noise : GaussianNoise, CallableNoise, float or None
+    noise : Noise, float or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise.
     plan : Plan
         What is compared; formulations, samplers, budgets, seeds and bases may be added to a folder later.

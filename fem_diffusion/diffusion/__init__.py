@@ -13,7 +13,8 @@ from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, ScoreNetwork
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
-from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion.noise_laws import CallableNoise, JoinedNoise, StudentNoise, join_noise
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
 from fem_diffusion.diffusion.sampling.likelihood import log_density
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum, place_angles
@@ -29,10 +30,10 @@ from fem_diffusion.diffusion.training.range import (
 __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Distance", "Emulator",
     "EmulatorDensity", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise",
-    "History", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "MeasurementWarning", "NETWORKS",
-    "ResidualMLP", "Sampler", "ScoreModule", "ScoreNetwork", "SensorNetwork", "Spectrum", "Support", "TrainingOptions",
-    "TrainingRange", "as_noise", "churn", "constant_moment", "emulator_density", "find_support", "fit_base",
-    "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move", "linear_base", "log_density",
-    "measure_collapse", "measure_distance", "place_angles", "plain_base", "sample_latents", "straight_line",
-    "sub_variance_preserving", "variance_exploding", "variance_preserving",
+    "History", "JoinedNoise", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "MeasurementWarning",
+    "NETWORKS", "Noise", "ResidualMLP", "Sampler", "ScoreModule", "ScoreNetwork", "SensorNetwork", "Spectrum",
+    "StudentNoise", "Support", "TrainingOptions", "TrainingRange", "as_noise", "churn", "constant_moment",
+    "emulator_density", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move",
+    "join_noise", "linear_base", "log_density", "measure_collapse", "measure_distance", "place_angles", "plain_base",
+    "sample_latents", "straight_line", "sub_variance_preserving", "variance_exploding", "variance_preserving",
 ]

@@ -129,6 +129,19 @@ class Denoiser(Tensors):
             if part is not None:
                 check_kind(part, name, kind, f"a {kind.__name__} or None")
 
+    def select(self, sensors: Tensor, before: Tensor, after: Tensor) -> "Denoiser":
+        """For some of the fixed sensors, by their numbers, of which some may come again; without its network.
+
+        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement.
+        """
+        emulator = self.base.emulator.select(sensors)
+        # What is left beside the noise is the emulator's own error; rounding may make it negative.
+        unit = after.diagonal().clamp(min=1e-300).sqrt()
+        error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
+        values, axes = torch.linalg.eigh((error + error.T) / 2)
+        emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
+        return Denoiser(replace(self.base, emulator=emulator), None, None, self.support, self.known)
+
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
 

@@ -2,24 +2,54 @@
 
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
 from math import log, pi
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count
+from fem_diffusion.checks import LARGEST, check_array, check_count
 from fem_diffusion.diffusion.checks import check_generator
 from fem_diffusion.errors import InputError
 
-__all__ = ["CallableNoise", "GaussianNoise", "as_noise"]
+__all__ = ["GaussianNoise", "Noise", "as_noise"]
 
 # Rounding of a covariance, in units of the standard deviations.
 _ASYMMETRY, _NEGATIVE = 1e-8, 1e-10
 
 
-class GaussianNoise:
+class Noise:
+    """What separates measurements from noise-free readings: the protocol of all noise models.
+
+    Sampling draws it afresh in training, `mean` and `covariance` make the Gaussian base, `log_density` is what
+    references, checks and corrections know of it; it is None of a model that has none.
+    """
+
+    constant: bool = False   # whether it does not depend on the readings
+    log_density: Callable[[Tensor, Tensor], Tensor] | None
+
+    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Noisy measurements (B, k) for noise-free ones (B, k), of their dtype and on their device."""
+        raise NotImplementedError
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of the noise over `y` (B, k), shape (k,); zero unless a model says otherwise."""
+        return y.new_zeros(y.shape[-1])
+
+    def covariance(self, y: Tensor) -> Tensor:
+        """Covariance (k, k) averaged over noise-free readings `y` (B, k)."""
+        raise NotImplementedError
+
+    def select(self, sensors: Tensor) -> "Noise":
+        """Noise of some of the sensors, by their numbers; InputError of a model that does not know it."""
+        raise InputError(f"{type(self).__name__} is of all sensors together: give noise for those that are left, or "
+                         "GaussianNoise or StudentNoise, which know it of each.")
+
+    def check(self, k: int) -> None:
+        """Raise InputError where the noise is for another number of sensors than k."""
+
+
+class GaussianNoise(Noise):
     """Gaussian noise, e ~ N(0, R(y)) with R(y) = std^2 I + relative^2 diag(y^2) + covariance.
 
     InputError if an argument is not of finite real numbers, a standard deviation is negative, the parts are for
@@ -42,14 +72,14 @@ class GaussianNoise:
             # Squares of smaller numbers vanish.
             if ((value < 0) | (value > 0) & (value < 1 / LARGEST)).any():
                 raise InputError(f"Noise {name!r} is negative or below {1 / LARGEST:g}: give 0 or a larger number.")
-        self._matrix = self._factor = None
+        self.correlated = self._factor = None
         if covariance is not None:
-            self._matrix = torch.from_numpy(check_array(covariance, "The noise covariance", ("k", "k")))
-            self._factor = _factor(self._matrix)
+            self.correlated = torch.from_numpy(check_array(covariance, "The noise covariance", ("k", "k")))
+            self._factor = _factor(self.correlated)
         if len(self._sizes) > 1:
             raise InputError(f"Parts of the noise are for {self._sizes} sensors: give all of them for one number.")
         # Correlated noise may leave a sensor exact, as a whole it must be there.
-        correlated = self._matrix is not None and bool(self._matrix.any())
+        correlated = self.correlated is not None and bool(self.correlated.any())
         if not correlated and not ((self.std > 0) | (self.relative > 0)).all():
             raise InputError("Every sensor needs noise: give 'std', 'relative' or 'covariance' a positive value, or "
                              "pass noise=None where the observations hold noise already.")
@@ -75,9 +105,9 @@ class GaussianNoise:
             raise InputError(f"y has the shape {tuple(y.shape)} and the readings {tuple(clean.shape)}: give (k,) and "
                              "(B, k).")
         variance, constant = self.std.to(clean)**2 + (self.relative.to(clean) * clean)**2, len(y) * log(2 * pi)
-        if self._matrix is None:
+        if self.correlated is None:
             return -((y - clean)**2 / variance + torch.log(variance) + constant / len(y)).sum(1) / 2
-        matrix = self._matrix.to(clean)
+        matrix = self.correlated.to(clean)
         # One factor serves all rows where the noise is constant.
         total = matrix + torch.diag_embed(variance.expand(clean.shape)[:1 if self.constant else None])
         # Each sensor in units of its noise: pascals beside mole fractions lose nothing.
@@ -89,29 +119,25 @@ class GaussianNoise:
         determinant = 2 * (torch.log(unit) + torch.log(root.diagonal(dim1=1, dim2=2))).sum(1)
         return -(residual.square().sum((1, 2)) + determinant + constant) / 2
 
-    def mean(self, y: Tensor) -> Tensor:
-        """Mean of the noise, zero, shape (k,)."""
-        return y.new_zeros(y.shape[-1])
-
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance R averaged over noise-free observations `y` of shape (B, k); shape (k, k)."""
         self._check_observations(y)
         diagonal = (self.std.to(y) ** 2 + (self.relative.to(y) * y) ** 2).reshape(-1, y.shape[-1]).mean(0)
         matrix = torch.diag(diagonal)
-        return matrix if self._matrix is None else matrix + self._matrix.to(y)
+        return matrix if self.correlated is None else matrix + self.correlated.to(y)
 
     def select(self, sensors: Tensor) -> "GaussianNoise":
         """Noise of some of the sensors, by their numbers."""
         # The parts are sound already, and a sensor without noise of its own stays one.
         part = copy(self)
         part.std, part.relative = (x[sensors] if x.ndim else x for x in (self.std, self.relative))
-        if self._matrix is not None:
-            part._matrix = self._matrix[sensors][:, sensors]
-            part._factor = _factor(part._matrix)
+        if self.correlated is not None:
+            part.correlated = self.correlated[sensors][:, sensors]
+            part._factor = _factor(part.correlated)
         return part
 
     @property
-    def constant(self) -> bool:
+    def constant(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the noise does not depend on the readings."""
         return not bool(self.relative.any())
 
@@ -130,57 +156,10 @@ class GaussianNoise:
     @property
     def _sizes(self) -> list[int]:
         """Numbers of sensors that the parts are for."""
-        return sorted({len(x) for x in (self.std, self.relative, self._matrix) if x is not None and x.ndim})
+        return sorted({len(x) for x in (self.std, self.relative, self.correlated) if x is not None and x.ndim})
 
 
-@dataclass(frozen=True)
-class CallableNoise:
-    """Noise of the user's own making. InputError if one of its parts cannot be called.
-
-    Parameters
-    ----------
-    function : callable
-        Maps noise-free observations (B, k), a copy that it may write into, and a generator to measurements (B, k).
-    log_density : callable, optional
-        Its density, which references, checks and corrections need, as `GaussianNoise.log_density`: maps a measurement
-        y (k,) and noise-free readings (B, k) to log p(y | readings), shape (B,), minus infinity where y is impossible.
-        Gradients by the readings are torch's, where it has any.
-    """
-
-    function: Callable[[Tensor, torch.Generator], Tensor]
-    log_density: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def __post_init__(self) -> None:
-        check_callable(self.function, "The noise", "a function of observations and generator, or GaussianNoise")
-        if self.log_density is not None:
-            check_callable(self.log_density, "log_density", "a function of measurement and readings", 2)
-
-    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Noisy measurements (B, k) for noise-free ones (B, k); InputError unless they are finite and of that shape."""
-        # The function may write into what it gets, and may return the same tensor in every call.
-        noisy = self.function(y.clone(), generator)
-        real = isinstance(noisy, Tensor) and not noisy.is_complex()
-        if not real or noisy.shape != y.shape or not torch.isfinite(noisy).all():
-            raise InputError(f"The noise callable must return a finite real tensor of shape {tuple(y.shape)}: mend it.")
-        return noisy.detach().to(y, copy=True)
-
-    def mean(self, y: Tensor) -> Tensor:
-        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
-        return self._errors(y).mean(0)
-
-    def covariance(self, y: Tensor) -> Tensor:
-        """Covariance (k, k) of the noise averaged over `y` (B, k), estimated from one draw for each row."""
-        error = self._errors(y)
-        error = error - error.mean(0)
-        return error.T @ error / len(error)
-
-    def _errors(self, y: Tensor) -> Tensor:
-        """One draw of the noise for each row, the same in every call, shape (B, k)."""
-        return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
-
-
-def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
-             k: int | None = None) -> GaussianNoise | CallableNoise | None:
+def as_noise(noise: Noise | ArrayLike | None, k: int | None = None) -> Noise | None:
     """The noise model that is meant; InputError if it is none, or for another number of sensors than k.
 
     Numbers are standard deviations in units of the measurement; None stays where the observations hold noise already.
@@ -188,9 +167,9 @@ def as_noise(noise: GaussianNoise | CallableNoise | ArrayLike | None,
     if isinstance(noise, dict) or callable(noise):
         raise InputError(f"noise is of type {type(noise).__name__}: pass "
                          f"{'GaussianNoise(**noise)' if isinstance(noise, dict) else 'CallableNoise(noise)'}.")
-    if not (noise is None or isinstance(noise, (GaussianNoise, CallableNoise))):
+    if not (noise is None or isinstance(noise, Noise)):
         noise = GaussianNoise(std=noise)
-    if k is not None and isinstance(noise, GaussianNoise):
+    if k is not None and noise is not None:
         noise.check(check_count(k, "k"))
     return noise
 

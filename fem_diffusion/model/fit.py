@@ -11,8 +11,7 @@ from mpi4py import MPI
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
 from fem_diffusion.diffusion import (
-    NETWORKS, CallableNoise, Denoiser, GaussianNoise, History, LayoutFamily, TrainingOptions, TrainingRange,
-    fit_denoiser,
+    NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
 from fem_diffusion.diffusion.base.visible import visible_modes
 from fem_diffusion.errors import DataError, InputError
@@ -157,11 +156,11 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
-             noise: LayoutFamily | GaussianNoise | CallableNoise | None) -> ModalBasis:
+             noise: LayoutFamily | Noise | None) -> ModalBasis:
     """As many leading modes of the prior as readings, of a family those of many sensors, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
     if is_gaussian(problem.prior.core):
-        basis = karhunen_loeve(problem.prior)
+        basis = karhunen_loeve(problem.prior, most=most)
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))

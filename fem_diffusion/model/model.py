@@ -1,6 +1,7 @@
 """A trained model: condition it on a measurement, save it, load it."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,8 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, TrainingRange, as_noise, measure_distance,
+    Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    measure_distance,
 )
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
@@ -21,6 +23,7 @@ from fem_diffusion.fields.geometry import on_mesh
 from fem_diffusion.model.families import decorrelated, project
 from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
+from fem_diffusion.model.readings import at_hand
 from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
@@ -111,8 +114,9 @@ class Model:
         Parameters
         ----------
         y : array_like of shape (k,)
-            The measurement, in the units and order of the sensors; the same on all ranks. For a family NaN stands for a
-            sensor that failed: it is left out.
+            The measurement, in the units and order of the sensors; the same on all ranks. NaN stands for a sensor that
+            failed: it is left out. For fixed sensors also n readings of each, shape (n, k): the posterior's problem and
+            y are then those of their mean, where the noise is constant and Gaussian, and of all of them otherwise.
         observation : Observation, optional
             For a family the sensors, on the space of the states; none where left out, which gives the prior.
         noise : GaussianNoise, float or array_like of shape (k,), optional
@@ -129,7 +133,8 @@ class Model:
         Warns
         -----
         MeasurementWarning
-            If the measurement is unlike those of the training: one in a hundred is that belongs to them.
+            If the measurement is unlike those of the training: one in a hundred is that belongs to them; or a network
+            of fixed sensors is left out, because it knows one reading of all of them.
         FamilyWarning
             If the sensors are far outside the training family.
         """
@@ -137,7 +142,10 @@ class Model:
             if observation is not None or noise is not None:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
-            y = self._same(y, self.denoiser.base.k, self.problem.names)
+            y = self._same(y, self.denoiser.base.k, self.problem.names, repeats=True)
+            problem, values, index = at_hand(self.problem, y)
+            if problem is not self.problem:
+                return self._with(problem, index).condition(values)
             if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
                 raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
                                  "model that was refined, or refine that for this measurement.")
@@ -152,7 +160,7 @@ class Model:
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
-        y = self._same(y, len(observation), observation.names, failed=True)
+        y = self._same(y, len(observation), observation.names)
         law = as_noise(noise, len(observation)) if len(y) else None
         covariance, there = torch.zeros(0, 0, dtype=torch.float64), torch.from_numpy(np.flatnonzero(~np.isnan(y)))
         if isinstance(law, GaussianNoise):
@@ -180,9 +188,40 @@ class Model:
             distance.warn()
         return Posterior(problem, self.basis, chosen(reading.numpy()[None]), reading.numpy(), None, distance, chosen)
 
-    def _same(self, y: ArrayLike, k: int, names: Sequence[str], failed: bool = False) -> np.ndarray:
-        """As `check_readings`, on all ranks together, which have to have the same."""
-        return alike(self.problem.comm, lambda: {"y": check_readings(y, k, names, failed)})[0]
+    def _with(self, problem: InverseProblem, index: np.ndarray) -> "Model":
+        """The model of a problem with some of the fixed sensors, by their numbers (m,), of which some may come again.
+
+        No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.
+        """
+        if self.denoiser.network is not None:
+            moves = self.denoiser.known and self.denoiser.base.emulator.head is not None
+            warnings.warn("The network was trained for one reading of every sensor, and is left out: samples are those "
+                          f"of the Gaussian base of {len(index)} readings"
+                          + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
+                          "the posterior itself; a model of a SensorFamily has a network for any sensors.",
+                          MeasurementWarning, stacklevel=4)
+        at = self.denoiser.base.emulator.offset[None] if self.seen is None else self.seen
+        chosen = torch.from_numpy(index)
+
+        def run() -> Denoiser:
+            before, after = (law.covariance(x) if law is not None else torch.zeros(x.shape[1], x.shape[1]).to(x)
+                             for law, x in ((self.problem.noise, at), (problem.noise, at[:, chosen])))
+            return self.denoiser.select(chosen, before, after)
+        near = None if self.near is None else self.near[index]
+        return replace(self, problem=problem, denoiser=on_root(problem.comm, run), near=near,
+                       rows=None if self.rows is None else self.rows[index],
+                       seen=None if self.seen is None else self.seen[:, chosen])
+
+    def _same(self, y: ArrayLike, k: int, names: Sequence[str], repeats: bool = False) -> np.ndarray:
+        """As `check_readings`, row by row where there are repeats, on all ranks together, which have to have the same.
+        """
+        def check() -> np.ndarray:
+            lists = (list, tuple, np.ndarray)
+            rows = list(y) if repeats and isinstance(y, lists) and np.shape(y[:1]) else []
+            if rows and all(isinstance(row, lists) for row in rows):
+                return np.stack([check_readings(row, k, names) for row in rows])
+            return check_readings(y, k, names)
+        return alike(self.problem.comm, lambda: {"y": check()})[0]
 
     def _distance(self, seen: torch.Tensor | None, residual: torch.Tensor, problem: InverseProblem,
                   y: np.ndarray) -> Distance | None:

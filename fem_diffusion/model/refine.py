@@ -199,7 +199,7 @@ class _Pairs:
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
         mine, found = range(member, len(parameters), members), Solved()
         together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False))
-        results = {i: row for i, (_, row) in found.results.items()}
+        results = {i: row for i, (_, row, _) in found.results.items()}
         for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(
                 (results, found.failed)):
             results |= others

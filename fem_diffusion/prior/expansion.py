@@ -19,7 +19,8 @@ from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 __all__ = ["karhunen_loeve", "pod"]
 
 
-def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
+def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999,
+                   most: int | None = None) -> ModalBasis:
     """Leading modes of a Gaussian prior's covariance, matrix-free through its covariance operator.
 
     How many modes a posterior needs is for the readings to say, not for the prior: `fit` without a basis takes as many
@@ -34,18 +35,21 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
         variance (of each component).
     retained : float
         Share of the total variance to keep where `r` is left out.
+    most : int, optional
+        So many modes (of each component) at most where `r` is left out, whatever they keep.
 
     Raises
     ------
     InputError
         If `r` exceeds the degrees of freedom or is not one number for each component, `retained` is not between 0 and
-        1, or the prior (a component of it) is not Gaussian before its transform.
+        1, `most` no positive integer, or the prior (a component of it) is not Gaussian before its transform.
     """
     retained = check_number(retained, "retained", above=0, below=1)
+    most = None if most is None else check_count(most, "most")
     core = check_prior(prior).core
     if isinstance(core, ProductPrior):
         counts = [None] * len(core.priors) if r is None else _counts(r, len(core.priors))
-        parts = [karhunen_loeve(part, count, retained) for part, count in zip(core.priors, counts)]
+        parts = [karhunen_loeve(part, count, retained, most) for part, count in zip(core.priors, counts)]
         expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
         return _joined(core.V, core.mean, expansions, prior, standard=True)
     if not isinstance(core, GaussianCore):
@@ -53,7 +57,7 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
     r = None if r is None else check_count(r, "r, one number of modes for one unknown,")
     V, mean = core.V, coefficients(core.mean)
     covariance = Covariance(core.apply_covariance, lambda n, seed: core.sample_many(n, seed) - mean)
-    modes, variances, total = leading_modes(covariance, V, core.bcs, r, retained=retained)
+    modes, variances, total = leading_modes(covariance, V, core.bcs, r, retained=retained, most=most)
     return ModalBasis(V, core.mean, modes, variances, total, prior, standard_prior=True)
 
 

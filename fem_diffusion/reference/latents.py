@@ -13,10 +13,10 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import field, on_root
+from fem_diffusion.prior.chain_rule import ChainRule
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
-from fem_diffusion.reference.chain_rule import ChainRule
 from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.reference.solver import CountedSolver
 from fem_diffusion.samples import Samples
@@ -41,7 +41,7 @@ class LatentProblem(CountedSolver):
     Parameters
     ----------
     problem : InverseProblem
-        With noise that has a density: GaussianNoise, or CallableNoise with its `log_density`. Any forward problem and
+        With noise that has a density: all but CallableNoise without its `log_density`. Any forward problem and
         any instrument.
     y : array_like of shape (k,)
         The measurement.
@@ -79,7 +79,7 @@ class LatentProblem(CountedSolver):
                              "karhunen_loeve(problem.prior), or log_prior=.")
         self._log_prior, self._ensemble = log_prior, None if ensemble is None else check_ensemble(ensemble)
         self.r = self.basis.r
-        self._told, self._back = False, ChainRule(problem, self.basis)
+        self._told, self._back = False, ChainRule(problem.prior, self.basis)
         self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None
 
     @property

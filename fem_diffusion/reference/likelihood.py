@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chi2
 
 from fem_diffusion.checks import alike, check_array, check_kind, together
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion import GaussianNoise, Noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.problem import InverseProblem, check_problem
 
@@ -30,11 +30,11 @@ class Likelihood:
                              "those.")
         self.y, = alike(problem.comm, lambda: {"y": check_array(
             y, "y", ("k" if problem.k is None else problem.k,), names=problem.names or None)})
-        self.noise = check_kind(problem.noise, "The noise", (GaussianNoise, CallableNoise), "GaussianNoise, or "
+        self.noise = check_kind(problem.noise, "The noise", Noise, "GaussianNoise, StudentNoise, or "
                                 "CallableNoise(function, log_density), because references need its density")
         if self.noise.log_density is None:
-            raise InputError("The noise is of type CallableNoise, without a density: give CallableNoise(function, "
-                             "log_density), or GaussianNoise.")
+            raise InputError(f"The noise is of type {type(self.noise).__name__}, without a density: give "
+                             "CallableNoise(function, log_density), or GaussianNoise.")
         self._log_density = self.noise.log_density
         at = together(problem.comm, lambda: self._density(torch.from_numpy(self.y[None].copy())), watched=True)
         if not torch.isfinite(at).all():
@@ -140,18 +140,18 @@ class Likelihood:
         return found
 
 
-def _many(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> torch.Tensor:
+def _many(noise: Noise, clean: np.ndarray) -> torch.Tensor:
     """Noise-free readings (k,) as often as noise is drawn there for its moments, shape (B, k)."""
     rows = 1 if isinstance(noise, GaussianNoise) else max(_DRAWS, 50 * len(clean))
     return torch.from_numpy(np.tile(clean, (rows, 1)))
 
 
-def _errors(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> np.ndarray:
+def _errors(noise: Noise, clean: np.ndarray) -> np.ndarray:
     """Draws (n, k) of noise of the user's own at noise-free readings (k,)."""
     return noise.sample(_many(noise, clean), torch.Generator().manual_seed(0)).numpy() - clean
 
 
-def whitener(noise: GaussianNoise | CallableNoise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def whitener(noise: Noise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (k,) of the noise at noise-free readings (k,), and a matrix W (k, k) that whitens it, W R Wᵀ = I.
 
     InputError if its covariance is singular.

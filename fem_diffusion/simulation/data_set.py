@@ -12,12 +12,14 @@ from firedrake.functionspaceimpl import WithGeometry
 from fem_diffusion import files
 from fem_diffusion.checks import check_path
 from fem_diffusion.errors import DataError
+from fem_diffusion.fields.basis import ModalBasis, pack_basis, unpack_basis
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
+from fem_diffusion.prior.protocol import Prior
 
 __all__ = ["Block", "DataSet", "Folder"]
 
-_HEADER = "data_set.safetensors"
+_HEADER, _MODES = "data_set.safetensors", "modes.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,6 +39,10 @@ class DataSet:
         parameter.
     chosen : int
         How many of the last ones are of no prior draw, but near a measurement, by `refine`.
+    derivatives : numpy.ndarray or None
+        Of the readings by the latents of `basis`, shape (n, k, R), global, where they were kept.
+    basis : ModalBasis or None
+        Of R modes, in which the derivatives are written.
     """
 
     coefficients: np.ndarray
@@ -44,12 +50,16 @@ class DataSet:
     states: np.ndarray | None = None
     skipped: tuple[tuple[int, str], ...] = ()
     chosen: int = 0
+    derivatives: np.ndarray | None = None
+    basis: ModalBasis | None = None
 
     def __len__(self) -> int:
         return len(self.readings)
 
     def __repr__(self) -> str:
         states, skipped = "no states" if self.states is None else "states", len(self.skipped)
+        if self.basis is not None:
+            states += f", derivatives by {self.basis.r} latents"
         return (f"DataSet: {len(self)} pairs with {self.readings.shape[1]} readings and {states}"
                 + f", {skipped} skipped" * bool(skipped) + f", {self.chosen} chosen by refine" * bool(self.chosen))
 
@@ -63,11 +73,12 @@ class Block:
     states: np.ndarray | None
     count: int
     failed: dict[int, str]
+    derivatives: np.ndarray | None = None
 
     @property
-    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """The three arrays."""
-        return self.coefficients, self.readings, self.states
+    def parts(self) -> tuple[np.ndarray | None, ...]:
+        """The four arrays."""
+        return self.coefficients, self.readings, self.states, self.derivatives
 
     @property
     def rows(self) -> list[int]:
@@ -79,18 +90,37 @@ class Folder:
     """Blocks of fields in V and states in U on any ranks; every method but `file`, `clean` and `lock` is collective."""
 
     def __init__(self, path: str | os.PathLike, V: WithGeometry, U: WithGeometry | None):
-        self.path, self.V, self.U, self.comm = check_path(path), V, U, V.comm
+        self.path, self.V, self.U, self.comm, self.derivatives = check_path(path), V, U, V.comm, False
 
     def exists(self) -> bool:
         """Whether there is a data set in the folder."""
         return on_root(self.comm, (self.path / _HEADER).exists)
 
-    def create(self, seed: int, block: int, states: bool, coefficients: np.ndarray, readings: np.ndarray) -> None:
+    def keep_modes(self, basis: ModalBasis) -> None:
+        """Write the modes in which derivatives are, where none are there yet: blocks may be left that are in those."""
+        arrays, values = pack_basis(basis, "basis")
+
+        def keep() -> None:
+            if not (self.path / _MODES).exists():
+                files.write(self.path / _MODES, "basis", arrays, values)
+        on_root(self.comm, keep)
+
+    def modes(self, prior: Prior) -> ModalBasis:
+        """The modes in which derivatives are; raises as `load_basis`."""
+        content = read_everywhere(self.comm, self.path / _MODES, "basis", "Simulate into another folder.")
+        self.checksum = content.checksum
+        if self.derivatives and self.header.value("modes", str) != self.checksum:
+            raise content.error("holds other modes than those of this data set")
+        return unpack_basis(content, "basis", self.V, prior)
+
+    def create(self, seed: int, block: int, states: bool, latents: int | None, coefficients: np.ndarray,
+               readings: np.ndarray) -> None:
         """Write the header of a new data set, with a few samples by which its problem is recognised."""
         arrays = {"coefficients.key": gather_keys(self.V), "probe.coefficients": gather_rows(self.V, coefficients),
                   "probe.readings": readings} | ({"states.key": gather_keys(self.U)} if states else {})
         values = {"seed": seed, "block": block, "coefficients.element": element_of(self.V),
-                  "states.element": element_of(self.U) if states else None}
+                  "states.element": element_of(self.U) if states else None} | (
+                      {"modes": self.checksum, "latents": latents} if latents else {})
         on_root(self.comm, lambda: files.write(self.path / _HEADER, "data set", arrays, values))
 
     def open(self) -> None:
@@ -105,6 +135,7 @@ class Folder:
         if self.size < 1:
             raise header.error("holds a block size that is not positive")
         self.states = header.value("states.element", str, type(None)) is not None
+        self.derivatives = "modes" in header.values
         parts = {"coefficients": self.V} | ({"states": self.U} if self.states and self.U is not None else {})
         self._columns = {name: own_columns(header, f"{name}.key", f"{name}.element", V) for name, V in parts.items()}
         # Of the samples by which the problem is recognised; NaN where a solve failed.
@@ -139,6 +170,8 @@ class Folder:
         arrays = {"coefficients": gather_rows(self.V, block.coefficients), "readings": block.readings}
         if block.states is not None:
             arrays["states"] = gather_rows(self.U, block.states)
+        if block.derivatives is not None:
+            arrays["derivatives"] = block.derivatives
         values = {"data set": self.header.checksum, "seed": self.seed, "index": index, "count": block.count,
                   "failed": {str(i): reason for i, reason in block.failed.items()}}
         on_root(self.comm, lambda: files.write(self.file(index), "block", arrays, values))
@@ -156,5 +189,7 @@ class Folder:
         rows = count - len(failed)
         parts = {name: content.array(name, rows, len(self.header.arrays[f"{name}.key"]))[:, columns]
                  for name, columns in self._columns.items()}
-        return Block(parts["coefficients"], content.array("readings", rows, self.readings.shape[1]),
-                     parts.get("states"), count, {int(i): reason for i, reason in failed.items()})
+        k = self.readings.shape[1]
+        slopes = content.array("derivatives", rows, k, self.header.value("latents", int)) if self.derivatives else None
+        return Block(parts["coefficients"], content.array("readings", rows, k), parts.get("states"), count,
+                     {int(i): reason for i, reason in failed.items()}, slopes)

@@ -12,9 +12,11 @@ from mpi4py import MPI
 
 from fem_diffusion.checks import alike, check_count, check_flag, check_number, check_seed, together
 from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.fields.events import event
+from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.progress import LOG, bar
 from fem_diffusion.simulation.data_set import Block, DataSet, Folder
@@ -28,8 +30,8 @@ class SkippedWarning(UserWarning):
 
 
 def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathLike | None = None,
-             keep_states: bool | None = None, block: int = 256, ensemble: Ensemble | None = None, skip: float = 0.0,
-             progress: bool = True) -> DataSet:
+             keep_states: bool | None = None, derivatives: bool | ModalBasis = False, block: int = 256,
+             ensemble: Ensemble | None = None, skip: float = 0.0, progress: bool = True) -> DataSet:
     """Draw parameters from the prior, solve the forward problem, observe the state.
 
     Every block of samples has a seed of its own, made from `seed` and its number, so the data do not depend on
@@ -48,6 +50,10 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         there is kept and completed. One run at a time works in a folder. In memory only where left out.
     keep_states : bool, optional
         Keep the states as well; where left out, for a family only.
+    derivatives : bool or ModalBasis
+        Keep the derivative of the readings by the latents as well, which `fit` learns from: then a few hundred pairs
+        do what takes thousands without. k adjoint solves a sample, of fixed sensors, with the factorisation of its
+        solve where the solver is one of ours. Latents are those of ``karhunen_loeve(problem.prior)``, or of a basis.
     block : int
         Samples a block.
     ensemble : firedrake.Ensemble, optional
@@ -66,7 +72,8 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
     ------
     InputError
         If an argument is out of range, an ensemble comes without `path`, or the observation does not give equally many
-        real numbers each time, the same on all ranks; InstallError on a complex PETSc build.
+        real numbers each time, the same on all ranks, or solver, sensors or the prior's transform have no derivative
+        where it is asked for; InstallError on a complex PETSc build.
     DataError
         If the folder holds another data set, or a sample of the prior is not finite; FileError if a file is damaged or
         cannot be written, or another run works in the folder.
@@ -87,19 +94,24 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         raise InputError("An ensemble shares its samples through files: give `path`.")
     member, members = (0, 1) if ensemble is None else (ensemble.ensemble_rank, ensemble.ensemble_size)
     with event("simulate"), stop_annotating(), contextlib.ExitStack() as stack:
-        job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states)))
+        folder = None if path is None else Folder(path, problem.V, problem.U)
+        if folder is not None:
+            opened = folder
+            on_root(everyone, lambda: stack.enter_context(opened.lock()) or opened.clean())
+        basis = _modes(problem, derivatives, folder, member, everyone)
+        job = stack.enter_context(contextlib.closing(Job(problem, seed, keep_states, basis)))
         shown = stack.enter_context(bar(n, "simulate", progress and not problem.comm.rank and not member))
         LOG.info("simulate: %s samples, seed %s, %s", n, seed, "in memory" if path is None else f"in {path}")
         tally = Tally(seed, block, n, skip)
-        if path is None:
-            return _told(_joined(_advance(job, n, shown.update, tally), tally))
-        folder = Folder(path, problem.V, problem.U)
-        on_root(everyone, lambda: stack.enter_context(folder.lock()) or folder.clean())
-        together(everyone, lambda: member or folder.exists() or folder.create(seed, block, keep_states, *job.probe))
+        if folder is None:
+            job.compare()
+            return _told(_joined(_advance(job, n, shown.update, tally), tally, basis))
+        together(everyone, lambda: member or folder.exists() or job.compare() or folder.create(
+            seed, block, keep_states, basis and basis.r, *job.probe))
         together(everyone, lambda: _check_former(folder, job, block))
         together(everyone, lambda: _advance(job, n, shown.update, tally, folder, member, members))
         # Whoever is done waits, because the folder is unlocked by one of all.
-        return _told(together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), tally)))
+        return _told(together(everyone, lambda: _joined(map(folder.read, range(-(-n // block))), tally, basis)))
 
 
 def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None = None) -> DataSet:
@@ -127,7 +139,8 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
     if any(i not in blocks or blocks[i].count < count for i, count in enumerate(wanted)):
         raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
                         "simulate again to complete it.")
-    return _told(_joined(blocks.values(), Tally(folder.seed, folder.size, n, 1.0)))
+    basis = folder.modes(problem.prior) if folder.derivatives else None
+    return _told(_joined(blocks.values(), Tally(folder.seed, folder.size, n, 1.0), basis))
 
 
 def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, block: int = 256) -> Function:
@@ -144,11 +157,33 @@ def simulated_parameter(problem: InverseProblem, number: int, *, seed: int, bloc
     return field(problem.M, problem.prior.transform_many(fields[position:])[0])
 
 
+def _modes(problem: InverseProblem, derivatives: bool | ModalBasis, folder: Folder | None, member: int,
+           everyone: MPI.Comm) -> ModalBasis | None:
+    """The modes whose latents derivatives are by; None where there are to be none."""
+    given = derivatives if isinstance(derivatives, ModalBasis) else None
+    if given is None and not check_flag(derivatives, "derivatives"):
+        return None
+    problem.differentiable()
+    if given is not None and given.V != problem.V:
+        raise InputError("The basis of derivatives is not in the space of the prior's fields: give "
+                         "karhunen_loeve(problem.prior).")
+    basis = karhunen_loeve(problem.prior) if given is None else given
+    if folder is None:
+        return basis
+    # Signs of modes are those of a run: what is in the folder counts, for all members.
+    together(everyone, lambda: member or folder.keep_modes(basis))
+    kept = together(everyone, lambda: folder.modes(problem.prior))
+    if given is not None and not folder.comm.allreduce(_near(given.scaled_modes, kept.scaled_modes), MPI.LAND):
+        raise DataError(f"{folder.path} holds other modes than those of the basis: name another folder.")
+    return kept
+
+
 def _check_former(folder: Folder, job: Job, block: int) -> None:
     """Raise DataError unless the folder holds this very data set."""
     folder.open()
     changed = [name for name, former, wanted in (
-        ("seed", folder.seed, job.seed), ("block", folder.size, block), ("keep_states", folder.states, job.keep_states))
+        ("seed", folder.seed, job.seed), ("block", folder.size, block), ("keep_states", folder.states, job.keep_states),
+        ("derivatives", folder.derivatives, job.basis is not None))
         if former != wanted]
     if changed:
         raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
@@ -206,7 +241,7 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
             folder.write(index, block)
         return block
     try:
-        job.solve(parameters[turn], turn, found, tally.exceeded)
+        job.solve(parameters[turn], turn, found, tally.exceeded, None if job.basis is None else fields[turn])
     except KeyboardInterrupt:
         # On several ranks they are interrupted at different places, and writing needs them all.
         if job.problem.comm.size == 1:
@@ -230,7 +265,7 @@ def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, f
     check_lengths(readings + known)
     k = next((len(x) for x in readings + known), 0)
     failed, count, order = dict(found.failed), max([*rows, *found.failed, -1]) + 1, np.arange(len(rows))
-    old = None, None, None
+    old = 4 * (None,)
     if former is not None:
         old, order, count = former.parts, np.argsort(former.rows + rows), max(count, former.count)
         failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
@@ -239,11 +274,13 @@ def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, f
         return (new if old is None else np.concatenate([old, new]))[order]
     return Block(both(old[0], fields[rows]), both(old[1], np.array(readings).reshape(len(rows), k)),
                  both(old[2], np.array(states).reshape(len(rows), owned_size(job.problem.U))) if job.keep_states
-                 else None, count, failed)
+                 else None, count, failed,
+                 both(old[3], np.array([found.results[i][2] for i in rows]).reshape(len(rows), k, job.basis.r))
+                 if job.basis is not None else None)
 
 
-def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
-    """The first samples of consecutive blocks, as many as the tally wants."""
+def _joined(blocks: Iterable[Block], tally: Tally, basis: ModalBasis | None) -> DataSet:
+    """The first samples of consecutive blocks, as many as the tally wants; derivatives are by latents of the basis."""
     kept, skipped, n = [], [], tally.n
     for index, block in enumerate(blocks):
         start = index * tally.size
@@ -255,10 +292,11 @@ def _joined(blocks: Iterable[Block], tally: Tally) -> DataSet:
     if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
-    check_lengths([readings[0] for _, readings, _ in kept])
-    coefficients, readings, states = zip(*kept)
+    check_lengths([readings[0] for _, readings, *_ in kept])
+    coefficients, readings, states, derivatives = zip(*kept)
     return DataSet(np.concatenate(coefficients), np.concatenate(readings),
-                   None if states[0] is None else np.concatenate(states), tuple(skipped))
+                   None if states[0] is None else np.concatenate(states), tuple(skipped),
+                   derivatives=None if derivatives[0] is None else np.concatenate(derivatives), basis=basis)
 
 
 def _told(data: DataSet) -> DataSet:

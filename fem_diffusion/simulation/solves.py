@@ -16,10 +16,13 @@ from mpi4py import MPI
 
 from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import DataError, InputError, SolveError
+from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.forward.taped import Taped
 from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation, no_sensors
+from fem_diffusion.prior.chain_rule import ChainRule
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.simulation.data_set import Block
 
@@ -27,6 +30,8 @@ __all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths"]
 
 # Samples that are solved by themselves, the first ones that succeed: a changed prior, solver or sensor shows in them.
 _PROBES, _CANDIDATES = 2, 8
+# Step of differences in prior standard deviations, and how far a derivative may be from them.
+_STEP, _OFF = 0.1, 0.2
 # Failures are counted from so many samples on: the first ones say little about a share.
 _ENOUGH = 50
 
@@ -39,9 +44,13 @@ def block_seed(seed: int, index: int) -> int:
 
 @dataclass
 class Solved:
-    """Samples of a block by position: state (n_owned of U,) or None and readings (k,), or the reason of a failure."""
+    """Samples of a block by position, or the reason of a failure.
 
-    results: dict[int, tuple[np.ndarray | None, np.ndarray]] = dataclass_field(default_factory=dict)
+    Results are state (n_owned of U,) or None, readings (k,), and their derivative by latents (k, R) or None.
+    """
+
+    results: dict[int, tuple[np.ndarray | None, np.ndarray, np.ndarray | None]] = dataclass_field(
+        default_factory=dict)
     failed: dict[int, str] = dataclass_field(default_factory=dict)
 
 
@@ -50,14 +59,19 @@ class _Failed(Exception):
 
 
 class Job:
-    """What is solved: the problem of `simulate`, its seed, and whether states are results."""
+    """What is solved: the problem of `simulate`, its seed, whether states are results, and latents of derivatives."""
 
-    def __init__(self, problem: InverseProblem, seed: int, keep_states: bool):
-        self.problem, self.seed, self.keep_states = problem, seed, keep_states
-        sensors = problem.observation
+    def __init__(self, problem: InverseProblem, seed: int, keep_states: bool, basis: ModalBasis | None = None):
+        self.problem, self.seed, self.keep_states, self.basis = problem, seed, keep_states, basis
+        self._forward, sensors = problem.forward, problem.observation
+        if basis is not None:
+            self._back = ChainRule(problem.prior, basis)
+            solver = problem.differentiable()[0]
+            # One solve serves state and derivative: ours take a state, a tape is kept until the next solve.
+            self._forward = solver if isinstance(solver, Taped) else self._forward
         self._observation = sensors = no_sensors(problem.U) if isinstance(sensors, SensorFamily) else sensors
         # A plain function gains nothing from blocks, and is asked sample by sample, so that nothing solved is lost.
-        blocks = isinstance(sensors, Observation) and not isinstance(problem.forward, CallableForward)
+        blocks = isinstance(sensors, Observation) and not isinstance(self._forward, CallableForward)
         self._blocks = sensors.apply if blocks else None
         # Collectives of our own must not meet those that another rank is stuck in.
         self._watch = problem.comm.Dup()
@@ -99,8 +113,11 @@ class Job:
             raise DataError(f"The prior failed for block {index} (seed {self.seed}): {error}. Mend it.") from None
 
     def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
-              enough: Callable[[Solved], bool]) -> None:
-        """Solve for parameters (n, n_owned) until `enough` finds too many failures; `found` is filled on the way."""
+              enough: Callable[[Solved], bool], fields: np.ndarray | None = None) -> None:
+        """Solve for parameters (n, n_owned) until `enough` finds too many failures; `found` is filled on the way.
+
+        Derivatives take the fields (n, n_owned) before any transform.
+        """
         together, apply = None, self._blocks
         if apply is not None and len(parameters):
             # A whole block at once is fast, but does not tell who fails.
@@ -113,21 +130,50 @@ class Job:
                 else:
                     kept, readings = (part[row if together else 0] for part in (
                         together or self._solve_many(parameters[row:row + 1], apply)))
+                slope = None if fields is None else self._derive(parameters[row], fields[row], kept)
             except _Failed as error:
                 found.failed[i] = str(error)
                 if enough(found):
                     return
             else:
-                found.results[i] = kept if self.keep_states else None, readings
+                found.results[i] = kept if self.keep_states else None, readings, slope
+
+    def _derive(self, values: np.ndarray, at: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+        """Derivative (k, R) at a parameter (n_owned of M,) of a field (n_owned,) that has just been solved for."""
+        problem, U = self.problem, self.problem.U
+        known = None if state is None or U is None else field(U, state)
+        rows = self._together(lambda: problem.sensitivity(field(problem.M, values), state=known))
+        return self._together(lambda: _finite(self._back.at(rows, at), "derivative"))
+
+    def compare(self) -> None:
+        """InputError where the derivative is not that of the readings, by two solves, as where a transform jumps."""
+        if self.basis is None:
+            return
+        fields, parameters = self.draw(0, _CANDIDATES)
+        along = np.random.default_rng(0).standard_normal(self.basis.r) @ self.basis.scaled_modes
+        for at, values in zip(fields, parameters):
+            with contextlib.suppress(_Failed):
+                kept = self._solve_one(values)[0]
+                matrix = self._derive(values, at, kept)
+                slope = matrix @ self.basis.encode(coefficients(self.basis.mean) + along)
+                ahead, behind = (self._solve_one(self.problem.prior.transform_many((at + step * along)[None])[0])[1]
+                                 for step in (_STEP, -_STEP))
+                change = (ahead - behind) / (2 * _STEP)
+                wrong = np.linalg.norm(change - slope) > _OFF * np.linalg.norm(change) + 1e-6 * np.linalg.norm(ahead)
+                if wrong or not matrix.any():
+                    raise InputError("The derivative of the readings by the latents is not what differences of two "
+                                     "solves show: a transform that jumps, such as level_set, has none. Simulate "
+                                     "without derivatives.")
+                return
 
     def _solve_many(self, parameters: np.ndarray, observe: Callable) -> tuple[np.ndarray, np.ndarray]:
         """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
-        return self._solve(parameters, lambda: self.problem.states(parameters, self.problem.forward), lambda x: x,
+        return self._solve(parameters, lambda: self.problem.states(parameters, self._forward), lambda x: x,
                            observe)
 
     def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""
-        return self._solve(values, lambda: self.problem.forward(field(self.problem.M, values)),
+        return self._solve(values, lambda: self._forward(field(self.problem.M, values)),
                            lambda u: coefficients(u) if isinstance(u, Function) else None, self._observed)
 
     def _solve(self, parameters: np.ndarray, run: Callable, kept_of: Callable, observe: Callable) -> tuple:

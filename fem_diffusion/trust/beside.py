@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fem_diffusion.checks import check_kind
-from fem_diffusion.diffusion import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion import GaussianNoise, Noise
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -37,7 +37,7 @@ def gaussian(problem: InverseProblem,
     noise = problem.noise
     if isinstance(noise, GaussianNoise):
         return problem, y, [], None
-    noise = check_kind(noise, "The noise of the problem", CallableNoise, "an InverseProblem with the noise of the "
+    noise = check_kind(noise, "The noise of the problem", Noise, "an InverseProblem with the noise of the "
                        "measurement, because a check compares with it")
     many = torch.from_numpy(np.tile(y, (max(_DRAWS, 50 * len(y)), 1)))
     errors = on_root(problem.comm, lambda: noise.sample(many, torch.Generator().manual_seed(0)).numpy() - y)

@@ -116,11 +116,19 @@ def several():
     return inner(grad(u), grad(v)) * dx + u * v * dx - f * v * dx - exp(c) * v * ds(2), u, m, DirichletBC(V, 0, 1)
 
 
+def several_affine():
+    """The same, affine in both."""
+    _, u, m, bcs = several()
+    (f, c), v = split(m), TestFunction(u.function_space())
+    return inner(grad(u), grad(v)) * dx + u * v * dx - f * v * dx - c * v * ds(2), u, m, bcs
+
+
 # Whether the residual is affine in the state, and whether its derivative contains the parameter.
 CASES = {source: (True, False), logistic: (False, False), in_one: (False, False), in_one_bent: (False, False),
          diffusivity: (True, True), conduction: (False, True),
          raised: (False, False), stokes: (True, False), navier_stokes: (False, False), elastic: (True, True),
-         mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False)}
+         mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False),
+         several_affine: (True, False)}
 
 
 def parameters(M, n, seed=0):

@@ -10,6 +10,7 @@ by least squares first; a network for what is left is kept only where it helps o
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
@@ -83,6 +84,13 @@ class Emulator(nn.Module):
         """State coordinates (B, s) for latents (B, r), in double precision."""
         affine = self.offset + z.double() @ self.matrix.T
         return affine if self.head is None else affine + self.correction(z).double() @ self.scale
+
+    def select(self, outputs: Tensor) -> "Emulator":
+        """Emulator of some of the coordinates, by their numbers, of which some may come again."""
+        part = deepcopy(self)
+        part.matrix, part.offset, part.scale = self.matrix[outputs], self.offset[outputs], self.scale[:, outputs]
+        part.residual = self.residual[outputs][:, outputs]
+        return part
 
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""

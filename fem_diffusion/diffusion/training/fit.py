@@ -28,7 +28,7 @@ from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
-from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise, as_noise
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
@@ -49,7 +49,7 @@ _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
 _NEGLIGIBLE = 1e-2
 
 
-def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | float | LayoutFamily | None = None, *,
+def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | None = None, *,
                  network: str | None = None, base: str | GaussianBase = "gaussian", standard_prior: bool = False,
                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
                  geometry: FieldGeometry | None = None, progress: bool = True) -> tuple[Denoiser, History]:
@@ -72,7 +72,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: GaussianNoise | CallableNoise | fl
     z, y : Tensor
         Latents, shape (n, r), of any scale; noise-free readings, shape (n, k), or measurements where `noise` is None,
         in any units; for a family coordinates of the state, of unit variance, shape (n, s).
-    noise : GaussianNoise, CallableNoise, float, LayoutFamily or None
+    noise : Noise, float, LayoutFamily or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
     network : str, optional
@@ -146,7 +146,7 @@ class _Parts(Tensors):
     whether the noise is Gaussian and known.
     """
 
-    noise: GaussianNoise | CallableNoise | LayoutFamily | None
+    noise: Noise | LayoutFamily | None
     covariance: Tensor
     errors: Tensor | None
     share: Callable[[Tensor], float]
@@ -178,7 +178,7 @@ def _family(c: Tensor, family: LayoutFamily) -> _Parts:
     return _Parts(family, c.new_zeros(s, s), 1 / family.weights, share, True)
 
 
-def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _Parts:
+def _fixed(y: Tensor, noise: Noise | float | None) -> _Parts:
     k = y.shape[1]
     noise = as_noise(noise, k)
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
@@ -196,7 +196,7 @@ def _fixed(y: Tensor, noise: GaussianNoise | CallableNoise | float | None) -> _P
 def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
            checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
     """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
-    centred = y + parts.noise.mean(y) if isinstance(parts.noise, CallableNoise) else y
+    centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
     if parts.errors is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
-from fem_diffusion.diffusion.noise import CallableNoise, GaussianNoise
+from fem_diffusion.diffusion.noise import Noise
 
 __all__ = ["Distance", "FamilyWarning", "MeasurementWarning", "TrainingRange", "measure_distance"]
 
@@ -147,7 +147,7 @@ class Distance:
             warnings.warn(self.message, MeasurementWarning, stacklevel=3)
 
 
-def measure_distance(clean: Tensor, noise: GaussianNoise | CallableNoise | None, y: Tensor,
+def measure_distance(clean: Tensor, noise: Noise | None, y: Tensor,
                      names: Sequence[str]) -> Distance:
     """Distance of a measurement `y` (k,) from training readings without noise (n, k), n > 2, k > 0."""
     n, k = clean.shape

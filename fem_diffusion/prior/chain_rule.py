@@ -7,7 +7,7 @@ import numpy as np
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, owned_size
-from fem_diffusion.problem import InverseProblem
+from fem_diffusion.prior.protocol import Prior
 
 __all__ = ["ChainRule"]
 
@@ -15,8 +15,8 @@ __all__ = ["ChainRule"]
 class ChainRule:
     """Derivatives by the latents of a basis; rows are owned ones of the parameter, all methods are collective."""
 
-    def __init__(self, problem: InverseProblem, basis: ModalBasis):
-        self._prior, self._comm, self._basis, self._owned = problem.prior, problem.comm, basis, owned_size(problem.M)
+    def __init__(self, prior: Prior, basis: ModalBasis):
+        self._prior, self._comm, self._basis, self._owned = prior, prior.V.comm, basis, owned_size(prior.V)
 
     @cached_property
     def there(self) -> bool:
@@ -38,6 +38,8 @@ class ChainRule:
 
     def at(self, rows: np.ndarray, field: np.ndarray) -> np.ndarray:
         """Shape (l, r), of rows (l, n_owned of M) at one field (n_owned,)."""
+        if self._pointwise:
+            return self._comm.allreduce(rows * self._prior.slope_many(field[None]) @ self._basis.scaled_modes.T)
         return self._comm.allreduce(self._prior.pull_back(rows, field) @ self._basis.scaled_modes.T)
 
     def each(self, rows: np.ndarray, fields: np.ndarray) -> np.ndarray:
