@@ -106,7 +106,13 @@ def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[Dirichl
     def fresh(n: int) -> np.ndarray:
         x = draws(n)
         return space.beside(x, _PARALLEL * np.sqrt(squares(x)))[:free - len(space.basis)]
-    outside = draws(_TAIL_DRAWS)
+    outside, told = draws(_TAIL_DRAWS), 0
+
+    def variance(values: np.ndarray) -> float:
+        nonlocal told, outside
+        new, told = space.basis[told:], len(space.basis)
+        outside -= space.inner(outside, new) @ new
+        return covariance.total or float(values.sum()) + squares(outside) / _TAIL_DRAWS
     # So many modes of equal variance are found from one start: components may be alike, and so may directions.
     width, former, steps = max(16, 8 * V.value_size, (r or 0) // 8), None, 0
     new = fresh(width)
@@ -114,11 +120,11 @@ def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[Dirichl
         raise InputError("The covariance is zero: give the prior a standard deviation.")
     while True:
         image = space.extend(new)
-        outside -= space.inner(outside, new) @ new
         values, vectors, residual = space.ritz()
-        total = covariance.total or float(values.sum()) + squares(outside) / _TAIL_DRAWS
-        enough = np.flatnonzero(np.cumsum(values) >= retained * total)
-        wanted, steps = r or min(int(enough[0]) + 1 if len(enough) else free, most or free), steps + 1
+        wanted, steps, whole = r or most or free, steps + 1, values
+        if r is None:
+            enough = np.flatnonzero(np.cumsum(values) >= retained * variance(values))
+            wanted = min(wanted, int(enough[0]) + 1 if len(enough) else free)
         kept, values, vectors = values[:wanted].sum(), values[:wanted], vectors[:, :wanted]
         # Latents are uncorrelated with what is left out, up to the tolerance.
         off = residual[:wanted] / np.maximum(np.sqrt(values * values[-1]), _ROUNDING / _TOLERANCE * values[0])
@@ -146,4 +152,4 @@ def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[Dirichl
     modes = vectors[:, :rank].T @ space.basis
     # The integral of each mode against a fixed function is positive.
     signs = np.where(comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
-    return modes * signs[:, None], values[:rank], max(total, float(values.sum()))
+    return modes * signs[:, None], values[:rank], max(variance(whole), float(values.sum()))
