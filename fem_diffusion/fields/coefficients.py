@@ -108,14 +108,15 @@ def independent_entries(V: WithGeometry) -> tuple[np.ndarray, np.ndarray]:
     return first, count
 
 
-def generic_integrals(V: WithGeometry) -> np.ndarray:
+def generic_integrals(V: WithGeometry, number: int = 0) -> np.ndarray:
     """Integral of every basis function against a fixed function without symmetry, shape (n_owned,), owned.
 
-    As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes.
+    As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes; for
+    each `number` there is another such function.
     """
     if len(V) > 1:
-        return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
-    phase = _phase(V.mesh())
+        return np.concatenate([(1 + 0.1 * i) * generic_integrals(W, number) for i, W in enumerate(V)])
+    phase = (1 + 0.7 * number) * _phase(V.mesh())
     weights = np.array([exp((1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
     if is_real(V):
         return np.array([assemble(weights[i] * dx) for i in independent_entries(V)[0]])[:owned_size(V)]

@@ -23,6 +23,8 @@ Rows = Callable[[np.ndarray], np.ndarray]
 _TOLERANCE, _ROUNDING = 1e-6, 1e-13
 # Draws for the variance outside; vectors and steps of another start, as a proof; share of a draw that is rounding.
 _TAIL_DRAWS, _PROOF, _PARALLEL = 64, 3, 1e-9
+# Difference of variances, in units of themselves, that is none; functions that tell directions.
+_EQUAL, _FUNCTIONS = 1e-8, 8
 
 
 def mass_action(V: WithGeometry, weights: Sequence[float] | None = None) -> Rows:
@@ -88,8 +90,8 @@ def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[Dirichl
 
     `r` modes, or where that is None the fewest that keep the share `retained` of the variance, at most `most`. A
     covariance of lower rank is an error, unless `fewer` modes will do. Returns modes (r, n_owned), orthonormal in the
-    mass inner product with a sign fixed by the geometry alone, variances (r,) and the total variance. On any number of
-    ranks they are the same up to rounding, those of equal variance as well.
+    mass inner product with signs and, where variances are equal, directions fixed by the geometry alone, variances
+    (r,) and the total variance.
     """
     comm, free, seeds = V.comm, free_dofs(V, bcs), count()
     if r is not None and not 1 <= r <= free:
@@ -150,6 +152,21 @@ def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[Dirichl
     if rank < wanted and not fewer:
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
     modes = vectors[:, :rank].T @ space.basis
-    # The integral of each mode against a fixed function is positive.
-    signs = np.where(comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
-    return modes * signs[:, None], values[:rank], max(variance(whole), float(values.sum()))
+    return _fixed(modes, values[:rank], V), values[:rank], max(variance(whole), float(values.sum()))
+
+
+def _fixed(modes: np.ndarray, values: np.ndarray, V: WithGeometry) -> np.ndarray:
+    """The same modes (r, n_owned) with a sign, and among those of equal variance directions, that geometry alone tells.
+
+    The integral of each mode against a fixed function is positive, of the next one of equal variance that against a
+    second function, which the first one does not see, and so on.
+    """
+    alike = np.split(np.arange(len(values)), np.flatnonzero(np.diff(values) < -_EQUAL * values[:-1]) + 1)
+    functions = [generic_integrals(V, i) for i in range(min(max(map(len, alike)), _FUNCTIONS))]
+    seen = V.comm.allreduce(modes @ np.transpose(functions))
+    for group in alike:
+        turn, upper = np.linalg.qr(seen[group], mode="complete")
+        signs = np.ones(len(group))
+        signs[:min(upper.shape)] = np.where(np.diag(upper) < 0, -1.0, 1.0)
+        modes[group] = (turn * signs).T @ modes[group]
+    return modes
