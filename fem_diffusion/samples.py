@@ -81,7 +81,8 @@ class Samples:
 
     def _numbers(self) -> Iterator[str]:
         """A line for each component of numbers that this rank holds: "rate: 0.31 ± 0.04"."""
-        for i, (W, part) in enumerate(zip(self.V, by_component(self.V, self.values))):
+        parts = by_component(self.V, self.values) if any(map(is_real, self.V)) else ()
+        for i, (W, part) in enumerate(zip(self.V, parts)):
             if is_real(W) and 1 < len(part) and 0 < part.shape[1] <= _TOLD:
                 texts = (f"{mean:.4g} ± {std:.2g}" for mean, std in zip(part.mean(axis=0), part.std(axis=0, ddof=1)))
                 yield f"\n{W.name or (f'component {i}' if len(self.V) > 1 else 'parameter')}: {', '.join(texts)}"
