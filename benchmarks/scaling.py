@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 from firedrake import DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, grad, inner
@@ -90,12 +91,14 @@ def details(cells, modes=256, samples=1000):
         ratios = smallest(lambda: basis.encode(fields)) / bare[0], smallest(lambda: basis.decode(z)) / bare[1]
         print(f"{n} fields: encode {ratios[0]:.2f} and decode {ratios[1]:.2f} times the bare product, a copy "
               f"{smallest(fields.copy) / bare[0]:.2f}", flush=True)
-    before, z = peak(), np.random.default_rng(0).standard_normal((samples, modes))
+    z = np.random.default_rng(0).standard_normal((samples, modes))
+    tracemalloc.start()
     drawn = Samples.later(V, lambda: basis.decode(z), z)
-    held = peak() - before
+    held = tracemalloc.get_traced_memory()[1]
     drawn.mean(), drawn.std(), drawn.quantile(0.05)
-    print(f"{samples} samples: {held:.2f} GB until a field is asked for, {peak() - before:.2f} GB with mean, deviation "
-          f"and quantile; the fields alone are {8e-9 * samples * V.dim():.2f} GB")
+    print(f"{samples} samples: {1e-9 * held:.2f} GB until a field is asked for, at most "
+          f"{1e-9 * tracemalloc.get_traced_memory()[1]:.2f} GB with mean, deviation and quantile; the fields alone are "
+          f"{8e-9 * samples * V.dim():.2f} GB")
 
 
 def main():
@@ -103,11 +106,14 @@ def main():
     parser.add_argument("--cells", type=int, nargs="+", default=[31, 99, 316, 999])
     parser.add_argument("--details", type=int)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--words", action="store_true", help="what the columns are, and no more")
     options, _ = parser.parse_known_args()   # PETSc reads the rest
     if options.one:
         return one(options.one)
     if options.details:
         return details(options.details)
+    if options.words:
+        return print(" ".join(__doc__.split("\n\n")[1].split(" With ``--details``")[0].split()))
     print(f"| unknowns | {' | '.join(PARTS)} | sum, s | memory, GB |\n|{'---|' * (len(PARTS) + 3)}", flush=True)
     rows = []
     for cells in options.cells:
