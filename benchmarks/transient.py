@@ -1,9 +1,10 @@
 """How much faster samples of a transient problem are when they march together than one after another.
 
-As `forward.py`, for Crank-Nicolson steps of a linear problem: `TransientAdvectionDiffusion.solve_many`; a loop over
-samples and steps with one reused ``LinearVariationalSolver`` with Firedrake's default parameters, and the same with
-``constant_jacobian=True``, which keeps the factorisation; and ``solve(a == L)`` for every step. The unknown is the
-initial state, with as many coefficients as the state, or the strength of a source in time, with few.
+As `forward.py`, for Crank-Nicolson steps of a linear problem: `solve_many` of `TransientAdvectionDiffusion`, or of
+`March` with the form of the loop; a loop over samples and steps with one reused ``LinearVariationalSolver`` with
+Firedrake's default parameters, and the same with ``constant_jacobian=True``, which keeps the factorisation; and
+``solve(a == L)`` for every step. The unknown is the initial state, with as many coefficients as the state, or the
+strength of a source in time, with few.
 
     OMP_NUM_THREADS=1 python benchmarks/transient.py --cells 36 72 --steps 40
 """
@@ -15,7 +16,7 @@ from firedrake import (Constant, DirichletBC, Function, FunctionSpace, IntervalM
                        LinearVariationalSolver, SpatialCoordinate, TestFunction, TrialFunction, UnitSquareMesh,
                        as_vector, dot, dx, exp, grad, lhs, rhs, solve)
 
-from fem_diffusion import Boundary, Physics, TimeSteps, TransientAdvectionDiffusion
+from fem_diffusion import Boundary, March, Physics, TimeSteps, TransientAdvectionDiffusion
 from forward import timed
 
 END, SAVED = 1.0, 10
@@ -34,14 +35,26 @@ def channel(cells, unknown, steps):
     return problem, velocity, shape
 
 
+def one_step(u, old, w, velocity, source, dt):
+    """Crank-Nicolson."""
+    middle = (u + old) / 2
+    return ((u - old) / Constant(dt) * w + dot(velocity, grad(middle)) * w + 0.05 * dot(grad(middle), grad(w))
+            - source * w) * dx
+
+
+def marching(problem, velocity, shape):
+    """The same problem with an unknown initial state as a `March`."""
+    V, dt = problem.V, problem.steps.time_step
+    u, old, m = (Function(V) for _ in range(3))
+    return March(one_step(u, old, TestFunction(V), velocity, Constant(0.0) * shape, dt), u, old, m, dt, END,
+                 DirichletBC(V, 0, 1), initial=m, times=problem.steps.times)
+
+
 def loop(problem, velocity, shape, way):
     """The usual Firedrake way, its own form: one sample and one step after another; way: a name from `main`."""
     V, dt = problem.V, problem.steps.time_step
     old, new, strength = Function(V), Function(V), Constant(0.0)
-    u, w = TrialFunction(V), TestFunction(V)
-    middle = (u + old) / 2
-    F = ((u - old) / Constant(dt) * w + dot(velocity, grad(middle)) * w + 0.05 * dot(grad(middle), grad(w))
-         - strength * shape * w) * dx
+    F = one_step(TrialFunction(V), old, TestFunction(V), velocity, strength * shape, dt)
     bcs = [DirichletBC(V, 0, 1)]
     if way == "solve":
         def step():
@@ -58,7 +71,8 @@ def loop(problem, velocity, shape, way):
             old.assign(0)
             if problem.M == V:
                 old.assign(m)
-                bcs[0].apply(old)
+                if isinstance(problem, TransientAdvectionDiffusion):   # whose initial state takes the conditions
+                    bcs[0].apply(old)
             states = []
             for k in range(steps):
                 if problem.M != V:
@@ -91,9 +105,11 @@ def main():
     print("| problem | unknowns | block, ms | reused solver, ms | factorisation kept, ms | solve(), ms | "
           "reused / block | kept / block | solve() / block | difference |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for unknown in ("initial", "strength"):
+    for unknown in ("initial", "initial, by a residual", "strength"):
         for cells in options.cells:
-            problem, *given = channel(cells, unknown, options.steps)
+            problem, *given = channel(cells, unknown.split(",")[0], options.steps)
+            if unknown.endswith("residual"):
+                problem = marching(problem, *given)
             ms = samples(problem.M, options.samples)
             block, states = timed(problem.solve_many, ms, len(ms))
             one, reference = timed(loop(problem, *given, "reused"), ms[:2])

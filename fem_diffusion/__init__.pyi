@@ -31,7 +31,9 @@ from fem_diffusion.errors import (
 from fem_diffusion.fields.coefficients import coefficients as coefficients, field as field
 from fem_diffusion.fields.basis import ModalBasis as ModalBasis, load_basis as load_basis
 from fem_diffusion.forward.advection_diffusion import AdvectionDiffusion as AdvectionDiffusion
+from fem_diffusion.forward.blocks import SkippedWarning as SkippedWarning
 from fem_diffusion.forward.callable import CallableForward as CallableForward
+from fem_diffusion.forward.march import March as March
 from fem_diffusion.forward.protocol import Differentiable as Differentiable, Forward as Forward
 from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physics, TimeSteps as TimeSteps
 from fem_diffusion.forward.steady import Steady as Steady
@@ -52,6 +54,7 @@ from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod 
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore as GaussianCore, Prior as Prior
+from fem_diffusion.prior.scalar import ScalarPrior as ScalarPrior
 from fem_diffusion.prior.transformed import (
     CallablePrior as CallablePrior, TransformedPrior as TransformedPrior, level_set as level_set,
 )
@@ -65,7 +68,7 @@ from fem_diffusion.reference.point import MapPoint as MapPoint, map_point as map
 from fem_diffusion.samples import Samples as Samples, load_samples as load_samples
 from fem_diffusion.simulation.journal import Journal as Journal
 from fem_diffusion.simulation.simulate import (
-    DataSet as DataSet, SkippedWarning as SkippedWarning, load_pairs as load_pairs, simulate as simulate,
+    DataSet as DataSet, load_pairs as load_pairs, simulate as simulate,
     simulated_parameter as simulated_parameter,
 )
 from fem_diffusion.trust.check import Check as Check, check as check

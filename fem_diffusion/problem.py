@@ -126,13 +126,15 @@ class InverseProblem:
             rows = [self.read(row, self.forward) for row in parameters]
         return together(self.comm, lambda: check_array(rows, "The readings", (len(rows), "k")))
 
-    def states(self, parameters: np.ndarray, solver: Forward) -> np.ndarray:
+    def states(self, parameters: np.ndarray, solver: Forward, **options: object) -> np.ndarray:
         """Owned coefficients (B, n_owned of U) of what a solver gives for parameters (B, n_owned of M) (collective).
 
+        `options` are those of its ``solve_many``.
         What it raises on one rank is raised on all; InputError where its states are not those that the sensors see. A
         solver that does not tell their space is called once more for that, the first time.
         """
-        found = together(self.comm, lambda: np.array(solver.solve_many(parameters.copy()), dtype=float), watched=True)
+        found = together(self.comm, lambda: np.array(solver.solve_many(parameters.copy(), **options), dtype=float),
+                         watched=True)
         U, seen = solver.U, getattr(self.observation, "U", None)
         width = found.shape[1:] if seen is None else (owned_size(seen),)
         fits = found.shape == (len(parameters), *width) and (None in (U, seen) or U == seen)

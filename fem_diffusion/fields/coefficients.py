@@ -57,8 +57,8 @@ def on_root(comm: MPI.Comm, function: Callable[[], Result]) -> Result:
 
 
 def owned_size(V: WithGeometry) -> int:
-    """Number of owned coefficients of a function space on this rank."""
-    return V.dof_dset.layout_vec.getLocalSize()
+    """Number of owned coefficients of a function space on this rank; not collective, as its layout vector would be."""
+    return int(sum(part.size * part.cdim for part in V.dof_dset))
 
 
 def coefficients(functions: Function | Cofunction | Sequence[Function]) -> np.ndarray:

@@ -9,7 +9,7 @@ of times, so the ways through it are graded by what the unknown touches:
 - J = ∂F/∂u depends neither on u nor on m: one factorisation for ever, u = -J⁻¹ F(0; m) in blocks, and where F is
   affine in m and m has few coefficients, a dense product with the responses to each of them;
 - J depends on u but not on m: the whole block iterates with J at a reference state (chord Newton);
-- J depends on m: a loop over the reused solver.
+- J depends on m: the block iterates with J in the midst of its parameters, scaled to each member (`differing`).
 
 SUPG adds  Σ_K ∫_K τ (v·∇w) (v·∇u - ∇·(κ∇u) + r(u) - f)  with the metric form of τ (Shakib, Hughes & Johan 1991,
 doi:10.1016/0045-7825(91)90041-4), which follows stretched cells: ``τ⁻² = v·Gv + 9 κG:(κG)ᵀ + σ²``,

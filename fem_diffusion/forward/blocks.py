@@ -1,6 +1,7 @@
 """What the problem classes share: blocks of owned coefficients, a vector a row, products with the derivative, tapes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,15 +18,19 @@ from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size
 from fem_diffusion.fields.checks import check_function
 from fem_diffusion.forward.adjoint import Backward
-from fem_diffusion.forward.march import March
+from fem_diffusion.forward.stepper import Lose, Stepper, refuse
 from fem_diffusion.forward.protocol import dense_rows
 from fem_diffusion.forward.solvers import NOT_FINITE, norms
 
-__all__ = ["BlockForward", "check_parameter"]
+__all__ = ["BlockForward", "SkippedWarning", "check_parameter"]
 
 LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
 MEMORY = 500_000_000   # bytes of these responses, on this rank
 MAKE = "make one with Function(problem.M).interpolate(...)"
+
+
+class SkippedWarning(UserWarning):
+    """Samples whose solve failed are missing; what is learned from the others has the prior conditioned on success."""
 
 
 class BlockForward:
@@ -33,12 +38,12 @@ class BlockForward:
 
     U: WithGeometry
 
-    def __init__(self, march: March, m: Function) -> None:
-        self._march, self.m, self.V, self.M = march, m, march.V, march.M
-        self.linear, self.operator_depends_on_parameter = march.linear, march.by_member
+    def __init__(self, stepper: Stepper, m: Function) -> None:
+        self._stepper, self.m, self.V, self.M = stepper, m, stepper.V, stepper.M
+        self.linear, self.operator_depends_on_parameter = stepper.linear, stepper.by_member
 
     def __repr__(self) -> str:
-        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._march.e.unknowns]
+        names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._stepper.e.unknowns]
         return (f"{type(self).__name__}(V={self.V.ufl_element()} on {self.V.mesh().name}, {self.V.dim()} unknowns; "
                 f"parameter: {names[0] if len(names) == 1 else names}, {self.M.dim()} coefficients)")
 
@@ -49,7 +54,7 @@ class BlockForward:
         derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
-        if not annotate_tape() or (self._march.e.steps is None and self._march.one):
+        if not annotate_tape() or (self._stepper.e.steps is None and self._stepper.one):
             return self._alone(m)
         with stop_annotating():
             state = self._alone(m)
@@ -58,11 +63,13 @@ class BlockForward:
         block.add_output(state.create_block_variable())
         return state
 
-    def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64) -> np.ndarray:
+    def solve_many(self, ms: Sequence[Function] | np.ndarray, block: int = 64,
+                   on_failure: str | Callable[[int, str], object] = "raise") -> np.ndarray:
         """Owned coefficients (n, n_owned of U) of the states of many parameters, as in ``u.dat.vec_ro``.
 
-        Blocks share one factorisation wherever the problem allows. InputError if ms or block has the wrong kind or
-        shape, on any rank; SolveError if Newton's method finds no state of a sample, which the message names.
+        Blocks share one factorisation wherever the problem allows. A sample that does not converge with its block is
+        solved by itself, from the usual start and then, of a steady problem, along the way from a parameter whose state
+        is known. What is lost then has failed. InputError if an argument has the wrong kind or shape, on any rank.
 
         Parameters
         ----------
@@ -70,31 +77,63 @@ class BlockForward:
             Parameters in `M`, or their owned coefficients of shape (n, n_owned of M), as in ``m.dat.vec_ro``.
         block : int
             Samples solved together.
+        on_failure : "raise", "nan" or callable
+            What a sample without a state does: SolveError, which names the first one; NaN in its row, with one
+            SkippedWarning that names them; or that and a call with its number and the reason, on all ranks, and no
+            warning.
         """
         ms, block = _parameter_rows(ms, self.M), check_count(block, "block")
-        out = np.empty((len(ms), owned_size(self.U)))
+        if on_failure not in ("raise", "nan") and not callable(on_failure):
+            raise InputError(f"on_failure is {on_failure!r}: give 'raise', 'nan' or a function of number and reason.")
+        out, lost = np.empty((len(ms), owned_size(self.U))), {}
         with stop_annotating():
-            few = self._march.affine and ("_response" in vars(self) or self._pays(len(ms)))
+            few = self._stepper.affine and ("_response" in vars(self) or self._pays(len(ms)))
             for first in range(0, len(ms), block):
                 part = slice(first, first + block)
                 if few:   # sums of responses
                     base, rows = self._response
                     out[part] = base + np.concatenate(self.M.comm.allgather(ms[part]), axis=1) @ rows
                 else:
-                    out[part] = self._states(ms[part], first)
-                if len(bad := np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm)))):
-                    raise SolveError(f"sample {first + bad[0]}: {NOT_FINITE}")
+                    out[part] = self._states(ms[part], lambda i, why: lost.setdefault(first + i, why))
+                for i in np.flatnonzero(~np.isfinite(norms(out[part], self.V.mesh().comm))):
+                    lost.setdefault(first + int(i), NOT_FINITE)
+                if lost and on_failure == "raise":
+                    break
+        self._tell(lost, len(ms), on_failure)
+        out[list(lost)] = np.nan
         return out
+
+    def _tell(self, lost: dict[int, str], n: int, on_failure: str | Callable[[int, str], object]) -> None:
+        """Raise, warn or call, as `solve_many` has it."""
+        if not lost:
+            return
+        if callable(on_failure):
+            for number, why in sorted(lost.items()):
+                on_failure(number, why)
+            return
+        number, why = min(lost.items())
+        if on_failure == "raise":
+            raise SolveError(f"sample {number}: {why} on_failure='nan' goes on without it.")
+        names = ", ".join(map(str, sorted(lost)[:10])) + ", ..." * (len(lost) > 10)
+        warnings.warn(f"{len(lost)} of {n} samples have no state ({names}) and are NaN; the first: {why}",
+                      SkippedWarning, stacklevel=3)
 
     def _alone(self, m: Function) -> Function:
         """The state of one parameter."""
         raise NotImplementedError
 
-    def _states(self, ms: np.ndarray, first: int = 0) -> np.ndarray:
-        """States (n, n_owned of U) of one block, `first` the number of its first sample."""
-        size = 1 if self._march.by_member else len(ms)
-        states = [self._march.run(ms[i:i + size], first + i) for i in range(0, len(ms), size)]
-        return np.concatenate(states).reshape(len(ms), -1)
+    def _states(self, ms: np.ndarray, lose: Lose = refuse) -> np.ndarray:
+        """States (n, n_owned of U) of one block, NaN for those that `lose` hears of."""
+        size, out = self._stepper.most or len(ms), np.full((len(ms), owned_size(self.U)), np.nan)
+        for i in range(0, len(ms), size):
+            part = ms[i:i + size]
+            try:
+                out[i:i + size] = self._stepper.run(part, lambda j, why: lose(i + j, why)).reshape(len(part), -1)
+            except SolveError as error:
+                if len(part) > 1:   # what they share fails
+                    raise
+                lose(i, str(error))
+        return out
 
     def _pays(self, n: int) -> bool:
         """Whether n samples are enough to keep the responses to each coefficient of the parameter."""
@@ -134,7 +173,7 @@ class BlockForward:
 
     @cached_property
     def _backward(self) -> Backward:
-        return Backward(self._march)
+        return Backward(self._stepper)
 
     def _path(self, m: Function, state: Function | None) -> list[np.ndarray] | None:
         """States at all steps, where they are known already; the march back finds those that it needs."""

@@ -1,14 +1,13 @@
 """From what users give to an equation in UFL: unknowns in their places, conditions that fit the mesh and each other."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from firedrake import (
-    Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble, derivative,
-    homogenize,
+    Constant, DirichletBC, Function, Measure, MeshGeometry, SpatialCoordinate, as_vector, assemble, homogenize, replace,
 )
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import Form, as_tensor, as_ufl, diff, variable
@@ -18,27 +17,28 @@ from ufl.core.expr import Expr
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import exterior_measures
-from fem_diffusion.fields.coefficients import coefficients, owned_size
+from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
-from fem_diffusion.forward.unknowns import Unknown, apply_unknown, is_discontinuous
+from fem_diffusion.forward.unknowns import Unknown, apply_unknown, expanded, is_discontinuous
 from fem_diffusion.forward.weak_forms import Terms, residual
 
-__all__ = ["Equation", "boundary_value", "equation", "of_residual"]
+__all__ = ["Equation", "boundary_value", "equation"]
 
 
 @dataclass(frozen=True, eq=False)
 class Equation:
     """The residual A + N of a state, and what it is solved with."""
 
-    u: Function                # the state in A and N
-    change: Function | None    # ∂u/∂t there, None in a steady equation
-    A: Form                    # the part affine in both, a one-form
+    u: Function                # the state in A and N, in time that at the end of a step
+    old: Function | None       # in time the one at its beginning
+    A: Form                    # the part affine in them, a one-form
     N: Form | None             # the rest
     bcs: list[DirichletBC]     # strong conditions; of several for one node the last holds
     raised: dict[Unknown, Expr]   # values of those that are unknown, the last ones of `bcs`, in which they are zero
-    initial: Expr              # initial state, a UFL scalar; zero in a steady equation
+    initial: Expr              # initial state; zero in a steady equation
     unknowns: list[Unknown]
     steps: TimeSteps | None
+    imposed: bool = True       # whether the initial state takes the strong boundary values
 
     @property
     def starts(self) -> list[Unknown]:
@@ -147,7 +147,7 @@ def _check_submesh(mesh: MeshGeometry, marker: Marker, submesh: MeshGeometry) ->
 
 
 def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeSteps | None = None) -> Equation:
-    """Put the unknowns in their places, check what belongs together, and write the residual.
+    """Put the unknowns in their places, check what belongs together, and write the residual, in time of a θ-step.
 
     `given`, from `check_coefficients`: those of `Physics` and `Boundary`, ``supg`` and, if transient, ``initial``.
     """
@@ -207,25 +207,9 @@ def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeS
     raised = {} if discontinuous else {x: values[x.marker] for x in unknowns if x.kind == "dirichlet"}
     markers = [x.marker for x in raised]
     bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in ({} if discontinuous else values).items()]
-    return Equation(u, change, A, N, bcs, raised, initial, unknowns, steps)
-
-
-def of_residual(F: Form, u: Function, m: Function, bcs: Sequence[DirichletBC]) -> Equation:
-    """The equation F(u; m) = 0, split by what is affine in the state; u and m are the Functions that it holds."""
-    A, N = [], []
-    for integral in F.integrals():
-        slope = expand_derivatives(derivative(Form([integral]), u))
-        (N if u in extract_coefficients(slope) else A).append(integral)
-    unknowns, raised = [], {}
-    whole = Unknown("parameter", "parameter", None, None, m.function_space(),
-                    slice(0, owned_size(m.function_space())), m)
-    if m in extract_coefficients(F):
-        unknowns.append(whole)
-    unknown = [bc for bc in bcs if m in extract_coefficients(boundary_value(bc))]
-    for bc in unknown:
-        x = replace(whole, kind="dirichlet")
-        unknowns.append(x)
-        raised[x] = boundary_value(bc)
-    known = [bc for bc in bcs if bc not in unknown]
-    return Equation(u, None, Form(A), Form(N) if N else None, [*known, *homogenize(unknown)], raised, Zero(), unknowns,
-                    None)
+    if change is None or steps is None:
+        return Equation(u, None, A, N, bcs, raised, initial, unknowns, None)
+    new, old, theta = Function(V, name="state"), Function(V, name="former state"), Constant(steps.theta)
+    step = {u: theta * new + (1 - theta) * old, change: (new - old) / Constant(steps.time_step)}
+    return Equation(new, old, expanded(replace(A, step)), N and expanded(replace(N, step)), bcs, raised, initial,
+                    unknowns, steps)

@@ -1,348 +1,149 @@
-"""The θ-scheme for many samples at once: they march together wherever the operator does not depend on them.
+"""Problems in time from a residual in UFL: all samples of a block take each step together wherever that is possible."""
 
-A steady equation is one step without a past.
-"""
-
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from firedrake import (Cofunction, Constant, Function, Measure, NonlinearVariationalSolver, TestFunction, TrialFunction,
-                       assemble, derivative, inner, interpolate, replace)
-from firedrake.assemble import OneFormAssembler, get_assembler
-from firedrake.exceptions import ConvergenceError
+from finat.ufl import FiniteElementBase, TensorElement, VectorElement
+from firedrake import Constant, DirichletBC, Function, FunctionSpace, MixedFunctionSpace, replace
 from firedrake.functionspaceimpl import WithGeometry
-from firedrake.petsc import PETSc
-from ufl import Form, zero
-from ufl.algorithms.analysis import extract_type
-from ufl.constantvalue import Zero
+from numpy.typing import ArrayLike
+from pyadjoint import no_annotations
+from ufl import Form
+from ufl.algorithms import extract_coefficients
 from ufl.core.expr import Expr
 
-from fem_diffusion.errors import SolveError
-from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
-from fem_diffusion.forward.equation import Equation, boundary_value
-from fem_diffusion.forward.solvers import Factorised, centre, chord, variational_solver
-from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
+from fem_diffusion.checks import check_kind, check_number
+from fem_diffusion.errors import InputError
+from fem_diffusion.fields.checks import check_solver
+from fem_diffusion.fields.coefficients import field
+from fem_diffusion.forward.blocks import BlockForward
+from fem_diffusion.forward.physics import TimeSteps
+from fem_diffusion.forward.residual import of_residual
+from fem_diffusion.forward.solvers import linear_options
+from fem_diffusion.forward.stepper import Stepper
 
 __all__ = ["March"]
 
 
-def contains(form: Form | Expr, things: list[Function | Constant]) -> bool:
-    """Whether a form or expression contains one of these."""
-    return not set(things).isdisjoint(extract_type(form, (Function, Constant)))
+class March(BlockForward):
+    """The map from m to the states at chosen times of F(uⁿ⁺¹, uⁿ; m; v) = 0 for all v, step after step.
 
+    F is one step as a Firedrake user writes it, of any scheme with one former state: with ``u_mid = (u + u_old) / 2``,
+    ``F = inner(u - u_old, v) / dt * dx + inner(grad(u_mid), grad(v)) * dx - m * v * dx`` is that of Crank-Nicolson.
+    Samples march together. Where ∂F/∂u depends neither on the states nor on m, one factorisation serves all steps, and
+    a step of a block is one solve with a block of right-hand sides; where it depends on the states, a block iterates
+    with the Jacobian at a typical one, and what that loses goes to Newton's method; where it depends on m, each sample
+    has one factorisation for all its steps.
 
-class March:
-    """All steps of an equation, for blocks of parameters in M; `options` and `prefix` are those of PETSc."""
+    Parameters
+    ----------
+    F : ufl.Form
+        Residual of one step, linear in its test function, which is in the space of u; other coefficients keep their
+        values.
+    u, u_old : Function
+        States in F at the end and at the beginning of a step, in any space; neither is written to.
+    m : Function
+        The parameter: in F, in `initial` or both, in any space on a mesh that F may integrate over.
+    dt : Constant or float
+        The step, as F contains it.
+    T : float
+        The end, a multiple of dt; time begins at 0.
+    bcs : DirichletBC, or sequence of them
+        Conditions on u or its components. Values may depend on m where the space of u is scalar.
+    initial : UFL expression, optional
+        State at time 0, which may contain m; interpolated. Where left out, what u_old holds now.
+    t : Constant, optional
+        The time at the end of a step, as it appears in F and bcs: make ``t = Constant(0.0)``, write forms with it, pass
+        it here. It is overwritten by every solve.
+    times : sequence of float, optional
+        Times whose states are saved, increasing, multiples of dt from 0 to T. Where left out, T alone.
+    solver_parameters, options_prefix : "direct", "iterative" or dict, and str, optional
+        PETSc options of every linear solve, and of Newton's method where there is one, and their prefix on the command
+        line.
 
-    def __init__(self, equation: Equation, M: WithGeometry, options: dict, prefix: str | None) -> None:
-        self.e, self.M, self.options, self.prefix = equation, M, options, prefix
-        e, steps = equation, equation.steps
-        self.V = V = e.u.function_space()
-        self.old = Function(V, name="former state")
-        if steps is None:
-            self.t, self.times, self.saved, self.new = Constant(0.0), np.zeros(2), np.ones(1, dtype=int), e.u
-            self.between, self.A, self.N = np.zeros(1), e.A, e.N
-        else:
-            self.t, self.times, self.saved, self.new = steps.t, steps.all, steps.saved, Function(V, name="state")
-            # Forms are evaluated between two steps, boundary values at the later one.
-            self.between = self.times[:-1] + steps.theta * steps.time_step
-            theta = Constant(steps.theta)
-            step = {e.u: theta * self.new + (1 - theta) * self.old,
-                    e.change: (self.new - self.old) / Constant(steps.time_step)}
-            self.A, self.N = expanded(replace(e.A, step)), e.N and expanded(replace(e.N, step))
-        self.one = all(x.space == M for x in e.unknowns)   # not a Function for each of several unknowns
-        self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
-        self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}
+    Attributes
+    ----------
+    V, M, U : FunctionSpace
+        Of one state, of the parameter, and of a result: V where `times` is left out, else V with one value more for
+        each time, the last index of its entries, also of each component of a mixed V (of H(div) or H(curl) the first).
+        ``point_sensors(problem.U, points)`` reads a time series at every point.
+    m : Function
+        The problem's own parameter.
+    linear, operator_depends_on_parameter : bool
+        Whether F is affine in u and u_old together, and whether ∂F/∂u contains m.
+    steps : TimeSteps
+        All steps and the saved ones.
 
-        values, moving = [x.value for x in e.loads], [self.t, *(x.value for x in e.loads if x.moves)]
-        self.J, self.J_old = (expanded(derivative(self.R, w)) for w in (self.new, self.old))
-        direction = TrialFunction(V)
-        affine = [expanded(derivative(self.A, w, direction)) for w in (self.new, self.old)]
-        if not affine[0].integrals():
-            affine[0] = Constant(0.0) * inner(direction, TestFunction(V)) * Measure("dx", V.mesh())
-        affine = [form for form in affine if form.integrals()]   # a steady equation has no past
-        self.by_member = any(contains(form, values) for form in (self.J, *affine))
-        self.operator_moves = any(contains(form, moving) for form in (self.J, *affine))
-        # States count in the derivative where the Jacobian or ∂R/∂m contains them.
-        self.varying = self.by_member or not self.linear
-        self._assemblers = [get_assembler(form, mat_type="aij") for form in affine]
-        self._matrices: list[Any] = [None] * len(affine)
-        self._factorised, self._stale, self.prepared = None, True, None
-        self._nonlinear = self.N and get_assembler(self.N)
-        self._nonlinear_by_member = self.N is not None and contains(self.N, values)
-        self._out = Cofunction(V.dual())
-        self.load, self.boundary, self.start = Load(self), Boundary(self), Start(self)
-        # Whether the states are affine in the parameter.
-        self.affine = not self.varying and self.load.affine and self.boundary.affine and self.start.affine
-
-    def vector(self, assembler: OneFormAssembler) -> np.ndarray:
-        """Owned coefficients (n_owned of V,) of a one-form at the present values."""
-        return coefficients(assembler.assemble(tensor=self._out))
-
-    # --- operators
-
-    def prepare(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Forget operators that are others at these states (n_owned of V,), where the next ones are taken."""
-        self.prepared = new
-        if self.varying or self.operator_moves or self._factorised is None:
-            self._stale = True
-            assign(self.old, old)
-            assign(self.new, new)
-
-    def operators(self, k: int) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat | None, PETSc.KSP]:
-        """(K, A, B, ksp) of step k: A + B, ∂A/∂u_new, ∂A/∂u_old (None without a past), the factorised Jacobian."""
-        self.t.assign(self.between[k])
-        factorised = self._factorised
-        if factorised is None or self._stale or self.operator_moves:
-            self._matrices = [x.assemble(tensor=matrix) for x, matrix in zip(self._assemblers, self._matrices)]
-            A, *past = (matrix.petscmat for matrix in self._matrices)
-            if factorised is None:
-                self._K = A.duplicate() if past else A
-                factorised = self._factorised = Factorised(self.J, self.e.zero_bcs, self.options, self.prefix)
-            else:
-                factorised.update()
-            self._stale = False
-            for B in past:
-                A.copy(self._K, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-                self._K.axpy(1.0, B, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-        A, B, *_ = *(matrix.petscmat for matrix in self._matrices), None
-        return self._K, A, B, factorised.ksp
-
-    # --- marching
-
-    def initial(self, ms: np.ndarray) -> np.ndarray:
-        """Initial states (n, n_owned of V) but for their boundary values."""
-        return np.broadcast_to(Rows(self.start, ms)(0), (len(ms), owned_size(self.V))).copy()
-
-    def typical(self, states: np.ndarray) -> None:
-        """Linearise for a block at its initial states (n, n_owned of V)."""
-        mean = centre(states, self.V.mesh().comm)
-        self.prepare(mean, mean)
-
-    def run(self, ms: np.ndarray, first: int = 0, path: list | None = None) -> np.ndarray:
-        """Saved states (n, n_owned of V, number of saved times) of a block of parameters (n, n_owned of M).
-
-        Where the operator depends on the parameter n is one. `first` is the number of the first of them, for messages;
-        `path` takes the states (n, n_owned of V) at all steps.
-        """
-        u = self.initial(ms)
-        load, boundary = Rows(self.load, ms), Rows(self.boundary, ms)
-        if self.e.bcs:
-            u[:, self.e.fixed] = boundary(0)[:, self.e.fixed]
-        self.typical(u)
-        out = np.empty((*u.shape, len(self.saved)))
-        for k in range(len(self.times)):
-            if k:
-                u = self._step(k - 1, u, load, boundary, first)
-            if path is not None:
-                path.append(u)
-            out[:, :, self.saved == k] = u[:, :, None]
-        return out
-
-    def _step(self, k: int, u: np.ndarray, load: "Rows", boundary: "Rows", first: int) -> np.ndarray:
-        """States (n, n_owned of V) at step k + 1 from those at step k."""
-        start, fixed = u, self.e.fixed
-        if self.boundary.moves:
-            start = u.copy()
-            start[:, fixed] = boundary(k + 1)[:, fixed]
-        b = load(k)
-        K, A, _, ksp = self.operators(k)
-        base = multiply(K, u) + b
-        if self.linear:
-            if self.boundary.moves:
-                base += multiply(A, start - u)
-            base[:, fixed] = 0
-            return start - solve(ksp, base)
-
-        def residuals(members: np.ndarray, states: np.ndarray) -> np.ndarray:
-            rows = base[members] + multiply(A, states - u[members])
-            for i, row, new, old in zip(members, rows, states, u[members]):
-                if self._nonlinear_by_member:
-                    load.write_rest(k, i)
-                assign(self.new, new)
-                if self.e.change is not None:
-                    assign(self.old, old)
-                row += self.vector(self._nonlinear)
-            rows[:, fixed] = 0
-            return rows
-
-        new = start.copy()
-        lost = chord(residuals, ksp, new, self.V.mesh().comm)
-        for i in lost:
-            new[i] = self.newton(k, u[i], start[i], load, i, first + i)
-        if lost and k + 2 < len(self.times):   # a Jacobian at the present states serves the next steps better
-            self.typical(new)
-        return new
-
-    @cached_property
-    def _newton_solver(self) -> tuple[NonlinearVariationalSolver, Function]:
-        """Newton's method for one step, and the Function that holds its boundary values."""
-        g = Function(self.V)
-        bcs = [bc.reconstruct(g=g) for bc in self.e.bcs]
-        return variational_solver(self.R, self.new, bcs, False, False, self.options, self.prefix), g
-
-    def newton(self, k: int, old: np.ndarray, start: np.ndarray, load: "Rows", i: int, sample: int) -> np.ndarray:
-        """One step of member i by Newton's method, as owned coefficients."""
-        solver, g = self._newton_solver
-        load.write(k, i)
-        self.t.assign(self.between[k])
-        for f, values in ((self.old, old), (self.new, start), (g, start)):
-            assign(f, values)
-        try:
-            solver.solve()
-        except ConvergenceError as error:
-            raise SolveError(f"sample {sample}, step to t = {self.times[k + 1]:g}: {' '.join(str(error).split())}: "
-                             "check the range of the parameter, or take a smaller time_step.") from error
-        return coefficients(self.new)
-
-
-class Rows:
-    """What a block of members (n, n_owned of M) contributes at each step: k -> rows, shape (n or 1, columns)."""
-
-    def __init__(self, part: "Part", ms: np.ndarray) -> None:
-        self.part, self.ms, self._kept = part, ms, None
-        self._at = {x: x.at(ms, part.march.weights[x]) for x in part.unknowns}
-
-    def __call__(self, k: int) -> np.ndarray:
-        part = self.part
-        if self._kept is not None and not part.moves:
-            return self._kept
-        if part.affine:   # all members together
-            for x in self._at:
-                x.value.assign(0)
-            result = part.value(k)[None]
-            for (x, rows), matrix in zip(self._at.items(), part.columns()):
-                result = result + (rows(k) * matrix if x.strength else multiply(matrix, rows(k)))
-        else:
-            result = np.empty((len(self.ms), owned_size(part.march.V)))
-            for i, row in enumerate(result):
-                self.write(k, i)
-                row[:] = part.value(k)
-        self._kept = result
-        return result
-
-    def write_rest(self, k: int, i: int) -> None:
-        """Set the unknowns to what is left of those of member i: to zero where the rows hold all that is linear."""
-        if not self.part.affine:
-            self.write(k, i)
-            return
-        for x in self._at:
-            x.value.assign(0)
-
-    def write(self, k: int, i: int) -> None:
-        """Set the unknowns to those of member i at step k."""
-        for x, rows in self._at.items():
-            x.write(rows(k)[i])
-
-
-class Part:
-    """A quantity (n_owned of V,) that depends on some unknowns and on time: what the three below share.
-
-    It moves where one of the `forms` does. `derivatives` are forms, by each of the unknowns; they count as constant
-    unless they contain unknowns or `states`.
+    Raises
+    ------
+    InputError, InstallError
+        If F is no such form, u, u_old or m is not in it, dt does not divide the times, or options are wrong; a complex
+        PETSc.
     """
 
-    def __init__(self, march: March, unknowns: list[Unknown], derivatives: list[Form | Expr],
-                 forms: Iterable[Form | Expr] = (), states: Iterable[Function] = ()) -> None:
-        self.march, self.unknowns, self.derivatives = march, unknowns, derivatives
-        moving, forbidden = [x.value for x in unknowns if x.moves], [*states, *(x.value for x in unknowns)]
-        self.moves = any(contains(form, [march.t, *moving]) for form in forms)
-        self.affine = not any(x.real or contains(form, forbidden) for x, form in zip(unknowns, derivatives))
-        self.columns_move = any(contains(form, [march.t]) for form in derivatives)
-        self._columns = None
+    @no_annotations
+    def __init__(self, F: Form, u: Function, u_old: Function, m: Function, dt: Constant | float, T: float,
+                 bcs: DirichletBC | Sequence[DirichletBC] = (), *, initial: Expr | None = None,
+                 t: Constant | None = None, times: ArrayLike | None = None, solver_parameters: str | Mapping = "direct",
+                 options_prefix: str | None = None) -> None:
+        given: Any = dt
+        number = float(given) if isinstance(dt, Constant) and not given.ufl_shape else given
+        step, end = check_number(number, "dt", above=0), check_number(T, "T", above=0)
+        # The scheme is in F: the time there is that at the end of a step.
+        steps = TimeSteps([end] if times is None else times, step, theta=1.0, t=t)
+        if abs(steps.times[-1] - end) > 1e-9 * end:
+            raise InputError(f"times ends with {steps.times[-1]:g}, and T is {end:g}: let the last saved time be T.")
+        _check(F, u, u_old, m)
+        if isinstance(dt, Constant):
+            F = replace(F, {dt: Constant(step)})   # that of the user may change
+        V = u.function_space()
+        if initial is not None:
+            initial = check_initial(initial, V)
+        e, own = of_residual(F, u, m, bcs, u_old, initial, steps)
+        options = linear_options(check_solver(solver_parameters, options_prefix, V.comm), V, True)
+        self._pose(Stepper(e, m.function_space(), options, options_prefix), own, steps, times is None)
 
-    def columns(self) -> list[PETSc.Mat | np.ndarray]:
-        """Matrices, and for functions of time alone columns (n_owned of V,), at the present time."""
-        if self._columns is None or self.columns_move:
-            self._columns = [column(form) for form in self.derivatives]
-        return self._columns
+    def _pose(self, stepper: Stepper, parameter: Function, steps: TimeSteps, end_alone: bool = False) -> None:
+        super().__init__(stepper, parameter)
+        self.steps = steps
+        self.U = self.V if end_alone else series_space(self.V, len(steps.times))
 
-    def value(self, k: int) -> np.ndarray:
-        """At the present values and step k."""
-        raise NotImplementedError
-
-
-def column(form: Form | Expr) -> PETSc.Mat | np.ndarray:
-    """An assembled derivative: a matrix, or by a function of time alone owned coefficients."""
-    f = assemble(form, mat_type="aij")
-    return coefficients(f) if isinstance(f, (Function, Cofunction)) else f.petscmat
-
-
-class Load(Part):
-    """The residual of zero states."""
-
-    derivatives: list[Form]
-
-    def __init__(self, march: March) -> None:
-        loads, values = march.e.loads, [x.value for x in march.e.loads]
-        nothing = zero(march.new.ufl_shape)
-        form = replace(march.A, {march.new: nothing, march.old: nothing})
-        # Integrals without unknowns are the same for all members.
-        split = {True: [], False: []}
-        for integral in form.integrals():
-            split[contains(integral.integrand(), values)].append(integral)
-        self._own, self._shared = (part and get_assembler(Form(part)) for part in split.values())
-        self._kept = None
-        super().__init__(march, loads, [derivative_by(march.R, x) for x in loads], [form], [march.new, march.old])
-        # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
-        self.moves |= march.operator_moves
-
-    def value(self, k: int) -> np.ndarray:
-        """At the present values and step k."""
-        march = self.march
-        march.t.assign(march.between[k])
-        if self._kept is None or (self.moves and self._kept[0] != k):
-            self._kept = k, march.vector(self._shared) if self._shared else np.zeros(owned_size(march.V))
-        return march.vector(self._own) + self._kept[1] if self._own else self._kept[1].copy()
+    def _alone(self, m: Function) -> Function:
+        return field(self.U, self.solve_many([m])[0], name="states")
 
 
-class Boundary(Part):
-    """The strong boundary values as a Function g that is zero at free nodes.
-
-    The tape of firedrake.adjoint keeps the values of a DirichletBC fixed when it replays a variational solver, so
-    unknown ones enter the residual through g and the solver sees homogeneous ones.
-    """
-
-    def __init__(self, march: March) -> None:
-        e, V = march.e, march.V
-        self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), Zero()
-        known = len(e.bcs) - len(e.raised)
-        for i, value in enumerate(e.raised.values(), known):
-            mask = Function(V)
-            e.bcs[i].reconstruct(g=1).apply(mask)
-            for later in e.bcs[i + 1:]:
-                later.apply(mask)
-            self._masked += mask * value
-        super().__init__(march, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
-                         [*(boundary_value(bc) for bc in e.bcs[:known]), *e.raised.values()])
-        self.value(0)
-
-    def update(self) -> None:
-        """Interpolate the current parameter (recorded if a tape is running)."""
-        if self.march.e.raised:
-            self.g.interpolate(self._masked + self._known)
-        else:
-            self.g.assign(self._known)
-
-    def value(self, k: int) -> np.ndarray:
-        """At the present values and step k."""
-        self.march.t.assign(self.march.times[k])
-        for bc in self.march.e.bcs:
-            bc.apply(self._known)
-        self.update()
-        return coefficients(self.g)
+def series_space(V: WithGeometry, n: int) -> WithGeometry:
+    """The space of n states in V, whose coefficients are those of V, each with its n values."""
+    if len(V) > 1:
+        return MixedFunctionSpace([series_space(W.collapse(), n) for W in V])
+    element = V.ufl_element()
+    if isinstance(element, (VectorElement, TensorElement)):
+        inner: FiniteElementBase = element.sub_elements[0]
+        if V.block_size != np.prod(element.reference_value_shape, dtype=int) // inner.reference_value_size:
+            raise InputError(f"the states are in {element}, whose symmetry a series of them cannot keep: leave `times` "
+                             "out, or take a TensorFunctionSpace without symmetry.")
+        shape = element.reference_value_shape[:-len(inner.reference_value_shape) or None]
+        return FunctionSpace(V.mesh(), TensorElement(inner, shape=(*shape, n)))
+    return FunctionSpace(V.mesh(), VectorElement(element, dim=n))
 
 
-class Start(Part):
-    """The initial state but for its boundary values."""
+def check_initial(initial: Expr, V: WithGeometry) -> Expr:
+    """The initial state as a UFL expression with the shape of states in V."""
+    shape = getattr(initial, "ufl_shape", None)
+    if not isinstance(initial, Expr) or shape != V.value_shape:
+        raise InputError(f"initial is {initial!r}: give a UFL expression of shape {V.value_shape}, such as m itself, "
+                         "or leave it out and let u_old hold it.")
+    return initial
 
-    def __init__(self, march: March) -> None:
-        starts, self._f = march.e.starts, Function(march.V)
-        super().__init__(march, starts, [interpolate(derivative_by(march.e.initial, x), march.V) for x in starts])
 
-    def value(self, k: int) -> np.ndarray:
-        """At the present values."""
-        self.march.t.assign(0.0)
-        return coefficients(self._f.interpolate(self.march.e.initial))
+def _check(F: Form, u: Function, u_old: Function, m: Function) -> None:
+    """InputError where the former state does not fit."""
+    check_kind(F, "F", Form, "the residual of one step, a UFL form")
+    check_kind(u, "u", Function, "the Function that F contains")
+    check_kind(u_old, "u_old", Function, "the Function in F that holds the former state")
+    if u_old.function_space() != u.function_space() or u_old is u or u_old is m:
+        raise InputError("u_old must be another Function in the space of u: make one with Function(V).")
+    if u_old not in extract_coefficients(F):
+        raise InputError("F does not contain u_old: write one step with both, such as inner(u - u_old, v) / dt * dx "
+                         "for ∂u/∂t, or take Steady.")

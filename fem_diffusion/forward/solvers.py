@@ -16,16 +16,21 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, solve
 from fem_diffusion.fields.checks import petsc_reason
 
-__all__ = ["NOT_FINITE", "Factorised", "Pull", "centre", "chord", "linear_options", "norms", "refused",
-           "variational_solver"]
+__all__ = ["CHORD_DEPTH", "NOT_FINITE", "Factorised", "Pull", "centre", "chord", "conjugate", "linear_options",
+           "norms", "refused", "variational_solver"]
+
+Rowwise = Callable[[np.ndarray, np.ndarray], np.ndarray]   # of members (l,), rows (l, n_owned) to others
 
 # Up to so many unknowns, by dimension, PETSc's own LU has less overhead than MUMPS; supernodes win above.
-PETSC_LU_LIMIT = {1: 50_000, 2: 5_000, 3: 1_000}
+PETSC_LU_LIMIT = {1: 50_000, 2: 20_000, 3: 1_000}
 NOT_FINITE = ("the state is not finite: look for NaN in the parameter and coefficients, a diffusivity that is not "
               "positive, and a singular operator.")
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
 CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
 CHORD_SWEEPS = 25
+CHORD_DEPTH = 8           # secants that are kept
+GRADIENT_TOLERANCE = 1e-8   # of the preconditioned residual, over the first one
+GRADIENT_SWEEPS = 60
 NEWTON = {"snes_type": "newtonls", "snes_linesearch_type": "bt", "snes_max_it": 50,
           "snes_rtol": 1e-10, "snes_stol": 1e-10}
 
@@ -121,16 +126,16 @@ def centre(rows: np.ndarray, comm: MPI.Comm) -> np.ndarray:
     return rows[finite].mean(axis=0) if finite.any() else np.zeros(rows.shape[1])
 
 
-def chord(residuals: Callable[[np.ndarray, np.ndarray], np.ndarray], ksp: PETSc.KSP, u: np.ndarray,
-          comm: MPI.Comm) -> list[int]:
+def chord(residuals: Rowwise, ksp: PETSc.KSP, u: np.ndarray, comm: MPI.Comm) -> list[int]:
     """Iterate ``u_j -= J⁻¹ F(u_j)`` for the rows of u, shape (k, n_owned), all with one factorised J, in place.
 
-    ``residuals(members (l,), states (l, n_owned)) -> (l, n_owned)`` is F of these members at these states. A secant
-    correction (Anderson acceleration of depth one, member by member) saves 10 to 30 % of the sweeps. Returns the
-    members that stalled, diverged or ran out of sweeps.
+    ``residuals(members (l,), states (l, n_owned)) -> (l, n_owned)`` is F of these members at these states. Secants of
+    the last sweeps correct each step, member by member (Anderson acceleration: Walker & Ni 2011,
+    doi:10.1137/10078356X). Returns the members that stalled, diverged or ran out of sweeps.
     """
-    left, last, lost = np.arange(len(u)), np.full(len(u), np.inf), []
+    left, best, misses, lost = np.arange(len(u)), np.full(len(u), np.inf), np.zeros(len(u), dtype=int), []
     before = first = None
+    secants: list[tuple[np.ndarray, np.ndarray]] = []   # orthonormal changes of the step, and of the state with them
     for _ in range(CHORD_SWEEPS):
         here = u[left]
         F = residuals(left, here)
@@ -139,17 +144,65 @@ def chord(residuals: Callable[[np.ndarray, np.ndarray], np.ndarray], ksp: PETSc.
         sound = np.isfinite(now)[:, None]
         step = np.where(sound, -solve(ksp, np.where(sound, F, 0.0)), np.nan)
         size = norms(step, comm)
-        u[left] += step
-        total, shrinks = norms(u[left], comm), size < 0.9 * last   # false for NaN too
-        # A small step may only mean that J is too large: then the residual has not shrunk. At rounding it cannot.
-        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)) | (size <= 1e-13 * total)
-        keep = ~done & shrinks
-        if before is not None:
-            change = step - before[1]
-            weight = _dots(change, step, comm) / np.maximum(_dots(change, change, comm), np.finfo(float).tiny)
-            u[left[keep]] -= (weight[:, None] * (here - before[0] + change))[keep]
+        u[left] = moved = here + step
+        total, misses = norms(moved, comm), np.where(size < 0.9 * best, 0, misses + 1)
+        # A small step may only mean that J or the state is too large: then the residual has not shrunk. At rounding it
+        # cannot.
+        done = ((size <= CHORD_TOLERANCE * total) & (now <= CHORD_RESIDUAL * first)
+                | (size <= 1e-13 * total) & (now <= first))
+        # Secants may mend one bad step, unless it goes nowhere.
+        keep = ~done & (misses < 2) & (size < 10 * best)
         lost.extend(left[~done & ~keep])
-        left, last, first, before = left[keep], size[keep], first[keep], (here[keep], step[keep])
+        best = np.minimum(best, size)
+        left, best, misses, first = left[keep], best[keep], misses[keep], first[keep]
+        here, step, moved = here[keep], step[keep], moved[keep]
         if not len(left):
             break
+        secants = [(q[keep], p[keep]) for q, p in secants[1 - CHORD_DEPTH:]]
+        if before is not None:
+            change, way = step - before[1][keep], here - before[0][keep]
+            for q, p in secants:
+                weight = _dots(q, change, comm)[:, None]
+                change, way = change - weight * q, way - weight * p
+            length = np.maximum(norms(change, comm), np.finfo(float).tiny)[:, None]
+            secants.append((change / length, way / length))
+        before, rest = (here, step), step
+        for q, p in secants:
+            weight = _dots(q, rest, comm)[:, None]
+            rest = rest - weight * q
+            moved -= weight * (p + q)
+        u[left] = moved
     return lost + list(left)
+
+
+def conjugate(products: Rowwise, ksp: PETSc.KSP, b: np.ndarray, comm: MPI.Comm) -> tuple[np.ndarray, list[int]]:
+    """Solutions of ``A_j x_j = b_j`` for the rows of b, shape (k, n_owned), by conjugate gradients side by side.
+
+    ``products(members (l,), x (l, n_owned))`` are A_j x_j; one factorised matrix preconditions all of them. Returns the
+    solutions and the members for which it broke down or ran out of sweeps.
+    """
+    z = solve(ksp, b)
+    rho = _dots(b, z, comm)
+    found, left, lost = np.zeros_like(b), np.flatnonzero(rho > 0), np.flatnonzero(~(rho >= 0)).tolist()
+    x, r, p, first, rho = np.zeros_like(b[left]), b[left], z[left], rho[left], rho[left]
+    for _ in range(GRADIENT_SWEEPS):
+        if not len(left):
+            break
+        q = products(left, p)
+        with np.errstate(all="ignore"):
+            alpha = rho / _dots(p, q, comm)
+            x += alpha[:, None] * p
+            q *= alpha[:, None]
+            r -= q
+            z = solve(ksp, r)
+            new = _dots(r, z, comm)
+            p *= (new / rho)[:, None]
+        rho, sound = new, (alpha > 0) & (new >= 0)   # false for NaN too
+        p += z
+        keep = sound & (rho > GRADIENT_TOLERANCE**2 * first)
+        if not keep.all():
+            found[left[~keep]] = x[~keep]
+            lost.extend(left[~sound].tolist())
+            left = left[keep]
+            x, r, p, first, rho = (part[keep] for part in (x, r, p, first, rho))
+    return found, lost + left.tolist()

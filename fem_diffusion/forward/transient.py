@@ -22,23 +22,21 @@ operator depends on time).  A nonlinear reaction's block iterates with the Jacob
 goes to Newton's method.  Where the operator contains the unknown, each sample has one factorisation for all its steps.
 """
 
-from firedrake import Function, VectorFunctionSpace
 from firedrake.functionspaceimpl import WithGeometry
 from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 
 from fem_diffusion.checks import check_options
-from fem_diffusion.fields.coefficients import field
 from fem_diffusion.forward.advection_diffusion import posed
-from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.march import March
 from fem_diffusion.forward.physics import Boundary, Physics, TimeSteps
+from fem_diffusion.forward.stepper import Stepper
 from fem_diffusion.forward.unknowns import Name
 
 __all__ = ["TransientAdvectionDiffusion"]
 
 
-class TransientAdvectionDiffusion(BlockForward):
+class TransientAdvectionDiffusion(March):
     """The map from unknown coefficients to the states of ``∂u/∂t + v·∇u - ∇·(κ∇u) + r(u) = f`` at chosen times.
 
     The state is one Function in ``U``, a vector-valued space whose component j is u at ``times[j]``:
@@ -65,12 +63,7 @@ class TransientAdvectionDiffusion(BlockForward):
     supg, solver_parameters, options_prefix
         As for `AdvectionDiffusion`, and so is what it raises, also where times do not fit.
 
-    Attributes
-    ----------
-    V, M, U : FunctionSpace
-        Of one state, of the parameter and of the states at all saved times.
-    m, linear, operator_depends_on_parameter, steps
-        As for `AdvectionDiffusion`, and as given.
+    Attributes are those of `March`.
     """
 
     @no_annotations
@@ -78,11 +71,7 @@ class TransientAdvectionDiffusion(BlockForward):
                  physics: Physics = Physics(), bcs: Boundary = Boundary(), *, initial: Expr | float = 0,
                  supg: bool | str = "auto", solver_parameters: str | dict = "direct",
                  options_prefix: str | None = None) -> None:
-        self.steps = check_options(steps, TimeSteps, "steps")
+        steps = check_options(steps, TimeSteps, "steps")
         e, parameter, options = posed(V, M, unknown, physics, bcs, (solver_parameters, options_prefix), steps,
                                       initial=initial, supg=supg)
-        super().__init__(March(e, M, options, options_prefix), parameter)
-        self.U = VectorFunctionSpace(V.mesh(), V.ufl_element(), dim=len(steps.times))
-
-    def _alone(self, m: Function) -> Function:
-        return field(self.U, self.solve_many([m])[0], name="states")
+        self._pose(Stepper(e, M, options, options_prefix), parameter, steps)

@@ -50,8 +50,8 @@ class Unknown:
 
     @property
     def real(self) -> bool:
-        """Whether it is a number in the Real space, whose dense columns PETSc's products do not take."""
-        return is_real(self.space)
+        """Whether there are numbers in it, of Real spaces, for whose dense columns Firedrake has no matrix."""
+        return any(is_real(W) for W in self.space)
 
     def weights(self, times: np.ndarray) -> Observation | np.ndarray | None:
         """What `at` needs for each of these times: rows over the space (strength) or over the components."""

@@ -51,7 +51,8 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
     curves : int, optional
         Lines only: number of single samples; 20 where left out.
     xlabel, ylabel : str, optional
-        Position and parameter (lines), or parameter and density (numbers); ylabel of the colours (maps).
+        Position and parameter (lines), or parameter and density (numbers); ylabel of the colours (maps). The
+        parameter has the name of its space where left out.
     units, mesh_units : str, optional
         Of the parameter, and of lengths; they follow the labels in brackets.
     sensors : Observation or array_like of shape (k, gdim), optional
@@ -90,15 +91,16 @@ def plot_samples(samples: Samples, axes: Axes | Sequence[Axes] | None = None, tr
         check_kind(label, name, (str, type(None)), "a string")
     levels = () if quantile is None else (quantile,) if isinstance(quantile, Real) else quantile
     levels = together(comm, lambda: check_array(levels, "quantile", ("n",)))
+    name = V.name or "parameter"
     asked = Asked(tuple(check_number(q, "quantile", least=0, most=1) for q in levels.tolist()),
-                  None if threshold is None else check_number(threshold, "threshold"), ylabel or "parameter", units,
+                  None if threshold is None else check_number(threshold, "threshold"), ylabel or name, units,
                   mesh_units, xlabel)
     V = drawn_space(V)
     if V.ufl_element().family() == "Real":
         _refuse("numbers", curves=curves, sensors=sensors, slice=slice, line=line, boundary=boundary,
                 mesh_units=mesh_units)
         together(comm, lambda: check_axes(axes, V.dim()))
-        asked = replace(asked, name=xlabel or "parameter", density=ylabel or "density")
+        asked = replace(asked, name=xlabel or name, density=ylabel or "density")
         return plot_numbers(V, values, axes, truth, band, asked)
     V, values, truth = nodal_values(V, values, truth)
     vector, mesh = values.ndim == 3, V.mesh()

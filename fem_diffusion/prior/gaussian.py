@@ -6,7 +6,7 @@ unbounded domain of dimension d, the Matérn correlation of smoothness ``ν = m 
 ``K = M + L² A + Robin`` and ``b ~ N(0, M)`` (Croci et al. 2018; Weaver and Mirouze 2013; as in
 ``firedrake.adjoint.AutoregressiveCovariance``):
 
-    draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹
+    draw        m̄ + D R b,       R = (K⁻¹ M)^(m/2-1) K⁻¹     (other lengths: `lengths`)
     covariance  C = D R M Rᵀ D,   D = diag(std / sqrt(diag(R₀ M R₀ᵀ)))
 
 ``D`` makes the pointwise standard deviation the user's ``std`` everywhere; its ``R₀`` knows no Dirichlet condition, so
@@ -18,11 +18,10 @@ distributed mesh, and the pointwise variance.
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from firedrake import (
-    Constant, DirichletBC, Function, FunctionSpace, TestFunction, TrialFunction, dx, grad, inner, solve,
-)
+from firedrake import Constant, DirichletBC, Function, FunctionSpace, TestFunction, dx, inner, solve
 from firedrake.adjoint import AutoregressiveCovariance
 from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
@@ -30,14 +29,17 @@ from pyadjoint import no_annotations
 from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 
-from fem_diffusion.checks import LARGEST, alike, check_all, check_count, check_flag, check_number, check_seed
+from fem_diffusion.checks import alike, check_all, check_count, check_flag, check_seed
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.coefficients import coefficients, field, independent_entries, is_real, largest, require_real
+from fem_diffusion.fields.coefficients import (
+    coefficients, field, independent_entries, is_real, largest, owned_size, require_real,
+)
 from fem_diffusion.fields.checks import (
     check_finite, check_reproduced, check_rows, check_solver, check_space, exterior_measures, interpolated,
     matern_space,
 )
 from fem_diffusion.forward.solvers import linear_options
+from fem_diffusion.prior.lengths import helmholtz, read_lengths
 from fem_diffusion.prior.matern import (
     MaternOperator, NumberOperator, matern_operator, operator_order, pointwise_variance, variance_is_exact,
 )
@@ -58,8 +60,12 @@ class GaussianPrior(GaussianCore):
         vector, the unknowns are independent numbers.
     std, mean : float | ufl.core.expr.Expr
         Pointwise standard deviation, in the units of the field, and mean away from Dirichlet parts; they may vary.
-    correlation_length : float
-        Matérn length ℓ, in the units of the mesh: see `matern_correlation`; left out for numbers.
+    correlation_length : float | sequence of float | ufl.core.expr.Expr | dict
+        Matérn length ℓ, in the units of the mesh: see `matern_correlation`; left out for numbers.  A sequence holds one
+        for each axis; a UFL scalar may vary, and a symmetric tensor has the lengths as eigenvalues, along its
+        eigenvectors (fields along a flow or a slope); a dict gives each component of a vector field its own,
+        ``{0: 0.5, 1: (0.5, 0.01)}``.  Where ℓ varies, the standard deviation is still ``std`` everywhere.  Across the
+        cells of a mesh, CG1 makes short lengths longer: take CG2, and two cells for the shortest.
     bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC | None
         Conditions that every sample satisfies exactly, the mean by a Helmholtz lift that decays over ℓ.
     smoothness : float | None
@@ -81,7 +87,7 @@ class GaussianPrior(GaussianCore):
     """
 
     @no_annotations
-    def __init__(self, V: WithGeometry, std: float | Expr, correlation_length: float | None = None, *,
+    def __init__(self, V: WithGeometry, std: float | Expr, correlation_length: Any = None, *,
                  mean: float | Expr = 0.0, bcs: DirichletBC | Sequence[DirichletBC] | None = (),
                  smoothness: float | None = None, normalise: bool = True,
                  solver_parameters: str | dict = "direct") -> None:
@@ -120,7 +126,7 @@ class GaussianPrior(GaussianCore):
         space = self._space if on_base else self.V
         return coefficients(interpolated(space, value, name, (space.mesh(),)))
 
-    def _set_operator(self, correlation_length: float | None, smoothness: float | None,
+    def _set_operator(self, correlation_length: Any, smoothness: float | None,
                       solver_parameters: str | dict) -> None:
         """Check and keep what the operator of a field needs."""
         ends = set(exterior_measures(self.V.mesh()))
@@ -134,11 +140,13 @@ class GaussianPrior(GaussianCore):
             if not known:
                 raise InputError(f"bcs holds a condition on {bc.sub_domain!r}, no part of the mesh's boundary: "
                                  "name its markers.")
-        self.correlation_length = check_number(correlation_length, "correlation_length", above=0, most=LARGEST)
         d = self._space.mesh().topological_dimension
         self._order = operator_order(smoothness, d)
-        self.smoothness = self._order - d / 2
-        self._L = self.correlation_length / np.sqrt(2 * self.smoothness)
+        self.correlation_length, self.smoothness = correlation_length, self._order - d / 2
+        self._lengths = read_lengths(correlation_length, self.smoothness, self._space)
+        if not self._normalise and any(length.varying for length in self._lengths):
+            raise InputError("correlation_length varies, so the operator alone does not tell the standard deviation: "
+                             "leave normalise out.")
         self._solver_parameters = linear_options(solver_parameters, self._space, advective=False)
 
     def _conditions(self, f: np.ndarray) -> list[DirichletBC]:
@@ -163,9 +171,8 @@ class GaussianPrior(GaussianCore):
         fixed = self._applied(mean)
         check_finite(field(self.V, fixed), "the mean with the values of bcs")
         space, lift = self._space, Function(self._space)
-        u, v = TrialFunction(space), TestFunction(space)
-        K = inner(u, v) * dx + Constant(self._L**2) * inner(grad(u), grad(v)) * dx
-        solve(K == inner(Constant(np.zeros(space.value_shape)), v) * dx, lift, bcs=self._conditions(fixed - mean),
+        zero = inner(Constant(np.zeros(space.value_shape)), TestFunction(space)) * dx
+        solve(helmholtz(space, self._lengths) == zero, lift, bcs=self._conditions(fixed - mean),
               solver_parameters=self._solver_parameters)
         return self._applied(mean + coefficients(lift))    # the sum has rounding errors
 
@@ -181,7 +188,7 @@ class GaussianPrior(GaussianCore):
     def _matern(self) -> MaternOperator:
         """The operator of a field with the Dirichlet conditions, factorised."""
         conditions = self._conditions(np.zeros_like(self._std))
-        return matern_operator(self._space, self._L, self._order, conditions, self._solver_parameters)
+        return matern_operator(self._space, self._lengths, self._order, conditions, self._solver_parameters)
 
     @cached_property
     def _operator(self) -> MaternOperator | NumberOperator:
@@ -197,13 +204,20 @@ class GaussianPrior(GaussianCore):
         # An entry that stands twice in a tensor has twice the mass, and half the variance under the same operator.
         counts = np.sqrt(independent_entries(self.V)[1])
         scale = (self._std.reshape(-1, len(counts)) * counts).ravel()  # components are interleaved
-        if not self._normalise:
-            return scale
-        scalar, op = self._space, None if self.bcs or self.V.value_shape else self._matern
+        scalar, own = self._space, not self.bcs and not self.V.value_shape
         if scalar.value_shape:
             scalar = FunctionSpace(scalar.mesh(), scalar.ufl_element().sub_elements[0])
-        op = op or matern_operator(scalar, self._L, self._order, (), self._solver_parameters)
-        return scale / np.sqrt(np.repeat(pointwise_variance(op), self.V.block_size))
+        columns = []
+        for length in self._lengths:
+            variance = np.ones(owned_size(scalar))
+            if self._normalise:
+                variance = pointwise_variance(self._matern if own else matern_operator(
+                    scalar, [length], self._order, (), self._solver_parameters))
+            # All components share the weight of the first.
+            ratio = (self._lengths[0].mean / length.mean)**scalar.mesh().topological_dimension
+            columns.append(variance * ratio)
+        blocks = self.V.block_size // len(columns)
+        return scale / np.sqrt(np.repeat(np.stack(columns, axis=1), blocks, axis=1).ravel())
 
     @property
     def covariance(self) -> AutoregressiveCovariance | None:
@@ -252,8 +266,13 @@ class GaussianPrior(GaussianCore):
             self._variances[exact] = pointwise_variance(self._matern, exact)
         return field(self.V, self._scale * np.sqrt(self._variances[exact]))
 
+    @property
+    def _told(self) -> str:
+        """The correlation length in a word or a few."""
+        return "varying" if any(x.varying for x in self._lengths) else f"{self.correlation_length}"
+
     def __repr__(self) -> str:
         low, high = self._range
         std = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-        length = "" if is_real(self.V) else f", correlation_length={self.correlation_length:g}, ν={self.smoothness:g}"
+        length = "" if is_real(self.V) else f", correlation_length={self._told}, ν={self.smoothness:g}"
         return f"GaussianPrior({self.V.dim()} unknowns, {self.V.ufl_element()}, std={std}{length}, bcs={len(self.bcs)})"

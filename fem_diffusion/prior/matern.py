@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from firedrake import (
     BrokenElement, Constant, DirichletBC, Function, SpatialCoordinate, TestFunction, TrialFunction, VectorFunctionSpace,
-    assemble, dx, grad, homogenize, inner, interpolate,
+    assemble, dx, homogenize, inner, interpolate,
 )
 from firedrake.adjoint import AutoregressiveCovariance
 from firedrake.functionspaceimpl import WithGeometry
@@ -18,14 +18,13 @@ from scipy.special import gamma, kv
 
 from fem_diffusion.checks import check_array, check_number
 from fem_diffusion.errors import InputError
-from fem_diffusion.fields.checks import exterior_measures
 from fem_diffusion.fields.coefficients import largest, multiply, owned_size, solve
 from fem_diffusion.fields.modes import without_conditions
+from fem_diffusion.prior.lengths import Length, helmholtz
 
 __all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_operator", "operator_order",
            "pointwise_variance", "variance_is_exact"]
 
-_ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficient
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
 _VARIANCE_ERROR = 0.015  # relative standard error of the estimated pointwise variance of larger problems
 _BLOCK_BYTES = 2**26     # memory for one block of right-hand sides
@@ -174,14 +173,14 @@ def _levels(x: np.ndarray) -> np.ndarray:
     return levels
 
 
-def matern_operator(V: WithGeometry, L: float, m: int, bcs: Sequence[DirichletBC],
+def matern_operator(V: WithGeometry, lengths: Sequence[Length], m: int, bcs: Sequence[DirichletBC],
                     solver_parameters: dict) -> MaternOperator:
-    """Build the operator on V with scale L, order m and homogeneous bcs."""
-    mesh = V.mesh()
-    u, v = TrialFunction(V), TestFunction(V)
-    K = inner(u, v) * dx + Constant(L**2) * inner(grad(u), grad(v)) * dx
-    K += sum(Constant(_ROBIN * L) * inner(u, v) * ds for ds in exterior_measures(mesh).values())
-    d = mesh.topological_dimension
+    """Build the operator on V with one scale, or one of each component, order m and homogeneous bcs.
+
+    The weight is that of the first scale.
+    """
+    u, v, K, L = TrialFunction(V), TestFunction(V), helmholtz(V, lengths, boundary=True), lengths[0].mean
+    d = V.mesh().topological_dimension
     weight = np.sqrt(gamma(m) * (4 * np.pi)**(d / 2) * L**d / gamma(m - d / 2))
     covariance = AutoregressiveCovariance(V, L, m=m, form=K, weight=Constant(weight), bcs=homogenize(list(bcs)),
                                           solver_parameters=solver_parameters)

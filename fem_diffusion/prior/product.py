@@ -42,6 +42,7 @@ class ProductPrior(Prior):
         if any(prior.V.comm.size != self.priors[0].V.comm.size for prior in self.priors):
             raise InputError("the priors live on different communicators: build them on one mesh and its submeshes.")
         self.V = MixedFunctionSpace([prior.V for prior in self.priors])
+        self.V.dim()    # collective the first time, which no __repr__ must be
         transformed = any(prior.core is not prior for prior in self.priors)
         self._core = ProductPrior([prior.core for prior in self.priors]) if transformed else self
 

@@ -16,17 +16,14 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import field, on_root, owned_size, require_real
 from fem_diffusion.fields.events import event
+from fem_diffusion.forward.blocks import SkippedWarning
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.progress import LOG, bar
 from fem_diffusion.simulation.data_set import Block, DataSet, Folder
 from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths
 
-__all__ = ["DataSet", "SkippedWarning", "load_pairs", "simulate", "simulated_parameter"]
-
-
-class SkippedWarning(UserWarning):
-    """Samples whose solve failed are missing in a data set, which conditions the prior on success."""
+__all__ = ["DataSet", "load_pairs", "simulate", "simulated_parameter"]
 
 
 def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathLike | None = None,

@@ -18,6 +18,7 @@ from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.forward.taped import Taped
 from fem_diffusion.observation.family import SensorFamily
@@ -118,13 +119,15 @@ class Job:
 
         Derivatives take the fields (n, n_owned) before any transform.
         """
-        together, apply = None, self._blocks
+        together, apply, lost = None, self._blocks, {}
         if apply is not None and len(parameters):
-            # A whole block at once is fast, but does not tell who fails.
+            # A whole block at once is fast, but a solver of the user's own does not tell who fails.
             with contextlib.suppress(_Failed):
-                together = self._solve_many(parameters, apply)
+                together = self._solve_many(parameters, apply, lost)
         for row, i in enumerate(positions):
             try:
+                if together and row in lost:
+                    raise _Failed(lost[row])
                 if apply is None:
                     kept, readings = self._solve_one(parameters[row])
                 else:
@@ -166,10 +169,19 @@ class Job:
                                      "without derivatives.")
                 return
 
-    def _solve_many(self, parameters: np.ndarray, observe: Callable) -> tuple[np.ndarray, np.ndarray]:
-        """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails."""
-        return self._solve(parameters, lambda: self.problem.states(parameters, self._forward), lambda x: x,
-                           observe)
+    def _solve_many(self, parameters: np.ndarray, observe: Callable, lost: dict[int, str] | None = None
+                    ) -> tuple[np.ndarray, np.ndarray]:
+        """States and readings of parameters (n, n_owned) as one block; _Failed where one of them fails.
+
+        A solver that tells which of them have no state puts these and the reasons into `lost`, and zeros in their rows.
+        """
+        def run() -> np.ndarray:
+            if lost is None or not isinstance(self._forward, BlockForward):
+                return self.problem.states(parameters, self._forward)
+            states = self.problem.states(parameters, self._forward, on_failure=lost.setdefault)
+            states[list(lost)] = 0.0
+            return states
+        return self._solve(parameters, run, lambda x: x, observe)
 
     def _solve_one(self, values: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
         """State and readings of one parameter (n_owned,) by a call; _Failed where it fails."""

@@ -50,7 +50,7 @@ class Verdict:
 
 def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequence[float | None] | None = None,
            samples: Samples | None = None, check: Check | bool | None = None, question: str | None = None,
-           title: str | None = None, name: str | Sequence[str] = "unknown",
+           title: str | None = None, name: str | Sequence[str] | None = None,
            units: str | Sequence[str | None] | None = None, mesh_units: str | None = None, reading: str = "reading",
            lines: Sequence | np.ndarray | None = None, boundaries: Sequence[int | str] = (),
            slices: Sequence[tuple[str, float]] | None = None, draws: int | None = None, solves: int = 50,
@@ -74,7 +74,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     question, title : str, optional
         What is to be decided, in a sentence, and the heading.
     name, units : str, or sequence of them, optional
-        Of the unknown, or of each of several.
+        Of the unknown, or of each of several; the names of their spaces where left out.
     mesh_units, reading : str, optional
         Unit of lengths, and what the sensors measure, with its unit.
     lines : sequence of array_like of shape (2, gdim), optional
@@ -179,18 +179,18 @@ def _unknowns(samples: Samples, name: Any, units: Any, threshold: Any) -> list[U
     """Name, unit and threshold of each unknown."""
     count = len(samples.V)
 
-    def each(given: Any, label: str, default: str | None) -> list:
+    def each(given: Any, label: str) -> list:
         if isinstance(given, (list, tuple, np.ndarray)):
             if len(given) != count:
                 raise InputError(f"{label} has {len(given)} entries and there are {count} unknowns: give one for each.")
             return list(given)
-        if count > 1 and given is not None and given != default:
+        if count > 1 and given is not None:
             raise InputError(f"There are {count} unknowns: give {label} as a sequence, one for each.")
         return [given] * count
-    names = each(name, "name", "unknown")
-    if count > 1 and isinstance(name, str):
-        names = [f"{name} {i}" for i in range(count)]
-    parts = zip(names, each(units, "units", None), each(threshold, "threshold", None))
+    names = each(name, "name")
+    if name is None:
+        names = [W.name or (f"unknown {i}" if count > 1 else "unknown") for i, W in enumerate(samples.V)]
+    parts = zip(names, each(units, "units"), each(threshold, "threshold"))
     return [Unknown(_label(n, "name"), check_kind(u, "units", (str, type(None)), "a string"),
                     None if t is None else check_number(t, "threshold")) for n, u, t in parts]
 

@@ -11,7 +11,10 @@ from firedrake import (
 from firedrake.adjoint import Control, ReducedFunctional, continue_annotation, pause_annotation, taylor_test
 from pyadjoint import Tape, set_working_tape
 
-from fem_diffusion import AdvectionDiffusion, Boundary, Physics, Steady
+from fem_diffusion import (
+    AdvectionDiffusion, Boundary, GaussianPrior, InverseProblem, Physics, SkippedWarning, Steady, TransformedPrior,
+    point_sensors, simulate,
+)
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 
@@ -116,11 +119,19 @@ def several():
     return inner(grad(u), grad(v)) * dx + u * v * dx - f * v * dx - exp(c) * v * ds(2), u, m, DirichletBC(V, 0, 1)
 
 
+def several_affine():
+    """The same, affine in both."""
+    _, u, m, bcs = several()
+    (f, c), v = split(m), TestFunction(u.function_space())
+    return inner(grad(u), grad(v)) * dx + u * v * dx - f * v * dx - c * v * ds(2), u, m, bcs
+
+
 # Whether the residual is affine in the state, and whether its derivative contains the parameter.
 CASES = {source: (True, False), logistic: (False, False), in_one: (False, False), in_one_bent: (False, False),
          diffusivity: (True, True), conduction: (False, True),
          raised: (False, False), stokes: (True, False), navier_stokes: (False, False), elastic: (True, True),
-         mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False)}
+         mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False),
+         several_affine: (True, False)}
 
 
 def parameters(M, n, seed=0):
@@ -281,3 +292,94 @@ def test_members_that_have_no_solution_are_named():
 def test_what_is_no_residual_is_refused(change, words):
     with pytest.raises(InputError, match=words):
         Steady(*change(*source()))
+
+
+def rotating():
+    """An unknown velocity, so that the operator is not symmetric, and a reaction."""
+    V = FunctionSpace(mesh(), "CG", 1)
+    u, m, v = Function(V), Function(VectorFunctionSpace(mesh(), "CG", 1)), TestFunction(V)
+    F = (inner(grad(u), grad(v)) + 5 * dot(m, grad(u)) * v + u * v - v) * dx
+    return F, u, m, DirichletBC(V, 0, 1)
+
+
+def viscous():
+    """A saddle point with an unknown log-viscosity."""
+    F, z, m, bcs = stokes()
+    M = FunctionSpace(mesh(), "CG", 1)
+    g, u, v = Function(M), split(z)[0], TestFunctions(z.function_space())[0]
+    return F + inner((exp(g) - 1) * grad(u), grad(v)) * dx + inner(m - as_vector([0, 1]), v) * dx, z, g, bcs
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("case", [diffusivity, elastic, conduction, rotating, viscous])
+def test_operators_of_their_own_share_a_factorisation(case, monkeypatch):
+    F, u, m, bcs = case()
+    problem, rows = Steady(F, u, m, bcs), parameters(m.function_space(), 8)
+    right = loop(F, u, m, bcs, rows)
+    with monkeypatch.context() as patch:   # none is left to a solver for one
+        patch.setattr(problem._stepper, "state", lambda row: pytest.fail("a member is lost"))
+        found = problem.solve_many(rows)
+        assert np.linalg.norm(problem.solve_many(rows[::-1])[::-1] - found) < 1e-8 * np.linalg.norm(found)
+    scale = np.sqrt(problem.V.comm.allreduce((right**2).sum()))
+    assert np.sqrt(problem.V.comm.allreduce(((found - right)**2).sum())) < 1e-8 * scale
+    problem.sensitivity(field(problem.M, rows[0]), np.ones((1, owned_size(problem.V))))   # factorises another operator
+    again = problem.solve_many(rows)
+    assert np.sqrt(problem.V.comm.allreduce(((again - right)**2).sum())) < 1e-8 * scale
+
+
+@pytest.mark.parametrize("case", [diffusivity, conduction])
+def test_members_far_from_all_others_are_found(case):
+    F, u, m, bcs = case()
+    problem, rows = Steady(F, u, m, bcs), 6 * parameters(m.function_space(), 9) - 3
+    found, right = problem.solve_many(rows), loop(F, u, m, bcs, rows)
+    assert np.linalg.norm(found - right) < 1e-7 * np.linalg.norm(right)
+
+
+def failing(**options):
+    """u = log(m), which has no state where m is negative."""
+    V, u, m, v = scalar()
+    rows = np.full((5, V.dim()), 5.0)
+    rows[[1, 3]] = -5.0
+    return Steady((exp(u) - m) * v * dx, u, m, **options), rows
+
+
+def test_what_a_failure_does_is_chosen():
+    problem, rows = failing()
+    with pytest.raises(SolveError, match="sample 1: .*on_failure='nan'"):
+        problem.solve_many(rows)
+    with pytest.warns(SkippedWarning, match=r"2 of 5 samples have no state \(1, 3\)"):
+        found = problem.solve_many(rows, block=2, on_failure="nan")
+    assert np.isnan(found[[1, 3]]).all()
+    np.testing.assert_allclose(found[[0, 2, 4]], np.log(5), rtol=1e-9)
+    told = {}
+    problem.solve_many(rows, on_failure=told.setdefault)
+    assert list(told) == [1, 3] and all("range of the parameter" in why for why in told.values())
+    with pytest.raises(InputError, match="on_failure"):
+        problem.solve_many(rows, on_failure="ignore")
+
+
+def test_a_parameter_that_newton_does_not_reach_is_approached():
+    few = {"snes_max_it": 8, "snes_linesearch_type": "basic", "ksp_type": "preonly", "pc_type": "lu"}
+    problem, rows = failing(solver_parameters=few)
+    rows = 2.0 + np.array([0.0, 0.1, 400.0])[:, None] * np.ones(rows.shape[1])
+    problem.linearise_at(field(problem.M, rows[0]))
+    np.testing.assert_allclose(problem.solve_many(rows), np.log(rows), rtol=1e-8)
+    far = field(problem.M, rows[2])
+    np.testing.assert_allclose(coefficients(problem(far)), np.log(rows[2]), rtol=1e-8)
+    problem._stepper._continued = lambda row: None
+    with pytest.raises(SolveError):
+        problem(far)
+
+
+def test_simulate_takes_the_members_that_are_found(monkeypatch):
+    problem, _ = failing()
+    prior = TransformedPrior(GaussianPrior(problem.M, 1.0, 0.5), lambda g: 1.5 + g)
+    inverse = InverseProblem(prior, problem, point_sensors(problem.V, [(0.5, 0.5)]))
+    with pytest.warns(SkippedWarning):
+        right = simulate(inverse, 60, seed=1, skip=0.9, progress=False)
+    assert 0 < len(right.skipped) < 40 and "range of the parameter" in right.skipped[0][1]
+    calls, solve = [], problem.solve_many
+    monkeypatch.setattr(problem, "solve_many", lambda ms, **given: calls.append(len(ms)) or solve(ms, **given))
+    with pytest.warns(SkippedWarning):
+        simulate(inverse, 60, seed=1, skip=0.9, progress=False)
+    assert calls == [60]   # nothing is solved twice

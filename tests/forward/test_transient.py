@@ -264,7 +264,7 @@ def test_no_solution_names_sample_and_time():
     V = FunctionSpace(mesh, "CG", 1)
     problem = TransientAdvectionDiffusion(V, V, "initial", TimeSteps(times=[2.0], time_step=0.5, theta=1.0),
                                           Physics(reaction=lambda u: -u**2))
-    with pytest.raises(SolveError, match="sample 1, step to t = .*time_step"):
+    with pytest.raises(SolveError, match="sample 1: step to t = .*time_step"):
         problem.solve_many([Function(V).assign(0.01), Function(V).assign(1.0)])
     assert np.isfinite(problem.solve_many([Function(V).assign(0.01)])).all()
 

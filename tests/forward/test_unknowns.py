@@ -259,8 +259,8 @@ def test_options_reach_petsc():
                                                              "ksp_rtol": 1e-12}, options_prefix="mine_")
     direct = channel(reaction=quadratic)
     m = draws(problem, 2)
-    assert problem._march.solver.snes.ksp.getType() == "gmres"
-    assert problem._march.solver.snes.getOptionsPrefix() == "mine_"
+    assert problem._stepper.solver.snes.ksp.getType() == "gmres"
+    assert problem._stepper.solver.snes.getOptionsPrefix() == "mine_"
     assert np.allclose(problem.solve_many(m), direct.solve_many(m), rtol=1e-8)
 
 

@@ -19,7 +19,8 @@ from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
-from fem_diffusion.simulation.simulate import SkippedWarning, load_pairs, simulate, simulated_parameter
+from fem_diffusion.forward.blocks import SkippedWarning
+from fem_diffusion.simulation.simulate import load_pairs, simulate, simulated_parameter
 
 SEED, BLOCK = 3, 8
 
