@@ -1,5 +1,7 @@
 """Bases from moments: of a linear problem, of training pairs, or of standardisation alone."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -10,8 +12,10 @@ from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error"]
+__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_uncertain"]
 
+# Standard error of the base, in posterior standard deviations, from which pairs are too few.
+_UNCERTAIN = 0.5
 # A sensor that varies by so many roundings of its mean does not vary.
 _ROUNDINGS = 4
 # Share of the variance of a latent that the others may leave at least.
@@ -110,6 +114,15 @@ def standard_error(base: GaussianBase, n: int, noise_covariance: Tensor, sloped:
     spread = float(torch.linalg.eigvalsh(gain @ (emulator.residual - noise_covariance) @ gain.T)[-1].clamp(min=0))
     told = float((values / (1 + values)).clamp(min=0).sum())
     return (spread * (3 / n if sloped else (told + 1) / max(n - r - 1, 1)))**0.5
+
+
+def tell_uncertain(base: GaussianBase, n: int, noise_covariance: Tensor, sloped: bool) -> None:
+    """Warn where `standard_error` says that n pairs are too few."""
+    error = standard_error(base, n, noise_covariance, sloped)
+    if error > _UNCERTAIN:
+        warnings.warn(f"{n} pairs leave the Gaussian base of {base.r} latents uncertain: posterior means by some "
+                      f"{error:.2g} posterior standard deviations. Simulate more pairs, or keep their derivatives, "
+                      "simulate(..., derivatives=True), or fewer modes.", stacklevel=3)
 
 
 def check_base(base: GaussianBase) -> GaussianBase:

@@ -11,7 +11,6 @@ best weights there are kept, and `collapse` measures what is left and warns.
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
 from fem_diffusion.diffusion.base.emulator import fit_emulator, roots, spread
-from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base, standard_error
+from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base, tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
@@ -48,8 +47,6 @@ _SPECTRUM_ANGLES = 48
 _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
 # Latents that are drawn where few pairs are held out.
 _DRAWN = 512
-# Standard error of the base, in posterior standard deviations, from which pairs are too few.
-_UNCERTAIN = 0.5
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
 _NEGLIGIBLE = 1e-2
 
@@ -66,7 +63,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
     exact, and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 %
     in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured
-    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells.
+    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
+    warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
     the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a value
@@ -128,11 +126,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         bases = [base] if isinstance(base, GaussianBase) else _bases(
             z, y, slopes, parts, base, standard_prior, options, checkpoint, progress)
         if base == "gaussian" and not family:
-            error = standard_error(bases[0], len(z), parts.covariance, slopes is not None)
-            if error > _UNCERTAIN:
-                warnings.warn(f"{len(z)} pairs leave the Gaussian base of {z.shape[1]} latents uncertain: posterior "
-                              f"means by some {error:.2g} posterior standard deviations. Simulate more pairs, or keep "
-                              "their derivatives, simulate(..., derivatives=True), or fewer modes.", stacklevel=2)
+            tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
         emulator = bases[0].emulator
