@@ -54,6 +54,7 @@ from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod 
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore as GaussianCore, Prior as Prior
+from fem_diffusion.prior.recipes import bounded as bounded, divergence_free as divergence_free
 from fem_diffusion.prior.scalar import ScalarPrior as ScalarPrior
 from fem_diffusion.prior.transformed import (
     CallablePrior as CallablePrior, TransformedPrior as TransformedPrior, level_set as level_set,

@@ -134,14 +134,17 @@ def chain_numbers(problem: InverseProblem, seed: int, chains: int, draws: int | 
 def reference_latents(problem: InverseProblem, y: np.ndarray, basis: ModalBasis | None) -> LatentProblem:
     """The measurement in latents; where no basis is given, of as many modes as the readings see of the prior."""
     latent = LatentProblem(problem, y, basis)
-    most = min(_MODES, problem.V.dim())
+    most, missing = min(_MODES, problem.V.dim()), 1e-3
     while basis is None and latent.r < most:
         left = unseen(latent, np.zeros((_LOOKS, latent.r)))[0]
         if not left > _VISIBLE:
             if np.isnan(left):
                 _warn(_unknown(latent))
             break
-        latent = LatentProblem(problem, y, karhunen_loeve(problem.prior, min(2 * latent.r, most)))
+        # By shares, which every component of a product has.
+        missing /= 4
+        more = karhunen_loeve(problem.prior, retained=1 - missing)
+        latent = LatentProblem(problem, y, more.leading(min(more.r, most)))
     return latent
 
 

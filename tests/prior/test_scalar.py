@@ -71,6 +71,33 @@ def test_slopes_are_those_of_the_transform_and_go_through_products_and_transform
     np.testing.assert_allclose(square.slope_many(one), np.exp(one), rtol=1e-12)
 
 
+@pytest.mark.parallel([1, 2])
+def test_ordered_numbers_have_the_law_of_independent_ones_in_that_order():
+    R = VectorFunctionSpace(UnitSquareMesh(2, 2), "R", 0, dim=3, name="times")
+    law = stats.gamma(2)
+    prior, n = ScalarPrior(R, law, ordered=True), 4000
+    x = np.concatenate(R.comm.allgather(prior.sample_many(n, seed=1)), axis=1)
+    assert (np.diff(x, axis=1) > 0).all() and repr(prior) == "ScalarPrior(times ~ gamma(2) each, ordered)"
+    same = np.sort(law.rvs((n, 3), random_state=2), axis=1)
+    for one, other in zip(x.T, same.T):
+        assert stats.ks_2samp(one, other).pvalue > 1e-3
+    gaps = stats.ks_2samp(np.diff(x, axis=1).ravel(), np.diff(same, axis=1).ravel())
+    assert gaps.pvalue > 1e-3
+    rows, h = np.random.default_rng(3).standard_normal((2, prior.core.sample_many(1, 0).shape[1])), 1e-6
+    for scale in (1.0, 4.0):
+        at = scale * prior.core.sample_many(1, seed=4)[0]
+        steps = h * np.eye(3)[:, :len(at)]      # one rank has all numbers
+        ahead, behind = prior.transform_many(at + steps), prior.transform_many(at - steps)
+        np.testing.assert_allclose(prior.pull_back(rows, at), (rows @ (ahead - behind).T)[:, :len(at)] / (2 * h),
+                                   rtol=1e-4, atol=1e-7)
+    far = prior.transform_many(np.array([[-30.0, 30.0, -30.0], [30.0, 30.0, 30.0]])[:, :len(at)])
+    assert np.isfinite(far).all() and (np.diff(far, axis=1) >= 0).all()
+    for action, words in ((lambda: prior.slope_many(at[None]), "use pull_back"),
+                          (lambda: ScalarPrior(R, [law] * 3, ordered=True), "one law")):
+        with pytest.raises(InputError, match=words):
+            action()
+
+
 def source_and_field():
     """A source of unknown strength, which is a number, beside an unknown field."""
     R, V, _ = spaces()
@@ -122,6 +149,13 @@ def test_strength_and_field_together_have_the_exact_posterior():
     mean, std = weights @ strength, np.sqrt(weights @ strength**2 - (weights @ strength)**2)
     at = laplace(problem, y, basis=basis).sample(500, seed=1).component(0).values[:, 0]
     assert abs(at.mean() - mean) < std and at.min() > 0
+
+
+def test_references_take_as_many_modes_of_a_product_as_sharp_readings_see():
+    problem, _ = source_and_field()
+    sharp = InverseProblem(problem.prior, problem.forward, problem.observation, 1e-4)
+    y = sharp.measurements(sharp.prior.sample_many(1, seed=2), seed=2)[0]
+    assert laplace(sharp, y).basis.r > karhunen_loeve(sharp.prior).r
 
 
 def test_a_bounded_rate_is_inferred_by_the_whole_job():
