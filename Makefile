@@ -30,7 +30,7 @@ export OMPI_MCA_btl_vader_single_copy_mechanism = none
 .PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
         demo-pde test \
         test-quick test-slow \
-        lint clean benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
+        lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
         benchmark-ensemble benchmark-solves benchmark-peers
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo "make test-slow       the slow tests"
 	@echo "make install         only the environment: .venv with PETSc, Firedrake and torch"
 	@echo "make lint            flake8, and pyright on the package"
+	@echo "make benchmark               all ratios of speed in one table, and scaling to a million unknowns (QUICK=1: small)"
 	@echo "make benchmark-forward       blocks of samples against loops over solvers, steady and transient"
 	@echo "make benchmark-formulations  formulations, samplers and evaluations on known posteriors (QUICK=1: fewer)"
 	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
@@ -108,6 +109,10 @@ test-slow: install
 lint: install
 	$(RUN) -m flake8
 	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
+
+# An hour or more; QUICK=1 tries it at small sizes and leaves the page as it is.
+benchmark: install
+	$(RUN) benchmarks/performance.py $(if $(QUICK),--quick --out benchmarks/output/performance.md)
 
 benchmark-formulations: install
 	$(RUN) benchmarks/formulations.py --size $(if $(QUICK),quick,full)

@@ -26,6 +26,8 @@ __all__ = ["Samples", "load_samples"]
 _FILE = "samples.safetensors"
 # Samples in the files for other programs, which are slow to write.
 _VIEWED = 20
+# Coefficients for which a summary is made at a time.
+_WIDTH = 8192
 # Numbers that a summary tells, of one component.
 _TOLD = 12
 
@@ -54,8 +56,23 @@ class Samples:
     def __post_init__(self) -> None:
         self.V.dim()    # collective the first time, which __repr__ must not be
 
+    @classmethod
+    def later(cls, V: WithGeometry, values: Callable[[], np.ndarray], latents: np.ndarray) -> "Samples":
+        """Samples whose coefficients are made when they are first asked for; on several ranks at once."""
+        if V.comm.size > 1:   # later not all ranks may ask, and all are needed
+            return cls(V, values(), latents)
+        samples = object.__new__(cls)
+        vars(samples).update(V=V, latents=latents, certificate=None, _values=values)
+        return samples
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name != "values" or "_values" not in vars(self):
+            raise AttributeError(f"Samples have no {name!r}.")
+        vars(self)["values"] = vars(self).pop("_values")()
+        return self.values
+
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.latents)
 
     def __repr__(self) -> str:
         certificate = "" if self.certificate is None else f"\n{self.certificate}"
@@ -64,7 +81,8 @@ class Samples:
 
     def _numbers(self) -> Iterator[str]:
         """A line for each component of numbers that this rank holds: "rate: 0.31 ± 0.04"."""
-        for i, (W, part) in enumerate(zip(self.V, by_component(self.V, self.values))):
+        parts = by_component(self.V, self.values) if any(map(is_real, self.V)) else ()
+        for i, (W, part) in enumerate(zip(self.V, parts)):
             if is_real(W) and 1 < len(part) and 0 < part.shape[1] <= _TOLD:
                 texts = (f"{mean:.4g} ± {std:.2g}" for mean, std in zip(part.mean(axis=0), part.std(axis=0, ddof=1)))
                 yield f"\n{W.name or (f'component {i}' if len(self.V) > 1 else 'parameter')}: {', '.join(texts)}"
@@ -105,13 +123,18 @@ class Samples:
         """Pointwise standard deviation at the nodes."""
         if len(self) < 2:
             raise InputError("A standard deviation needs at least 2 samples.")
-        return field(self.V, self.values.std(axis=0, ddof=1), name="std")
+        return field(self.V, self._columns(lambda x: x.std(axis=0, ddof=1)), name="std")
 
     def quantile(self, q: float) -> Function:
         """Pointwise quantile at the nodes, 0 <= q <= 1."""
         self._check_some()
         q = check_number(q, "q", least=0, most=1)
-        return field(self.V, np.quantile(self.values, q, axis=0), name=f"quantile_{q:g}")
+        return field(self.V, self._columns(lambda x: np.quantile(x, q, axis=0)), name=f"quantile_{q:g}")
+
+    def _columns(self, f: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """What f makes of all samples at each coefficient (n_owned,), some coefficients at a time to save memory."""
+        width = self.values.shape[1]
+        return np.concatenate([f(self.values[:, i:i + _WIDTH]) for i in range(0, max(width, 1), _WIDTH)])
 
     def map(self, f: Callable[[Function], Any]) -> np.ndarray:
         """A quantity of interest of every sample, shape (n, ...) (collective).

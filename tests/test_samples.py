@@ -40,6 +40,30 @@ def test_quantities_of_interest_are_mapped():
     np.testing.assert_array_equal(samples.values, before)
 
 
+def test_fields_are_made_once_and_only_when_asked_for():
+    asked = []
+
+    def values():
+        asked.append(1)
+        return np.arange(200.0).reshape(40, 5)
+    samples = Samples.later(LINE, values, np.ones((40, 2)))
+    assert len(samples) == 40 and "40 with 5 unknowns" in repr(samples) and not asked
+    np.testing.assert_array_equal(coefficients(samples.mean()), np.arange(5) + 97.5)
+    np.testing.assert_allclose(coefficients(samples.std()), np.std(5.0 * np.arange(40), ddof=1))
+    np.testing.assert_allclose(coefficients(samples.quantile(0.25)), np.arange(5) + 5 * 9.75)
+    assert len(asked) == 1
+    with pytest.raises(AttributeError, match="variance"):
+        samples.variance
+
+
+@pytest.mark.parallel(2)
+def test_on_two_ranks_fields_are_made_at_once():
+    asked = []
+    V = FunctionSpace(UnitIntervalMesh(4), "CG", 1)
+    Samples.later(V, lambda: asked.append(1) or np.ones((3, owned_size(V))), np.ones((3, 1)))
+    assert asked
+
+
 @pytest.mark.parametrize("f, words", [
     (3, "f is 3: give a function"), (lambda m: None, "f gives object values"), (lambda m: "a", "f gives <U1 values"),
     (lambda m: [1.0] * (1 + (m.dat.data_ro[0] > 0)), "arrays of different shapes")])

@@ -5,9 +5,10 @@ marks along its surface. Plane strain, linear elasticity, Young's modulus E(x) =
 
     -∇·σ = 0,   σ = λ tr(ε) I + 2 μ ε,   u = 0 at the bottom,   σ n = -p n on top,   σ n = 0 at the sides.
 
-The equations are linear in the displacement u, but u is nonlinear in E. The solver below is any Firedrake user's. The
+The equations are linear in the displacement u, but u is nonlinear in E. The problem below is any Firedrake user's. The
 lines marked "added" are all that turns it into a sampler of E given the marks; `check` then asks 400 pairs that were
-not used in training whether the truth is where the samples say it is.
+not used in training whether the truth is where the samples say it is. `Steady` solves it for many stiffnesses at once;
+any function E -> u would do as well, one solve after another.
 
     python demos/elastic_stiffness/elastic_stiffness.py [--output FOLDER]
 """
@@ -18,14 +19,14 @@ from pathlib import Path
 
 import numpy as np
 from firedrake import (
-    DirichletBC, FacetNormal, Function, FunctionSpace, Identity, LinearVariationalProblem, LinearVariationalSolver,
-    Mesh, RectangleMesh, TestFunction, TrialFunction, VectorFunctionSpace, div, dot, ds, dx, exp, grad, inner, sym,
+    DirichletBC, FacetNormal, Function, FunctionSpace, Identity, LinearVariationalProblem, Mesh, RectangleMesh,
+    TestFunction, TrialFunction, VectorFunctionSpace, div, dot, ds, dx, exp, grad, inner, sym,
 )
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
-from fem_diffusion import fit, point_sensors, simulate  # added
+from fem_diffusion import Steady, fit, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions, coefficients
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
@@ -41,32 +42,25 @@ MARKS = ([(x, HEIGHT) for x in np.linspace(2.0, 58.0, 14)]
 
 
 def block(n):
-    """Spaces of stiffness and displacement on a mesh of 2n x n squares, and the solver: stiffness to displacement."""
+    """The problem on a mesh of 2n x n squares, and the stiffness in it."""
     mesh = RectangleMesh(2 * n, n, LENGTH, HEIGHT)
     M, U = FunctionSpace(mesh, "CG", 1), VectorFunctionSpace(mesh, "CG", 1)
     E, u, v, displacement = Function(M), TrialFunction(U), TestFunction(U), Function(U)
     lame, shear = E * POISSON / ((1 + POISSON) * (1 - 2 * POISSON)), E / (2 * (1 + POISSON))
     stress = lame * div(u) * Identity(2) + 2 * shear * sym(grad(u))
     load = -PRESSURE * dot(FacetNormal(mesh), v) * ds(TOP)
-    problem = LinearVariationalProblem(inner(stress, grad(v)) * dx, load, displacement, DirichletBC(U, 0, BOTTOM),
-                                       constant_jacobian=False)
-    solver = LinearVariationalSolver(problem, solver_parameters={"ksp_type": "preonly", "pc_type": "cholesky"})
-
-    def deform(stiffness):
-        E.assign(stiffness)
-        solver.solve()
-        return displacement.copy(deepcopy=True)
-    return M, U, deform
+    return LinearVariationalProblem(inner(stress, grad(v)) * dx, load, displacement, DirichletBC(U, 0, BOTTOM)), E
 
 
 # ## What is added
 
 
-def infer(M, U, solver, pairs, folder, options, progress):
+def infer(equation, E, pairs, folder, options, progress):
     """Problem and trained model."""
-    log_field = GaussianPrior(M, std=0.4, correlation_length=15.0)  # added
+    solver = Steady.from_problem(equation, E)  # added
+    log_field = GaussianPrior(E.function_space(), std=0.4, correlation_length=15.0)  # added
     prior = TransformedPrior(log_field, lambda g: STIFFNESS * exp(g))  # added
-    sensors = point_sensors(U, MARKS)  # added
+    sensors = point_sensors(solver.U, MARKS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
     return problem, fit(problem, data, options=options, progress=progress)  # added
@@ -84,11 +78,10 @@ def check(problem, model, held_out, progress):
 def run(folder, n=16, pairs=16000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
     """The whole job; returns the calibration."""
     start = time.perf_counter()
-    M, U, solver = block(n)
-    problem, model = infer(M, U, solver, pairs, folder, options, progress)
+    problem, model = infer(*block(n), pairs, folder, options, progress)
     print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
     truth = problem.prior.sample(seed=5)
-    displacement = solver(truth)
+    displacement = problem.forward(truth)
     y, = problem.measurements(coefficients(truth)[None], seed=5)
     conditioned = model.condition(y)
     posterior = conditioned.sample(samples, seed=4)  # added

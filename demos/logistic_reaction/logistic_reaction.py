@@ -5,8 +5,9 @@ the boundary, and is fed by an unknown, positive immigration m:
 
     -∇·(κ∇u) - r u (1 - u) = m,    u = 0 on the boundary.
 
-The solver below is any Firedrake user's. The lines marked "added" are all that turns it into a sampler of m given the
+The problem below is any Firedrake user's. The lines marked "added" are all that turns it into a sampler of m given the
 counters; `check` then asks 400 pairs that were not used in training whether the truth is where the samples say it is.
+`Steady` solves it for many sources at once; any function m -> u would do as well, one solve after another.
 
     python demos/logistic_reaction/logistic_reaction.py [--output FOLDER]
 """
@@ -17,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 from firedrake import (
-    Constant, DirichletBC, Function, FunctionSpace, NonlinearVariationalProblem, NonlinearVariationalSolver,
-    SquareMesh, TestFunction, dx, exp, grad, inner,
+    DirichletBC, Function, FunctionSpace, NonlinearVariationalProblem, SquareMesh, TestFunction, dx, exp, grad, inner,
 )
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
-from fem_diffusion import fit, point_sensors, simulate  # added
+from fem_diffusion import Steady, fit, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions, coefficients
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
@@ -39,29 +39,23 @@ COUNTERS = [(x, y) for x in (1.5, 3.25, 5.0, 6.75, 8.5) for y in (1.5, 3.25, 5.0
 
 
 def habitat(n):
-    """Space of source and density on a mesh of n x n squares, and the solver: source to density."""
+    """The problem on a mesh of n x n squares, and the source in it."""
     V = FunctionSpace(SquareMesh(n, n, SIZE), "CG", 1)
     m, u, v = Function(V), Function(V, name="density"), TestFunction(V)
     equation = (SPREAD * inner(grad(u), grad(v)) - GROWTH * u * (1 - u) * v - m * v) * dx
-    problem = NonlinearVariationalProblem(equation, u, DirichletBC(V, 0, "on_boundary"))
-    solver = NonlinearVariationalSolver(problem, solver_parameters={
-        "snes_rtol": 1e-8, "ksp_type": "preonly", "pc_type": "lu"})
-
-    def density(source):
-        m.assign(source)
-        u.assign(Constant(2.0))  # from above, Newton's method runs into the positive solution, not into u = 0
-        solver.solve()
-        return u.copy(deepcopy=True)
-    return V, density
+    u.assign(2.0)  # from above, Newton's method runs into the positive solution, not into u = 0
+    return NonlinearVariationalProblem(equation, u, DirichletBC(V, 0, "on_boundary")), m
 
 
 # ## What is added
 
 
-def infer(V, solver, pairs, folder, options, progress):
+def infer(equation, m, pairs, folder, options, progress):
     """Problem and trained model."""
-    prior = TransformedPrior(GaussianPrior(V, std=0.8, correlation_length=3.0), lambda g: 0.1 * exp(g))  # added
-    sensors = point_sensors(V, COUNTERS)  # added
+    solver = Steady.from_problem(equation, m)  # added
+    log_field = GaussianPrior(m.function_space(), std=0.8, correlation_length=3.0)  # added
+    prior = TransformedPrior(log_field, lambda g: 0.1 * exp(g))  # added
+    sensors = point_sensors(solver.U, COUNTERS)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
     return problem, fit(problem, data, options=options, progress=progress)  # added
@@ -79,11 +73,10 @@ def check(problem, model, held_out, progress):
 def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
     """The whole job; returns the calibration."""
     start = time.perf_counter()
-    V, solver = habitat(n)
-    problem, model = infer(V, solver, pairs, folder, options, progress)
+    problem, model = infer(*habitat(n), pairs, folder, options, progress)
     print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
     truth = problem.prior.sample(seed=11)
-    density = solver(truth)
+    density = problem.forward(truth)
     y, = problem.measurements(coefficients(truth)[None], seed=11)
     conditioned = model.condition(y)
     posterior = conditioned.sample(samples, seed=4)  # added

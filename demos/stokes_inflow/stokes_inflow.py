@@ -5,9 +5,10 @@ part and leaves on the right:
 
     -∇·(μ∇u) + ∇p = 0,  ∇·u = 0,    u = (g, 0) at the inflow,  u = 0 on the walls,  μ ∂u/∂n = p n at the outflow.
 
-The state is mixed (velocity and pressure), the unknown a field on the boundary alone, zero at both its ends. The solver
-below is any Firedrake user's. The lines marked "added" are all that turns it into a sampler of g given the probes. The
-problem is linear and the prior Gaussian, so `check` computes the posterior exactly.
+The state is mixed (velocity and pressure), the unknown a field on the boundary alone, zero at both its ends, imposed by
+Nitsche's method. The problem below is any Firedrake user's. The lines marked "added" are all that turns it into a
+sampler of g given the probes. `Steady` solves it for many profiles at once; any function g -> (u, p) would do as well,
+one solve after another. It is linear and the prior Gaussian, so `exact_posterior` computes the posterior exactly.
 
     python demos/stokes_inflow/stokes_inflow.py [--output FOLDER]
 """
@@ -18,15 +19,13 @@ from pathlib import Path
 
 import numpy as np
 from firedrake import (
-    Constant, DirichletBC, Function, FunctionSpace, LinearVariationalProblem, LinearVariationalSolver, RectangleMesh,
-    SpatialCoordinate, Submesh, TestFunction, TestFunctions, TrialFunction, TrialFunctions, VectorFunctionSpace, action,
-    assemble, div, dx, grad, inner, interpolate,
+    CellSize, DirichletBC, FacetNormal, Function, FunctionSpace, Measure, RectangleMesh, SpatialCoordinate, Submesh,
+    TestFunction, TestFunctions, VectorFunctionSpace, as_vector, assemble, div, dot, dx, grad, inner, split,
 )
 from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
-from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, fit  # added
-from fem_diffusion import point_sensors, simulate  # added
+from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, Steady, fit, point_sensors, simulate  # added
 from fem_diffusion import TrainingOptions, coefficients, field
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.reference.dense import linear_gaussian_posterior
@@ -41,38 +40,33 @@ PROBES = [(x, y) for x in (0.4, 0.8, 1.4, 2.2) for y in (0.25, 0.5, 0.75)]  # cm
 
 
 def channel(n):
-    """Spaces of the profile and of velocity and pressure, with n cells across, and the solver: profile to both."""
+    """Residual, velocity with pressure, profile, and conditions on the walls, with n cells across."""
     mesh = RectangleMesh(3 * n, n, 4.0, 1.0)
     x, y = mesh.coordinates.dat.data_ro.T
     mesh.coordinates.dat.data[:, 1] = 0.5 + (y - 0.5) * (1 - 0.4 * np.exp(-((x - 1.8) / 0.5)**2))
     inflow = Submesh(mesh, 1, INFLOW)
-    V = VectorFunctionSpace(mesh, "CG", 2)
-    W, M = V * FunctionSpace(mesh, "CG", 1), FunctionSpace(inflow, "CG", 2)
-    (u, p), (v, q), w, boundary = TrialFunctions(W), TestFunctions(W), Function(W), Function(V)
-    a = (VISCOSITY * inner(grad(u), grad(v)) - p * div(v) - q * div(u)) * dx
-    rhs = inner(Constant((0.0, 0.0)), v) * dx
-    bcs = [DirichletBC(W.sub(0), 0, (BOTTOM, TOP)), DirichletBC(W.sub(0), boundary, INFLOW)]
-    problem = LinearVariationalProblem(a, rhs, w, bcs, constant_jacobian=True)
-    solver = LinearVariationalSolver(problem, solver_parameters={
-        "mat_type": "aij", "ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"})
-    extend = assemble(interpolate(TrialFunction(M), FunctionSpace(mesh, "CG", 2), allow_missing_dofs=True))
-
-    def flow(profile):
-        boundary.sub(0).assign(assemble(action(extend, profile)))
-        solver.solve()
-        return w.copy(deepcopy=True)
-    return M, W, flow
+    W = VectorFunctionSpace(mesh, "CG", 2) * FunctionSpace(mesh, "CG", 1)
+    w, g, (v, q), normal = Function(W), Function(FunctionSpace(inflow, "CG", 2)), TestFunctions(W), FacetNormal(mesh)
+    u, p = split(w)
+    F = (VISCOSITY * inner(grad(u), grad(v)) - p * div(v) - q * div(u)) * dx
+    at_inflow = Measure("ds", mesh, INFLOW, intersect_measures=(Measure("dx", inflow),))
+    force, test_force = (VISCOSITY * dot(grad(a), normal) - b * normal for a, b in ((u, p), (v, q)))
+    missing = u - as_vector([g, 0])
+    F += 40 * VISCOSITY / CellSize(mesh) * inner(missing, v) * at_inflow
+    F -= (inner(force, v) + inner(missing, test_force)) * at_inflow
+    return F, w, g, DirichletBC(W.sub(0), 0, (BOTTOM, TOP))
 
 
 # ## What is added
 
 
-def infer(M, W, solver, pairs, folder, options, progress):
+def infer(F, w, g, bcs, pairs, folder, options, progress):
     """Problem and trained model."""
+    solver, M = Steady(F, w, g, bcs), g.function_space()  # added
     y = SpatialCoordinate(M.mesh())[1]  # added
     no_slip = DirichletBC(M, 0, "on_boundary")  # added
     prior = GaussianPrior(M, std=0.4, correlation_length=0.3, mean=4 * y * (1 - y), bcs=no_slip)  # added
-    sensors = point_sensors(W, PROBES, component=0)  # added
+    sensors = point_sensors(w.function_space(), PROBES, component=0)  # added
     problem = InverseProblem(prior, solver, sensors, GaussianNoise(std=NOISE))  # added
     data = simulate(problem, pairs, seed=1, path=folder / "pairs", progress=progress)  # added
     return problem, fit(problem, data, options=options, progress=progress)  # added
@@ -81,14 +75,15 @@ def infer(M, W, solver, pairs, folder, options, progress):
 # ## Is it right?
 
 
-def exact_posterior(prior, solver, sensors):
+def exact_posterior(problem):
     """Mean (for a measurement) and standard deviation of the finite element posterior; the solver run on every node."""
-    M, centre = prior.V, coefficients(prior.mean)
-    operator = np.stack([sensors(solver(field(M, unit))) for unit in np.eye(M.dim())], axis=1)
+    centre, k = coefficients(problem.prior.mean), problem.k
+    operator = np.stack([problem.observation(problem.forward(field(problem.M, unit)))
+                         for unit in np.eye(problem.M.dim())], axis=1)
 
     def mean_and_std(y):
-        noise = NOISE**2 * np.eye(len(sensors))
-        shift, covariance = linear_gaussian_posterior(operator, prior.covariance_matrix(), noise, y - operator @ centre)
+        shift, covariance = linear_gaussian_posterior(operator, problem.prior.covariance_matrix(), NOISE**2 * np.eye(k),
+                                                      y - operator @ centre)
         return centre + shift, np.sqrt(np.maximum(np.diag(covariance), 0.0))
     return mean_and_std
 
@@ -96,10 +91,10 @@ def exact_posterior(prior, solver, sensors):
 def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOptions(), progress=True):
     """The whole job; returns a row (error of the mean, of the standard deviation) for each truth."""
     start = time.perf_counter()
-    M, W, solver = channel(n)
-    problem, model = infer(M, W, solver, pairs, folder, options, progress)
+    problem, model = infer(*channel(n), pairs, folder, options, progress)
     print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
-    exact, rows, drawn = exact_posterior(problem.prior, solver, problem.observation), [], []
+    exact, rows, drawn = exact_posterior(problem), [], []
+    M = problem.M
     weights = coefficients(assemble(TestFunction(M) * dx).riesz_representation("l2"))
 
     def error(value, reference):

@@ -132,7 +132,8 @@ class ModalBasis:
         InputError if the latents are of another length, or a refill is asked for without a Gaussian prior.
         """
         z = check_array(z, "latents", ("B", self.r))
-        values = coefficients(self.mean) + z @ self.scaled_modes
+        values = z @ self.scaled_modes
+        values += coefficients(self.mean)
         if refill_seed is not None:
             if not self.standard_prior or self.prior is None:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only: "

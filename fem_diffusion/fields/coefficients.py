@@ -108,14 +108,15 @@ def independent_entries(V: WithGeometry) -> tuple[np.ndarray, np.ndarray]:
     return first, count
 
 
-def generic_integrals(V: WithGeometry) -> np.ndarray:
+def generic_integrals(V: WithGeometry, number: int = 0) -> np.ndarray:
     """Integral of every basis function against a fixed function without symmetry, shape (n_owned,), owned.
 
-    As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes.
+    As a dual vector it gives modes of either sign, or bases, one number that no numbering or partition changes; for
+    each `number` there is another such function.
     """
     if len(V) > 1:
-        return np.concatenate([(1 + 0.1 * i) * generic_integrals(W) for i, W in enumerate(V)])
-    phase = _phase(V.mesh())
+        return np.concatenate([(1 + 0.1 * i) * generic_integrals(W, number) for i, W in enumerate(V)])
+    phase = (1 + 0.7 * number) * _phase(V.mesh())
     weights = np.array([exp((1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
     if is_real(V):
         return np.array([assemble(weights[i] * dx) for i in independent_entries(V)[0]])[:owned_size(V)]
@@ -218,11 +219,13 @@ def owned_columns(key: np.ndarray, V: WithGeometry) -> np.ndarray | None:
 
 
 def _dense(rows: np.ndarray, comm: MPI.Comm) -> PETSc.Mat:
-    """Dense matrix whose columns are the rows of an array (k, n_owned); whoever asks for it destroys it."""
+    """Dense matrix whose columns are the rows of an array (k, n_owned), without a copy where they lie in a row.
+
+    Whoever asks for it destroys it.
+    """
     k, owned = rows.shape
-    matrix = PETSc.Mat().createDense(((owned, None), (None, k)), comm=comm)
-    matrix.setUp()
-    matrix.getDenseArray()[:] = rows.T
+    array = np.ascontiguousarray(rows, dtype=float).T
+    matrix = PETSc.Mat().createDense(((owned, None), (None, k)), array=array, comm=comm)
     matrix.assemble()
     return matrix
 
@@ -248,9 +251,9 @@ def solve(ksp: PETSc.KSP, rows: np.ndarray) -> np.ndarray:
     """
     if ksp.getType() != "preonly":
         return solve_each(ksp, rows, ksp.solve)
-    rhs, out = _dense(rows, ksp.comm), _dense(np.zeros_like(rows), ksp.comm)
+    result = np.zeros(rows.shape)
+    rhs, out = _dense(rows, ksp.comm), _dense(result, ksp.comm)
     ksp.matSolve(rhs, out)
-    result = out.getDenseArray().T.copy()
     rhs.destroy()
     out.destroy()
     _check_solved(ksp)

@@ -2,23 +2,29 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from firedrake import Constant, DirichletBC, TestFunction, TrialFunction, assemble, dx, inner
 from firedrake.functionspaceimpl import WithGeometry
-from mpi4py import MPI
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import (
     by_component, coefficients, field, generic_integrals, independent_entries, is_real, multiply, owned_size,
 )
+from fem_diffusion.fields.lanczos import Lanczos
 
-__all__ = ["free_dofs", "leading_modes", "mass_action", "sample_covariance", "without_conditions"]
+__all__ = ["Covariance", "free_dofs", "leading_modes", "mass_action", "sample_covariance", "without_conditions"]
 
 Rows = Callable[[np.ndarray], np.ndarray]
 
-_MAX_SWEEPS = 60
-_TOLERANCE = 1e-9
+# Correlation of a latent with anything that the modes leave out; rounding, of the largest variance.
+_TOLERANCE, _ROUNDING = 1e-6, 1e-13
+# Draws for the variance outside; vectors and steps of another start, as a proof; share of a draw that is rounding.
+_TAIL_DRAWS, _PROOF, _PARALLEL = 64, 3, 1e-9
+# Difference of variances, in units of themselves, that is none; functions that tell directions.
+_EQUAL, _FUNCTIONS = 1e-8, 8
 
 
 def mass_action(V: WithGeometry, weights: Sequence[float] | None = None) -> Rows:
@@ -52,65 +58,115 @@ def without_conditions(V: WithGeometry, bcs: Sequence[DirichletBC], x: np.ndarra
     return x * coefficients(mask)
 
 
-def leading_modes(covariance: Rows, V: WithGeometry, bcs: Sequence[DirichletBC], r: int,
-                  fewer: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Leading eigenpairs of C M φ = λ φ by subspace iteration with Rayleigh-Ritz (Halko, Martinsson, Tropp 2011).
+@dataclass(frozen=True)
+class Covariance:
+    """A covariance C as its expansion sees it: `apply` maps dual coefficients (B, n_owned) to primal ones.
 
-    `covariance` maps dual coefficients (B, n_owned) to primal ones. Returns modes (r, n_owned), orthonormal in
-    the mass inner product with a sign fixed by the geometry alone, and variances (r,). A covariance of lower rank is an
-    error, unless `fewer` modes will do.
+    `draws` maps a number and a seed to draws of N(0, C), shape (number, n_owned), the same on any number of ranks;
+    `total`, the integral of the pointwise variance, is estimated from draws where it is None.
     """
-    comm, free = V.comm, free_dofs(V, bcs)
-    if not 1 <= r <= free:
+
+    apply: Rows
+    draws: Callable[[int, int], np.ndarray]
+    total: float | None = None
+
+
+def sample_covariance(V: WithGeometry, centred: np.ndarray) -> Covariance:
+    """The covariance of centred samples (n, n_owned)."""
+    comm, spread = V.comm, np.sqrt(len(centred) - 1)
+
+    def draws(n: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).standard_normal((n, len(centred))) @ centred / spread
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        return comm.allreduce(x @ centred.T) @ centred / spread**2
+    return Covariance(apply, draws, comm.allreduce(float((centred * mass_action(V)(centred)).sum())) / spread**2)
+
+
+def leading_modes(covariance: Covariance, V: WithGeometry, bcs: Sequence[DirichletBC], r: int | None = None, *,
+                  retained: float = 1.0, most: int | None = None,
+                  fewer: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
+    """Leading eigenpairs of C M φ = λ φ.
+
+    `r` modes, or where that is None the fewest that keep the share `retained` of the variance, at most `most`. A
+    covariance of lower rank is an error, unless `fewer` modes will do. Returns modes (r, n_owned), orthonormal in the
+    mass inner product with signs and, where variances are equal, directions fixed by the geometry alone, variances
+    (r,) and the total variance.
+    """
+    comm, free, seeds = V.comm, free_dofs(V, bcs), count()
+    if r is not None and not 1 <= r <= free:
         raise InputError(f"r = {r} modes were asked for; the space has {free} free degrees of freedom: ask "
                          "for one to as many.")
-    mass = mass_action(V)
-    block = min(free, r + max(8, r // 2))
-    modes = np.random.default_rng([0, comm.rank]).standard_normal((block, owned_size(V)))
-    modes = _orthonormalise(without_conditions(V, bcs, modes), mass, comm)
-    for _ in range(_MAX_SWEEPS):
-        image = without_conditions(V, bcs, covariance(mass(modes)))
-        projected = comm.allreduce(modes @ mass(image).T)
-        values, rotation = np.linalg.eigh((projected + projected.T) / 2)
-        values, rotation = values[::-1], rotation[:, ::-1]
-        modes, image = rotation.T @ modes, rotation.T @ image
-        defect = image[:r] - values[:r, None] * modes[:r]
-        residual = np.sqrt(comm.allreduce((defect * mass(defect)).sum(axis=1)))
-        if (residual <= _TOLERANCE * values[0]).all():
+    space = Lanczos(lambda x: without_conditions(V, bcs, covariance.apply(x)), mass_action(V), comm, owned_size(V))
+
+    def draws(n: int) -> np.ndarray:
+        return without_conditions(V, bcs, covariance.draws(n, next(seeds)))
+
+    def squares(x: np.ndarray) -> float:
+        return float(np.diag(space.inner(x, x)).sum())
+
+    def fresh(n: int) -> np.ndarray:
+        x = draws(n)
+        return space.beside(x, _PARALLEL * np.sqrt(squares(x)))[:free - len(space.basis)]
+    outside, told = draws(_TAIL_DRAWS), 0
+
+    def variance(values: np.ndarray) -> float:
+        nonlocal told, outside
+        new, told = space.basis[told:], len(space.basis)
+        outside -= space.inner(outside, new) @ new
+        return covariance.total or float(values.sum()) + squares(outside) / _TAIL_DRAWS
+    # So many modes of equal variance are found from one start: components may be alike, and so may directions.
+    width, former, steps = max(16, 8 * V.value_size, (r or 0) // 8), None, 0
+    new = fresh(width)
+    if not len(new):
+        raise InputError("The covariance is zero: give the prior a standard deviation.")
+    while True:
+        image = space.extend(new)
+        values, vectors, residual = space.ritz()
+        wanted, steps, whole = r or most or free, steps + 1, values
+        if r is None:
+            enough = np.flatnonzero(np.cumsum(values) >= retained * variance(values))
+            wanted = min(wanted, int(enough[0]) + 1 if len(enough) else free)
+        kept, values, vectors = values[:wanted].sum(), values[:wanted], vectors[:, :wanted]
+        # Latents are uncorrelated with what is left out, up to the tolerance.
+        off = residual[:wanted] / np.maximum(np.sqrt(values * values[-1]), _ROUNDING / _TOLERANCE * values[0])
+        if len(values) == wanted and off.max() <= _TOLERANCE:
+            if former is not None and steps >= _PROOF:
+                if kept <= (1 + _TOLERANCE) * former:
+                    break
+                former = None
+            if former is None:   # modes that the start has missed would show from another one
+                new, former, steps = fresh(_PROOF), kept, 0
+        elif len(space.basis) >= 4 * wanted + 256:
+            warnings.warn(f"The modes are converged to {off.max():.1e} of their variances only, in a space of "
+                          f"{len(space.basis)} vectors: the variances fall too slowly to tell modes apart.",
+                          RuntimeWarning, stacklevel=3)
             break
-        modes = _orthonormalise(image, mass, comm)
-    else:
-        warnings.warn(f"The modes are converged to {residual.max() / values[0]:.1e} of the largest variance only, "
-                      f"after {_MAX_SWEEPS} sweeps; a smaller r converges faster.", RuntimeWarning, stacklevel=3)
-    rank = int((values[:r] > 1e-14 * values[0]).sum())
-    if rank < r and not fewer:
+        if steps:
+            new = space.beside(image, _ROUNDING * values[0])[:free - len(space.basis)]
+        if not len(new):
+            new = fresh(width)
+        if not len(new):
+            break
+    rank = int((values > 1e-14 * values[0]).sum())
+    if rank < wanted and not fewer:
         raise InputError(f"The covariance has {rank} modes of positive variance only; ask for at most that many.")
-    modes, values = modes[:min(r, rank)], values[:min(r, rank)].copy()
-    # The integral of each mode against a fixed function is positive.
-    signs = np.where(comm.allreduce(modes @ generic_integrals(V)) < 0, -1.0, 1.0)
-    return modes * signs[:, None], values
+    modes = vectors[:, :rank].T @ space.basis
+    return _fixed(modes, values[:rank], V), values[:rank], max(variance(whole), float(values.sum()))
 
 
-def sample_covariance(V: WithGeometry, centred: np.ndarray) -> tuple[Rows, float]:
-    """The covariance of centred samples (n, n_owned), as `leading_modes` takes it, and its total variance."""
-    comm = V.comm
+def _fixed(modes: np.ndarray, values: np.ndarray, V: WithGeometry) -> np.ndarray:
+    """The same modes (r, n_owned) with a sign, and among those of equal variance directions, that geometry alone tells.
 
-    def covariance(x: np.ndarray) -> np.ndarray:
-        return comm.allreduce(x @ centred.T) @ centred / (len(centred) - 1)
-    return covariance, comm.allreduce(float((centred * mass_action(V)(centred)).sum())) / (len(centred) - 1)
-
-
-def _orthonormalise(x: np.ndarray, mass: Rows, comm: MPI.Comm) -> np.ndarray:
-    """Basis of the span of the rows of `x` (B, n_owned), orthonormal in the mass inner product.
-
-    The Gram matrix squares the condition number, so its inverse square root is applied until nothing is left to do.
+    The integral of each mode against a fixed function is positive, of the next one of equal variance that against a
+    second function, which the first one does not see, and so on.
     """
-    for _ in range(5):
-        gram = comm.allreduce(x @ mass(x).T)
-        scale = 1 / np.sqrt(np.diag(gram))
-        gram = gram * scale * scale[:, None]
-        values, vectors = np.linalg.eigh(gram)
-        x = (vectors / np.sqrt(np.maximum(values, 1e-14 * values[-1]))).T @ (x * scale[:, None])
-        if np.abs(gram - np.eye(len(gram))).max() < 1e-8:
-            break
-    return x
+    alike = np.split(np.arange(len(values)), np.flatnonzero(np.diff(values) < -_EQUAL * values[:-1]) + 1)
+    functions = [generic_integrals(V, i) for i in range(min(max(map(len, alike)), _FUNCTIONS))]
+    seen = V.comm.allreduce(modes @ np.transpose(functions))
+    for group in alike:
+        turn, upper = np.linalg.qr(seen[group], mode="complete")
+        signs = np.ones(len(group))
+        signs[:min(upper.shape)] = np.where(np.diag(upper) < 0, -1.0, 1.0)
+        modes[group] = (turn * signs).T @ modes[group]
+    return modes

@@ -11,7 +11,7 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, field, owned_size
 from fem_diffusion.forward.differing import Differing
 from fem_diffusion.forward.equation import Equation
-from fem_diffusion.forward.solvers import NOT_FINITE, centre, norms, refused, variational_solver
+from fem_diffusion.forward.solvers import NOT_FINITE, centre, check_determined, norms, refused, variational_solver
 from fem_diffusion.forward.stepper import Lose, Rows, Stepper, refuse
 
 __all__ = ["OneStep"]
@@ -31,6 +31,7 @@ class OneStep(Stepper):
             self._w, bcs = Function(self.V), equation.zero_bcs
             F = replace(F, {self.u: self._w + self._lift.g})
         self.solver = variational_solver(F, self._w, bcs, self.linear, not self.by_member, options, prefix)
+        self._determined = False
         self._start = self.u.copy(deepcopy=True)   # where single solves start: fixed, so that m -> u has no memory
         self._reference, self._at = np.zeros_like(coefficients(self._start)), np.zeros(owned_size(M))
         self._chosen = self.linear and not self.by_member   # then any reference will do
@@ -64,6 +65,9 @@ class OneStep(Stepper):
         except ConvergenceError as error:
             raise SolveError(f"{' '.join(str(error).split())}: check the range of the parameter, call linearise_at(m) "
                              "with a typical one to start from its state, or pass other solver_parameters.") from error
+        if not self._determined:
+            check_determined(self.solver.snes.ksp)
+            self._determined = True
         if self._lift is not None:
             self.u.assign(self._w + self._lift.g)
         with stop_annotating(), self.u.dat.vec_ro as x:

@@ -7,6 +7,7 @@ from firedrake import (Cofunction, DirichletBC, Function, LinearSolver, LinearVa
                        LinearVariationalSolver, NonlinearVariationalProblem, NonlinearVariationalSolver, action,
                        adjoint, derivative, replace)
 from firedrake.assemble import get_assembler
+from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import DEFAULT_DIRECT_SOLVER, PETSc
 from mpi4py import MPI
@@ -16,8 +17,8 @@ from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, solve
 from fem_diffusion.fields.checks import petsc_reason
 
-__all__ = ["CHORD_DEPTH", "NOT_FINITE", "Factorised", "Pull", "centre", "chord", "conjugate", "linear_options",
-           "norms", "refused", "variational_solver"]
+__all__ = ["CHORD_DEPTH", "NOT_FINITE", "Factorised", "Pull", "centre", "check_determined", "chord", "conjugate",
+           "linear_options", "norms", "refused", "variational_solver"]
 
 Rowwise = Callable[[np.ndarray, np.ndarray], np.ndarray]   # of members (l,), rows (l, n_owned) to others
 
@@ -25,6 +26,9 @@ Rowwise = Callable[[np.ndarray, np.ndarray], np.ndarray]   # of members (l,), ro
 PETSC_LU_LIMIT = {1: 50_000, 2: 20_000, 3: 1_000}
 NOT_FINITE = ("the state is not finite: look for NaN in the parameter and coefficients, a diffusivity that is not "
               "positive, and a singular operator.")
+SINGULAR = ("the operator is singular to rounding, because the state is left open, as by a constant in a pressure "
+            "or under Neumann conditions: add what fixes it, as a DirichletBC at one point or a mean by a Real space.")
+LARGEST_GROWTH = 1e14     # of a random right-hand side in units of the operator
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
 CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
 CHORD_SWEEPS = 25
@@ -91,6 +95,22 @@ class Factorised:
             self._solver.solve(Function(V), Cofunction(V.dual()))
         except PETSc.Error as error:
             raise refused(error) from error
+        except ConvergenceError as error:   # a pivot that is zero
+            raise SolveError(SINGULAR) from error
+        check_determined(self.ksp)
+
+
+def check_determined(ksp: PETSc.KSP) -> None:
+    """SolveError where a factorised operator is singular to rounding, by one solve with a random right-hand side."""
+    K = ksp.getOperators()[0]
+    if ksp.getType() != "preonly" or K.getType() == "python":
+        return
+    x, b = K.createVecs()
+    b.array[:] = np.random.default_rng(K.comm.rank).standard_normal(b.local_size)
+    ksp.solve(b, x)
+    growth = x.norm() * K.norm(PETSc.NormType.FROBENIUS) / b.norm()
+    if not growth < LARGEST_GROWTH:
+        raise SolveError(SINGULAR)
 
 
 class Pull:

@@ -59,26 +59,19 @@ def sample_basis(U: WithGeometry, states: np.ndarray, size: int | None = None, m
     centred = states - mean
     finite = U.comm.allreduce(bool(np.isfinite(centred).all()), MPI.LAND)
     parts = by_component(U, centred) if finite and len(states) > 1 else []
-    totals = np.array([sample_covariance(W, part)[1] for W, part in zip(U, parts)])
+    totals = np.array([sample_covariance(W, part).total for W, part in zip(U, parts)])
     if not (totals > 0).any():
         raise DataError("The states or fields are not finite or all the same: check the forward problem and the prior.")
     # Components of a mixed space count by shares of variance: pressures beside velocities lose nothing.
     totals = np.where(totals > 0, totals, 1.0) if len(U) > 1 else np.ones(1)
     units = np.concatenate([np.full(owned_size(W), total**0.5) for W, total in zip(U, totals)])
-    covariance, total = sample_covariance(U, centred / units)
     most = min(most, len(states) - 1, U.dim())
     if size is not None and not 1 <= check_count(size, "state_modes") <= most:
         raise InputError(f"state_modes is {size}: between 1 and {most} modes can be had here.")
-    count = 16 if size is None else size
-    while True:
-        modes, variances = leading_modes(covariance, U, (), min(count, most), fewer=True)
-        enough = np.flatnonzero(np.cumsum(variances) >= _RETAINED * total)
-        if size is None and len(enough):
-            modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
-        if size is not None or len(enough) or len(variances) < count:
-            return ModalBasis(U, field(U, mean, name="mean"), modes * units, variances, total,
-                              weights=tuple((1 / totals).tolist()) if len(U) > 1 else None)
-        count *= 2
+    modes, variances, total = leading_modes(sample_covariance(U, centred / units), U, (), size, retained=_RETAINED,
+                                            most=most, fewer=True)
+    return ModalBasis(U, field(U, mean, name="mean"), modes * units, variances, total,
+                      weights=tuple((1 / totals).tolist()) if len(U) > 1 else None)
 
 
 def project(observation: Observation, states: ModalBasis) -> tuple[torch.Tensor, torch.Tensor]:

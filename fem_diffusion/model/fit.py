@@ -195,7 +195,7 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
     """As many leading modes of the prior as readings, of a family those of many sensors, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
     if is_gaussian(problem.prior.core):
-        basis = karhunen_loeve(problem.prior)
+        basis = karhunen_loeve(problem.prior, most=most)
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))

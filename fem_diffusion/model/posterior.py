@@ -14,7 +14,7 @@ from fem_diffusion.checks import alike, check_count, check_device, check_flag, c
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.problem import InverseProblem
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Posterior"]
 
-_TAIL_STREAM = 0x7A11
+_TAIL_STREAM, _CHUNK = 0x7A11, 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,17 +103,22 @@ class Posterior:
                                   progress=progress)[0].cpu().numpy()
         with event("sample"):
             z = on_root(self.problem.comm, draw)
-            return Samples(self.problem.M, self.problem.prior.transform_many(self.fields(z, seed, refill)), z)
+            return Samples.later(self.problem.M, lambda: self.fields(z, seed, refill, True), z)
 
-    def fields(self, z: np.ndarray, seed: int, refill: bool) -> np.ndarray:
-        """Coefficients (n, n_owned) of the fields, before any transform, that `sample` makes of latents (n, r)."""
-        # A stream of its own, apart from that of the latents and from those of the training pairs.
-        stream = int(np.random.SeedSequence([seed, 0, _TAIL_STREAM]).generate_state(1)[0])
-        values = self.basis.decode(z, stream if refill else None)
-        if not refill or self.tail is None:
-            return values
-        part = self.basis.decode(z)
-        return part + self.tail.given(values - part, self.y, z, stream, self.problem.comm)
+    def fields(self, z: np.ndarray, seed: int, refill: bool, transformed: bool = False) -> np.ndarray:
+        """Coefficients of what `sample` makes of latents (n, r): fields (n, n_owned of V), or parameters."""
+        out = np.empty((len(z), owned_size(self.problem.M if transformed else self.problem.V)))
+        # A few at a time: there may be more unknowns than memory for several copies of all samples.
+        for number, first in enumerate(range(0, len(z), _CHUNK)):
+            part = slice(first, first + _CHUNK)
+            # Streams of their own, apart from that of the latents and from those of the training pairs.
+            stream = int(np.random.SeedSequence([seed, number, _TAIL_STREAM]).generate_state(1)[0])
+            values = self.basis.decode(z[part], stream if refill else None)
+            if refill and self.tail is not None:
+                modes = self.basis.decode(z[part])
+                values = modes + self.tail.given(values - modes, self.y, z[part], stream, self.problem.comm)
+            out[part] = self.problem.prior.transform_many(values) if transformed else values
+        return out
 
     def predictive(self, n: int, *, seed: int) -> np.ndarray:
         """Readings with noise of n samples, shape (n, k), one solve each: what the sensors may read once more."""

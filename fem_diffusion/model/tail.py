@@ -110,7 +110,7 @@ def pair_rows(problem: InverseProblem, data: DataSet) -> np.ndarray:
     By least squares on the prior's leading modes, as many as the pairs can tell (collective).
     """
     most = max(1, len(data) // _PAIRS_A_MODE)
-    basis = karhunen_loeve(problem.prior, retained=_ALL if problem.V.dim() <= most else _MOST)
+    basis = karhunen_loeve(problem.prior, retained=_ALL if problem.V.dim() <= most else _MOST, most=most)
     basis = basis.leading(min(basis.r, most))
     z, y = (x - x.mean(axis=0) for x in (basis.encode(data.coefficients), np.asarray(data.readings, dtype=float)))
     matrix = np.linalg.lstsq(z, y, rcond=None)[0].T / np.sqrt(basis.variances)

@@ -12,16 +12,15 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_rows, check_space
 from fem_diffusion.fields.coefficients import by_component, coefficients, field, largest
-from fem_diffusion.fields.modes import free_dofs, leading_modes, mass_action, sample_covariance, without_conditions
+from fem_diffusion.fields.modes import Covariance, leading_modes, sample_covariance, without_conditions
 from fem_diffusion.prior.product import ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 
 __all__ = ["karhunen_loeve", "pod"]
 
-_TAIL_DRAWS = 64
 
-
-def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999) -> ModalBasis:
+def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained: float = 0.999,
+                   most: int | None = None) -> ModalBasis:
     """Leading modes of a Gaussian prior's covariance, matrix-free through its covariance operator.
 
     How many modes a posterior needs is for the readings to say, not for the prior: `fit` without a basis takes as many
@@ -36,39 +35,29 @@ def karhunen_loeve(prior: Prior, r: int | Sequence[int] | None = None, retained:
         variance (of each component).
     retained : float
         Share of the total variance to keep where `r` is left out.
+    most : int, optional
+        So many modes (of each component) at most where `r` is left out, whatever they keep.
 
     Raises
     ------
     InputError
         If `r` exceeds the degrees of freedom or is not one number for each component, `retained` is not between 0 and
-        1, or the prior (a component of it) is not Gaussian before its transform.
+        1, `most` no positive integer, or the prior (a component of it) is not Gaussian before its transform.
     """
     retained = check_number(retained, "retained", above=0, below=1)
+    most = None if most is None else check_count(most, "most")
     core = check_prior(prior).core
     if isinstance(core, ProductPrior):
         counts = [None] * len(core.priors) if r is None else _counts(r, len(core.priors))
-        parts = [karhunen_loeve(part, count, retained) for part, count in zip(core.priors, counts)]
+        parts = [karhunen_loeve(part, count, retained, most) for part, count in zip(core.priors, counts)]
         expansions = [(part.modes, part.variances, part.total_variance) for part in parts]
         return _joined(core.V, core.mean, expansions, prior, standard=True)
     if not isinstance(core, GaussianCore):
         raise InputError(f"A {type(core).__name__} has no covariance operator: use pod with samples of it.")
     r = None if r is None else check_count(r, "r, one number of modes for one unknown,")
-    V, mass, free = core.V, mass_action(core.V), free_dofs(core.V, core.bcs)
-    draws = core.sample_many(_TAIL_DRAWS, seed=0) - coefficients(core.mean)
-    size = min(16, free) if r is None else r
-    while True:
-        modes, variances = leading_modes(core.apply_covariance, V, core.bcs, size)
-        # The tail is the mean square of what prior draws keep outside the modes.
-        outside = draws - V.comm.allreduce(draws @ mass(modes).T) @ modes
-        tail = V.comm.allreduce(float((outside * mass(outside)).sum())) / len(draws)
-        total = float(variances.sum() + max(tail, 0.0))
-        if r is not None:
-            break
-        enough = np.flatnonzero(np.cumsum(variances) >= retained * total)
-        if len(enough):
-            modes, variances = modes[:enough[0] + 1], variances[:enough[0] + 1]
-            break
-        size = min(2 * size, free)
+    V, mean = core.V, coefficients(core.mean)
+    covariance = Covariance(core.apply_covariance, lambda n, seed: core.sample_many(n, seed) - mean)
+    modes, variances, total = leading_modes(covariance, V, core.bcs, r, retained=retained, most=most)
     return ModalBasis(V, core.mean, modes, variances, total, prior, standard_prior=True)
 
 
@@ -118,8 +107,7 @@ def pod(V: WithGeometry, samples: Sequence[Function] | np.ndarray, r: int | Sequ
     # The samples satisfy the conditions, and so do the modes of components, their combinations.
     parts: list[tuple[np.ndarray, np.ndarray, float]] = []
     for W, part, count in [(V, centred, counts[0])] if whole else zip(V, by_component(V, centred), counts):
-        covariance, total = sample_covariance(W, part)
-        parts.append((*leading_modes(covariance, W, bcs if whole else (), count), total))
+        parts.append(leading_modes(sample_covariance(W, part), W, bcs if whole else (), count))
     return ModalBasis(V, mean, *parts[0], prior) if whole else _joined(V, mean, parts, prior, standard=False)
 
 

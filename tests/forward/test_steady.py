@@ -383,3 +383,31 @@ def test_simulate_takes_the_members_that_are_found(monkeypatch):
     with pytest.warns(SkippedWarning):
         simulate(inverse, 60, seed=1, skip=0.9, progress=False)
     assert calls == [60]   # nothing is solved twice
+
+
+def neumann():
+    """A constant is left open."""
+    V, u, m, v = scalar()
+    return inner(grad(u), grad(v)) * dx - m * v * dx, u, m, []
+
+
+def floating():
+    """As well, with an operator that depends on the parameter."""
+    V, u, m, v = scalar()
+    return exp(m) * inner(grad(u), grad(v)) * dx - (SpatialCoordinate(mesh())[0] - 0.5) * v * dx, u, m, []
+
+
+def enclosed():
+    """The pressure is open up to a constant."""
+    F, z, m, _ = stokes()
+    return F, z, m, DirichletBC(z.function_space().sub(0), 0, "on_boundary")
+
+
+@pytest.mark.parametrize("ask", [
+    lambda problem, m: problem(m), lambda problem, m: problem.solve_many([m, m]),
+    lambda problem, m: problem.sensitivity(m, np.eye(1, problem.V.dim()))], ids=["call", "block", "sensitivity"])
+@pytest.mark.parametrize("case", [neumann, floating, enclosed])
+def test_what_leaves_the_state_open_is_refused(case, ask):
+    F, u, m, bcs = case()
+    with pytest.raises(SolveError, match="singular|DIVERGED_LINEAR_SOLVE"):
+        ask(Steady(F, u, m, bcs), m)

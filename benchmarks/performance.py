@@ -1,0 +1,86 @@
+"""All that is measured of speed, in one table with a description of the machine, written to docs/performance.md.
+
+It runs the scripts of this folder that compare ways through the same problem, and that of scaling. Compare the ratios:
+each is of two ways in one run, by CPU time.
+
+    OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--out docs/performance.md]
+"""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+# Names of the columns for our way and for the loop over a solver that is built once, with its default parameters.
+OURS, LOOP = "block, ms", ("reused solver, ms", "loop, ms")
+INTRODUCTION = """# Performance
+
+`make benchmark` writes this page: {machine}.
+
+States of many parameters by `solve_many`, against a loop over one Firedrake solver that is built once, with its default
+parameters; CPU milliseconds a sample, on one core.
+
+| problem | unknowns | `solve_many`, ms | loop, ms | ratio |
+|---|---|---|---|---|
+"""
+
+
+def run(script, *options, echo=True):
+    """Lines that a script prints, shown as they come."""
+    lines = []
+    with subprocess.Popen([sys.executable, str(HERE / script), *options], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout or ():
+            if line.startswith("WARNING! There are options"):   # PETSc's last words
+                break
+            lines.append(line.rstrip())
+            if echo:
+                print(line.rstrip(), flush=True)
+        process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{script} failed with status {process.returncode}.")
+    return lines
+
+
+def table(lines):
+    """Rows of a table in Markdown, each a dict by the names of its columns."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [dict(zip(cells[0], row)) for row in cells[2:]]
+
+
+def machine():
+    """What it ran on, in words."""
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, Python {platform.python_version()}, Firedrake "
+            f"{version('firedrake')}, torch {version('torch')}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, as a trial")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
+    options = parser.parse_args()
+    small = ("--cells", "16", "--samples", "16") if options.quick else ()
+    text = INTRODUCTION.format(machine=machine())
+    for script, kind in (("residuals.py", ""), ("forward.py", "advection-diffusion: "),
+                         ("transient.py", "transient advection-diffusion, unknown ")):
+        for row in table(run(script, *small)):
+            loop = next(row[name] for name in LOOP if name in row)
+            text += (f"| {kind}{row['problem']} | {row['unknowns']} | {row[OURS]} | {loop} | "
+                     f"{float(loop) / float(row[OURS]):.1f} |\n")
+    text += "\n## From 1,000 to 1,000,000 unknowns\n\n" + "\n".join(
+        run("scaling.py", "--words") + [""] + run("scaling.py", *(("--cells", "16", "24") if options.quick else ())))
+    text += "\n\n## Fields\n\n" + "\n".join(
+        f"- {line}" for line in run("scaling.py", "--details", "24" if options.quick else "316")) + "\n"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text)
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
