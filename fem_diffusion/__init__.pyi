@@ -52,6 +52,7 @@ from fem_diffusion.observation.linear import (
 )
 from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod as pod
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
+from fem_diffusion.prior.hierarchical import HierarchicalPrior as HierarchicalPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior
 from fem_diffusion.prior.protocol import GaussianCore as GaussianCore, Prior as Prior
 from fem_diffusion.prior.recipes import bounded as bounded, divergence_free as divergence_free

@@ -143,7 +143,7 @@ def reference_latents(problem: InverseProblem, y: np.ndarray, basis: ModalBasis 
             break
         # By shares, which every component of a product has.
         missing /= 4
-        more = karhunen_loeve(problem.prior, retained=1 - missing)
+        more = karhunen_loeve(problem.prior, retained=1 - missing, most=most)
         latent = LatentProblem(problem, y, more.leading(min(more.r, most)))
     return latent
 
