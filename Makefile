@@ -31,7 +31,7 @@ export OMPI_MCA_btl_vader_single_copy_mechanism = none
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
-        benchmark-ensemble benchmark-peers
+        benchmark-ensemble benchmark-solves benchmark-peers
 
 help:
 	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
@@ -54,6 +54,7 @@ help:
 	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
 	@echo "make benchmark-collapse      does long training shrink the posterior?"
 	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
+	@echo "make benchmark-solves        errors against the number of solves, with derivatives and without (QUICK=1: fewer)"
 	@echo "make benchmark-peers         side by side with sbi, in an environment of its own"
 	@echo "make clean           remove what tests, demos and builds left (.venv stays)"
 
@@ -129,6 +130,9 @@ benchmark-collapse: install
 
 benchmark-ensemble: install
 	mpiexec -n 2 $(RUN) benchmarks/ensemble.py
+
+benchmark-solves: install
+	$(RUN) benchmarks/solves.py $(if $(QUICK),--quick)
 
 benchmark-peers:
 	@scripts/install_peers.sh

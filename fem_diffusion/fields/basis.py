@@ -7,7 +7,9 @@ A field is written in modes that are orthonormal in the mass inner product,
 with the eigenvalues of the prior covariance, :math:`C M \varphi = \lambda \varphi` (Karhunen-Loeve), or of the
 sample covariance (proper orthogonal decomposition, POD). The latents z have unit prior variance, do not depend on
 the mesh beyond discretisation error, and white noise in z is the prior's own noise in V. Every mode vanishes where
-the field has Dirichlet conditions and the mean carries their values, so every decoded field satisfies them.
+the field has Dirichlet conditions and the mean carries their values, so every decoded field satisfies them. A rotation
+of the latents changes none of this: :math:`z = Q^T z'` of all modes' latents z', with orthonormal columns, may lead
+with what the data see most instead of what varies most.
 """
 
 import os
@@ -60,11 +62,13 @@ class ModalBasis:
     weights : tuple of float or None
         Of the components of a mixed V in its inner product: where each was expanded by itself, one over its total
         variance, so that `variances` and `retained` compare shares of variance, not units.
+    turn : numpy.ndarray or None
+        Q, orthonormal columns, shape (number of modes, r); the latents are those of the modes where left out.
 
     Attributes
     ----------
     scaled_modes : numpy.ndarray
-        Modes times the square root of their variance, shape (r, n_owned): a field is mean + z @ scaled_modes.
+        Modes times the square root of their variance, turned, shape (r, n_owned): a field is mean + z @ scaled_modes.
     """
 
     V: WithGeometry
@@ -75,28 +79,33 @@ class ModalBasis:
     prior: "Prior | None" = None
     standard_prior: bool = False
     weights: tuple[float, ...] | None = None
+    turn: np.ndarray | None = None
     scaled_modes: np.ndarray = dataclass_field(init=False)
     _encoder: np.ndarray = dataclass_field(init=False)
 
     def __post_init__(self) -> None:
-        weighted = mass_action(self.V, self.weights)(self.modes) / np.sqrt(self.variances)[:, None]
-        object.__setattr__(self, "_encoder", weighted)
-        object.__setattr__(self, "scaled_modes", self.modes * np.sqrt(self.variances)[:, None])
+        unit = np.sqrt(self.variances)[:, None]
+        parts = mass_action(self.V, self.weights)(self.modes) / unit, self.modes * unit
+        for name, rows in zip(("_encoder", "scaled_modes"), parts):
+            object.__setattr__(self, name, rows if self.turn is None else self.turn.T @ rows)
 
     @property
     def r(self) -> int:
-        """Number of modes."""
-        return len(self.variances)
+        """Number of latents: of the modes, or of the directions among them where they are turned."""
+        return len(self.variances) if self.turn is None else self.turn.shape[1]
 
     @property
     def retained(self) -> float:
-        """Share of the total variance that the modes carry."""
-        return float(self.variances.sum() / self.total_variance)
+        """Share of the total variance that the latents carry."""
+        shares = 1.0 if self.turn is None else (self.turn**2).sum(axis=1)
+        return float((shares * self.variances).sum() / self.total_variance)
 
     def leading(self, r: int) -> "ModalBasis":
-        """The basis of the first r modes, of the same total variance; InputError if it has fewer."""
+        """The basis of the first r latents, of the same total variance; InputError if it has fewer."""
         if check_count(r, "r") > self.r:
             raise InputError(f"r is {r}: the basis has {self.r} modes, ask for at most as many.")
+        if self.turn is not None:
+            return replace(self, turn=self.turn[:, :r])
         return replace(self, modes=self.modes[:r], variances=self.variances[:r])
 
     def encode(self, values: Function | Sequence[Function] | np.ndarray) -> np.ndarray:
@@ -170,7 +179,8 @@ class ModalBasis:
                             "simulation, or take pod(V, data.coefficients, r) where that prior is not known.")
 
     def __repr__(self) -> str:
-        return (f"ModalBasis: {self.r} {'Karhunen-Loeve' if self.standard_prior else 'POD'} modes with "
+        turned = "" if self.turn is None else f"directions of {len(self.variances)} "
+        return (f"ModalBasis: {self.r} {turned}{'Karhunen-Loeve' if self.standard_prior else 'POD'} modes with "
                 f"{self.retained:.2%} of the variance, {self.V.dim()} unknowns"
                 f"{f', of {self.prior}' if self.prior else ''}")
 
@@ -192,6 +202,8 @@ def pack_basis(basis: ModalBasis, name: str) -> tuple[dict, dict]:
     V = basis.V
     arrays = {"key": gather_keys(V), "mean": gather_rows(V, coefficients(basis.mean)[None]),
               "modes": gather_rows(V, basis.modes), "variances": basis.variances}
+    if basis.turn is not None:
+        arrays["turn"] = basis.turn
     values = {"element": element_of(V), "total_variance": basis.total_variance, "weights": basis.weights,
               "transformed": basis.prior is not None and basis.prior.core is not basis.prior,
               "standard_prior": basis.standard_prior}
@@ -241,7 +253,12 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
         raise content.error("belongs to another prior")
     if not np.allclose(basis.encode(basis.decode(np.eye(basis.r))), np.eye(basis.r), rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
-    return basis
+    if f"{name}.turn" not in content.arrays:
+        return basis
+    turn = content.array(f"{name}.turn", len(variances), None)
+    if not turn.size or not np.allclose(turn.T @ turn, np.eye(turn.shape[1]), rtol=0, atol=1e-8):
+        raise content.error("holds a rotation of latents that is none")
+    return replace(basis, turn=turn)
 
 
 def is_of(basis: ModalBasis, prior: "Prior | None") -> bool:

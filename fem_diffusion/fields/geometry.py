@@ -32,6 +32,8 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
     """
     V = basis.V
     points = _POINTS_PER_MODE * basis.r if points is None else points
+    if basis.turn is not None:
+        raise InputError("A network on fields sees the modes themselves: give a basis that is not turned.")
     if len(V) > 1 or V.value_shape or not V.finat_element.has_pointwise_dual_basis:
         raise InputError(f"A network on fields needs one scalar unknown with values at nodes, not {V}: take the fully "
                          "connected network.")

@@ -13,10 +13,10 @@ from fem_diffusion.checks import check_choice, check_flag, check_kind, check_opt
 from fem_diffusion.diffusion import (
     NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
-from fem_diffusion.diffusion.base.visible import visible_modes
+from fem_diffusion.diffusion.base.visible import informed_turn, visible_modes
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import on_root, owned_size
+from fem_diffusion.fields.coefficients import coefficients, largest, on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.forward.protocol import Differentiable
@@ -36,6 +36,8 @@ __all__ = ["fit"]
 _MOST_POD, _PAIRS_A_MODE = 128, 4
 # What modes may miss of a reading, in units of its noise.
 _MISSED = 0.25
+# Share of a mode that may be outside of those that derivatives are in.
+_OUTSIDE = 1e-6
 # Pairs with which measurements are compared.
 _SEEN = 1000
 # The normal number of small noise, and a variance beside which the level itself is seen.
@@ -53,10 +55,11 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         Of fixed sensors, whose noise is drawn afresh in training, or of a family, of which every training sample gets
         fresh sensors with fresh noise. Without noise the readings of the data hold it already.
     data : DataSet
-        Of that problem; of a family with states.
+        Of that problem; of a family with states. Derivatives take part where the noise is Gaussian and known.
     basis : ModalBasis, optional
         Coordinates of the fields. Where left out, as many leading modes of the prior as the readings can tell from
-        their noise; the rest of a Gaussian prior is drawn when sampling.
+        their noise, or, where the data hold derivatives, the directions among the modes of which readings tell; the
+        rest of a Gaussian prior is drawn when sampling.
     network : {"latents", "field"} or str
         For fixed sensors fully connected between latents and measurements, or with layers on the mesh, for one scalar
         unknown that enters the forward map through a nonlinearity at every point; see docs/field_network.md. Another
@@ -100,8 +103,14 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
-    given = basis is not None
-    basis = check_basis(basis, problem) if basis is not None else _visible(problem, data, seen, noise)
+    given, informed = basis is not None, _informed(problem, data, seen)
+    if basis is not None:
+        basis = check_basis(basis, problem)
+    elif informed is not None and not NETWORKS[network].mesh:
+        basis = informed
+    else:
+        basis = _visible(problem, data, seen, noise)
+    slopes = None if informed is None else _slopes(data, basis)
     with event("encode"):
         z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
@@ -109,7 +118,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     geometry = field_geometry(basis) if NETWORKS[network].mesh else None
 
     def run() -> tuple[Denoiser, History]:
-        return fit_denoiser(torch.from_numpy(z), seen, noise, network=None if problem.family else network,
+        return fit_denoiser(torch.from_numpy(z), seen, noise, slopes=slopes,
+                            network=None if problem.family else network,
                             standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
                             progress=progress)
     with event("train"):
@@ -158,6 +168,31 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
                       "unexplained, and samples draw all other modes from the prior: take more modes, leave basis out, "
                       "or give the forward problem its sensitivity.", stacklevel=3)
     return False, None
+
+
+def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> ModalBasis | None:
+    """The modes of the data's derivatives, turned to what readings tell of; None where derivatives are of no use."""
+    if data.derivatives is None or data.basis is None:
+        return None
+    noise = problem.noise
+    covariance = noise.covariance(seen.double()) if isinstance(noise, GaussianNoise) else torch.zeros(1, 1)
+    if not (covariance.diagonal() > 0).all():
+        warnings.warn("The data hold derivatives, which are of use where the noise of all sensors is Gaussian and "
+                      "known: they are left out.", stacklevel=3)
+        return None
+    slopes = torch.from_numpy(data.derivatives)
+    return replace(data.basis, turn=on_root(problem.comm, lambda: informed_turn(slopes, covariance)).numpy())
+
+
+def _slopes(data: DataSet, basis: ModalBasis) -> torch.Tensor:
+    """The data's derivatives by the latents of a basis, (n, k, r); InputError where it has other modes (collective)."""
+    assert data.basis is not None and data.derivatives is not None
+    across = data.basis.encode(coefficients(data.basis.mean) + basis.scaled_modes)
+    lost = basis.scaled_modes - across @ data.basis.scaled_modes
+    if largest(basis.V.comm, lost) > _OUTSIDE * largest(basis.V.comm, basis.scaled_modes):
+        raise InputError("The basis holds more than the modes that derivatives of the data are in: leave basis out, "
+                         "take data.basis.leading(r), or simulate(..., derivatives=basis).")
+    return torch.from_numpy(data.derivatives @ across.T)
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from firedrake import Ensemble
+from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
 from fem_diffusion.diffusion import Emulator, log_density
@@ -93,18 +94,19 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
 
 
 def extended(basis: ModalBasis) -> ModalBasis:
-    """A Karhunen-Loève basis with further modes of its prior (collective); as it is where those are not the same."""
+    """A Karhunen-Loève basis with further modes of its prior (collective); none where those are not the same."""
     assert basis.prior is not None
-    whole = karhunen_loeve(basis.prior)
-    if whole.r <= basis.r:
-        return basis
-    whole = whole.leading(min(whole.r, max(_MODES, basis.r)))
+    whole, found = karhunen_loeve(basis.prior), replace(basis, turn=None)
+    size = found.r
+    whole = whole.leading(min(whole.r, max(_MODES, size)))
     # The modes of the model stay what they are, because other runs may choose other signs.
-    turned = whole.encode(basis.decode(np.eye(basis.r)))
-    if np.abs(np.abs(turned[:, :basis.r]) - np.eye(basis.r)).max() > _SAME:
-        return basis
-    return replace(whole, modes=np.vstack([basis.modes, whole.modes[basis.r:]]),
-                   variances=np.concatenate([basis.variances, whole.variances[basis.r:]]))
+    across = whole.encode(found.decode(np.eye(size)))[:, :size]
+    if whole.r > size and np.abs(np.abs(across) - np.eye(size)).max() <= _SAME:
+        found = replace(whole, modes=np.vstack([found.modes, whole.modes[size:]]),
+                        variances=np.concatenate([found.variances, whole.variances[size:]]))
+    if basis.turn is None:
+        return found
+    return replace(found, turn=block_diag(np.hstack([basis.turn, null_space(basis.turn.T)]), np.eye(found.r - size)))
 
 
 def known_readings(posterior: "Posterior") -> Base | None:

@@ -25,6 +25,41 @@ def test_an_emulator_is_affine_where_the_map_is():
     assert float(emulator.residual.abs().max()) < 1e-18
 
 
+def _slopes(function, z):
+    return torch.func.vmap(torch.func.jacrev(lambda x: function(x[None])[0]))(z)
+
+
+def test_derivatives_take_the_place_of_pairs():
+    z, new = (torch.randn(n, 2, generator=random(n), dtype=torch.float64) for n in (60, 4000))
+    slopes, options = _slopes(bent_map, z), replace(QUICK, steps=1500, depth=3)
+
+    def error(slopes):
+        emulator, _ = fit_emulator(z, bent_map(z), STD, slopes=slopes, options=options)
+        return float((bent_map(new) - emulator(new)).square().sum(1).median())
+    with_them = error(slopes)
+    assert with_them < 0.2 * error(None) and with_them < 0.2 * error(-slopes)
+
+
+def test_derivatives_find_a_linear_map_from_fewer_pairs_than_latents():
+    z, matrix = torch.randn(6, 20, generator=random(), dtype=torch.float64), torch.randn(3, 20, generator=random(1))
+    matrix = matrix.double()
+    emulator, _ = fit_emulator(z, z @ matrix.T + 2, STD[:1].expand(3), slopes=matrix.expand(6, 3, 20), options=QUICK)
+    assert emulator.head is None
+    torch.testing.assert_close(emulator.matrix, matrix)
+    torch.testing.assert_close(emulator.offset, torch.full((3,), 2.0).double())
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"slopes": torch.ones(100, 2, 3)}, "shape"), ({"slopes": torch.full((100, 2, 2), torch.nan)}, "not finite"),
+    ({"noise": None}, "known Gaussian noise"), ({"base": "plain"}, "known Gaussian noise"),
+])
+def test_slopes_that_do_not_fit_are_refused(change, words):
+    z = torch.randn(100, 2, generator=random(), dtype=torch.float64)
+    given = {"noise": 0.3, "slopes": _slopes(bent_map, z), "standard_prior": True} | change
+    with pytest.raises(InputError, match=words):
+        fit_denoiser(z, bent_map(z), given.pop("noise"), options=QUICK, **given)
+
+
 def test_an_emulator_knows_its_error():
     z = torch.randn(3000, 2, generator=random(), dtype=torch.float64)
     emulator, history = fit_emulator(z, bent_map(z), torch.ones(2), options=replace(QUICK, steps=1500, depth=3))
@@ -51,6 +86,13 @@ def test_an_emulator_pulls_covectors_back_by_its_derivative(depth):
     exact, = torch.autograd.grad(emulator(z), z, way)
     torch.testing.assert_close(values, emulator(z), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pull(way), exact, rtol=1e-4, atol=1e-4)
+    if depth:
+        along = torch.randn(5, 3, generator=random(2), dtype=torch.float64)
+        value, change = emulator.correction_along(z, along)
+        torch.testing.assert_close(value, emulator.correction(z))
+        # The same number from the pull-back: way · (∂f along) = along · (∂fᵀ way).
+        both = (way * (change.double() @ emulator.scale + along @ emulator.matrix.T)).sum(1)
+        torch.testing.assert_close(both, (along * exact).sum(1), rtol=1e-4, atol=1e-4)
 
 
 def _seen_twice(z):

@@ -6,8 +6,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fem_diffusion.diffusion import (
-    Denoiser, GaussianNoise, Sampler, fit_base, linear_base, log_density, plain_base, sample_latents,
+    Denoiser, GaussianNoise, Sampler, TrainingOptions, fit_base, fit_denoiser, linear_base, log_density, plain_base,
+    sample_latents,
 )
+from fem_diffusion.diffusion.base.fitted import standard_error
 from fem_diffusion.errors import InputError
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 
@@ -202,3 +204,42 @@ def test_many_measurements_share_one_factor():
 def test_wrong_input_is_refused(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def _noisy_pairs(n, r, seed):
+    """Latents and readings that hold their noise, of one linear map."""
+    operator = torch.randn(3, r, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g = torch.Generator().manual_seed(seed)
+    z, white = (torch.randn(n, m, generator=g, dtype=torch.float64) for m in (r, 3))
+    return operator, z, z @ operator.T + 0.5 * white
+
+
+@pytest.mark.parametrize("n", [30, 60, 200])
+def test_a_base_knows_how_uncertain_it_is(n):
+    r, told, missed = 20, [], []
+    for seed in range(1, 60):
+        operator, z, y = _noisy_pairs(n, r, seed)
+        exact = linear_base(operator, 0.25 * torch.eye(3))
+        base = fit_base(z, y, torch.zeros(3, 3), True)
+        told.append(standard_error(base, n, torch.zeros(3, 3).double()))
+        y = _noisy_pairs(50, r, 1000 + seed)[2]
+        one, other = _at(base, y), _at(exact, y)
+        missed.append(other.whiten(one.mean).square())
+    # In posterior standard deviations, along the directions of which readings tell.
+    right = float(torch.cat(missed).sum(1).mean() / 3)**0.5
+    assert 0.5 < np.median(told) / right < 2
+
+
+def test_pairs_that_are_too_few_for_the_latents_are_told(recwarn):
+    def fit(n, r=20, noise=None):
+        operator, z, y = _noisy_pairs(n, r, 1)
+        y = y if noise is None else z @ operator.T
+        fit_denoiser(z, y, noise, standard_prior=True, progress=False,
+                     options=TrainingOptions(steps=1, evaluate_every=1, width=4, depth=1))
+    with pytest.warns(UserWarning, match="30 pairs leave the Gaussian base of 20 latents uncertain.*derivatives=True"):
+        fit(30)
+    recwarn.clear()
+    fit(300)
+    fit(30, r=3)
+    fit(30, noise=0.5)   # of a linear map the noise of which is known any number above r tells all
+    assert not recwarn

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fem_diffusion.diffusion.base.visible import learning_gain, visible_modes
+from fem_diffusion.diffusion.base.visible import informed_turn, learning_gain, visible_modes
 from fem_diffusion.errors import InputError
 from truths import random
 
@@ -61,3 +61,13 @@ def test_more_pairs_help_where_a_curve_is_not_learned_yet():
     gain, missed = learning_gain(z, white, None)
     assert gain < 0.05 and math.isnan(missed)
     assert learning_gain(z[:50], bent[:50], noise) is None
+
+
+def test_directions_that_readings_tell_of_come_first():
+    ways = torch.linalg.qr(torch.randn(20, 3, generator=random(), dtype=torch.float64))[0]
+    slopes = torch.tensor([10.0, 5.0, 1.0]).double()[:, None] * ways.T
+    turn = informed_turn(slopes.expand(7, 3, 20), torch.eye(3))
+    torch.testing.assert_close((turn.T @ ways).abs(), torch.eye(3).double())
+    # Noise makes the third say next to nothing; of nothing one direction is left.
+    assert informed_turn(slopes.expand(7, 3, 20), torch.diag(torch.tensor([1.0, 1.0, 100.0]))).shape == (20, 2)
+    assert informed_turn(0 * slopes.expand(7, 3, 20), torch.eye(3)).shape == (20, 1)

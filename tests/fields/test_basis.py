@@ -1,5 +1,7 @@
 """Fields to latents and back: exact on the span, exact on the boundary, the same on any number of ranks and mesh."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from firedrake import (
@@ -8,13 +10,15 @@ from firedrake import (
 )
 from mpi4py import MPI
 
-from fem_diffusion.fields.basis import load_basis
+from fem_diffusion import files
+from fem_diffusion.fields.basis import load_basis, pack_basis
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.errors import InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.prior.product import ProductPrior
+from fem_diffusion.trust.start import extended
 
 COMM = MPI.COMM_WORLD
 ONE_RANK = [2.896157, 1.525495, 1.965467, 3.166785, 0.039326, 0.542295, -2.735722, 1.954885]
@@ -168,6 +172,42 @@ def test_a_basis_reads_back(tmp_path_factory):
     norms = [assemble(inner(f, f) * dx) for f in (basis.functions(z)[0], again.functions(z)[0])]
     assert abs(norms[0] - norms[1]) < 1e-12 * norms[0]
     np.testing.assert_allclose(_gram(again), np.eye(5), atol=1e-10)
+
+
+@pytest.mark.parallel([1, 2])
+def test_turned_latents_are_as_standard_and_read_back(tmp_path_factory):
+    folder = COMM.bcast(str(tmp_path_factory.mktemp("basis")))
+    prior = _prior(FunctionSpace(_mesh(6), "CG", 1))
+    plain, rng = karhunen_loeve(prior, 8), np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((8, 3)))[0]
+    basis = replace(plain, turn=turn)
+    fields, z = prior.sample_many(3000, 1), rng.standard_normal((4, 3))
+    np.testing.assert_allclose(basis.encode(fields), plain.encode(fields) @ turn, atol=1e-10)
+    np.testing.assert_allclose(basis.encode(basis.decode(z)), z, atol=1e-10)
+    basis.check_draws(basis.encode(fields))
+    assert basis.r == 3 and basis.leading(2).r == 2 and 0 < basis.retained < plain.retained
+    np.testing.assert_array_equal(basis.leading(2).scaled_modes, basis.scaled_modes[:2])
+    assert _boundary_error(basis, basis.decode(z)) < 1e-12
+    # Given their latents, fields have the rest of the prior: together they are draws of it.
+    whole = plain.encode(basis.decode(rng.standard_normal((3000, 3)), 5))
+    np.testing.assert_allclose(np.cov(whole.T), np.eye(8), atol=5 * np.sqrt(2 / 3000))
+    basis.save(f"{folder}/basis")
+    again = load_basis(f"{folder}/basis", prior.V, prior)
+    np.testing.assert_allclose(again.encode(fields[:3]), basis.encode(fields[:3]), atol=1e-10)
+    more = extended(basis)
+    np.testing.assert_allclose(more.scaled_modes[:3], basis.scaled_modes, atol=1e-10)
+    np.testing.assert_allclose(np.cov(more.encode(fields).T), np.eye(more.r), atol=6 * np.sqrt(2 / 3000))
+    assert more.r > 8
+
+
+def test_a_rotation_that_is_none_is_refused(tmp_path):
+    prior = _prior(FunctionSpace(_mesh(4), "CG", 1))
+    plain = karhunen_loeve(prior, 3)
+    for wrong in (np.eye(3)[:2], 2 * np.eye(3), np.zeros((3, 0)), np.full((3, 1), np.nan)):
+        arrays, values = pack_basis(plain, "basis")
+        files.write(tmp_path / "basis", "basis", arrays | {"basis.turn": wrong}, values)
+        with pytest.raises(FileError):
+            load_basis(tmp_path / "basis", prior.V, prior)
 
 
 def test_a_basis_of_another_mesh_space_or_kind_is_refused(tmp_path):

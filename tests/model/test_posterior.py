@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -128,7 +128,8 @@ def test_model_reads_back_and_bad_files_are_refused(job, tmp_path):
     for model in (model, fit(model.problem, job[4], basis=model.basis.leading(2), options=OPTIONS, progress=False)):
         model.save(file)
         again = load_model(file, model.problem)
-        assert again.history == model.history and again.summary == model.summary
+        np.testing.assert_equal(asdict(again.history), asdict(model.history))   # NaN where nothing was trained
+        assert again.summary == model.summary
         np.testing.assert_allclose(again.condition(Y).sample(3, seed=0).values,
                                    model.condition(Y).sample(3, seed=0).values, rtol=0, atol=1e-6)
     content = file.read_bytes()

@@ -5,7 +5,10 @@ is a row, or the noise-free readings of fixed sensors themselves. They are regre
 
 .. math:: c = f(z) + \text{residual}, \qquad f(z) = f_0 + A z + \text{network}(z),
 
-by least squares first; a network for what is left is kept only where it helps on held-out pairs.
+by least squares first; a network for what is left is kept only where it helps on held-out pairs. Where derivatives of
+the coordinates are known beside them, both parts are fitted to values and derivatives alike, in the Sobolev norm
+:math:`E|c - f|^2 + E|\partial c - \partial f|^2` in units of the noise, the second term along random directions
+(derivative-informed operators, O'Leary-Roseberry et al. 2024, doi:10.1016/j.jcp.2023.112555).
 """
 
 import os
@@ -27,6 +30,8 @@ __all__ = ["Emulator", "affine_emulator", "fit_emulator", "regress", "roots", "s
 _WIDER = 2
 # What the affine map leaves is nothing to learn below this share of the noise's variance, and below rounding.
 _SMALL, _ROUNDING = 1e-3, 1e-9
+# Directions along which derivatives of held-out pairs are compared.
+_DIRECTIONS = 4
 
 
 class Emulator(nn.Module):
@@ -80,6 +85,18 @@ class Emulator(nn.Module):
             x = x + nn.functional.silu(layer(x))
         return self.head(x)
 
+    def correction_along(self, z: Tensor, way: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's part at latents (B, r), and its derivative along directions (B, r), of a depth above 0."""
+        x, change = self._input(z), (way / self.unit).float()
+        assert self.head is not None
+        for number, layer in enumerate(self.hidden):
+            before = layer(x)
+            gate = torch.sigmoid(before)
+            through = change @ layer.weight.T * gate * (1 + before * (1 - gate))  # pyright: ignore
+            x = before * gate + (x if number else 0.0)
+            change = change + through if number else through
+        return self.head(x), self.head(change)
+
     def forward(self, z: Tensor) -> Tensor:
         """State coordinates (B, s) for latents (B, r), in double precision."""
         affine = self.offset + z.double() @ self.matrix.T
@@ -118,21 +135,47 @@ class _Regression(Task[Emulator]):
 
     name = "emulate"
 
-    def __init__(self, z: Tensor, rest: Tensor, training: Tensor, held_out: Tensor, options: TrainingOptions):
+    def __init__(self, z: Tensor, rest: Tensor, slopes: Tensor | None, training: Tensor, held_out: Tensor,
+                 options: TrainingOptions):
         self.options, self.size = options, len(training)
-        self.z, self.rest = z[training], rest[training]
-        self.validation = z[held_out], rest[held_out]
-        self.base_losses = self.validation[1].square().sum(1)
-        self.parts = [z, rest]
+        self.z, self.rest, self.slopes = z[training], rest[training], None if slopes is None else slopes[training]
+        self.validation = z[held_out], rest[held_out], None if slopes is None else slopes[held_out]
+        self.parts = [z, rest] if slopes is None else [z, rest, slopes]
+        # One direction a pair would leave the comparison to chance.
+        some = (_DIRECTIONS, *self.validation[0].shape)
+        self.ways = torch.randn(some, generator=torch.Generator(z.device).manual_seed(options.seed), device=z.device)
+        self.base_losses = self._losses(self.validation, self.ways, None)
+
+    @staticmethod
+    def _losses(pairs: tuple[Tensor, Tensor, Tensor | None], ways: Tensor, network: Emulator | None) -> Tensor:
+        """Squares of what is missed at pairs (B,): of values, and the mean of slopes along directions (n, B, r)."""
+        z, rest, slopes = pairs
+        if slopes is None:
+            return (rest if network is None else network.correction(z) - rest).square().sum(1)
+        value, found = torch.zeros_like(rest), []
+        for way in ways:
+            change = torch.einsum("bsr,br->bs", slopes, way)
+            if network is not None:
+                value, moved = network.correction_along(z, way)
+                change = moved - change
+            found.append(change.square().sum(1))
+        return (value - rest).square().sum(1) + torch.stack(found).mean(0)
 
     def network(self) -> Emulator:
         return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
 
     def loss(self, network: Emulator, index: Tensor, generator: torch.Generator) -> Tensor:
-        return (network.correction(self.z[index]) - self.rest[index]).square().sum(1).mean()
+        z, slopes = self.z[index], None if self.slopes is None else self.slopes[index]
+        ways = z.new_zeros(0, *z.shape) if slopes is None else torch.randn(
+            1, *z.shape, generator=generator, device=z.device)
+        return self._losses((z, self.rest[index], slopes), ways, network).mean()
 
     def evaluate(self, network: Emulator) -> Tensor:
-        return (network.correction(self.validation[0]) - self.validation[1]).square().sum(1)
+        return self._losses(self.validation, self.ways, network)
+
+    def gain(self, losses: Tensor) -> Tensor:
+        # Of the whole: one pair far out may hold most of the base's loss, and no two standard errors tell from chance.
+        return (self.base_losses - losses) / (self.base_losses + losses).clamp(min=1e-300)
 
 
 def spread(centred: Tensor) -> Tensor:
@@ -151,16 +194,27 @@ def roots(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return vectors / root @ vectors.T / unit, unit[:, None] * (vectors * root @ vectors.T)
 
 
-def regress(z: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least squares c = offset + G z, n > r + 1: G (k, r), offset (k,), and covariance (k, k) of what is left."""
+def regress(z: Tensor, c: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares c = offset + G z, n > r + 1: G (k, r), offset (k,), and covariance (k, k) of what is left.
+
+    With derivatives `slopes` (n, k, r) of c by z any n > 1 will do.
+    """
     n, r = z.shape
     z_mean, c_mean = z.mean(0), c.mean(0)
     centred, response = z - z_mean, c - c_mean
     # Each latent in units of its own spread: what counts as a rank must not depend on units.
     unit = spread(centred)
-    matrix = torch.linalg.lstsq(centred / unit, response).solution.T / unit
+    if slopes is None:
+        matrix, told = torch.linalg.lstsq(centred / unit, response).solution.T / unit, r + 1
+    else:
+        # Where c is quadratic, this weight makes the error of G least: values tell of r latents at once, and a
+        # derivative of each alone.
+        weight, white = r / 2, centred / unit
+        moments = response.T @ white + weight * slopes.sum(0) * unit
+        gram = white.T @ white + weight * n * torch.eye(r, dtype=z.dtype, device=z.device)
+        matrix, told = torch.linalg.solve(gram, moments.T).T / unit, 1
     rest = response - centred @ matrix.T
-    return matrix, c_mean - matrix @ z_mean, rest.T @ rest / (n - r - 1)
+    return matrix, c_mean - matrix @ z_mean, rest.T @ rest / (n - told)
 
 
 def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulator:
@@ -170,9 +224,9 @@ def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulato
     return emulator.eval().requires_grad_(False)
 
 
-def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOptions = TrainingOptions(),
-                 held_out: tuple[Tensor, Tensor] | None = None, checkpoint: str | os.PathLike | None = None,
-                 progress: bool = True) -> tuple[Emulator, History]:
+def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None = None,
+                 options: TrainingOptions = TrainingOptions(), held_out: tuple[Tensor, Tensor] | None = None,
+                 checkpoint: str | os.PathLike | None = None, progress: bool = True) -> tuple[Emulator, History]:
     """Regress coordinates of what sensors see on latents: emulator, on the CPU, and training curve of its network.
 
     It is affine where a network does not help on held-out pairs; losses are in units of what the affine map leaves.
@@ -186,6 +240,8 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     noise : Tensor
         Errors that count alike, as a covariance (s, s) or positive standard deviations (s,): of the readings' noise; of
         state modes one over their standard deviation, such that errors count as they do in the state.
+    slopes : Tensor, optional
+        Derivatives of the coordinates by the latents, shape (n, s, r); not beside `held_out`.
     options : TrainingOptions
         Of the network, which is twice as wide.
     held_out : tuple of Tensor, optional
@@ -196,22 +252,26 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     """
     check_options(options, TrainingOptions).check()
     check_flag(progress, "progress")
-    check_pairs(z, c, 1)
+    check_pairs(z, c, 1 if slopes is None else None)
     s = c.shape[1]
     square = isinstance(noise, Tensor) and noise.ndim == 2
     noise = check_tensor(noise, "noise", (s, s) if square else (s,), "coordinates").double().cpu()
     if not ((noise.diagonal() if square else noise) > 0).all():
         raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
+    if slopes is not None:
+        slopes = check_tensor(slopes, "slopes", (len(z), s, z.shape[1]), "latents").double().cpu()
+        if held_out is not None:
+            raise InputError("Held-out pairs of another region come without slopes: leave one of them out.")
     if held_out is None:
         training, apart = hold_out(len(z), options)
     else:
         check_pairs(*held_out)
         training, apart = torch.arange(len(z)), len(z) + torch.arange(len(held_out[0]))
         z, c = (torch.cat([x, other.to(x)]) for x, other in zip((z, c), held_out))
-    if len(training) <= z.shape[1] + 1:
+    if slopes is None and len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
     z, c = z.double().cpu(), c.double().cpu()
-    matrix, offset, _ = regress(z[training], c[training])
+    matrix, offset, _ = regress(z[training], c[training], None if slopes is None else slopes[training])
     # Noise that two sensors share leaves their difference sharp: only in the noise's own axes errors count alike.
     whitener, root = roots(noise if square else torch.diag(noise**2))
     rest = (c - offset - z @ matrix.T) @ whitener.T
@@ -220,22 +280,27 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, options: TrainingOption
     network, history = None, History()
     if float(torch.linalg.eigvalsh(left)[-1]) > _SMALL and (
             float(size) > _ROUNDING * float(((c[training] - offset) @ whitener.T).square().sum(1).mean().sqrt())):
-        options = replace(options, width=_WIDER * options.width)
+        options = replace(options, width=_WIDER * options.width, batch=min(options.batch, len(training)))
         with threads(options.threads):
             device = torch.device(options.device)
             centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))
             white = ((z - centre) / unit).float().to(device)
-            loop = Loop(_Regression(white, (rest / size).float().to(device), training, apart, options), options,
-                        checkpoint)
+            if slopes is not None:
+                slopes_left = (whitener @ (slopes - matrix) * unit / size).float().to(device)
+            loop = Loop(_Regression(white, (rest / size).float().to(device), None if slopes is None else slopes_left,
+                                    training, apart, options), options, checkpoint)
             network, history = loop.run(progress), loop.history
     if network is None and held_out is None:
-        return affine_emulator(*regress(z, c)), history
+        return affine_emulator(*regress(z, c, slopes)), history
     if network is None:
         defect = (c - offset - z @ matrix.T)[apart]
         return affine_emulator(matrix, offset, defect.T @ defect / len(defect)), history
     emulator = network.to("cpu").eval().requires_grad_(False)
     emulator.centre, emulator.unit, emulator.scale = centre, unit, size * root.T
     emulator.matrix, emulator.offset = matrix, offset
-    defect = (c - emulator(z))[apart]
-    emulator.residual = defect.T @ defect / len(defect)
+    defect = (c - emulator(z))[apart] @ whitener.T
+    # Few pairs tell how large errors are, and not along which axes: there they count as alike, in units of the noise.
+    share = s / (s + len(defect))
+    alike = defect.square().mean() * torch.eye(s, dtype=defect.dtype)
+    emulator.residual = root @ ((1 - share) * defect.T @ defect / len(defect) + share * alike) @ root.T
     return emulator, history

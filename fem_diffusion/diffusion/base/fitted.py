@@ -1,16 +1,21 @@
 """Bases from moments: of a linear problem, of training pairs, or of standardisation alone."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_flag
-from fem_diffusion.diffusion.base.emulator import affine_emulator, regress
+from fem_diffusion.diffusion.base.emulator import affine_emulator, regress, roots
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
+from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base"]
+__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_uncertain"]
 
+# Standard error of the base, in posterior standard deviations, from which pairs are too few.
+_UNCERTAIN = 0.5
 # A sensor that varies by so many roundings of its mean does not vary.
 _ROUNDINGS = 4
 # Share of the variance of a latent that the others may leave at least.
@@ -89,6 +94,35 @@ def plain_base(z: Tensor, y: Tensor, noise_covariance: Tensor) -> GaussianBase:
     covariance = torch.cov(y.T).reshape(k, k) + noise_covariance.to(y)
     emulator = affine_emulator(y.new_zeros(k, r), y.mean(0), covariance)
     return check_base(GaussianBase(z.mean(0), torch.diag(z.std(0)), emulator))
+
+
+def standard_error(base: GaussianBase, n: int, noise_covariance: Tensor, sloped: bool = False) -> float:
+    """How uncertain an affine base from n pairs is: its posterior mean where most so, in posterior standard deviations.
+
+    A regression errs at latents z by the covariance S of what it leaves, without the noise R (k, k) that is known,
+    times zᵀ (Z Zᵀ)⁻¹ z + 1 / n: at posterior means (d + 1) / (n - r - 1), where d of the latents are told; with
+    derivatives beside the pairs (`sloped`) less than 3 / n. The update takes that to the mean. Zero where the base is
+    no affine one.
+    """
+    emulator, r = base.emulator, base.r
+    if emulator.head is not None:
+        return 0.0
+    whitener = roots(base.noise(Layout.readings(base.k, base.mean))[0])[0]
+    white = whitener @ emulator.matrix @ base.factor
+    values, axes = torch.linalg.eigh(white.T @ white)
+    gain = (axes / (1 + values.clamp(min=0)).sqrt()).T @ white.T @ whitener
+    spread = float(torch.linalg.eigvalsh(gain @ (emulator.residual - noise_covariance) @ gain.T)[-1].clamp(min=0))
+    told = float((values / (1 + values)).clamp(min=0).sum())
+    return (spread * (3 / n if sloped else (told + 1) / max(n - r - 1, 1)))**0.5
+
+
+def tell_uncertain(base: GaussianBase, n: int, noise_covariance: Tensor, sloped: bool) -> None:
+    """Warn where `standard_error` says that n pairs are too few."""
+    error = standard_error(base, n, noise_covariance, sloped)
+    if error > _UNCERTAIN:
+        warnings.warn(f"{n} pairs leave the Gaussian base of {base.r} latents uncertain: posterior means by some "
+                      f"{error:.2g} posterior standard deviations. Simulate more pairs, or keep their derivatives, "
+                      "simulate(..., derivatives=True), or fewer modes.", stacklevel=3)
 
 
 def check_base(base: GaussianBase) -> GaussianBase:

@@ -4,6 +4,11 @@ Readings are regressed on the latents by least squares, and what that leaves by 
 :math:`(1 + \sum_j d_j z_j z'_j)^3`, whose weights d come from the derivatives of the regression itself (Radhakrishnan
 et al. 2024, doi:10.1126/science.adi5639): latents that matter little neither help nor blur. What held-out pairs show
 beside the regression is noise to a measurement.
+
+Where derivatives J of the readings are known, no regression is needed: the eigenvectors of the averaged Gauss-Newton
+Hessian :math:`E J^T R^{-1} J`, largest eigenvalues first, are the directions of which the readings tell most, and the
+sum of the eigenvalues left out bounds the mean square that these directions change of the readings, in units of the
+noise, and twice the mean divergence between the posteriors with and without (Zahm et al. 2022, doi:10.1090/mcom/3737).
 """
 
 import math
@@ -11,10 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.base.emulator import regress, spread
+from fem_diffusion.diffusion.base.emulator import regress, roots, spread
 from fem_diffusion.diffusion.checks import check_pairs
 
-__all__ = ["learning_gain", "visible_modes"]
+__all__ = ["informed_turn", "learning_gain", "visible_modes"]
 
 # So much of a measurement's log density, in nats, may be lost; and a margin, because training sees more pairs.
 _LOSS, _MARGIN = 0.1, 1.25
@@ -56,6 +61,19 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: 
     scores = torch.stack([_Regression(z[:, :n], y, noise, weights[:n], curved).scores.mean() for n in counts])
     enough = counts[int((scores >= scores.max() - _LOSS).int().argmax())]
     return min(z.shape[1], round(_MARGIN * enough))
+
+
+def informed_turn(slopes: Tensor, noise_covariance: Tensor) -> Tensor:
+    """Orthonormal directions (R, r) of standard normal latents of which readings tell, those of which most come first.
+
+    From derivatives of the readings (n, k, R) and the covariance (k, k) of their noise, positive; r is the fewest.
+    """
+    whitener = roots(noise_covariance.double().cpu())[0]
+    rows = (whitener @ slopes.double().cpu()).flatten(0, 1)
+    values, axes = torch.linalg.eigh(rows.T @ rows / len(slopes))
+    # Those past a number of directions, for each number from none on.
+    left = torch.cat([values.clamp(min=0).cumsum(0).flip(0), values.new_zeros(1)])
+    return axes.flip(1)[:, :max(1, int((left <= 2 * _LOSS).int().argmax()))]
 
 
 def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> tuple[float, float] | None:

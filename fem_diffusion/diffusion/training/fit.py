@@ -21,7 +21,7 @@ from torch import Tensor
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
 from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots, spread
-from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
+from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base, tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
@@ -46,12 +46,15 @@ _HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
 _SPECTRUM_ANGLES = 48
 # Held-out latents that are compared with samples, at least so many; samples of each, and what chance may do.
 _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
+# Latents that are drawn where few pairs are held out.
+_DRAWN = 512
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
 _NEGLIGIBLE = 1e-2
 
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | None = None, *,
-                 network: str | None = None, base: str | GaussianBase = "gaussian", standard_prior: bool = False,
+                 slopes: Tensor | None = None, network: str | None = None, base: str | GaussianBase = "gaussian",
+                 standard_prior: bool = False,
                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
                  geometry: FieldGeometry | None = None, progress: bool = True) -> tuple[Denoiser, History]:
     """Fit a conditional model to joint samples: emulator and base first, then the network under it.
@@ -61,7 +64,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
     exact, and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 %
     in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured
-    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells.
+    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
+    warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
     the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a value
@@ -77,6 +81,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     noise : Noise, float, LayoutFamily or None
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
+    slopes : Tensor, optional
+        Derivatives of noise-free readings by the latents, shape (n, k, r), for an emulator of fixed sensors with known
+        Gaussian noise. InputError elsewhere.
     network : str, optional
         Name in `NETWORKS`; where left out, "sensors" for a family and "latents" for fixed sensors.
     base : {"gaussian", "plain"} or GaussianBase
@@ -100,7 +107,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     check_options(options, TrainingOptions).check()
     # Before any work: the emulator writes to a name made from it.
     checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
-    check_pairs(z, y, 1 if isinstance(base, str) and base == "gaussian" else None)  # before the noise model sees them
+    least = 1 if isinstance(base, str) and base == "gaussian" and slopes is None else None
+    check_pairs(z, y, least)  # before the noise model sees them
     if geometry is not None:
         check_kind(geometry, "geometry", FieldGeometry, "what fem_diffusion.fields.geometry makes of a basis")
     family = isinstance(noise, LayoutFamily)
@@ -116,9 +124,13 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
     seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
     parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(seen, noise)
+    if slopes is not None and (base != "gaussian" or family or parts.errors is None):
+        raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else _bases(
-            z, seen, parts, base, standard_prior, options, checkpoint, progress)
+            z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
+        if base == "gaussian" and not family and bases[0].law is None:
+            tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
         emulator = bases[0].emulator
@@ -200,8 +212,8 @@ def _fixed(y: Tensor, noise: Noise | float | None) -> _Parts:
     return _Parts(noise, covariance, covariance if known else None, share, constant)
 
 
-def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool, options: TrainingOptions,
-           checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
+def _bases(z: Tensor, y: Tensor, slopes: Tensor | None, parts: _Parts, kind: str, standard_prior: bool,
+           options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
     """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
     seen, of_noise = y, None
     if isinstance(parts.noise, Noise):
@@ -215,7 +227,7 @@ def _bases(z: Tensor, y: Tensor, parts: _Parts, kind: str, standard_prior: bool,
     if parts.errors is None:
         return [fit_base(z, centred, parts.covariance, standard_prior)]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, parts.errors, options=options, progress=progress,
+    emulator, _ = fit_emulator(z, y, parts.errors, slopes=slopes, options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     if of_noise is None:
         emulator.residual = emulator.residual + parts.covariance
@@ -292,15 +304,22 @@ class _Denoising(Task[ScoreModule]):
     def settled(self) -> bool:
         """Whether held-out latents are as samples of the base, moved under the emulator's density, where there is one.
 
-        Samples of the posterior itself fail one time in a thousand.
+        Samples of the posterior itself fail one time in a thousand. Where few pairs are held out, latents and readings
+        of fixed sensors are drawn from the emulator's own law, which is what moves have to reach.
         """
         z, c = self.held_out
-        if not self.denoiser.known or len(z) < _FEWEST_TRUTHS:
+        if not self.denoiser.known or (len(z) < _FEWEST_TRUTHS and self.source.family):
             return False
         generator = torch.Generator(z.device).manual_seed(self.options.seed + 3)
+        base, drawn = self.denoiser.base, len(z) < _FEWEST_TRUTHS
+        if drawn:
+            z, white = (torch.randn(_DRAWN, n, generator=generator, dtype=z.dtype, device=z.device)
+                        for n in (base.r, base.k))
+            c = base.emulator(z) + white @ roots(base.emulator.residual)[1].T
         found, seen = [], []
         for latents, coordinates in zip(z.split(_CHUNK), c.split(_CHUNK)):
-            conditioned = self._conditioned(self.denoiser, coordinates, generator)
+            conditioned = self.denoiser.at(coordinates) if drawn else self._conditioned(
+                self.denoiser, coordinates, generator)
             located, density = conditioned.located, conditioned.density
             w = torch.randn(_SAMPLES, *latents.shape, generator=generator, dtype=z.dtype, device=z.device)
             for _ in range(CORRECTIONS):

@@ -146,6 +146,10 @@ class Task(Protocol[N]):
         """Loss of each held-out pair, shape (held_out,), from draws that are always the same."""
         ...
 
+    def gain(self, losses: Tensor) -> Tensor:
+        """What a network of these losses is better at each held-out pair, (held_out,); its mean has to be sure."""
+        return self.base_losses - losses
+
 
 class Loop(Generic[N]):
     """One training run.
@@ -247,7 +251,7 @@ class Loop(Generic[N]):
         save_state(path, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _result(self) -> N | None:
-        gain = self.task.base_losses - self.best_losses
+        gain = self.task.gain(self.best_losses)
         # Too few held-out pairs cannot speak for a network.
         threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
         if self.best is None or not float(gain.mean()) > threshold:
@@ -284,7 +288,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
     """Indices of the training pairs and of the held-out ones. InputError if too few pairs are left to train on."""
-    held_out = max(1, round(options.validation_fraction * size))
+    held_out = max(round(options.validation_fraction * size), min(_FEWEST_HELD_OUT, size // 4), 1)
     if held_out >= size:
         raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed))
