@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 OURS, LOOP = "block, ms", ("reused solver, ms", "loop, ms")
 INTRODUCTION = """# Performance
 
-`make benchmark` writes this page: {machine}.
+`make benchmark` writes this page, here on {machine}.
 
 States of many parameters by `solve_many`, against a loop over one Firedrake solver that is built once, with its default
 parameters; CPU milliseconds a sample, on one core.
@@ -32,8 +32,8 @@ WHY = """
 Where the operator depends on the parameter, a block has no right-hand sides to share: its members iterate with one
 factorisation, scaled to each. At 16,129 unknowns (log-diffusivity) a profile shows about 14 pairs of triangular solves,
 two thirds of the time, then the assembly of the member's own matrix, a fifth, and products with it: less than the
-factorisation that the loop makes for each, but of the same order. Where a factorisation is cheap, as that of the elastic
-demo with 1,122 unknowns, whose stiffness varies so much that 17 iterations are needed, the gain is about 3.
+factorisation that the loop makes for each, but of the same order. Where a factorisation is cheap, as that of the
+elastic demo with 1,122 unknowns, whose stiffness varies so much that 17 iterations are needed, the gain is about 3.
 """
 
 
