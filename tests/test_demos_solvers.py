@@ -42,7 +42,7 @@ def test_ten_added_lines_embed_the_plugin(name):
 @pytest.mark.parametrize("name", PICTURES)
 def test_tiny(name, tmp_path):
     sizes = {"stokes_inflow": {"truths": 1},
-             "unknown_rates": {"n": 3, "held_out": 20, "chains": {"chains": 2, "draws": 10}},
+             "unknown_rates": {"held_out": 20, "chains": {"chains": 2, "draws": 10}},
              "heat_conduction": {"n": 3, "solves": 600, "chains": {"chains": 2, "draws": 10}}}
     given = {"n": 6, "pairs": 100, "samples": 30, "progress": False} | sizes.get(name, {"held_out": 20})
     demo = _load(name)
