@@ -116,8 +116,8 @@ def generic_integrals(V: WithGeometry, number: int = 0) -> np.ndarray:
     """
     if len(V) > 1:
         return np.concatenate([(1 + 0.1 * i) * generic_integrals(W, number) for i, W in enumerate(V)])
-    phase = (1 + 0.7 * number) * _phase(V.mesh())
-    weights = np.array([exp((1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
+    phase = _phase(V.mesh())
+    weights = np.array([exp((1 + 0.7 * number) * (1 + 0.1 * i) * phase) for i in range(V.value_size)], dtype=object)
     if is_real(V):
         return np.array([assemble(weights[i] * dx) for i in independent_entries(V)[0]])[:owned_size(V)]
     weight = as_tensor(weights.reshape(V.value_shape).tolist()) if V.value_shape else weights[0]

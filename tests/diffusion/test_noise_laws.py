@@ -60,7 +60,7 @@ def test_noise_of_joined_instruments_is_that_of_each():
     (lambda: join_noise((2, [1.0, 2.0, 3.0])), "have 2"),
     (lambda: join_noise((2, StudentNoise(1.0))).sample(CLEAN, torch.Generator()), "have 3"),
     (lambda: CallableNoise(lambda y, g: y).select(torch.tensor([0])), "all sensors together"),
-], ids=str)
+])
 def test_noise_that_is_none_is_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()

@@ -179,7 +179,7 @@ def test_repeats_and_failed_sensors_share_the_level(job):
 @pytest.mark.parametrize("make, message", [
     (lambda: GaussianNoise(std=norm(0.1, 0.05)), "may be negative"),
     (lambda: StudentNoise(std=norm(0.1, 0.05)), "may be negative"),
-], ids=str)
+])
 def test_levels_that_are_none_are_refused(make, message):
     with pytest.raises(InputError, match=message):
         make()

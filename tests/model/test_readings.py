@@ -128,7 +128,7 @@ def test_relative_noise_counts_each_reading_by_itself():
     (GaussianNoise(std=0.1), [Y, Y[:4]], "each of the 5"), (GaussianNoise(std=0.1), [Y, [1, 2, 3, np.inf, 2]], "inf"),
     (CallableNoise(lambda y, g: y + 0.1 * torch.randn(y.shape, generator=g, dtype=y.dtype)),
      MEASURED["two have failed"], "all sensors together"),
-], ids=str)
+])
 def test_measurements_that_say_nothing_are_refused(noise, y, message):
     model = _model(_problem(noise), 100)
     with pytest.raises(InputError, match=message):
