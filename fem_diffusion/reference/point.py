@@ -27,13 +27,15 @@ _ASIDE = 0.1
 _APART, _IMPROBABLE = 6.0, 15.0
 # Searches from which chains begin where readings are at most so many; where there are more, one.
 _SEARCHES, _CHEAP = 3, 40
+# Rounds in which levels of noise are found, and their change, in prior standard deviations, that ends them.
+_ROUNDS, _CLOSE = 10, 0.01
 # Prior standard deviations within which a descent stays, its memory, and the change of the energy at which it ends.
 _REACH, _MEMORY, _SETTLED = 6.0, 20, 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MapPoint:
-    """The maximum a posteriori point of the latents, from `map_point`.
+    """The maximum a posteriori point of the latents, given levels of noise where these are unknown, from `map_point`.
 
     Parameters
     ----------
@@ -75,6 +77,9 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
         Number of searches: one from beside the prior mean, the others from prior draws of this seed; the best one
         counts.
 
+    Unknown levels of noise are those that are most probable when the other latents are integrated out, of the problem
+    linearised there: together with them they would be far too small.
+
     InputError is raised if the problem is not of that kind, or an argument out of range; SolveError if no search ends
     at a minimum, or the readings have no slope, as those of a level set. MeasurementWarning tells of a measurement that
     is in conflict with prior, noise or sensors, which it names: what is left of it at the point is not as prior and
@@ -99,7 +104,7 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     found, errors = [], []
     for z in np.vstack([aside(latent.r, seed) if start is None else start, draws]):
         try:
-            found.append(_search(latent, z))
+            found.append(_settled(latent, z))
         except SolveError as error:
             errors.append(error)
     if not found:
@@ -112,15 +117,53 @@ def aside(r: int, seed: int = 0) -> np.ndarray:
     return _ASIDE * np.random.default_rng(stream(seed, "aside")).standard_normal(r)
 
 
+def _settled(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float]:
+    """The minimum that one search ends at, and its energy, with levels of noise as `_weighed` has them."""
+    found = _search(latent, start)
+    for _ in range(_ROUNDS if len(latent.level_rows) else 0):
+        weighed = _weighed(latent, found[0])
+        close = np.abs(latent.normal_levels(weighed - found[0])[0] - latent.normal_levels(np.zeros_like(start))[0])
+        found = _search(latent, weighed)
+        if close.max() < _CLOSE:
+            break
+    return found
+
+
+def _weighed(latent: LatentProblem, z: np.ndarray) -> np.ndarray:
+    """Latents z (r,) with the levels of noise that are most probable when the other latents are integrated out.
+
+    Exact where readings are linear, and linearised at z elsewhere (MacKay 1992, Bayesian interpolation, section 4).
+    Levels that are most probable together with the others are far too small: the others fit the noise as well.
+    """
+    k, rows = len(latent.y), latent.level_rows
+    readings = latent.everyone.bcast(latent.readings(z[None])[0, :k])
+    if np.isnan(readings).any():
+        raise SolveError(f"The forward problem has no solution at a probable point ({latent.failure}): check it there.")
+    jacobian = (latent.pull(z, np.eye(k, latent.width)) if latent.differentiable else
+                latent.everyone.bcast(latent.slopes(z, np.eye(latent.r)).T[:k]))
+    innovation, seen = latent.y - readings + jacobian @ z, jacobian @ jacobian.T
+
+    def energy(normal: np.ndarray) -> float:
+        W = latent.noise_matrix(np.concatenate([readings, normal]))[:k, :k]
+        S, white = np.eye(k) + W @ seen @ W.T, W @ innovation
+        return float(normal @ normal + white @ np.linalg.solve(S, white)
+                     + np.linalg.slogdet(S)[1]) / 2 - float(np.linalg.slogdet(W)[1])
+    normal = latent.normal_levels(z[None])[0]
+    best = minimize(energy, np.zeros_like(normal), method="Nelder-Mead", options={"xatol": _CLOSE / 10}).x
+    return z + np.linalg.pinv(rows) @ (best - normal)
+
+
 def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float]:
-    """The minimum that one search ends at, and its energy."""
+    """The minimum that one search ends at, with the levels of noise of its start, and its energy."""
     seen: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
+    free = np.eye(latent.r) - np.linalg.pinv(latent.level_rows) @ latent.level_rows
 
     def expanded(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Gradient (r,) and Gauss-Newton Hessian (r, r) of the energy."""
+        """Gradient (r,) and Gauss-Newton Hessian (r, r) of the energy, levels held."""
         if z.tobytes() not in seen:
             seen.clear()
-            seen[z.tobytes()] = latent.expanded(z)
+            gradient, hessian = latent.expanded(z)
+            seen[z.tobytes()] = free @ gradient, free @ hessian @ free + np.eye(latent.r) - free
         return seen[z.tobytes()]
 
     def near(z: np.ndarray) -> float:
