@@ -20,22 +20,22 @@ from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
-from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots, spread
-from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base, tell_uncertain
-from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
-from fem_diffusion.diffusion.base.law import NoiseLaw
-from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.base.emulator import roots, spread
+from fem_diffusion.diffusion.base.fitted import tell_uncertain
+from fem_diffusion.diffusion.base.gaussian import GaussianBase
+from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
-from fem_diffusion.diffusion.tensors import Tensors, mapped
+from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
+from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
 from fem_diffusion.errors import InputError
 
 __all__ = ["fit_denoiser"]
@@ -123,11 +123,11 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     z, y = z.double().cpu(), y.double().cpu()
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
     seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
-    parts = _family(y, noise) if isinstance(noise, LayoutFamily) else _fixed(seen, noise)
+    parts = of_family(y, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
         raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
     with threads(options.threads):
-        bases = [base] if isinstance(base, GaussianBase) else _bases(
+        bases = [base] if isinstance(base, GaussianBase) else candidates(
             z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
         if base == "gaussian" and not family and bases[0].law is None:
             tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
@@ -155,88 +155,6 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
 
 
 @dataclass(frozen=True)
-class _Parts(Tensors):
-    """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
-
-    `covariance` (s, s) is the noise that the base's residual has to hold, where its law does not, `errors` what errors
-    of coordinates count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise,
-    `constant` whether the law of the noise is known and one for all readings.
-    """
-
-    noise: Noise | LayoutFamily | None
-    covariance: Tensor
-    errors: Tensor | None
-    share: Callable[[Tensor], float]
-    constant: bool
-
-    @property
-    def family(self) -> bool:
-        return isinstance(self.noise, LayoutFamily)
-
-    def measure(self, c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
-        """A layout and measurements (B, k) of coordinates (B, s)."""
-        if isinstance(self.noise, LayoutFamily):
-            layout = self.noise.draw(len(c), generator)
-            return layout, layout.measure(c, generator)
-        y = c if self.noise is None else self.noise.sample(c, generator)
-        return Layout.readings(y.shape[1], y), y
-
-
-def _family(c: Tensor, family: LayoutFamily) -> _Parts:
-    s = c.shape[1]
-    rows = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds]).double()
-    if rows.shape[1] != s:
-        raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from "
-                         "one basis of states.")
-    std = torch.cat([kind.std[0].flatten() for kind in family.kinds]).double()
-
-    def share(residual: Tensor) -> float:
-        return float((((rows @ residual) * rows).sum(1) / std**2).max())
-    family = family.to("cpu", torch.float64)
-    return _Parts(family, c.new_zeros(s, s), 1 / family.weights, share, True)
-
-
-def _fixed(y: Tensor, noise: Noise | float | None) -> _Parts:
-    noise = as_noise(noise, y.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
-    k = y.shape[1] - (0 if noise is None else len(noise.levels))
-    covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
-    told = isinstance(noise, GaussianNoise) or noise is not None and noise.law
-    known = told and bool((covariance.diagonal() > 0).all())
-
-    def share(residual: Tensor) -> float:
-        if not known:
-            return math.inf
-        whitener, _ = roots(covariance)
-        return float(torch.linalg.eigvalsh(whitener @ residual @ whitener.T)[-1])
-    constant = known and noise is not None and (noise.constant or noise.law)
-    return _Parts(noise, covariance, covariance if known else None, share, constant)
-
-
-def _bases(z: Tensor, y: Tensor, slopes: Tensor | None, parts: _Parts, kind: str, standard_prior: bool,
-           options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> list[GaussianBase]:
-    """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
-    seen, of_noise = y, None
-    if isinstance(parts.noise, Noise):
-        y = parts.noise.readings(seen)
-        if parts.noise.law:
-            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
-            of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
-    centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
-    if kind == "plain":
-        return [plain_base(z, centred, parts.covariance)]
-    if parts.errors is None:
-        return [fit_base(z, centred, parts.covariance, standard_prior)]
-    moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, parts.errors, slopes=slopes, options=options, progress=progress,
-                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
-    if of_noise is None:
-        emulator.residual = emulator.residual + parts.covariance
-    base = GaussianBase(*moments, emulator, law=of_noise)
-    base = check_base(base) if of_noise is None else base
-    return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
-
-
-@dataclass(frozen=True)
 class _Seen:
     """What a network sees of B measurements, and n samples of their posteriors in base coordinates (n, B, r)."""
 
@@ -253,7 +171,7 @@ class _Denoising(Task[ScoreModule]):
 
     name = "train"
 
-    def __init__(self, z: Tensor, c: Tensor, parts: _Parts, wanted: tuple[str, FieldGeometry | None],
+    def __init__(self, z: Tensor, c: Tensor, parts: Measured, wanted: tuple[str, FieldGeometry | None],
                  denoiser: Denoiser, options: TrainingOptions):
         self.options, self.denoiser, self.source, self.wanted = options, denoiser, parts, wanted
         shared = denoiser.base.emulator.head is None and denoiser.base.law is None and not parts.family

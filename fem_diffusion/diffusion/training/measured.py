@@ -1,0 +1,106 @@
+"""What fixed sensors and families have different in training, and the candidates for the base of either."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots
+from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
+from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.base.law import NoiseLaw
+from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion.tensors import Tensors
+from fem_diffusion.diffusion.training.loop import TrainingOptions
+from fem_diffusion.errors import InputError
+
+__all__ = ["Measured", "candidates", "of_family", "of_fixed"]
+
+
+@dataclass(frozen=True)
+class Measured(Tensors):
+    """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
+
+    `covariance` (s, s) is the noise that the base's residual has to hold, where its law does not, `errors` what errors
+    of coordinates count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise,
+    `constant` whether the law of the noise is known and one for all readings.
+    """
+
+    noise: Noise | LayoutFamily | None
+    covariance: Tensor
+    errors: Tensor | None
+    share: Callable[[Tensor], float]
+    constant: bool
+
+    @property
+    def family(self) -> bool:
+        return isinstance(self.noise, LayoutFamily)
+
+    def measure(self, c: Tensor, generator: torch.Generator) -> tuple[Layout, Tensor]:
+        """A layout and measurements (B, k) of coordinates (B, s)."""
+        if isinstance(self.noise, LayoutFamily):
+            layout = self.noise.draw(len(c), generator)
+            return layout, layout.measure(c, generator)
+        y = c if self.noise is None else self.noise.sample(c, generator)
+        return Layout.readings(y.shape[1], y), y
+
+
+def of_family(c: Tensor, family: LayoutFamily) -> Measured:
+    """Of a family, whose pairs hold states in coordinates (n, s)."""
+    s = c.shape[1]
+    rows = torch.cat([kind.rows.flatten(0, 1) for kind in family.kinds]).double()
+    if rows.shape[1] != s:
+        raise InputError(f"The sensors see {rows.shape[1]} state coordinates and the pairs hold {s}: make both from "
+                         "one basis of states.")
+    std = torch.cat([kind.std[0].flatten() for kind in family.kinds]).double()
+
+    def share(residual: Tensor) -> float:
+        return float((((rows @ residual) * rows).sum(1) / std**2).max())
+    family = family.to("cpu", torch.float64)
+    return Measured(family, c.new_zeros(s, s), 1 / family.weights, share, True)
+
+
+def of_fixed(y: Tensor, noise: Noise | float | None) -> Measured:
+    """Of fixed sensors, whose pairs hold readings (n, k) with the numbers of levels behind them."""
+    noise = as_noise(noise, y.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
+    k = y.shape[1] - (0 if noise is None else len(noise.levels))
+    covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
+    told = isinstance(noise, GaussianNoise) or noise is not None and noise.law
+    known = told and bool((covariance.diagonal() > 0).all())
+
+    def share(residual: Tensor) -> float:
+        if not known:
+            return math.inf
+        whitener, _ = roots(covariance)
+        return float(torch.linalg.eigvalsh(whitener @ residual @ whitener.T)[-1])
+    constant = known and noise is not None and (noise.constant or noise.law)
+    return Measured(noise, covariance, covariance if known else None, share, constant)
+
+
+def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kind: str, standard_prior: bool,
+               options: TrainingOptions, checkpoint: str | os.PathLike | None,
+               progress: bool) -> list[GaussianBase]:
+    """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
+    seen, of_noise = y, None
+    if isinstance(parts.noise, Noise):
+        y = parts.noise.readings(seen)
+        if parts.noise.law:
+            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
+            of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
+    centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
+    if kind == "plain":
+        return [plain_base(z, centred, parts.covariance)]
+    if parts.errors is None:
+        return [fit_base(z, centred, parts.covariance, standard_prior)]
+    moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
+    emulator, _ = fit_emulator(z, y, parts.errors, slopes=slopes, options=options, progress=progress,
+                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+    if of_noise is None:
+        emulator.residual = emulator.residual + parts.covariance
+    base = GaussianBase(*moments, emulator, law=of_noise)
+    base = check_base(base) if of_noise is None else base
+    return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
