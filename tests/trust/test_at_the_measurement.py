@@ -1,5 +1,6 @@
 """Trained models at one measurement: unlike ones are told, far ones refused, and check sees what the model missed."""
 
+import re
 import warnings
 from dataclasses import replace
 
@@ -158,7 +159,8 @@ def test_little_training_is_seen_and_far_measurements_have_a_verdict():
     assert far.distance.far
     found = far.check()
     assert found.verdict == "biased" and found.light == "red" and "mostly at sensor (1.9, 0.1)" in str(found)
-    assert "no solution for 42 of 42 samples" in str(found)
+    # Continuation finds a state of one or two of them.
+    assert int(re.search(r"no solution for (\d+) of 42 samples", str(found))[1]) >= 40
 
 
 def test_a_family_is_checked_with_the_sensors_that_are_there(many):

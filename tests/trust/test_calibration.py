@@ -99,7 +99,7 @@ def test_wrong_levels_are_refused(levels):
 def _model(variance=0.25, noise=GaussianNoise(std=0.5), family=False):
     """z ~ N(0, I) and y = z + e: with e ~ N(0, variance I) in mind, where the problem's noise may be another one."""
     eye = torch.eye(5, dtype=torch.float64)
-    problem = SimpleNamespace(noise=noise, family=family, comm=MPI.COMM_SELF)
+    problem = SimpleNamespace(noise=noise, family=family, comm=MPI.COMM_SELF, levels=())
     return SimpleNamespace(problem=problem, basis=SimpleNamespace(encode=lambda fields: 2 * fields),
                            denoiser=Denoiser(linear_base(eye, variance * eye), known=True))
 
