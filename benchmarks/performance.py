@@ -3,7 +3,7 @@
 It runs the scripts of this folder that compare ways through the same problem, and that of scaling. Compare the ratios:
 each is of two ways in one run, by CPU time.
 
-    OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--out docs/performance.md]
+    OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--cells 31 99 316] [--out docs/performance.md]
 """
 
 import argparse
@@ -71,6 +71,7 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, as a trial")
+    parser.add_argument("--cells", nargs="+", default=["31", "99", "316", "999"], help="sizes of the scaling")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
     options = parser.parse_args()
     small = ("--cells", "16", "--samples", "16") if options.quick else ()
@@ -82,7 +83,7 @@ def main():
             text += (f"| {kind}{row['problem']} | {row['unknowns']} | {row[OURS]} | {loop} | "
                      f"{float(loop) / float(row[OURS]):.1f} |\n")
     text += WHY + "\n## From 1,000 to 1,000,000 unknowns\n\n" + "\n".join(
-        run("scaling.py", "--words") + [""] + run("scaling.py", *(("--cells", "16", "24") if options.quick else ())))
+        run("scaling.py", "--words") + [""] + run("scaling.py", "--cells", *(("16", "24") if options.quick else options.cells)))
     text += "\n\n## Fields\n\n" + "\n".join(
         f"- {line}" for line in run("scaling.py", "--details", "24" if options.quick else "316")) + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
