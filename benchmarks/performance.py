@@ -82,8 +82,9 @@ def main():
             loop = next(row[name] for name in LOOP if name in row)
             text += (f"| {kind}{row['problem']} | {row['unknowns']} | {row[OURS]} | {loop} | "
                      f"{float(loop) / float(row[OURS]):.1f} |\n")
+    sizes = ["16", "24"] if options.quick else options.cells
     text += WHY + "\n## From 1,000 to 1,000,000 unknowns\n\n" + "\n".join(
-        run("scaling.py", "--words") + [""] + run("scaling.py", "--cells", *(("16", "24") if options.quick else options.cells)))
+        run("scaling.py", "--words") + [""] + run("scaling.py", "--cells", *sizes))
     text += "\n\n## Fields\n\n" + "\n".join(
         f"- {line}" for line in run("scaling.py", "--details", "24" if options.quick else "316")) + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
