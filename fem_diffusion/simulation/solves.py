@@ -33,6 +33,8 @@ __all__ = ["Job", "Solved", "Tally", "block_seed", "check_lengths"]
 _PROBES, _CANDIDATES = 2, 8
 # Step of differences in prior standard deviations, and how far a derivative may be from them.
 _STEP, _OFF = 0.1, 0.2
+# Memory of parameters that are solved at once, on this rank.
+_BYTES = 2**29
 # Failures are counted from so many samples on: the first ones say little about a share.
 _ENOUGH = 50
 
@@ -119,6 +121,13 @@ class Job:
 
         Derivatives take the fields (n, n_owned) before any transform.
         """
+        size = max(1, _BYTES // (8 * max(1, self._watch.allreduce(parameters.shape[1], MPI.MAX))))
+        if len(parameters) > size:   # there may be more unknowns than memory for copies of a whole block
+            for part in (slice(i, i + size) for i in range(0, len(parameters), size)):
+                self.solve(parameters[part], positions[part], found, enough, None if fields is None else fields[part])
+                if enough(found):
+                    return
+            return
         together, apply, lost = None, self._blocks, {}
         if apply is not None and len(parameters):
             # A whole block at once is fast, but a solver of the user's own does not tell who fails.

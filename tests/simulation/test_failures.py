@@ -20,6 +20,7 @@ from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.forward.blocks import SkippedWarning
+from fem_diffusion.simulation import solves
 from fem_diffusion.simulation.simulate import load_pairs, simulate, simulated_parameter
 
 SEED, BLOCK = 3, 8
@@ -89,6 +90,21 @@ def test_a_failed_solve_stops_and_keeps_what_is_solved(kind, how, tmp_path):
     assert mended.calls == 2 + 30 - bad[0]
     np.testing.assert_array_equal(data.coefficients, whole.coefficients)
     np.testing.assert_allclose(data.readings, whole.readings, rtol=1e-14)
+
+
+@pytest.mark.parametrize("how", ["raises", "is nan"])
+def test_a_block_that_is_solved_in_parts_is_the_same(how, monkeypatch):
+    whole, bad = _truth()
+    problem = Blocks(how)
+    monkeypatch.setattr(solves, "_BYTES", 8 * 3 * problem.V.dim())
+    with pytest.warns(SkippedWarning):
+        data = problem.simulate(skip=0.7, keep_states=True)
+    good = [i for i in range(30) if i not in bad]
+    assert [i for i, _ in data.skipped] == bad
+    np.testing.assert_allclose(data.states, whole.states[good], rtol=1e-14)
+    np.testing.assert_allclose(data.readings, whole.readings[good], rtol=1e-14)
+    with pytest.raises(SolveError, match=f"failed for sample {bad[0]} "):
+        problem.simulate()
 
 
 @pytest.mark.parametrize("states", [False, True])
