@@ -59,7 +59,7 @@ class Target:
 
     def start(self, z, log_density=None, base=None):
         """From samples (n, R), of which any number may be had."""
-        self.r = z.shape[1]
+        self.r, self.level_rows = z.shape[1], np.empty((0, z.shape[1]))
         return Start(self, z, lambda n: z[-n:], log_density, base)
 
 
