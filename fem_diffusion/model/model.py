@@ -203,18 +203,16 @@ class Model:
         offset = self.denoiser.base.emulator.offset
         at = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None] if self.seen is None else self.seen
         chosen = torch.from_numpy(index)
+        some = torch.cat([chosen, torch.arange(self.denoiser.base.k, at.shape[1])])   # and all levels
 
         def run() -> Denoiser:
-            k = self.denoiser.base.k
-            some = torch.cat([chosen, torch.arange(k, at.shape[1])])
             before, after = (law.covariance(x) if law is not None else torch.zeros(x.shape[1], x.shape[1]).to(x)
                              for law, x in ((self.problem.noise, at), (problem.noise, at[:, some])))
             return self.denoiser.select(chosen, before, after, problem.noise)
         near = None if self.near is None else self.near[index]
         return replace(self, problem=problem, denoiser=on_root(problem.comm, run), near=near,
                        rows=None if self.rows is None else self.rows[index],
-                       seen=None if self.seen is None else at[:, torch.cat([chosen, torch.arange(
-                           self.denoiser.base.k, at.shape[1])])])
+                       seen=None if self.seen is None else at[:, some])
 
     def _same(self, y: ArrayLike, k: int, names: Sequence[str], repeats: bool = False) -> np.ndarray:
         """As `check_readings`, row by row where there are repeats, on all ranks together, which have to have the same.
