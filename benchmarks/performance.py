@@ -1,8 +1,8 @@
 """All that is measured of speed, in one table with a description of the machine, written to docs/performance.md.
 
 It runs the scripts of this folder that compare ways through the same problem, and that of scaling. Compare the ratios:
-each is of two ways in one run, by CPU time. Of the three parts of the page some can be measured again by themselves; the
-others stay as they are in it.
+each is of two ways in one run, by CPU time. Some of the three parts of the page can be measured again by themselves;
+the others stay as they are in it.
 
     OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--parts states scaling fields] [--cells 31 99 316]
                                                        [--out docs/performance.md]

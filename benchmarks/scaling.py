@@ -2,8 +2,9 @@
 
 An unknown source of a diffusion problem on a square, 20 sensors, in 64 modes from 200 pairs. Every size runs in a
 process of its own, whose largest resident memory is told. CPU seconds, and those of the clock for all together on a
-machine with other work; the slope is that of a straight line through the logarithms of the last three sizes. With ``--details``, for one size: modes and pointwise deviation, encoding and decoding
-beside the bare matrix product, which bounds them, and the memory of a thousand samples.
+machine with other work; the slope is that of a straight line through the logarithms of the last three sizes. With
+``--details``, for one size: modes and pointwise deviation, encoding and decoding beside the bare matrix product, which
+bounds them, and the memory of a thousand samples.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--cells 31 99 316 999] [--details 316]
 """

@@ -197,7 +197,7 @@ class _Pairs:
         return len(rows)
 
     def _solved(self, job: Job, fields: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of fields (B, n_owned) before any transform, NaN where solves fail, shared out over an ensemble."""
+        """Readings (B, k) of fields (B, n_owned) before transforms, NaN where solves fail; an ensemble shares them."""
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
         mine, found = range(member, len(fields), members), Solved()
         together(self.everyone, lambda: job.solve(fields, mine, found, lambda found: False))

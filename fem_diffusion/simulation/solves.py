@@ -17,7 +17,7 @@ from mpi4py import MPI
 from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.forward.taped import Taped
