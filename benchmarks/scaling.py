@@ -115,7 +115,7 @@ def main():
     if options.details:
         return details(options.details)
     if options.words:
-        return print(" ".join(__doc__.split("\n\n")[1].split(" With ``--details``")[0].split()))
+        return print(" ".join(__doc__.split("\n\n")[1].split()).split(" With ``--details``")[0])
     print(f"| unknowns | {' | '.join(PARTS)} | sum, s | by the clock, s | memory, GB |\n|{'---|' * (len(PARTS) + 4)}",
           flush=True)
     rows = []
