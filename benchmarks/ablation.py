@@ -68,8 +68,8 @@ def rows_of(case: Case, part: str, seed: int, size: Size) -> list[dict]:
     training = time.process_time() - start
     found = []
     for number, observation in enumerate(case.problem.observations):
-        samples, _ = sample_latents(denoiser.at(torch.from_numpy(observation)[None]), size.samples, Sampler(**sampler),
-                                    seed=seed, progress=False)
+        samples = sample_latents(denoiser.at(torch.from_numpy(observation)[None]), size.samples, Sampler(**sampler),
+                                 seed=seed, progress=False)[0]
         exact = case.problem.conditional(observation, size.samples, seed=number)
         found.append({"problem": case.problem.name, "without": part, "seed": str(seed), "observation": str(number),
                       "c2st": f"{c2st(exact, samples.numpy()):.4f}", "training_s": f"{training:.0f}"})
