@@ -35,8 +35,8 @@ from fem_diffusion.comparison import c2st, sliced_wasserstein, write_csv
 from fem_diffusion.diffusion import TrainingOptions, fit_denoiser, log_density, sample_latents
 
 TASKS = ("two_moons", "gaussian_mixture", "slcp", "gaussian_linear")
-# Mean C2ST over sbibm's 10 observations at 10,000 simulations, from the summary in the repository of NPE-PF.
-SOURCE = "NPE-PF repository, summary"
+# Mean C2ST over sbibm's 10 observations at 10,000 simulations, the best of the methods that are compared there.
+SOURCE = "arXiv 2504.17660, summary in its repository"
 PUBLISHED = (("two_moons", "published, best", 0.543), ("gaussian_mixture", "published, best", 0.529),
              ("slcp", "published, likelihood estimation", 0.761), ("slcp", "published, posterior estimation", 0.851),
              ("gaussian_linear", "published, best", 0.522))
