@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fem_diffusion.measurements.table import instant
-from fem_diffusion.trust.words import number, percent
+from fem_diffusion.page.words import number, percent
 
 if TYPE_CHECKING:
     from fem_diffusion.trust.cross import CrossValidation
