@@ -4,6 +4,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from firedrake import Ensemble, Function
@@ -284,7 +285,8 @@ def _joined(blocks: Iterable[Block], tally: Tally, basis: ModalBasis | None) -> 
 
     Blocks are taken one by one and let go, so that they are not in memory twice.
     """
-    whole, kept, skipped, n = [], 0, [], tally.n
+    whole: list[Any] = []
+    kept, skipped, n = 0, [], tally.n
     for index, block in enumerate(blocks):
         start = index * tally.size
         inside = [i for i, position in enumerate(block.rows) if start + position < n]
@@ -303,8 +305,8 @@ def _joined(blocks: Iterable[Block], tally: Tally, basis: ModalBasis | None) -> 
     if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
-    coefficients, readings, states, derivatives = (None if part is None else part[:kept] for part in whole)
-    return DataSet(coefficients, readings, states, tuple(skipped), derivatives=derivatives, basis=basis)
+    whole = [None if part is None else part[:kept] for part in whole]
+    return DataSet(*whole[:3], tuple(skipped), derivatives=whole[3], basis=basis)
 
 
 def _told(data: DataSet) -> DataSet:
