@@ -4,7 +4,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 from firedrake import Ensemble, Function
@@ -25,6 +24,9 @@ from fem_diffusion.simulation.data_set import Block, DataSet, Folder
 from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, check_lengths
 
 __all__ = ["DataSet", "load_pairs", "simulate", "simulated_parameter"]
+
+# What the parts of a block are called in a data set.
+_PARTS = "coefficients", "readings", "states", "derivatives"
 
 
 def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathLike | None = None,
@@ -285,28 +287,29 @@ def _joined(blocks: Iterable[Block], tally: Tally, basis: ModalBasis | None) -> 
 
     Blocks are taken one by one and let go, so that they are not in memory twice.
     """
-    whole: list[Any] = []
+    whole: dict[str, np.ndarray] = {}
     kept, skipped, n = 0, [], tally.n
     for index, block in enumerate(blocks):
         start = index * tally.size
         inside = [i for i, position in enumerate(block.rows) if start + position < n]
         skipped += [(start + i, reason) for i, reason in sorted(block.failed.items()) if start + i < n]
-        if not whole and len(inside) == n:   # all there is
-            whole, kept = list(block.parts), n
+        parts = {name: part for name, part in zip(_PARTS, block.parts) if part is not None}
+        if len(inside) == n:   # all there is
+            whole, kept = parts, n
         elif inside:
-            check_lengths([block.readings[0], *([whole[1][0]] if whole else [])])
             # Memory counts where it is written to.
-            whole = whole or [None if part is None else np.empty((n, *part.shape[1:])) for part in block.parts]
-            for there, part in zip(whole, block.parts):
-                if there is not None:
-                    there[kept:kept + len(inside)] = part[inside]
+            whole = whole or {name: np.empty((n, *part.shape[1:])) for name, part in parts.items()}
+            check_lengths([whole["readings"][0], block.readings[0]])
+            for name, part in parts.items():
+                whole[name][kept:kept + len(inside)] = part[inside]
             kept += len(inside)
     tally.check([reason for _, reason in skipped], n)
     if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
-    whole = [None if part is None else part[:kept] for part in whole]
-    return DataSet(*whole[:3], tuple(skipped), derivatives=whole[3], basis=basis)
+    whole = {name: part[:kept] for name, part in whole.items()}
+    return DataSet(whole["coefficients"], whole["readings"], whole.get("states"), tuple(skipped),
+                   derivatives=whole.get("derivatives"), basis=basis)
 
 
 def _told(data: DataSet) -> DataSet:
