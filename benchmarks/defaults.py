@@ -29,8 +29,8 @@ from fem_diffusion.diffusion.training.fit import noisy
 from problems import PROBLEMS
 
 DEFAULT = TrainingOptions()
-# What each setting changes; "shared" says that the members share the pairs of a step.
-SETTINGS = {
+# What each setting changes.
+SETTINGS = {name: change for name, change in {
     "default": {},
     "rate / 4": {"learning_rate": DEFAULT.learning_rate / 4},
     "rate / 2": {"learning_rate": DEFAULT.learning_rate / 2},
@@ -43,7 +43,7 @@ SETTINGS = {
     "1 member": {"members": 1},
     "3 members": {"members": 3},
     "3 members, small batches": {"members": 3, "batch": -(-DEFAULT.batch // 3)},
-}
+}.items() if name == "default" or any(getattr(DEFAULT, key) != value for key, value in change.items())}
 TESTED, DRAWS, TIMED = 10000, 8, 30
 
 
