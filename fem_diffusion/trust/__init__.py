@@ -3,5 +3,9 @@
 from fem_diffusion.trust.calibration import (
     Calibration, calibrate, calibrate_model, energy_score, sbc_p_values, sbc_ranks,
 )
+from fem_diffusion.trust.gap import Gap, amortised_gap, tell_gaps
 
-__all__ = ["Calibration", "calibrate", "calibrate_model", "energy_score", "sbc_p_values", "sbc_ranks"]
+__all__ = [
+    "Calibration", "Gap", "amortised_gap", "calibrate", "calibrate_model", "energy_score", "sbc_p_values", "sbc_ranks",
+    "tell_gaps",
+]
