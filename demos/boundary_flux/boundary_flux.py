@@ -31,12 +31,12 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import (
     AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, InverseProblem, Physics, Sampler, TransformedPrior,
-    coefficients, exact, field, fit, hmc, point_sensors, simulate, variance_exploding, variance_preserving,
+    amortised_gap, coefficients, exact, field, fit, hmc, point_sensors, simulate, tell_gaps, variance_exploding,
+    variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.comparison import sliced_wasserstein
 from fem_diffusion.plot import plot_history, plot_predictive
-from fem_diffusion.trust import amortised_gap, tell_gaps
 
 INFLOW, OUTFLOW, WALL = 1, 2, 3
 BASE_FLUX = 0.2  # q₀ in mol/(m² s)

@@ -31,9 +31,8 @@ from scipy.stats import chi2
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
 from fem_diffusion import fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, hmc
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, hmc
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.trust import amortised_gap
 
 PIPE, OUTSIDE = 1, 2
 RADIUS, HEATING = 0.2, 500.0  # m, W/m²

@@ -25,9 +25,9 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
 from fem_diffusion import Steady, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.trust import amortised_gap, calibrate_model
+from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration, plot_predictive
 
 SIZE = 10.0  # km

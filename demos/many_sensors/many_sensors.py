@@ -25,12 +25,11 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, coefficients, exact, field, fit, hmc,
-    line_averages, point_sensors, random_points, simulate,
+    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, amortised_gap, coefficients, exact, field, fit,
+    hmc, line_averages, point_sensors, random_points, simulate, tell_gaps,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.plot import plot_history
-from fem_diffusion.trust import amortised_gap, tell_gaps
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "boundary_flux"))
 from boundary_flux import M, V, error, gaussian_case, mesh, positive_case, say, sensors as ARRAY  # noqa: E402

@@ -21,11 +21,10 @@ from arviz_stats.base import array_stats
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    GaussianNoise, GaussianPrior, InputError, InverseProblem, SolveError, TrainingOptions, field, fit, hmc,
-    point_sensors, simulate,
+    GaussianNoise, GaussianPrior, InputError, InverseProblem, SolveError, TrainingOptions, amortised_gap, field, fit,
+    hmc, point_sensors, simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.trust import amortised_gap
 
 sys.path.insert(0, str(Path(__file__).parent))
 from forward import BLOCKS, POINTS, Membrane, measurements  # noqa: E402

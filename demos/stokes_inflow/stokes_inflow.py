@@ -26,11 +26,10 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, Steady, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, field
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, field, tell_gaps
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.plot import plot_predictive
-from fem_diffusion.trust import amortised_gap, tell_gaps
 
 INFLOW, OUTFLOW, BOTTOM, TOP = 1, 2, 3, 4
 VISCOSITY = 1.0  # Pa s; with velocities in cm/s the pressure is in Pa

@@ -28,9 +28,9 @@ from scipy.stats import lognorm, loguniform, uniform
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, ProductPrior, ScalarPrior  # added
 from fem_diffusion import Steady, TransformedPrior, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, hmc
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, hmc
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.trust import amortised_gap, calibrate_model
+from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration
 
 LENGTH, WIDTH = 4.0, 2.0  # km

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from firedrake import Function, FunctionSpace, SpatialCoordinate, UnitIntervalMesh, UnitSquareMesh, conditional
 
-from fem_diffusion import Samples
+from fem_diffusion import Samples, amortised_gap, tell_gaps
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import owned_size
-from fem_diffusion.trust import amortised_gap, tell_gaps
 
 N = 4000
 
