@@ -97,7 +97,7 @@ SPREAD = {
     "any-sensors": Joint(4000, bent, any_sensors()),
 }
 SIZES = {"full": (list(SPREAD), DEFAULT),
-         "quick": (["banana", "heteroscedastic", "squared-field", "any-sensors"],
+         "quick": (["banana", "heteroscedastic", "squared-field"],
                    replace(DEFAULT, steps=DEFAULT.steps // 10, evaluate_every=DEFAULT.evaluate_every // 5))}
 
 
