@@ -173,6 +173,7 @@ def test_families_and_networks_on_a_mesh_have_ensembles():
     assert isinstance(denoiser.network, Ensemble) and torch.isfinite(samples).all() and history.spread_ratio != 1
     field, _ = _train(few, network="field", geometry=scattered(R))
     assert isinstance(field.network, Ensemble) and field.network.mesh
+    assert field.network.row_size == field.network.members[0].row_size > 0
     assert torch.isfinite(draw(field.at(torch.ones(1, K).double()), 50, Sampler(steps=4))).all()
 
 

@@ -44,6 +44,11 @@ class Ensemble(nn.Module):
         """Whether the members have layers on a mesh."""
         return self._each()[0].mesh
 
+    @property
+    def row_size(self) -> int:
+        """Numbers that layers on a mesh hold for one row, about; the members are evaluated one after another."""
+        return getattr(self._each()[0], "row_size", 0)
+
     def on(self, geometry: FieldGeometry) -> "Ensemble":
         """A copy with the same weights on a mesh; see `FieldNetwork.on`."""
         return Ensemble([member.on(geometry) for member in self._each()]).train(self.training)

@@ -43,7 +43,7 @@ class TrainingOptions:
     Parameters
     ----------
     steps, batch : int
-        Largest number of optimiser steps, pairs a step.
+        Largest number of optimiser steps, pairs a step of each member.
     learning_rate, weight_decay : float
         Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
     ema_decay : float
