@@ -28,7 +28,7 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
 .PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
-        demo-rates \
+        demo-rates demo-field \
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
@@ -40,6 +40,7 @@ help:
 	@echo "make demo-release    where was a contaminant released in a town? checked on 200 unseen cases"
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-rates      a field, two rates and the noise, all unknown at once, against Hamiltonian Monte Carlo"
+	@echo "make demo-field      from a logger's file to an answer: gaps, units, a drifting and a broken gauge, unknown noise"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
 	@echo "make demo-heat       can I trust it? a nonlinear conductivity problem, checked and corrected by its own solver"
@@ -79,6 +80,9 @@ demo-logistic: install
 
 demo-rates: install
 	$(RUN) demos/unknown_rates/unknown_rates.py
+
+demo-field: install
+	$(RUN) demos/field_readings/field_readings.py
 
 demo-stokes: install
 	$(RUN) demos/stokes_inflow/stokes_inflow.py
