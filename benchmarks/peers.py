@@ -1,7 +1,7 @@
 """Side by side with sbi: the same simulations, one thread, reference samples of sbibm, beside published figures.
 
     make benchmark-peers                            # overnight, in an environment of its own, without Firedrake
-    make benchmark-peers QUICK=1                    # minutes: small, in a folder of its own
+    make benchmark-peers QUICK=1                    # minutes: tries it, small, sbi's training cut short, in another folder
     python benchmarks/peers.py --tasks two_moons --methods fem_diffusion "sbi NPE-NSF" --seeds 0 --observations 1 2 3
 
 For each task and seed 10,000 simulations are drawn once. Each method trains on them with its defaults and draws 10,000
@@ -35,7 +35,7 @@ from fem_diffusion.diffusion import TrainingOptions, fit_denoiser, log_density, 
 
 TASKS = ("two_moons", "gaussian_mixture", "slcp", "gaussian_linear")
 # Mean C2ST over sbibm's 10 observations at 10,000 simulations, the best of the methods that are compared there.
-SOURCE = "arXiv 2504.17660, summary in its repository"
+SOURCE = "10,000 simulations; summary in the repository of arXiv 2504.17660"
 PUBLISHED = (("two_moons", "published, best", 0.543), ("gaussian_mixture", "published, best", 0.529),
              ("slcp", "published, likelihood estimation", 0.761), ("slcp", "published, posterior estimation", 0.851),
              ("gaussian_linear", "published, best", 0.522))
