@@ -1,7 +1,7 @@
 """Side by side with sbi: the same simulations, one thread, reference samples of sbibm, beside published figures.
 
     make benchmark-peers                            # overnight, in an environment of its own, without Firedrake
-    make benchmark-peers QUICK=1                    # minutes: tries it, small, sbi's training cut short, in another folder
+    make benchmark-peers QUICK=1                    # minutes: tries it, small and cut short, in a folder of its own
     python benchmarks/peers.py --tasks two_moons --methods fem_diffusion "sbi NPE-NSF" --seeds 0 --observations 1 2 3
 
 For each task and seed 10,000 simulations are drawn once. Each method trains on them with its defaults and draws 10,000
