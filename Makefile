@@ -32,7 +32,7 @@ export OMPI_MCA_btl_vader_single_copy_mechanism = none
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
-        benchmark-ensemble benchmark-solves benchmark-peers benchmark-ablation
+        benchmark-defaults benchmark-ensemble benchmark-solves benchmark-peers benchmark-ablation
 
 help:
 	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
@@ -56,6 +56,7 @@ help:
 	@echo "make benchmark-formulations  formulations, samplers and evaluations on known posteriors (QUICK=1: fewer)"
 	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
 	@echo "make benchmark-collapse      does long training shrink the posterior?"
+	@echo "make benchmark-defaults      is a default of training tuned to one problem? hours (QUICK=1: minutes)"
 	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
 	@echo "make benchmark-solves        errors against the number of solves, with derivatives and without (QUICK=1: fewer)"
 	@echo "make benchmark-peers         side by side with sbi, overnight, in an environment of its own (QUICK=1: minutes)"
@@ -134,6 +135,9 @@ benchmark-forward: install
 
 benchmark-networks: install
 	$(RUN) benchmarks/field_network.py
+
+benchmark-defaults: install
+	$(RUN) benchmarks/defaults.py $(if $(QUICK),--quick)
 
 benchmark-collapse: install
 	$(RUN) benchmarks/collapse.py
