@@ -30,7 +30,7 @@ export OMPI_MCA_btl_vader_single_copy_mechanism = none
 .PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
         demo-rates demo-field \
         demo-pde test \
-        test-quick test-slow \
+        test-quick test-slow docs \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
         benchmark-defaults benchmark-ensemble benchmark-solves benchmark-peers benchmark-ablation
 
@@ -49,6 +49,7 @@ help:
 	@echo "make test            lint and all tests but the slow ones, on one and on several MPI ranks"
 	@echo "make test-quick      those of the rooms of torch alone, and a few of finite elements: two minutes"
 	@echo "make test-slow       the slow tests"
+	@echo "make docs            the site, in docs/_build/html; warnings are errors"
 	@echo "make install         only the environment: .venv with PETSc, Firedrake and torch"
 	@echo "make lint            flake8, and pyright on the package"
 	@echo "make benchmark               all ratios of speed in one table, and scaling to a million unknowns (QUICK=1: small)"
@@ -121,6 +122,11 @@ lint: install
 	$(RUN) -m flake8
 	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
 
+# Sphinx and its theme come with the first call, not with `install`.
+docs: install
+	@scripts/install.sh --docs
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 # An hour or more; QUICK=1 tries it at small sizes and leaves the page as it is.
 benchmark: install
 	$(RUN) benchmarks/performance.py $(if $(QUICK),--quick --out benchmarks/output/performance.md)
@@ -156,5 +162,5 @@ benchmark-ablation: install
 	$(RUN) benchmarks/ablation.py $(if $(QUICK),--quick)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache demos/*/output benchmarks/output
+	rm -rf build dist *.egg-info .pytest_cache docs/_build docs/generated demos/*/output benchmarks/output
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +

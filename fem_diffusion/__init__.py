@@ -4,7 +4,7 @@ import ast
 import importlib
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Rooms are imported when a name is first used, so that the torch-only rooms work where Firedrake is missing. The names
 # are those of the stub, which type checkers read.

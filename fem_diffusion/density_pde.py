@@ -40,7 +40,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.checks import check_array, check_callable, check_count, check_flag, check_number, check_seed
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import require_real
-from fem_diffusion.fields.checks import check_finite, check_solver, petsc_reason
+from fem_diffusion.fields.checks import check_finite, check_solver, solver_reason
 from fem_diffusion.forward.solvers import linear_options
 from fem_diffusion.progress import bar
 
@@ -266,9 +266,8 @@ def _march(p: Function, formulation: "Formulation", times: np.ndarray, flux: Cal
             try:
                 step_solver.solve()
             except (ConvergenceError, PETSc.Error) as error:
-                reason = petsc_reason(error) if isinstance(error, PETSc.Error) else error
-                raise SolveError(f"the step from t = {start:g} to {end:g} failed: {reason}; take smaller steps or "
-                                 "solver_parameters='direct'.") from error
+                raise SolveError(f"the step from t = {start:g} to {end:g} failed: {solver_reason(error)}; take smaller "
+                                 "steps or solver_parameters='direct'.") from error
             tell(float(end), new.copy(deepcopy=True))
             shown.update()
     return new

@@ -3,6 +3,7 @@
 # Run it as often as you like: what is there already is kept, an interrupted step is done again, the first failure stops it.
 #
 #   scripts/install.sh            install what is missing
+#   scripts/install.sh --docs     install what `make docs` needs besides
 #   scripts/install.sh --which    print the Python interpreter that has (or will have) Firedrake
 #
 # Variables: PYTHON       interpreter to start from; if it has Firedrake already, it is used as it is and no .venv is made
@@ -167,6 +168,11 @@ release = lambda text: [int(part) for part in text.split('.')[:2]]
 assert Path(sys.prefix).resolve() != Path('.venv').resolve()
 assert release(version('firedrake')) >= release('$firedrake')"; then py=$base; fi
 if [ "${1:-}" = --which ]; then echo "$py"; exit; fi
+if [ "${1:-}" = --docs ]; then
+    quietly "$py" -P -c 'import furo, jupytext, myst_parser, numpydoc, playwright, sphinx, sphinx_copybutton' ||
+        "$py" -m pip install --quiet --editable ".[$extras,docs]"
+    exit
+fi
 if [ "$py" = "$base" ]; then
     quietly has_package && exit
     echo "$("$py" -c 'import sys; print(sys.prefix)') has Firedrake and is used as it is; fem_diffusion (editable) and what it lacks are added."

@@ -1,10 +1,14 @@
 """What every test needs: MPI processes can be started from the test process; rooms of torch alone do without MPI."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+
+BROWSER_OPTIONS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                   "--disable-background-networking", "--disable-component-update")
 
 
 def _world():
@@ -59,6 +63,22 @@ def pytest_unconfigure(config):
         status = world.allreduce(STATUS.get("exit", 1), MPI.MAX)
         MPI.Finalize()
         os._exit(status)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium with a profile of its own; a test is skipped where Playwright or the browser is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if found is None:
+        pytest.skip("no Chromium or Chrome is installed: apt-get install chromium")
+    with playwright.sync_playwright() as play:
+        context = play.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("browser"), executable_path=found, args=list(BROWSER_OPTIONS),
+            viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(60_000)
+        yield context
+        context.close()
 
 
 STATUS = {}

@@ -27,11 +27,13 @@ from fem_diffusion.fields.coefficients import assign, coefficients, independent_
 
 __all__ = ["check_coefficients", "check_ensemble", "check_expression", "check_finite", "check_function", "check_marker",
            "check_reproduced", "check_rows", "check_scalar", "check_solver", "check_space", "exterior_measures",
-           "interpolated", "is_callable", "matern_space", "petsc_reason", "prepared_interpolation",
-           "refuse_variable_layers"]
+           "interpolated", "is_callable", "matern_space", "prepared_interpolation", "refuse_variable_layers",
+           "solver_reason"]
 
 Meshes = Sequence[MeshGeometry]
 
+_NO_HYPRE = ("this PETSc was built without hypre; take its own algebraic multigrid, 'pc_type': 'gamg', or, for what is "
+             "no Laplacian, 'lu'")
 _MARKERS = "an integer, a tuple of integers, 'on_boundary', or 'top' or 'bottom' of an extruded mesh"
 
 
@@ -63,17 +65,20 @@ def check_solver(parameters: str | Mapping, prefix: str | None, comm: MPI.Comm) 
     try:
         OptionsManager(dict(parameters), prefix, default_prefix="check").set_from_options(snes)
     except PETSc.Error as error:
-        raise InputError(f"PETSc refuses solver_parameters {dict(parameters)!r} ({petsc_reason(error)}): check the "
+        raise InputError(f"PETSc refuses solver_parameters {dict(parameters)!r} ({solver_reason(error)}): check the "
                          "spelling of each value.") from error
     finally:
         snes.destroy()
     return dict(parameters)
 
 
-def petsc_reason(error: Exception) -> str:
-    """What a PETSc error says, in one line."""
-    lines = str(error).splitlines() or [repr(error)]
-    return lines[-1].partition("] ")[2] or lines[-1]
+def solver_reason(error: Exception) -> str:
+    """What a solver's error says, in one line; of PETSc's traceback the last, with the remedy where it lacks hypre."""
+    reason = " ".join(str(error).split()) or repr(error)
+    if isinstance(error, PETSc.Error):
+        last = str(error).splitlines()[-1:] or [reason]
+        reason = last[0].partition("] ")[2] or last[0]
+    return f"{reason}: {_NO_HYPRE}" if "hypre" in reason else reason
 
 
 def check_coefficients(mesh: MeshGeometry, *, velocity: Any, diffusivity: Any, reaction: Any, source: Any,

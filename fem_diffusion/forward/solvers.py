@@ -15,7 +15,7 @@ from ufl import Form
 
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, owned_size, solve
-from fem_diffusion.fields.checks import petsc_reason
+from fem_diffusion.fields.checks import solver_reason
 
 __all__ = ["CHORD_DEPTH", "NOT_FINITE", "Factorised", "Pull", "centre", "check_determined", "chord", "conjugate",
            "linear_options", "norms", "refused", "variational_solver"]
@@ -56,7 +56,7 @@ def linear_options(given: str | dict, V: WithGeometry, advective: bool) -> dict:
 
 def refused(error: PETSc.Error) -> SolveError:
     """What is to be raised where PETSc stops."""
-    return SolveError(f"PETSc stops ({petsc_reason(error)}): check solver_parameters, or take 'direct'.")
+    return SolveError(f"PETSc stops ({solver_reason(error)}): check solver_parameters, or take 'direct'.")
 
 
 def variational_solver(F: Form, w: Function, bcs: list[DirichletBC], linear: bool, constant: bool, options: dict,

@@ -10,6 +10,7 @@ import torch
 from mpi4py import MPI
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options
+from fem_diffusion.citations import cite
 from fem_diffusion.diffusion import (
     NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
@@ -122,6 +123,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             network=None if problem.family else network,
                             standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
                             progress=progress)
+    cite("Dasgupta2025")
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
     linear, rows = _rest(problem, data, basis, denoiser, given)

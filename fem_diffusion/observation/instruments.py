@@ -36,7 +36,7 @@ _CANDIDATES = 20000  # random points that are looked for in the mesh at once
 @no_annotations
 def patch_averages(U: WithGeometry, centres: ArrayLike, radii: ArrayLike, names: Sequence[str] | None = None, *,
                    component: int | None = None) -> Observation:
-    """Sensors that average the state around points, with the weight exp(-|x - c|²/(2 ρ²)).
+    """Sensors that average the state around points, with the weight ``exp(-|x - c|²/(2 ρ²))``.
 
     Weights are normalised over the domain, so a constant state gives that constant; weights below 1e-12 of the largest
     of their row are left out.
@@ -174,7 +174,7 @@ def _scalar_space(U: WithGeometry, component: int | None) -> tuple[WithGeometry,
 
 
 def _footprints(places: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    """Weights exp(-|x - c|²/(2 ρ²)), shape (k, n) for places (gdim, n), centres (k, gdim) and radii (k,)."""
+    """Weights ``exp(-|x - c|²/(2 ρ²))``, shape (k, n) for places (gdim, n), centres (k, gdim) and radii (k,)."""
     square = sum((x - c[:, None])**2 for x, c in zip(places, centres.T))
     return np.exp(-square / (2 * radii[:, None]**2))
 

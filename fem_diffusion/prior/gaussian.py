@@ -30,6 +30,7 @@ from ufl.core.expr import Expr
 from ufl.domain import extract_domains
 
 from fem_diffusion.checks import alike, check_all, check_count, check_flag, check_seed
+from fem_diffusion.citations import cite
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import (
     coefficients, field, independent_entries, is_real, largest, owned_size, require_real,
@@ -116,6 +117,7 @@ class GaussianPrior(GaussianCore):
                                  "correlation_length, smoothness, bcs and solver_parameters.")
             self.correlation_length = self.smoothness = None
         else:
+            cite("Lindgren2011")
             self._set_operator(correlation_length, smoothness, solver_parameters)
             values = self._lifted(values)
         self.mean, self._mean, self._variances = field(V, values), values, {}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fem_diffusion.checks import check_flag
+from fem_diffusion.citations import cite
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
@@ -216,6 +217,7 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
+    cite("Neal2011", "Vehtari2021")
     kernel = _Hamiltonian(latent, lambda: around_points(latent, chains, seed), None)
     found = walk(latent, kernel, chains, seed=seed, warmup=_WARMUP, draws=draws, most=most, budget=None, path=path,
                  progress=progress, name="hmc")

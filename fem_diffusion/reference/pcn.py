@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fem_diffusion.checks import check_flag, stream
+from fem_diffusion.citations import cite
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
@@ -99,6 +100,7 @@ def pcn(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")
     latent = reference_latents(problem, y, basis)
+    cite("RudolfSprungk2018", "Vehtari2021")
 
     def begin() -> Begin:
         try:

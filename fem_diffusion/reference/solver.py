@@ -7,6 +7,7 @@ from firedrake.adjoint import stop_annotating
 
 from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.fields.checks import solver_reason
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.forward.protocol import Forward
 from fem_diffusion.observation.linear import Observation
@@ -71,7 +72,7 @@ class CountedSolver:
         except MISTAKES:
             raise
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self.failure = f"{type(error).__name__}: {solver_reason(error)}"
             return None
 
     def _read(self, solver: Forward, parameters: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from mpi4py import MPI
 from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.checks import solver_reason
 from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward
@@ -243,7 +244,7 @@ class Job:
             except (*MISTAKES, _Failed):
                 raise
             except Exception as error:
-                raise _Failed(f"{type(error).__name__}: {' '.join(str(error).split())}") from error
+                raise _Failed(f"{type(error).__name__}: {solver_reason(error)}") from error
         return together(self._watch, tried, watched=True)
 
 

@@ -162,6 +162,7 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
 
     InputError is raised for arguments out of range, and for a family, where each pair would need sensors of its own.
     """
+    from fem_diffusion.citations import cite
     from fem_diffusion.fields.coefficients import on_root
 
     seed, draws, leading = alike(model.problem.comm, lambda: {
@@ -181,4 +182,5 @@ def calibrate_model(model: "Model", data: "DataSet", *, seed: int, draws: int = 
         z = sample_latents(model.denoiser.at(measured), draws, sampler, seed=seed + 1,
                            progress=False).cpu().numpy()
         return calibrate(z[:, :, :leading], truth[:, :leading], levels)
+    cite("Talts2018")
     return on_root(model.problem.comm, run)

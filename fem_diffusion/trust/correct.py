@@ -24,6 +24,7 @@ from firedrake import Ensemble
 
 from fem_diffusion.certificate import GOOD_ESS, Certificate, are_rough
 from fem_diffusion.checks import alike, check_count, check_flag, check_path, check_seed, stream
+from fem_diffusion.citations import cite
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import on_root
@@ -115,6 +116,8 @@ def correct(posterior: "Posterior", solves: int = 2000, *, seed: int, draws: int
         spare = 2 * min(_UNSEEN, draws or _UNSEEN) + 2 * latent.differentiable if latent.basis.standard_prior else 0
         found = corrected(latent, start, Likelihood(latent.problem, latent.y), solves - spare, seed=seed, path=path,
                           progress=progress)
+        if found.weights is not None:
+            cite("Vehtari2024")
         if found.weights is not None and found.near is not None and found.cloud is not None:
             found = replace(found, weights=balanced(latent, found.z, found.weights, found.near, found.cloud))
         rng = np.random.default_rng(stream(seed, "draws"))

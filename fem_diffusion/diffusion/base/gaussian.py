@@ -74,7 +74,7 @@ class Located(Tensors):
 
     @property
     def log_determinant(self) -> Tensor:
-        """Logarithm of |P^(1/2)|, shape (B,)."""
+        """Logarithm of ``|P^(1/2)|``, shape (B,)."""
         return -torch.diagonal(self.whitener, dim1=1, dim2=2).log().sum(1)
 
     def whiten(self, z: Tensor) -> Tensor:
