@@ -210,8 +210,9 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     FileError
         If the file belongs to another run.
 
-    ConvergenceWarning tells where R-hat is above 1.01, there are less than 400 effective draws, or modes past r are
-    seen; MeasurementWarning where residuals of the draws are not those of the noise, and at which sensors.
+    ConvergenceWarning tells where R-hat is above 1.01 or there are less than 400 effective draws, or, where `draws` is
+    given, both and only a tenth of them is effective, or R-hat is above 1.05; and where modes past r are seen.
+    MeasurementWarning tells where residuals of the draws are not those of the noise, and at which sensors.
     """
     seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")

@@ -163,7 +163,9 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
         if z.tobytes() not in seen:
             seen.clear()
             gradient, hessian = latent.expanded(z)
-            seen[z.tobytes()] = free @ gradient, free @ hessian @ free + np.eye(latent.r) - free
+            if len(latent.level_rows):
+                gradient, hessian = free @ gradient, free @ hessian @ free + np.eye(latent.r) - free
+            seen[z.tobytes()] = gradient, hessian
         return seen[z.tobytes()]
 
     def near(z: np.ndarray) -> float:

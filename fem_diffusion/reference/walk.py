@@ -77,6 +77,13 @@ class Chains:
         rhat, effective = self.worst
         return rhat <= _RHAT and effective >= _ENOUGH
 
+    @property
+    def sticky(self) -> bool:
+        """Whether some latent hardly mixes, as in a tail that chains rarely enter and leave: R-hat is above 1.01, and
+        less than 400 draws and a tenth of them are effective."""
+        rhat, effective = self.worst
+        return rhat > _RHAT and effective < min(_ENOUGH, self.energies.size / 10)
+
 
 class Kernel(Protocol):
     """What moves chains. Its state holds `z` (chains, r), `energy` (chains,), `step`, `leaps`, `exact`, and its own."""
