@@ -191,7 +191,7 @@ class _Pairs:
             for first in range(0, len(fields), self._block):
                 part = latents[first:first + self._block]
                 found.append(self._answers.ask(part, lambda some: self._solved(
-                    job, parameters[first:first + len(some)])))
+                    job, parameters[first:first + len(some)], fields[first:first + len(some)])))
                 shown.update(len(part))
         found = np.concatenate(found)
         readings, slopes = found[:, :self._k], found[:, self._k:]
@@ -209,11 +209,15 @@ class _Pairs:
         self._encode()
         return len(rows)
 
-    def _solved(self, job: Job, parameters: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of parameters (B, n_owned of M), NaN where solves fail, shared out over an ensemble."""
+    def _solved(self, job: Job, parameters: np.ndarray, fields: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of parameters (B, n_owned of M), NaN where solves fail, shared out over an ensemble.
+
+        Where derivatives are kept, those at the fields (B, n_owned) come behind them, (B, k + k R).
+        """
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
         mine, found = range(member, len(parameters), members), Solved()
-        together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False))
+        at = None if self.slopes is None else fields[mine]
+        together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False, at))
         results = {i: row if slope is None else np.concatenate([row, slope.ravel()])
                    for i, (_, row, slope) in found.results.items()}
         for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(

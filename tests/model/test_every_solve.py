@@ -94,7 +94,7 @@ def test_derivatives_serve_noise_with_outliers_as_well():
     model = fit(problem, simulate(problem, 10, seed=1, derivatives=True, **QUIET), options=few, **QUIET)
     y, = problem.measurements(problem.prior.sample_many(1, 7), seed=7)
     samples = model.condition(y).sample(4000, seed=1, **QUIET)
-    draws, rows = problem.prior.sample_many(20_000, seed=5), problem.sensitivity(problem.prior.mean)
+    draws, rows = problem.prior.sample_many(30_000, seed=5), problem.sensitivity(problem.prior.mean)
     weights = np.exp(problem.noise.log_density(torch.from_numpy(y), torch.from_numpy(draws @ rows.T)).numpy())
     weights /= weights.sum()
     mean = weights @ draws
@@ -120,9 +120,9 @@ def test_refine_learns_from_derivatives_where_the_pairs_have_them(bent):
     model = fit(problem, data, options=OPTIONS, **QUIET)
 
     def error(given, basis):
-        first = fit(problem, given, basis=basis, options=OPTIONS, **QUIET)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
+            first = fit(problem, given, basis=basis, options=OPTIONS, **QUIET)
             refined, more = refine(first, given, y, 40, seed=3, options=OPTIONS, **QUIET)
         z = model.condition(y).sample(200, seed=9, **QUIET)
         found = refined.denoiser.base.emulator(torch.from_numpy(z.latents)).numpy()
