@@ -40,6 +40,8 @@ _MISSED = 0.25
 _OUTSIDE = 1e-6
 # Pairs with which measurements are compared.
 _SEEN = 1000
+# Pairs of which one may not hold so much of the spread of a reading: of a lognormal law of unit scale it has a tenth.
+_MANY, _ONE = 100, 0.25
 # The normal number of small noise, and a variance beside which the level itself is seen.
 _LOW, _SHARP = -1.3, 1e-2
 
@@ -103,6 +105,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
+    if not problem.family:
+        _tell_outliers(problem, data)
     given, informed = basis is not None, _informed(problem, data, seen)
     if basis is not None:
         basis = check_basis(basis, problem)
@@ -130,6 +134,20 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
+
+
+def _tell_outliers(problem: InverseProblem, data: DataSet) -> None:
+    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone."""
+    squares = (data.readings - np.median(data.readings, axis=0))**2
+    total = squares.sum(axis=0)
+    share = np.divide(squares.max(axis=0), total, out=np.zeros_like(total), where=total > 0)
+    wild = np.flatnonzero(share > _ONE) if len(data) >= _MANY else []
+    if len(wild):
+        names = problem.names or [str(i) for i in range(len(total))]
+        warnings.warn(f"One of {len(data):,} pairs holds {share.max():.0%} of the spread of the readings of "
+                      f"{names[int(share.argmax())]}{f' ({len(wild)} such sensors)' * (len(wild) > 1)}: the prior or "
+                      "the solver has tails so heavy that the model hardly sees other pairs. Take a prior with lighter "
+                      "tails, or hmc, which needs no training.", stacklevel=3)
 
 
 def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
@@ -199,7 +217,7 @@ def _with_levels(problem: InverseProblem, data: DataSet) -> np.ndarray:
 
 
 def _sharpest(noise: Noise, seen: torch.Tensor) -> torch.Tensor:
-    """Covariance (k + l, k + l) at readings with the levels' numbers behind them, (n, k + l), of the noise at its least.
+    """Covariance (k + l, k + l) at readings with the levels' numbers behind them, (n, k + l), of the least noise.
 
     Small noise shows most modes, and the levels are to be among them.
     """

@@ -42,6 +42,7 @@ from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.model.fit import known_noise, sloped
 from fem_diffusion.model.model import Model
+from fem_diffusion.model.readings import at_hand
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import bar, tell
@@ -122,6 +123,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         # That the measurement is far from the training is why more is simulated.
         warnings.simplefilter("ignore", MeasurementWarning)
         posterior = replace(model, near=None).condition(y, observation, noise)
+        if not model.problem.family:
+            model, data = _at_hand(model, data, y)
     problem, y = posterior.problem, posterior.y
     if model.problem.family and isinstance(problem.noise, GaussianNoise) and not problem.noise.constant:
         # As the model of the family has it: the reading stands for the value without noise.
@@ -145,6 +148,16 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     tell(f"refine: {pairs.solves:,} solves in {rounds} rounds, {found.summary}; {time.perf_counter() - start:.0f} s",
          show)
     return found, pairs.data
+
+
+def _at_hand(model: Model, data: DataSet, y: ArrayLike) -> tuple[Model, DataSet]:
+    """Model and pairs of the sensors that have read, as often as they have, for a measurement by fixed ones."""
+    problem, _, index = at_hand(model.problem, np.asarray(y, dtype=float))
+    if problem is model.problem:
+        return model, data
+    slopes = data.derivatives
+    return model.of_sensors(problem, index), replace(
+        data, readings=data.readings[:, index], derivatives=None if slopes is None else slopes[:, index])
 
 
 class _Pairs:
@@ -340,7 +353,8 @@ def _truncated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.n
 
         def train() -> tuple[Denoiser, History]:
             return fit_denoiser(pairs.z[index], pairs.c[index], pairs.problem.noise, progress=show,
-                                slopes=None if pairs.slopes is None else pairs.slopes[index], options=replace(options, seed=options.seed + number))
+                                slopes=None if pairs.slopes is None else pairs.slopes[index],
+                                options=replace(options, seed=options.seed + number))
         denoiser, history = on_root(pairs.everyone, train)
         conditioned = denoiser.at(torch.from_numpy(y)[None])
     return denoiser, history

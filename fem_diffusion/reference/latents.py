@@ -12,8 +12,9 @@ from fem_diffusion.checks import check_array, check_kind, check_seed, stream, to
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
-from fem_diffusion.fields.coefficients import coefficients, field, on_root
+from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
 from fem_diffusion.prior.chain_rule import ChainRule
+from fem_diffusion.prior.draws import chunks
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 # Beyond so many prior standard deviations nothing is solved.
 FAR = 12.0
+# Draws of modes past r until a constrained prior allows them.
+_TRIES = 100
 # Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
 _STEP, _FINE = 1e-3, 1e-5
 
@@ -57,6 +60,8 @@ class LatentProblem(CountedSolver):
     r, width : int
         Number of latents; of readings, with the standard normal numbers of unknown levels of noise behind them, (B, k)
         being (B, width) then.
+    unrestricted : bool
+        Whether a constraint of the prior is left out, as where the most probable point is looked for.
     solves, pulls, failure, limit
         As `CountedSolver` has them.
 
@@ -84,6 +89,7 @@ class LatentProblem(CountedSolver):
         self.level_rows = problem.normal_levels(self.basis.scaled_modes).T
         self._normal = problem.normal_levels(coefficients(self.basis.mean)[None])[0]
         self.width = len(self.y) + len(self._normal)
+        self.unrestricted = False
         self._told, self._back = False, ChainRule(problem.prior, self.basis)
         self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None
 
@@ -130,7 +136,14 @@ class LatentProblem(CountedSolver):
         return self._said(lambda: self._likelihood.log_density(readings))
 
     def log_prior(self, z: np.ndarray) -> np.ndarray:
-        """Log density of latents (B, r) under the prior, shape (B,)."""
+        """Log density of latents (B, r) under the prior, shape (B,); minus infinity where it does not allow them."""
+        allows, found = self.problem.prior.allows, self.smooth_log_prior(z)
+        if allows is None or self.unrestricted:
+            return found
+        return np.where(allows(self.basis.decode(z)), found, -np.inf)
+
+    def smooth_log_prior(self, z: np.ndarray) -> np.ndarray:
+        """As `log_prior`, without a constraint."""
         if self._log_prior is None:
             return -(z**2).sum(axis=1) / 2 - self.r / 2 * np.log(2 * np.pi)
         given = self._log_prior
@@ -286,13 +299,40 @@ class LatentProblem(CountedSolver):
         return force
 
     def samples(self, z: np.ndarray, seed: int) -> Samples:
-        """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD."""
-        tail = stream(check_seed(seed), "tail") if self.basis.standard_prior else None
-        return Samples(self.problem.M, self.problem.prior.transform_many(self.basis.decode(z, tail)), np.array(z))
+        """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD.
+
+        Where the prior is constrained they are drawn anew until it allows them; SolveError if it hardly does.
+        """
+        allows = self.problem.prior.allows
+        if allows is not None:   # which may fail
+            return Samples(self.problem.M, self._refilled(z, seed, allows), np.array(z))
+        return Samples.later(self.problem.M, lambda: self._refilled(z, seed, None), np.array(z))
+
+    def _refilled(self, z: np.ndarray, seed: int, allows: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
+        """Parameters (n, n_owned of M) with latents z (n, r), and modes past r for which fields are allowed."""
+        prior, seed, refill = self.problem.prior, stream(check_seed(seed), "tail"), self.basis.standard_prior
+        out = np.empty((len(z), owned_size(prior.V)))
+        for part, tail in chunks(len(z), seed):
+            fields = self.basis.decode(z[part], tail if refill else None)
+            if allows is not None and refill:
+                fields = self._allowed(allows, z[part], fields, tail)
+            out[part] = prior.transform_many(fields)
+        return out
+
+    def _allowed(self, allows: Callable[[np.ndarray], np.ndarray], z: np.ndarray, fields: np.ndarray,
+                 seed: int) -> np.ndarray:
+        """Fields (B, n_owned) with latents z (B, r), with other modes past r where they are not allowed."""
+        for number in range(_TRIES):
+            wrong = np.flatnonzero(~allows(fields))
+            if not len(wrong):
+                return fields
+            fields[wrong] = self.basis.decode(z[wrong], stream(seed, f"again {number}"))
+        raise SolveError(f"Modes past the {self.r} of the basis decide whether the prior allows a sample: give a basis "
+                         "of more modes, karhunen_loeve(prior, r).")
 
     def refilled(self, z: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Readings (B, k) at latents (B, r) with modes past r from the prior, and without: two solves each."""
-        tail = self.samples(z, seed).values
+        tail = self._refilled(z, seed, None)
 
         def read(mine: np.ndarray) -> np.ndarray:
             mine = mine[:, 0].astype(int)
@@ -344,7 +384,8 @@ class LatentProblem(CountedSolver):
         if self._log_prior is None:
             return -z
         steps = _FINE * np.eye(self.r)
-        return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
+        return np.stack([(self.smooth_log_prior(z + step) - self.smooth_log_prior(z - step)) / (2 * _FINE)
+                         for step in steps], axis=1)
 
     def _read_and_pulled(self, z: np.ndarray) -> np.ndarray:
         """Readings and the gradient of -log p(y | readings) at latents (B, r): (B, k + r), NaN where solves fail.

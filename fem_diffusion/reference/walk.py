@@ -106,13 +106,16 @@ class Kernel(Protocol):
 
 
 def settle(latent: LatentProblem, z: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Starts (chains, r) from which all chains can move: where the solver fails, the centre.
+    """Starts (chains, r) from which all chains can move: where there is no solution, the centre or another start.
 
-    SolveError if it fails there as well.
+    SolveError if there is none anywhere.
     """
     failed = ~np.isfinite(latent.energy(z))
     if failed.any() and not np.isfinite(latent.energy(centre[None])).all():
-        raise SolveError(f"The forward problem has no solution where chains start ({latent.failure}): check it there.")
+        if failed.all():
+            raise SolveError(f"The forward problem has no solution where chains start ({latent.failure}): check it "
+                             "there.")
+        return np.where(failed[:, None], z[np.flatnonzero(~failed)[0]], z)
     return np.where(failed[:, None], centre, z)
 
 

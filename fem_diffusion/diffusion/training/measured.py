@@ -98,7 +98,8 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         return [fit_base(z, centred, parts.covariance, standard_prior)]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
     emulator, _ = fit_emulator(z, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
-                               options=options, progress=progress, checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+                               options=options, progress=progress,
+                               checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     if of_noise is None:
         emulator.residual = emulator.residual + parts.covariance
     base = GaussianBase(*moments, emulator, law=of_noise)
