@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fem_diffusion import coefficients, files, laplace
+from fem_diffusion import TrainingOptions, coefficients, files, fit, laplace
 from fem_diffusion.comparison import mmd
 from fem_diffusion.trust import sbc_p_values, sbc_ranks
 
@@ -133,6 +133,8 @@ def test_solves_makes_its_table_once_and_corrects_what_it_has_trained(tmp_path, 
     monkeypatch.setattr(solves.demo, "hmc_reference", lambda problem, y, seed, progress: {
         name: coefficients(f) for name, f in zip(("mean", "std"), _moments(problem, y))})
     monkeypatch.setattr(solves, "cost", lambda problem: 4.0)
+    few = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2)
+    monkeypatch.setattr(solves, "fit", lambda problem, data, progress: fit(problem, data, options=few, progress=False))
     monkeypatch.setattr(sys, "argv", ["solves.py", "--sizes", "40", "--truths", "1", "--output", str(tmp_path),
                                       "--ways", "gaussian", "derivatives", "corrected"])
     solves.main()
@@ -140,7 +142,7 @@ def test_solves_makes_its_table_once_and_corrects_what_it_has_trained(tmp_path, 
     assert [row[:2] for row in rows] == [("laplace", "0"), *((way, "40") for way in (
         "gaussian", "derivatives", "corrected"))]
     mean = {row[0]: float(row[2]) for row in rows}
-    assert mean["derivatives"] < 10 < mean["gaussian"] and mean["corrected"] < 10
+    assert 2 * max(mean["derivatives"], mean["corrected"]) < mean["gaussian"]
     monkeypatch.setattr(solves, "train", None)   # nothing is trained twice
     solves.main()
     assert len({path.name for path in tmp_path.glob("model_*")}) == 4

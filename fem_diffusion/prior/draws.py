@@ -6,12 +6,16 @@ import numpy as np
 
 from fem_diffusion.checks import stream
 from fem_diffusion.errors import SolveError
+from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.fields.coefficients import owned_size
 from fem_diffusion.prior.protocol import Prior
 
-__all__ = ["chunks", "prior_fields", "restricted"]
+__all__ = ["chunks", "filled", "prior_fields", "restricted"]
 
 # Samples that are decoded together; draws of a prior that are looked at together.
 _CHUNK, _BLOCK = 64, 256
+# Draws of modes past those of a basis until a constraint allows them.
+_TRIES = 100
 # Draws for each one that is wanted, and in all, after which too few are allowed.
 _TIMES, _FEWEST = 50, 5000
 
@@ -23,6 +27,27 @@ def chunks(n: int, seed: int) -> Iterator[tuple[slice, int]]:
     """
     for number, first in enumerate(range(0, n, _CHUNK)):
         yield slice(first, first + _CHUNK), stream(seed, f"chunk {number}")
+
+
+def filled(prior: Prior, basis: ModalBasis, z: np.ndarray, seed: int, constrained: bool = True) -> np.ndarray:
+    """Parameters (n, n_owned of V) with latents z (n, r); modes past r are drawn from a prior where they are Gaussian.
+
+    Where it is `constrained` they are drawn anew until it allows them; SolveError if it hardly does (collective).
+    """
+    out, allows = np.empty((len(z), owned_size(prior.V))), prior.allows if constrained and basis.standard_prior else None
+    for part, tail in chunks(len(z), seed):
+        fields = basis.decode(z[part], tail if basis.standard_prior else None)
+        for number in range(_TRIES if allows else 0):
+            wrong = np.flatnonzero(~allows(fields))   # pyright: ignore[reportOptionalCall]
+            if not len(wrong):
+                break
+            fields[wrong] = basis.decode(z[part][wrong], stream(tail, f"again {number}"))
+        else:
+            if allows:
+                raise SolveError(f"Modes past the {basis.r} of the basis decide whether the prior allows a sample: "
+                                 "give a basis of more modes, karhunen_loeve(prior, r).")
+        out[part] = prior.transform_many(fields)
+    return out
 
 
 def restricted(allows: Callable[[np.ndarray], np.ndarray], n: int, draw: Callable[[int], tuple[np.ndarray, ...]],

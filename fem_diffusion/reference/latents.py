@@ -1,6 +1,7 @@
 """A measurement as a density over latents: the one target of every reference and of corrections."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TypeVar
 
@@ -12,9 +13,9 @@ from fem_diffusion.checks import check_array, check_kind, check_seed, stream, to
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
-from fem_diffusion.fields.coefficients import coefficients, field, on_root, owned_size
+from fem_diffusion.fields.coefficients import coefficients, field, on_root
 from fem_diffusion.prior.chain_rule import ChainRule
-from fem_diffusion.prior.draws import chunks
+from fem_diffusion.prior.draws import filled
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
@@ -22,16 +23,24 @@ from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.reference.solver import CountedSolver
 from fem_diffusion.samples import Samples
 
-__all__ = ["FAR", "LatentProblem"]
+__all__ = ["FAR", "LatentProblem", "unrestricted"]
 
 T = TypeVar("T")
 
 # Beyond so many prior standard deviations nothing is solved.
 FAR = 12.0
-# Draws of modes past r until a constrained prior allows them.
-_TRIES = 100
 # Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
 _STEP, _FINE = 1e-3, 1e-5
+
+
+@contextlib.contextmanager
+def unrestricted(latent: "LatentProblem") -> Iterator[None]:
+    """Without the constraint of a prior, at whose bounds a density has no slope."""
+    latent.unrestricted, before = True, latent.unrestricted
+    try:
+        yield
+    finally:
+        latent.unrestricted = before
 
 
 class LatentProblem(CountedSolver):
@@ -61,7 +70,7 @@ class LatentProblem(CountedSolver):
         Number of latents; of readings, with the standard normal numbers of unknown levels of noise behind them, (B, k)
         being (B, width) then.
     unrestricted : bool
-        Whether a constraint of the prior is left out, as where the most probable point is looked for.
+        Whether a constraint of the prior is left out: see `unrestricted`.
     solves, pulls, failure, limit
         As `CountedSolver` has them.
 
@@ -137,10 +146,13 @@ class LatentProblem(CountedSolver):
 
     def log_prior(self, z: np.ndarray) -> np.ndarray:
         """Log density of latents (B, r) under the prior, shape (B,); minus infinity where it does not allow them."""
-        allows, found = self.problem.prior.allows, self.smooth_log_prior(z)
-        if allows is None or self.unrestricted:
-            return found
-        return np.where(allows(self.basis.decode(z)), found, -np.inf)
+        found = self.smooth_log_prior(z)
+        return found if self.unrestricted else np.where(self.allowed(z), found, -np.inf)
+
+    def allowed(self, z: np.ndarray) -> np.ndarray:
+        """Whether the prior allows latents (B, r), shape (B,)."""
+        allows = self.problem.prior.allows
+        return np.ones(len(z), dtype=bool) if allows is None else allows(self.basis.decode(z))
 
     def smooth_log_prior(self, z: np.ndarray) -> np.ndarray:
         """As `log_prior`, without a constraint."""
@@ -303,36 +315,16 @@ class LatentProblem(CountedSolver):
 
         Where the prior is constrained they are drawn anew until it allows them; SolveError if it hardly does.
         """
-        allows = self.problem.prior.allows
-        if allows is not None:   # which may fail
-            return Samples(self.problem.M, self._refilled(z, seed, allows), np.array(z))
-        return Samples.later(self.problem.M, lambda: self._refilled(z, seed, None), np.array(z))
-
-    def _refilled(self, z: np.ndarray, seed: int, allows: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:
-        """Parameters (n, n_owned of M) with latents z (n, r), and modes past r for which fields are allowed."""
-        prior, seed, refill = self.problem.prior, stream(check_seed(seed), "tail"), self.basis.standard_prior
-        out = np.empty((len(z), owned_size(prior.V)))
-        for part, tail in chunks(len(z), seed):
-            fields = self.basis.decode(z[part], tail if refill else None)
-            if allows is not None and refill:
-                fields = self._allowed(allows, z[part], fields, tail)
-            out[part] = prior.transform_many(fields)
-        return out
-
-    def _allowed(self, allows: Callable[[np.ndarray], np.ndarray], z: np.ndarray, fields: np.ndarray,
-                 seed: int) -> np.ndarray:
-        """Fields (B, n_owned) with latents z (B, r), with other modes past r where they are not allowed."""
-        for number in range(_TRIES):
-            wrong = np.flatnonzero(~allows(fields))
-            if not len(wrong):
-                return fields
-            fields[wrong] = self.basis.decode(z[wrong], stream(seed, f"again {number}"))
-        raise SolveError(f"Modes past the {self.r} of the basis decide whether the prior allows a sample: give a basis "
-                         "of more modes, karhunen_loeve(prior, r).")
+        def values() -> np.ndarray:
+            return filled(self.problem.prior, self.basis, z, seed)
+        seed = stream(check_seed(seed), "tail")
+        if self.problem.prior.allows is not None:   # which may fail
+            return Samples(self.problem.M, values(), np.array(z))
+        return Samples.later(self.problem.M, values, np.array(z))
 
     def refilled(self, z: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Readings (B, k) at latents (B, r) with modes past r from the prior, and without: two solves each."""
-        tail = self._refilled(z, seed, None)
+        tail = filled(self.problem.prior, self.basis, z, stream(seed, "tail"), constrained=False)
 
         def read(mine: np.ndarray) -> np.ndarray:
             mine = mine[:, 0].astype(int)

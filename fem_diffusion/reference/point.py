@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,7 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.draws import restricted
 from fem_diffusion.problem import InverseProblem, check_problem
-from fem_diffusion.reference.latents import LatentProblem
+from fem_diffusion.reference.latents import LatentProblem, unrestricted
 from fem_diffusion.reference.looks import point_conflict
 
 __all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
@@ -99,16 +98,6 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
                     latent.pulls)
 
 
-@contextlib.contextmanager
-def _unrestricted(latent: LatentProblem) -> Iterator[None]:
-    """Without the constraint of a prior, at whose bounds a search by slopes ends nowhere."""
-    latent.unrestricted, before = True, latent.unrestricted
-    try:
-        yield
-    finally:
-        latent.unrestricted = before
-
-
 def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.ndarray | None = None
                ) -> tuple[np.ndarray, float]:
     """Latents (r,) of the maximum a posteriori point and their energy, from beside the prior mean or another start.
@@ -119,7 +108,7 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
     found, errors = [], []
     for z in np.vstack([aside(latent.r, seed) if start is None else start, draws]):
         try:
-            with _unrestricted(latent):
+            with unrestricted(latent):
                 found.append(_settled(latent, z))
         except SolveError as error:
             errors.append(error)

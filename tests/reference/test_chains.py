@@ -38,6 +38,10 @@ class Toy:
     def __init__(self, y=(0.6, -0.4), std=(0.5, 0.1), relative=0.0, wrong=1.0, wall=np.inf):
         self.y, self.std, self.relative = np.array(y), np.array(std), relative
         self.wrong, self.wall, self.solves, self.pulls, self.failure = wrong, wall, 0, 0, "wall"
+        self.unrestricted = False
+
+    def allowed(self, z):
+        return np.ones(len(z), dtype=bool)
 
     def _read(self, z):
         return np.stack([z[:, 0], z[:, 1] - z[:, 0]**2], axis=1)
