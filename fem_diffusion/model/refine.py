@@ -34,6 +34,7 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
+from fem_diffusion.diffusion.network import name_of
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
@@ -198,13 +199,13 @@ class _Pairs:
         if fields is None and z is not None:
             fields = self.basis.decode(z, stream(seed, "tail") if self.basis.standard_prior else None)
         assert fields is not None
-        parameters, latents, found = problem.prior.transform_many(fields.copy()), self.basis.encode(fields), []
+        latents, found = self.basis.encode(fields), []
         basis = None if self.slopes is None else data.basis
         with contextlib.closing(Job(problem, seed, False, basis)) as job, bar(len(fields), "refine", show) as shown:
             for first in range(0, len(fields), self._block):
                 part = latents[first:first + self._block]
                 found.append(self._answers.ask(part, lambda some: self._solved(
-                    job, parameters[first:first + len(some)], fields[first:first + len(some)])))
+                    job, fields[first:first + len(some)])))
                 shown.update(len(part))
         found = np.concatenate(found)
         readings, slopes = found[:, :self._k], found[:, self._k:]
@@ -222,15 +223,14 @@ class _Pairs:
         self._encode()
         return len(rows)
 
-    def _solved(self, job: Job, parameters: np.ndarray, fields: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of parameters (B, n_owned of M), NaN where solves fail, shared out over an ensemble.
+    def _solved(self, job: Job, fields: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of fields (B, n_owned) before transforms, NaN where solves fail; an ensemble shares them.
 
-        Where derivatives are kept, those at the fields (B, n_owned) come behind them, (B, k + k R).
+        Where derivatives are kept, they come behind: (B, k + k R).
         """
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
-        mine, found = range(member, len(parameters), members), Solved()
-        at = None if self.slopes is None else fields[mine]
-        together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False, at))
+        mine, found = range(member, len(fields), members), Solved()
+        together(self.everyone, lambda: job.solve(fields, mine, found, lambda found: False))
         results = {i: row if slope is None else np.concatenate([row, slope.ravel()])
                    for i, (_, row, slope) in found.results.items()}
         for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(
@@ -239,7 +239,7 @@ class _Pairs:
             self._reason = self._reason or next(iter(failed.values()), "")
         derivatives = None if self.slopes is None else self.data.derivatives
         nothing = np.full(self._k + (0 if derivatives is None else derivatives[0].size), np.nan)
-        return np.array([results.get(i, nothing) for i in range(len(parameters))])
+        return np.array([results.get(i, nothing) for i in range(len(fields))])
 
     def posterior(self, conditioned: Conditioned, n: int, seed: int) -> np.ndarray:
         """Latents (n, r) of samples of the present posterior."""
@@ -288,8 +288,8 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
                       "take more modes, or correct the samples with the solver.", MeasurementWarning, stacklevel=3)
     if first.network is not None:
         # Where a network was worth it, samples start from one again: it learns from draws of the prior alone.
-        name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),
-                    "latents")
+        name = name_of(first.network) or "latents"
+        name = "latents" if NETWORKS[name].families else name
         geometry = field_geometry(pairs.basis) if NETWORKS[name].mesh else None
         denoiser, history = on_root(pairs.everyone, lambda: fit_denoiser(
             pairs.z[:pairs.drawn], pairs.c[:pairs.drawn], noise, network=name, base=denoiser.base, standard_prior=True,

@@ -34,7 +34,8 @@ def filled(prior: Prior, basis: ModalBasis, z: np.ndarray, seed: int, constraine
 
     Where it is `constrained` they are drawn anew until it allows them; SolveError if it hardly does (collective).
     """
-    out, allows = np.empty((len(z), owned_size(prior.V))), prior.allows if constrained and basis.standard_prior else None
+    out = np.empty((len(z), owned_size(prior.V)))
+    allows = prior.allows if constrained and basis.standard_prior else None
     for part, tail in chunks(len(z), seed):
         fields = basis.decode(z[part], tail if basis.standard_prior else None)
         for number in range(_TRIES if allows else 0):

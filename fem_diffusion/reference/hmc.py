@@ -63,7 +63,7 @@ class _Hamiltonian:
         return lambda z: force(np.clip(z, -FAR, FAR))
 
     def move(self, state: State, rng: np.random.Generator) -> np.ndarray:
-        """As `Kernel.move`: one trajectory of each chain, which may cross what a constrained prior does not allow."""
+        """As `Kernel.move`: one trajectory of each chain, which may cross what a prior does not allow."""
         with unrestricted(self.latent):
             z, energy, gradient, gain, chance = self._trajectory(state, rng)
         allowed = self.latent.allowed(z)
@@ -76,7 +76,7 @@ class _Hamiltonian:
         return self._smooth * allowed
 
     def _trajectory(self, state: State, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Ends (chains, r), energies (chains,) and forces there, what is gained, and logarithms of chances to accept."""
+        """Ends (chains, r), energies (chains,) and forces there, what is gained, and logarithms of chances."""
         chains, r = state["z"].shape
         momentum = rng.standard_normal((chains, r))
         jitter, chance = rng.uniform(0.8, 1.2), np.log(rng.uniform(size=chains))
