@@ -14,6 +14,7 @@ from fem_diffusion.diffusion import (
     NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
 from fem_diffusion.diffusion.base.visible import informed_turn, visible_modes
+from fem_diffusion.diffusion.training.loop import hold_out
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, largest, on_root, owned_size
@@ -40,6 +41,8 @@ _MISSED = 0.25
 _OUTSIDE = 1e-6
 # Pairs with which measurements are compared.
 _SEEN = 1000
+# Held-out pairs that tell an emulator's error wherever the prior is.
+_JUDGES = 20
 # Pairs of which one may not hold so much of the spread of a reading: of a lognormal law of unit scale it has a tenth.
 _MANY, _ONE = 100, 0.25
 # The normal number of small noise, and a variance beside which the level itself is seen.
@@ -77,6 +80,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     InputError, DataError, FileError, SolveError
         If the pairs are too few, inconsistent, not finite or without the states of a family, the basis or the network
         does not fit, or training fails; see also `fit_denoiser`.
+
+    UserWarning tells where a few pairs hold most of the spread of a sensor's readings.
     """
     start = time.perf_counter()
     check_flag(progress, "progress")
@@ -128,6 +133,11 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
+    apart = len(hold_out(len(data), options)[1])
+    if denoiser.base.emulator.head is not None and apart < _JUDGES:
+        tell(f"fit: {apart} held-out pairs judge the emulator, too few to know its error in the tails of the prior: "
+             "posterior.check() and posterior.correct(...) are for such a model; laplace(problem, y) needs no pairs.",
+             progress and problem.comm.rank == 0)
     linear, rows = _rest(problem, data, basis, denoiser, given)
     some = np.unique(np.linspace(0, len(seen) - 1, _SEEN).round().astype(int))
     model = Model(problem, basis, denoiser, history, states, shown, linear, rows, seen[some].double())

@@ -8,6 +8,7 @@ import pytest
 from firedrake import DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, exp, grad, inner
 import torch
 from mpi4py import MPI
+from scipy.stats import cauchy, lognorm
 
 from fem_diffusion.diffusion import CallableNoise, StudentNoise, TrainingOptions
 from fem_diffusion.errors import InputError
@@ -19,6 +20,7 @@ from fem_diffusion.model.refine import refine
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.scalar import ScalarPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.exact import exact
@@ -136,3 +138,19 @@ def test_refine_learns_from_derivatives_where_the_pairs_have_them(bent):
         ahead, behind = (problem.readings(problem.prior.transform_many(more.coefficients[i:i + 1] + sign * (
             step @ more.basis.scaled_modes)))[0] for sign in (1, -1))
         np.testing.assert_allclose(more.derivatives[i, :, 0], (ahead - behind) / 2e-4, rtol=1e-4, atol=1e-6)
+
+
+def test_readings_with_tails_so_heavy_that_one_pair_hides_the_others_are_told():
+    """Of a Cauchy prior, least squares sees the outermost draw; of a lognormal one it does not come to that."""
+    V = FunctionSpace(UnitSquareMesh(2, 2, comm=MPI.COMM_SELF), "CG", 1)
+    R = FunctionSpace(V.mesh(), "R", 0)
+    u, m, v = Function(V), Function(R), TestFunction(V)
+    few = replace(OPTIONS, steps=10, evaluate_every=10)
+
+    def model(law):
+        sensors = point_sensors(V, [[0.5, 0.5]])
+        problem = InverseProblem(ScalarPrior(R, law), Steady((u - m) * v * dx, u, m), sensors, 0.5)
+        return fit(problem, simulate(problem, 200, seed=1, **QUIET), options=few, **QUIET)
+    with pytest.warns(UserWarning, match="One of 200 pairs holds .* hmc, which needs no training"):
+        model(cauchy())
+    model(lognorm(1.0))
