@@ -9,8 +9,9 @@ from fem_diffusion.checks import check_flag
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
-from fem_diffusion.reference.latents import FAR, LatentProblem, unrestricted
+from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import around_points
+from fem_diffusion.reference.solver import unrestricted
 from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
 
 __all__ = ["hmc", "run_hmc"]

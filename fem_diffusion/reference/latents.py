@@ -1,7 +1,6 @@
 """A measurement as a density over latents: the one target of every reference and of corrections."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.reference.solver import CountedSolver
 from fem_diffusion.samples import Samples
 
-__all__ = ["FAR", "LatentProblem", "unrestricted"]
+__all__ = ["FAR", "LatentProblem"]
 
 T = TypeVar("T")
 
@@ -31,16 +30,6 @@ T = TypeVar("T")
 FAR = 12.0
 # Steps of differences in latents: of readings, with the solver's tolerance, and of a log density, which has none.
 _STEP, _FINE = 1e-3, 1e-5
-
-
-@contextlib.contextmanager
-def unrestricted(latent: "LatentProblem") -> Iterator[None]:
-    """Without the constraint of a prior, at whose bounds a density has no slope."""
-    latent.unrestricted, before = True, latent.unrestricted
-    try:
-        yield
-    finally:
-        latent.unrestricted = before
 
 
 class LatentProblem(CountedSolver):
@@ -70,7 +59,7 @@ class LatentProblem(CountedSolver):
         Number of latents; of readings, with the standard normal numbers of unknown levels of noise behind them, (B, k)
         being (B, width) then.
     unrestricted : bool
-        Whether a constraint of the prior is left out: see `unrestricted`.
+        Whether a constraint of the prior is left out: see `solver.unrestricted`.
     solves, pulls, failure, limit
         As `CountedSolver` has them.
 
@@ -98,7 +87,6 @@ class LatentProblem(CountedSolver):
         self.level_rows = problem.normal_levels(self.basis.scaled_modes).T
         self._normal = problem.normal_levels(coefficients(self.basis.mean)[None])[0]
         self.width = len(self.y) + len(self._normal)
-        self.unrestricted = False
         self._told, self._back = False, ChainRule(problem.prior, self.basis)
         self._last: tuple[bytes, tuple[np.ndarray, np.ndarray]] | None = None
 

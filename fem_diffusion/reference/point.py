@@ -14,8 +14,9 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
 from fem_diffusion.prior.draws import restricted
 from fem_diffusion.problem import InverseProblem, check_problem
-from fem_diffusion.reference.latents import LatentProblem, unrestricted
+from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import point_conflict
+from fem_diffusion.reference.solver import unrestricted
 
 __all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
 
