@@ -141,7 +141,7 @@ class CrossValidation:
 
 
 def cross_validate(sensors: EmulatedSensors, values: np.ndarray, names: Sequence[str], comm: "MPI.Comm", *,
-                   times: np.ndarray | None = None, draws: int = 400, seed: int = 0) -> CrossValidation:
+                   times: np.ndarray | None = None, draws: int = 200, seed: int = 0) -> CrossValidation:
     """Predict each sensor from the others, for each of several measurements (collective).
 
     Columns whose names differ by an index alone, "(0.3, 0.1)[0]" and "(0.3, 0.1)[1]", are one sensor, such as a time
