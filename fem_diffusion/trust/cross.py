@@ -211,11 +211,13 @@ class _Cross:
         scale = noise_scale(self.sensors, self.values, self.use, self.groups)
         worst = tuple(self.names[self.groups[i][0]] for i in odd)
         coverage = {level: self._coverage(level) for level in _LEVELS}
-        without = self.sensors.denoiser.network is not None and not self.sensors.family
+        notes = [scale] if isinstance(scale, str) else []
+        if self.sensors.denoiser.network is not None and not self.sensors.family:
+            notes.append(_WITHOUT)
         return CrossValidation(
             self.names, self.times, self.values, self.mean, self.std, residuals, np.exp(self.log_p), worst, outliers,
             self.use, coverage, None if isinstance(scale, str) else scale,
-            None if self.sensors.exact else self.draws, (*[scale] * isinstance(scale, str), *[_WITHOUT] * without))
+            None if self.sensors.exact else self.draws, tuple(notes))
 
     def _disagreeing(self, unit: float | None) -> list[int] | None:
         """Sensors that disagree with the others, the worst first, now left out, with residuals in some unit.
