@@ -152,7 +152,7 @@ class Model:
 
             def fixed(y: np.ndarray) -> Conditioned:
                 return self.denoiser.at(torch.from_numpy(y))
-            distance = self._distance(self.seen, self.denoiser.base.emulator.residual, self.problem, y)
+            distance = self._distance(self.seen, self.denoiser.base.scatter, self.problem, y)
             if distance is not None:
                 distance.warn()
             return Posterior(self.problem, self.basis, fixed(y[None]), y, self.tail, distance, fixed)

@@ -133,7 +133,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     show = progress and everyone.rank == 0
     if problem.levels:
         raise InputError("The noise has an unknown level, which refine does not know: take posterior.correct(...).")
-    run = _emulated if model.denoiser.known and model.denoiser.base.law is None else _truncated
+    base = model.denoiser.base
+    run = _emulated if model.denoiser.known and base.law is None and base.learnt is None else _truncated
     denoiser, history = run(pairs, posterior.conditioned, model.denoiser, y,
                             [len(part) for part in np.array_split(np.arange(n), rounds)], seed, options, show)
     seen = torch.from_numpy(pairs.data.readings[-min(len(pairs.data), n):]).double()
