@@ -16,12 +16,13 @@ from fem_diffusion.checks import stream
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import bounding_box, by_component, coefficients, is_real, multiply
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.page import words
+from fem_diffusion.page.picture import Picture, new_figure, picture_of
 from fem_diffusion.plot.places import nodes_of
 from fem_diffusion.plot.samples import nodal_values, plot_samples
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
-from fem_diffusion.trust import words
-from fem_diffusion.trust.inline import Picture, new_figure, picture_of, readings_picture
+from fem_diffusion.trust.inline import readings_picture
 
 __all__ = ["Asked", "Unknown", "findings", "readings"]
 

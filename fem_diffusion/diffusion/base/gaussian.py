@@ -217,7 +217,7 @@ class GaussianBase(Tensors):
                 pulled = apply(factor.mT, apply(white.mT, target))
             mean = prior_mean + apply(factor, pulled)
         scale = torch.diagonal(noise if self.learnt is None else rest, dim1=1, dim2=2).sqrt()
-        misfit = torch.where(layout.present, y - layout.read(self._emulated(mean)[0]), 0.0)
+        misfit = torch.where(layout.present, y - layout.read(self.emulated(mean)[0]), 0.0)
         return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
 
     def standardised(self, located: Located) -> Located:
@@ -229,7 +229,7 @@ class GaussianBase(Tensors):
     def _fit(self, rows: Tensor, mean: Tensor, factor: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of readings over N(mean, factor factorᵀ): slope by z (B, k, r), mean (B, k), covariance of the rest."""
         z = mean[:, None] + points @ factor.mT
-        c, scatter = (x.unflatten(0, z.shape[:2]) for x in self._emulated(z.flatten(0, 1)))
+        c, scatter = (x.unflatten(0, z.shape[:2]) for x in self.emulated(z.flatten(0, 1)))
         readings = rows @ c.mT
         expected = readings.mean(2)
         slope = (readings - expected[:, :, None]) @ points / len(points)
@@ -238,7 +238,7 @@ class GaussianBase(Tensors):
         slope = torch.linalg.solve_triangular(factor, slope, upper=True, left=False)
         return slope, expected, rest @ rest.mT / len(points) + scatter.mean(1)
 
-    def _emulated(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def emulated(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, k) of coordinates given latents (B, r), and covariance (B, k, k) as far as it is learnt."""
         if self.learnt is None:
             return self.emulator(z), z.new_zeros(len(z), 1, 1)
