@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise, measure_distance,
+    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    measure_distance,
 )
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
@@ -292,7 +293,9 @@ class Model:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
+                network += f" {gain:.1%} off the loss of the Gaussian base"
         elif base.learnt is not None and self.denoiser.known:
             network += ", whose noise is learnt and tells more of held-out pairs than a network"
         elif history.step:

@@ -34,6 +34,7 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
+from fem_diffusion.diffusion.network import name_of
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
@@ -255,8 +256,8 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
                       "take more modes, or correct the samples with the solver.", MeasurementWarning, stacklevel=3)
     if first.network is not None:
         # Where a network was worth it, samples start from one again: it learns from draws of the prior alone.
-        name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),
-                    "latents")
+        name = name_of(first.network) or "latents"
+        name = "latents" if NETWORKS[name].families else name
         geometry = field_geometry(pairs.basis) if NETWORKS[name].mesh else None
         denoiser, history = on_root(pairs.everyone, lambda: fit_denoiser(
             pairs.z[:pairs.drawn], pairs.c[:pairs.drawn], noise, network=name, base=denoiser.base, standard_prior=True,

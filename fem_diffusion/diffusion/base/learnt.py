@@ -156,9 +156,12 @@ class _Likelihood(Task[Emulator]):
         white, d = _whitened(x, network.correction(z))
         return white.square().sum(1) / 2 - d.sum(1)
 
-    def loss(self, network: Emulator, index: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         z = self.z[index]
-        return self._losses(network, z, self.white(z, self.y[index], generator)).mean()
+        return z, self.white(z, self.y[index], generator)
+
+    def loss(self, network: Emulator, *batch: Tensor) -> Tensor:
+        return self._losses(network, *batch).mean()
 
     def evaluate(self, network: Emulator) -> Tensor:
         return self._losses(network, *self.validation)
@@ -196,7 +199,7 @@ def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, 
 
     def white(z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return ((draw(y, generator) - f[1] - z.double() @ f[0].T) @ across.T).float()
-    options = replace(options, batch=min(options.batch, len(training)))
+    options = replace(options, members=1, batch=min(options.batch, len(training)))
     task = _Likelihood(((z - centre) / size).float().to(device), y.to(device), white, training, held_out, options)
     network = Loop(task, options, checkpoint).run(progress)
     if network is None:
