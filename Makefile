@@ -60,7 +60,7 @@ help:
 	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
 	@echo "make benchmark-solves        errors against the number of solves, with derivatives and without (QUICK=1: fewer)"
 	@echo "make benchmark-peers         side by side with sbi, overnight, in an environment of its own (QUICK=1: minutes)"
-	@echo "make benchmark-ablation      transform, emulator noise, ensemble, corrections, each on and off (QUICK=1: fewer)"
+	@echo "make benchmark-ablation      parts of the default call, each on and off, on six problems (QUICK=1: fewer)"
 	@echo "make clean           remove what tests, demos and builds left (.venv stays)"
 
 install:
