@@ -56,6 +56,11 @@ def test_its_density_is_that_of_its_moments():
     exact = torch.distributions.MultivariateNormal(mean[:, some], covariance[:, some][:, :, some]).log_prob(
         rest[:, some])
     torch.testing.assert_close(part - part[0], exact - exact[0])
+    shift, pull = learnt.mean_with_pull(z)
+    torch.testing.assert_close(shift, mean)
+    at = z.clone().requires_grad_()
+    exact, = torch.autograd.grad(learnt.moments(at)[0], at, rest)
+    torch.testing.assert_close(pull(rest), exact, rtol=1e-4, atol=1e-4)
     # Many readings have few columns, and are whitened by their axes.
     assert numbers(40) < 40 * 15
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
 from fem_diffusion.diffusion.tensors import Tensors
@@ -59,13 +59,21 @@ class LearntNoise(Tensors):
     def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (B, j) of the scatter at latents (B, r), and covariance (B, j, j)."""
         m, d, low = _parts(self.network(z), len(self.whitener))
-        factor = _factor(d, low) @ self.whitener
+        factor = torch.exp(d)[:, :, None] * (low + torch.eye(low.shape[1]).to(low)) @ self.whitener
         root = torch.linalg.inv(factor)[:, self.sensors]
-        return self.shift(m), root @ root.mT
+        return m @ self._back.T, root @ root.mT
 
-    def shift(self, m: Tensor) -> Tensor:
-        """W⁻¹ m of the readings at hand, (B, j)."""
-        return torch.linalg.solve(self.whitener, m.mT).mT[:, self.sensors]
+    def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Mean of the scatter (B, j), and the map of covectors (B, j) to their pull-back (B, r)."""
+        found, pull = self.network.with_pull(z)
+        k, back = len(self.whitener), self._back
+        return found[:, :k] @ back.T, lambda covector: pull(nn.functional.pad(
+            covector @ back, (0, found.shape[1] - k)))
+
+    @property
+    def _back(self) -> Tensor:
+        """W⁻¹, of the readings at hand, (j, k)."""
+        return torch.linalg.inv(self.whitener)[self.sensors]
 
     def log_density(self, rest: Tensor, z: Tensor) -> Tensor:
         """log p (B,) of readings minus the emulator's, `rest` (B, j), at latents (B, r), up to a constant."""
@@ -116,11 +124,6 @@ def _parts(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     low = found.new_zeros(len(found), k, k)
     low[:, rows, columns] = found[:, 2 * k:]
     return found[:, :k], found[:, k:2 * k], low
-
-
-def _factor(d: Tensor, low: Tensor) -> Tensor:
-    """T (B, k, k)."""
-    return torch.exp(d)[:, :, None] * (low + torch.eye(low.shape[1], dtype=low.dtype, device=low.device))
 
 
 def _whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
