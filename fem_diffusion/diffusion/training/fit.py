@@ -146,6 +146,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             return denoiser, History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
+        # A base that knows the noise costs much at every measurement, and the network learns what it knows.
+        learnt = [candidate for candidate in bases if candidate.learnt is not None]
+        bases = [candidate for candidate in bases if candidate.learnt is None]
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
@@ -157,11 +160,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         denoiser = task.denoiser
         if trained is not None:
             denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
-        learnt = [other for other in tasks if other.denoiser.base.learnt is not None]
-        if learnt:
-            emulated = replace(min(learnt, key=lambda task: task.surprise).denoiser, known=True)
-            if task.surpassed(denoiser, emulated):
-                return emulated.to("cpu"), loop.history
+        emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt])
+        if emulated is not None:
+            return emulated.to("cpu"), loop.history
         if trained is not None:
             task.collapse(denoiser, loop.history)
         return denoiser.to("cpu"), loop.history
@@ -311,18 +312,27 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         layout, y = self.source.measure(c, generator)
         return denoiser.at(y, layout if self.source.family else None)
 
-    def surpassed(self, denoiser: Denoiser, emulated: Denoiser) -> bool:
-        """Whether the emulator gives held-out latents more density than a denoiser does, by a standard error.
+    def surpassed(self, denoiser: Denoiser, learnt: list[Denoiser]) -> Denoiser | None:
+        """The best of those whose emulator knows its noise, where it knows more of held-out latents than a denoiser.
 
-        Where both know as much, either will do; no Gaussian noise where it is none is off by many.
+        By a standard error: where both know as much either will do, and Gaussian noise that is none is off by many.
         """
+        if not learnt:
+            return None
         z, c = (x[:_JUDGES] for x in self.held_out)
         generator = torch.Generator(z.device).manual_seed(self.options.seed + 4)
         y = self.source.measure(c, generator)[1]
-        density = emulated.at(y).density
+
+        def surprise(conditioned: Conditioned) -> float:
+            located = conditioned.located
+            return float((located.whiten(z).square().sum(1) / 2 + located.log_determinant).mean())
+        found = [other.at(y) for other in learnt]
+        values = [surprise(one) for one in found]
+        best = values.index(min(values))
+        density = found[best].density
         assert density is not None
         gain = advantage(denoiser.at(y), density, z, self.options.seed)
-        return float(gain.mean()) > float(gain.std()) / len(gain)**0.5
+        return learnt[best] if float(gain.mean()) > float(gain.std()) / len(gain)**0.5 else None
 
     def collapse(self, denoiser: Denoiser, history: History) -> None:
         """Measure collapse, warn of it, and put it into the history."""
