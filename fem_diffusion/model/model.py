@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
 from fem_diffusion.errors import InputError
@@ -154,7 +154,7 @@ class Model:
             y = self.same(y, self.denoiser.base.k, self.problem.names, repeats=True)
             problem, values, index = at_hand(self.problem, y)
             if problem is not self.problem:
-                return self._with(problem, index).condition(values)
+                return self.of_sensors(problem, index).condition(values)
             if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
                 raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
                                  "model that was refined, or refine that for this measurement.")
@@ -221,7 +221,7 @@ class Model:
         """
         return condition_all(self, y, observation, noise, times)
 
-    def _with(self, problem: InverseProblem, index: np.ndarray) -> "Model":
+    def of_sensors(self, problem: InverseProblem, index: np.ndarray) -> "Model":
         """The model of a problem with some of the fixed sensors, by their numbers (m,), of which some may come again.
 
         No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.
@@ -293,7 +293,7 @@ class Model:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, MeanNetwork) else 1
                 network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
                 network += f" {gain:.1%} off the loss of the Gaussian base"
         elif base.learnt is not None and self.denoiser.known:

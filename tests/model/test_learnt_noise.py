@@ -38,8 +38,8 @@ def test_noise_that_pairs_hold_is_learnt_as_if_it_were_known(tmp_path):
         torch.from_numpy(basis.encode(data.coefficients)), noisy, torch.zeros(8, 8), True)
     noise = fit_noise(z, noisy, base.emulator, lambda y, generator: y, OPTIONS, None, False)
     assert noise is not None
-    learnt, constant = (replace(known, problem=held, denoiser=Denoiser(replace(base, learnt=some), known=True))
-                        for some in (noise, None))
+    learnt, constant = (replace(known, problem=held, seen=noisy[:1000],
+                                denoiser=Denoiser(replace(base, learnt=some), known=True)) for some in (noise, None))
     assert "knows its noise" in learnt.summary
     learnt.save(tmp_path / "model")
     again = load_model(tmp_path / "model", held)

@@ -25,9 +25,9 @@ from fem_diffusion.diffusion.base.emulator import roots, spread
 from fem_diffusion.diffusion.base.fitted import tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
-from fem_diffusion.diffusion.checks import check_pairs
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
-from fem_diffusion.diffusion.network import NETWORKS, Ensemble, ScoreModule, ScoreNetwork, build
+from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
@@ -89,8 +89,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
     slopes : Tensor, optional
-        Derivatives of noise-free readings by the latents, shape (n, k, r), for an emulator of fixed sensors with known
-        Gaussian noise. InputError elsewhere.
+        Derivatives of `y` by the latents, shape (n, k, r) or (n, k + l, r), for an emulator of fixed sensors with noise
+        of a known law. InputError elsewhere.
     network : str, optional
         Name in `NETWORKS`; where left out, "sensors" for a family and "latents" for fixed sensors.
     base : {"gaussian", "plain"} or GaussianBase
@@ -132,7 +132,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
     parts = of_family(y, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
-        raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
+        raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
+    if slopes is not None:
+        check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else candidates(
             z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
@@ -180,7 +182,7 @@ class _Seen:
         return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
-class _Denoising(Task[ScoreModule | Ensemble]):
+class _Denoising(Task[ScoreModule | MeanNetwork]):
     """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
 
     name = "train"
@@ -212,8 +214,8 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         (name, geometry), base, options = self.wanted, self.denoiser.base, self.options
         return build(name, base.r, base.k, options.width, options.depth, geometry)
 
-    def joined(self, networks: list[ScoreModule | Ensemble]) -> ScoreModule | Ensemble:
-        return networks[0] if len(networks) == 1 else Ensemble(cast(list[ScoreModule], networks))
+    def joined(self, networks: list[ScoreModule | MeanNetwork]) -> ScoreModule | MeanNetwork:
+        return networks[0] if len(networks) == 1 else MeanNetwork(cast(list[ScoreModule], networks))
 
     def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
         """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.
