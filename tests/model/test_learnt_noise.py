@@ -50,8 +50,7 @@ def test_noise_that_pairs_hold_is_learnt_as_if_it_were_known(tmp_path):
             found = model.condition(y).sample(2000, seed=1, progress=False).latents
             off.append([np.linalg.norm((found.mean(0) - truth.mean(0)) / truth.std(0)),
                         np.abs(np.log(found.std(0) / truth.std(0))).max()])
-        print(off)
         # Monte Carlo makes 0.05 and 0.03.
         assert off[0][0] < 0.25 and off[0][1] < 0.2 and max(off[1]) > 0.35
-        np.testing.assert_array_equal(*(one.condition(y).sample(20, seed=3, progress=False).values
-                                        for one in (again, learnt)))
+        np.testing.assert_allclose(*(one.condition(y).sample(20, seed=3, progress=False).values
+                                     for one in (again, learnt)), rtol=1e-8)

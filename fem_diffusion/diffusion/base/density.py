@@ -60,7 +60,7 @@ class EmulatorDensity(Tensors):
         z = self.located.colour(w)
         away = z - self.base.mean
         prior = ((away @ self.base.precision) * away).sum(2) / 2
-        if self.noise is not None or self.base.learnt is not None:
+        if self.base.bent:
             return prior - self._by_law(z)
         c = self.base.emulator(z.flatten(0, 1)).view(*z.shape[:2], -1)
         return prior + (self.target - apply(self.rows, c)).square().sum(2) / 2
@@ -97,11 +97,6 @@ class EmulatorDensity(Tensors):
         found = self.noise.log_density(y, self.base.law.clean(c, flat))   # pyright: ignore[reportOptionalCall]
         return found.view(z.shape[:2])
 
-    @property
-    def bent(self) -> bool:
-        """Whether posteriors may be such that moves do not reach them."""
-        return self.noise is not None or self.base.learnt is not None
-
     def draw(self, n: int, moves: int, generator: torch.Generator) -> Tensor:
         """Points of the law itself (n, B, r), by tempering from the base, with so many moves at the end."""
         mean = self.located.mean
@@ -113,7 +108,7 @@ class EmulatorDensity(Tensors):
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""
         length = math.pi / 2 / _LEAPS * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=w.device)))
-        if self.bent:
+        if self.base.bent:
             length = length * shorter(w, generator)[..., None]
         return hamiltonian_move(w, self.energy, self.force, length, _LEAPS, generator)
 

@@ -129,6 +129,11 @@ class GaussianBase(Tensors):
         return self.emulator.head is None and self.learnt is None
 
     @property
+    def bent(self) -> bool:
+        """Whether noise depends on latents or has outliers, so that posteriors may be such as moves do not reach."""
+        return self.law is not None or self.learnt is not None
+
+    @property
     def scatter(self) -> Tensor:
         """Covariance (k, k) of noise, averaged over the training, and emulator error."""
         return self.emulator.residual if self.law is None else self.emulator.residual + self.law.covariance

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out
-from fem_diffusion.errors import SolveError
 
 __all__ = ["LearntNoise", "fit_noise"]
 
@@ -82,10 +81,10 @@ class LearntNoise(Tensors):
             return d.sum(1) - white.square().sum(1) / 2
         mean, covariance = self.moments(z)
         root, failed = torch.linalg.cholesky_ex(covariance)
-        if failed.any():
-            raise SolveError("The learnt noise of some sensors is singular: simulate more pairs.")
         white = torch.linalg.solve_triangular(root, (rest - mean)[:, :, None], upper=False)[:, :, 0]
-        return -root.diagonal(dim1=1, dim2=2).log().sum(1) - white.square().sum(1) / 2
+        found = -root.diagonal(dim1=1, dim2=2).log().sum(1) - white.square().sum(1) / 2
+        # Far out, where a network means nothing, rounding may leave no covariance.
+        return torch.where(failed > 0, -torch.inf, found)
 
     def with_pull(self, rest: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of `log_density` by the rest, (B, j), and by the latents beside it, (B, r)."""

@@ -219,7 +219,7 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     def normal() -> Tensor:
         return torch.randn(n, *like.shape, generator=generator, dtype=like.dtype, device=like.device)
     moves = CORRECTIONS if sampler.corrections is None else sampler.corrections
-    if density is not None and density.bent and conditioned.network is None and moves:
+    if density is not None and density.base.bent and conditioned.network is None and moves:
         w = density.draw(n, moves, generator)
         report(sampler.steps, 0.0, w)
         return conditioned.located.colour(w)
