@@ -69,7 +69,8 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
     Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, or there are less
     than three sensors.
     """
-    if sensors.denoiser.base.law is not None:
+    law = sensors.denoiser.base.law
+    if law is not None and (law.noise.levels or law.noise.heavy):
         return "The law of the noise has outliers or a level of its own, and no factor of it is told."
     squares, counts = np.zeros((len(groups), len(_FACTORS))), np.zeros(len(groups))
     patterns, which = np.unique(use, axis=0, return_inverse=True)
@@ -120,7 +121,8 @@ def _linearised(sensors: EmulatedSensors, y: np.ndarray) -> tuple[np.ndarray, np
     """d (B, k), G C Gᵀ (B or 1, k, k), emulator error and noise (k, k) each, of measurements (B, k)."""
     base, readings, total = sensors.denoiser.base, torch.from_numpy(y), sensors.total
     R = _noise(sensors)
-    if base.emulator.head is None:
+    total = total if base.law is None else total + R
+    if base.affine:
         z = base.mean[None]
     else:
         z = sensors.locate(y).located.mean
