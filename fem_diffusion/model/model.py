@@ -16,11 +16,12 @@ from fem_diffusion.diffusion import (
     Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
+from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
 from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.geometry import on_mesh
-from fem_diffusion.model.families import decorrelated, project
+from fem_diffusion.model.families import project
 from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.model.readings import at_hand
