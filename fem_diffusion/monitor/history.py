@@ -194,7 +194,8 @@ class History:
             self._base.execute("INSERT INTO result VALUES (?, ?, ?)", (reading.id, model, result.text()))
             self._base.execute("UPDATE reading SET done = 1 WHERE id = ?", (reading.id,))
             for change in changes:
-                there = self._base.execute("SELECT 1 FROM alarm WHERE key = ? AND ended IS NULL", (change.key,)).fetchone()
+                there = self._base.execute("SELECT 1 FROM alarm WHERE key = ? AND ended IS NULL",
+                                           (change.key,)).fetchone()
                 if change.on and not there:
                     self._base.execute("INSERT INTO alarm (key, level, title, message, raised) VALUES (?, ?, ?, ?, ?)",
                                        (change.key, change.level, change.title, change.message, reading.time))

@@ -103,7 +103,8 @@ def read_rules(path: str | os.PathLike, quantities: Sequence[Quantity]) -> Rules
         line = data[:error.start].count(b"\n") + 1
         raise FileError(f"{path}, line {line}: this is no UTF-8 text; save it as UTF-8.") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = str(error).replace("at end of document", f"at its end, line {data.count(b'\n') + 1}")
+        last = data.count(b"\n") + 1
+        reason = str(error).replace("at end of document", f"at its end, line {last}")
         raise FileError(f"{path} is no TOML ({reason}): mend that place.") from error
     return _Reader(str(path), text, quantities).rules(found)
 
