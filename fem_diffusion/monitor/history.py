@@ -176,7 +176,10 @@ class History:
 
     def _reading(self, condition: str, *given: float) -> Reading | None:
         found = self._all(f"SELECT time, y, id, received, late FROM reading {condition}", *given)
-        return None if not found else Reading(found[0][0], _array(found[0][1]), *found[0][2:4], bool(found[0][4]))
+        if not found:
+            return None
+        when, y, number, received, late = found[0]
+        return Reading(when, _array(y), number, received, bool(late))
 
     def result(self, number: int) -> tuple[str, Result] | None:
         """The model's checksum and the result of a reading."""
