@@ -32,7 +32,7 @@ export OMPI_MCA_btl_vader_single_copy_mechanism = none
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
-        benchmark-ensemble benchmark-solves benchmark-peers
+        benchmark-ensemble benchmark-solves benchmark-peers benchmark-ablation
 
 help:
 	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
@@ -57,7 +57,8 @@ help:
 	@echo "make benchmark-collapse      does long training shrink the posterior?"
 	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
 	@echo "make benchmark-solves        errors against the number of solves, with derivatives and without (QUICK=1: fewer)"
-	@echo "make benchmark-peers         side by side with sbi, in an environment of its own"
+	@echo "make benchmark-peers         side by side with sbi, overnight, in an environment of its own (QUICK=1: minutes)"
+	@echo "make benchmark-ablation      transform, emulator noise, ensemble, corrections, each on and off (QUICK=1: fewer)"
 	@echo "make clean           remove what tests, demos and builds left (.venv stays)"
 
 install:
@@ -141,7 +142,10 @@ benchmark-solves: install
 
 benchmark-peers:
 	@scripts/install_peers.sh
-	.venv-peers/bin/python benchmarks/peers.py
+	.venv-peers/bin/python benchmarks/peers.py $(if $(QUICK),--quick)
+
+benchmark-ablation: install
+	$(RUN) benchmarks/ablation.py $(if $(QUICK),--quick)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache demos/*/output benchmarks/output
