@@ -14,14 +14,15 @@ from threading import RLock
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from scipy.stats import chi2
 from torch import Tensor
 
-from fem_diffusion.diffusion import Conditioned, Denoiser, Distance, Noise, Sampler, measure_distance, sample_latents
-from fem_diffusion.diffusion.base.layouts import decorrelated
+from fem_diffusion.diffusion import Distance, Noise, Sampler, measure_distance, sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.monitor.tail import Tail
 
-__all__ = ["Answer", "Area", "Bundle", "Quantity", "Sensor", "Table"]
+__all__ = ["Answer", "Area", "Bundle", "KeptNoise", "Quantity", "Sensor", "Table"]
 
 # One sampling at a time: recorded warnings belong to the process, and the cores to others as well.
 _ALONE = RLock()
@@ -78,8 +79,8 @@ class Area:
 
 
 @dataclass(frozen=True)
-class _Kept(Noise):
-    """The noise of readings that hold it already: their distance counts its covariance (k, k)."""
+class KeptNoise(Noise):
+    """The noise of readings that hold it already, of which its covariance (k, k) is known."""
 
     matrix: Tensor
 
@@ -90,6 +91,10 @@ class _Kept(Noise):
     def covariance(self, y: Tensor) -> Tensor:
         """The covariance, whatever the readings."""
         return self.matrix
+
+    def select(self, sensors: Tensor) -> "KeptNoise":
+        """As `Noise.select`."""
+        return KeptNoise(self.matrix[sensors][:, sensors])
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +131,10 @@ class Bundle:
 
     Parameters
     ----------
-    denoiser : Denoiser
-        Of fixed sensors, or of a family with the `layout` of the sensors: rows (k, s) and offset (k,).
+    emulated : EmulatedSensors
+        The model of the sensors; its readings `seen`, shape (n, k), hold their noise, a `KeptNoise`.
     sensors, quantities : tuple of Sensor, tuple of Quantity
         What is measured, and what is told.
-    seen, covariance : Tensor
-        Training readings with noise, shape (n, k), and the covariance of their noise, (k, k).
     mean, modes : numpy.ndarray
         The field of latents z is mean + z @ modes: single precision, shapes (n,) and (r, n).
     weights : numpy.ndarray
@@ -145,25 +148,25 @@ class Bundle:
         The map.
     draws, steps, moves : int
         Samples of each reading, and how they are drawn: evaluations of the network, moves under the emulator's density.
+    constant : bool
+        Whether the noise is the same at all readings: then it is checked that samples explain them.
     checksum : str
         Of the file.
     """
 
-    denoiser: Denoiser
+    emulated: EmulatedSensors
     sensors: tuple[Sensor, ...]
     quantities: tuple[Quantity, ...]
-    seen: Tensor
-    covariance: Tensor
     mean: np.ndarray
     modes: np.ndarray
     weights: np.ndarray
     tables: tuple[Table, ...] = ()
     tail: Tail | None = None
     area: Area | None = None
-    layout: tuple[Tensor, Tensor] | None = None
     draws: int = 500
     steps: int = 8
     moves: int = 4
+    constant: bool = True
     checksum: str = ""
 
     @property
@@ -181,26 +184,29 @@ class Bundle:
         failed = tuple(self.names[i] for i in range(len(y)) if i not in set(there))
         if not len(there):
             return Answer(None, failed, ("No sensor reports anything.",))
-        some = torch.from_numpy(there)
-        names = [self.names[i] for i in there]
-        distance = measure_distance(self.seen[:, some], _Kept(self.covariance[some][:, some]),
-                                    torch.from_numpy(y[there]), names)
+        emulated = self.emulated if not failed else self.emulated.some(there)
+        assert self.emulated.seen is not None
+        distance = measure_distance(self.emulated.seen[:, torch.from_numpy(there)], emulated.noise, torch.from_numpy(y[there]),
+                                    [self.names[i] for i in there])
         if distance.worst and (distance.far or distance.p <= unlike):
             return Answer(distance, failed, (_unlike(distance),))
         notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
         if failed:
-            rougher = self.denoiser.network is not None and self.layout is None
+            rougher = emulated.denoiser is not self.emulated.denoiser and self.emulated.denoiser.network is not None
             notes = (*notes, f"Without {', '.join(failed)}, which report{'s' * (len(failed) == 1)} nothing"
                      + (", the answer is a rougher one." if rougher else ", less is known."))
         try:
             with _noticed() as caught, torch.no_grad():
-                z = self._sample(y, some, seed)
-                parameters = self._parameters(y, there, z)
+                z = self._sample(emulated, y[there], seed)
+                explained = self._explained(emulated, y[there], z)
+                parameters = self._parameters(y, there, z.numpy())
         except (InputError, SolveError) as error:
             return Answer(distance, failed, (f"The model gives no answer: {error}",), notes)
         doubts = tuple(str(warning.message) for warning in caught if warning.category in (UserWarning, RuntimeWarning))
         if not np.isfinite(parameters).all():
             doubts = (*doubts, "Samples are beyond all that the model knows.")
+        if explained < unlike / 2:
+            doubts = (*doubts, "The samples do not explain this reading: the model fails there. Ask its engineer.")
         if doubts:
             return Answer(distance, failed, doubts, notes)
         return Answer(distance, failed, (), notes, self._values(parameters), parameters)
@@ -211,23 +217,23 @@ class Bundle:
         values = self.area.rows @ answer.parameters.T.astype(float)
         return values.mean(axis=1), values.std(axis=1, ddof=1)
 
-    def _sample(self, y: np.ndarray, some: Tensor, seed: int) -> np.ndarray:
-        """Latents (n, r)."""
-        conditioned = self._at(torch.from_numpy(y), some)
+    def _sample(self, emulated: EmulatedSensors, y: np.ndarray, seed: int) -> Tensor:
+        """Latents (n, r) given the readings of sensors that report."""
+        conditioned = emulated.locate(y[None])
         moves = None if conditioned.density is None else self.moves
         sampler = Sampler(steps=self.steps, corrections=moves)
-        return sample_latents(conditioned, self.draws, sampler, seed=seed, progress=False)[0].numpy()
+        return sample_latents(conditioned, self.draws, sampler, seed=seed, progress=False)[0]
 
-    def _at(self, y: Tensor, some: Tensor) -> Conditioned:
-        """The denoiser for some of the sensors."""
-        covariance = self.covariance[some][:, some]
-        if self.layout is not None:
-            rows, offset = (x[some] for x in self.layout)
-            layout, mixed = decorrelated(rows, offset, covariance, y[some])
-            return self.denoiser.at(mixed[None], layout)
-        whole = len(some) == len(y)
-        denoiser = self.denoiser if whole else self.denoiser.select(some, self.covariance, covariance, None)
-        return denoiser.at(y[some][None])
+    def _explained(self, emulated: EmulatedSensors, y: np.ndarray, z: Tensor) -> float:
+        r"""Posterior predictive p-value of :math:`(y - h(z))^T S^{-1} (y - h(z))`, with S the covariance of errors.
+
+        One of a right posterior is below p at most twice as often as p says (Meng 1994).
+        """
+        if not self.constant:
+            return 1.0
+        root = torch.linalg.cholesky(emulated.total)
+        away = torch.linalg.solve_triangular(root, (torch.from_numpy(y) - emulated.read(z)).T, upper=False)
+        return float(chi2.sf(away.square().sum(0).numpy(), len(y)).mean())
 
     def _parameters(self, y: np.ndarray, there: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Coefficients (n, ...) of the parameter with latents (n, r)."""

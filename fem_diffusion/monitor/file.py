@@ -13,8 +13,9 @@ from fem_diffusion import files
 from fem_diffusion.checks import check_path
 from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, History
 from fem_diffusion.diffusion.packing import pack, pack_denoiser, unpack, unpack_denoiser
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
-from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
+from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
 from fem_diffusion.monitor.tail import Known, Tail
 
 __all__ = ["FILE", "read_bundle", "write_bundle"]
@@ -28,7 +29,9 @@ _LONG, _MOST_DRAWS, _MOST_STEPS = 200, 10_000, 1000
 def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = History()) -> Path:
     """Write a bundle to a folder, whole or not at all; FileError if it cannot be written."""
     folder = check_path(folder, "folder")
-    denoiser = bundle.denoiser
+    emulated = bundle.emulated
+    denoiser = emulated.denoiser
+    assert emulated.seen is not None
     if denoiser.base.law is not None:
         raise InputError("The monitor knows noise of constant or relative size, and this model has unknown levels or "
                          "outliers: train it with the level that was found, GaussianNoise(std=...).")
@@ -38,11 +41,11 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
         *(getattr(network, f.name) for f in fields(FieldGeometry)))
     parts = pack({"geometry": geometry})
     arrays, values = arrays | parts[0], values | parts[1]
-    arrays |= {"seen": bundle.seen.numpy(), "covariance": bundle.covariance.numpy(), "mean": bundle.mean,
+    arrays |= {"seen": emulated.seen.numpy(), "covariance": emulated.covariance.numpy(), "mean": bundle.mean,
                "modes": bundle.modes, "weights": bundle.weights}
     arrays |= {f"table.{i}": table.values for i, table in enumerate(bundle.tables)}
-    if bundle.layout is not None:
-        arrays |= {"layout.rows": bundle.layout[0].numpy(), "layout.offset": bundle.layout[1].numpy()}
+    if emulated.rows is not None and emulated.offset is not None:
+        arrays |= {"layout.rows": emulated.rows.numpy(), "layout.offset": emulated.offset.numpy()}
     if bundle.tail is not None:
         arrays["tail.draws"] = bundle.tail.draws
         if bundle.tail.known is not None:
@@ -57,7 +60,8 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
     values |= shown | {"sensors": [asdict(sensor) for sensor in bundle.sensors],
                        "quantities": [asdict(quantity) for quantity in bundle.quantities],
                        "tables": [[t.start, t.stop, float(t.low), float(t.high)] for t in bundle.tables],
-                       "draws": bundle.draws, "steps": bundle.steps, "moves": bundle.moves}
+                       "draws": bundle.draws, "steps": bundle.steps, "moves": bundle.moves,
+                       "constant": bundle.constant}
     files.make_folder(folder)
     files.write(folder / FILE, "monitor", arrays, values)
     return folder / FILE
@@ -88,8 +92,8 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
     names = [sensor.name for sensor in sensors], [quantity.name for quantity in quantities]
     if not k or any(len(set(part)) < len(part) for part in names) or q != len(content.values["quantities"]):
         raise content.error("holds no sensors, or two things of one name")
-    layout = _layout(content, k, denoiser.base.k)
-    if layout is None and denoiser.base.k != k:
+    rows, offset = _layout(content, k, denoiser.base.k)
+    if rows is None and denoiser.base.k != k:
         raise content.error("holds a model of other sensors")
     mean = content.array("mean", None, dtype=np.float32)
     n = len(mean)
@@ -104,9 +108,11 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
     draws, steps, moves = (content.value(name, int) for name in ("draws", "steps", "moves"))
     if not (100 <= draws <= _MOST_DRAWS and 1 <= steps <= _MOST_STEPS and 0 <= moves <= _MOST_STEPS):
         raise content.error("holds numbers of samples or steps out of range")
-    return Bundle(denoiser, sensors, quantities, torch.from_numpy(seen), torch.from_numpy(covariance), mean,
-                  content.array("modes", r, n, dtype=np.float32), weights, tables,
-                  _tail(content, draws, k, r, n), _area(content, n), layout, draws, steps, moves, content.checksum)
+    noise = KeptNoise(torch.from_numpy(covariance))
+    emulated = EmulatedSensors(denoiser, noise, noise.matrix, rows, offset, torch.from_numpy(seen))
+    return Bundle(emulated, sensors, quantities, mean, content.array("modes", r, n, dtype=np.float32), weights, tables,
+                  _tail(content, draws, k, r, n), _area(content, n), draws, steps, moves,
+                  content.value("constant", bool), content.checksum)
 
 
 def _parts(content: files.Content, name: str, keys: set[str]) -> list[dict]:
@@ -129,9 +135,9 @@ def _sensor(content: files.Content, part: dict) -> Sensor:
     return Sensor(part["name"], part["unit"], point)
 
 
-def _layout(content: files.Content, k: int, s: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _layout(content: files.Content, k: int, s: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if "layout.rows" not in content.arrays:
-        return None
+        return None, None
     return (torch.from_numpy(content.array("layout.rows", k, s)), torch.from_numpy(content.array("layout.offset", k)))
 
 

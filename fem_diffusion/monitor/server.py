@@ -79,7 +79,7 @@ def serve(site: Site, host: str, port: int, token: str | None = None, certificat
     except OSError as error:
         raise InputError(f"The monitor cannot listen on {host}, port {port} ({error}): choose others with --host and "
                          "--port.") from error
-    more: dict[str, Any] = {} if certificate is None else {"ssl_certfile": certificate[0], "ssl_keyfile": certificate[1]}
+    more: dict[str, Any] = {} if certificate is None else dict(zip(("ssl_certfile", "ssl_keyfile"), certificate))
     try:
         config = uvicorn.Config(application(site, token, None if is_local(host) else ["*"]), log_level="warning",
                                 access_log=False, server_header=False, lifespan="off", http="h11", ws="none",

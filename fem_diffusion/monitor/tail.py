@@ -4,7 +4,7 @@ With the readings :math:`y = b + G z + H t + e`, any of them may be missing: a d
 :math:`t + C_t H^T S^{-1} (y - b - G z - H t - e)`, :math:`S = H C_t H^T + R`, over the sensors that report.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,3 +55,8 @@ class Tail:
         missed = (y - known.offset - z @ known.matrix.T - known.seen[:len(z)] - errors)[:, there]
         gain = np.linalg.solve(known.signal[some] + known.noise[some], known.cross[there])
         return draws + (missed @ gain).astype(draws.dtype)
+
+    def some(self, used: np.ndarray) -> "Tail":
+        """The tail of some of the coefficients, by their numbers."""
+        known = self.known and replace(self.known, cross=self.known.cross[:, used])
+        return Tail(self.draws[:, used], known)

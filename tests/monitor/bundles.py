@@ -6,7 +6,8 @@ from scipy.sparse import identity
 from scipy.spatial import Delaunay
 
 from fem_diffusion.diffusion import Denoiser, linear_base
-from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
+from fem_diffusion.diffusion.sensors import EmulatedSensors
+from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
 
 R, K, SIDE, NOISE = 4, 5, 8, 0.1
 
@@ -47,7 +48,8 @@ def make_bundle(exponential=False, draws=500):
     tables = (Table(0, n, -9.0, 9.0, np.exp(grid)),) if exponential else ()
     sensors = tuple(Sensor(f"gauge {i}", "mg/m³", (0.15 + 0.17 * i, 0.3 + 0.1 * (i % 3))) for i in range(K))
     area = Area(places, Delaunay(places).simplices, identity(n, format="csr"), "emission", "g/s", "km")
-    return Bundle(Denoiser(linear_base(A, covariance), known=True), sensors,
-                  (Quantity("mean emission", "g/s"), Quantity("highest emission", "g/s", True)), seen, covariance,
+    noise = KeptNoise(covariance)
+    emulated = EmulatedSensors(Denoiser(linear_base(A, covariance), known=True), noise, covariance, seen=seen)
+    return Bundle(emulated, sensors, (Quantity("mean emission", "g/s"), Quantity("highest emission", "g/s", True)),
                   np.full(n, 1.0, dtype=np.float32), fields.astype(np.float32), weights, tables, None, area,
                   draws=draws)
