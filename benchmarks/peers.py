@@ -1,7 +1,7 @@
 """Side by side with sbi: the same simulations, one thread, reference samples of sbibm, beside published figures.
 
     make benchmark-peers                            # overnight, in an environment of its own, without Firedrake
-    make benchmark-peers QUICK=1                    # minutes: small, in a folder of its own
+    make benchmark-peers QUICK=1                    # minutes: tries it, small and cut short, in a folder of its own
     python benchmarks/peers.py --tasks two_moons --methods fem_diffusion "sbi NPE-NSF" --seeds 0 --observations 1 2 3
 
 For each task and seed 10,000 simulations are drawn once. Each method trains on them with its defaults and draws 10,000
@@ -16,11 +16,10 @@ and the same command makes and scores that method's draws anew.
 
 import argparse
 import csv
-import functools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ from fem_diffusion.diffusion import TrainingOptions, fit_denoiser, log_density, 
 
 TASKS = ("two_moons", "gaussian_mixture", "slcp", "gaussian_linear")
 # Mean C2ST over sbibm's 10 observations at 10,000 simulations, the best of the methods that are compared there.
-SOURCE = "arXiv 2504.17660, summary in its repository"
+SOURCE = "10,000 simulations; summary in the repository of arXiv 2504.17660"
 PUBLISHED = (("two_moons", "published, best", 0.543), ("gaussian_mixture", "published, best", 0.529),
              ("slcp", "published, likelihood estimation", 0.761), ("slcp", "published, posterior estimation", 0.851),
              ("gaussian_linear", "published, best", 0.522))
@@ -122,45 +121,42 @@ class Study:
         arrays = files.read(file, "simulations", REMEDY).arrays
         return torch.from_numpy(arrays["theta"]), torch.from_numpy(arrays["x"])
 
-    def trained(self, task, method: str, seed: int, member: int) -> tuple[Trained, np.ndarray, float]:
-        """A method trained, its log densities of held-out pairs, and seconds of training."""
-        pairs = self.pairs(task, "training", seed, self.size.simulations)
-        torch.manual_seed(seed + 1000 * member)
-        start = time.process_time()
-        found = TRAINERS[method](task.get_prior_dist(), *pairs, seed, self.size)
-        seconds = time.process_time() - start
-        values = found.log_density(*self.pairs(task, "held-out", seed, self.size.held_out))
-        return found, values.double().numpy(), seconds
-
-    def draws(self, task, method: str, seed: int, numbers: list[int], member: int = 0) -> Iterator[files.Content]:
+    def draws(self, task, method: str, seed: int, numbers: Sequence[int], member: int = 0) -> list[files.Content]:
         """Samples for observations of a task, drawn once and kept; trained only where some are missing."""
         folder = self.folder / "draws" / (f"{method} {member}" if member else method)
         files.make_folder(folder)
-        train = functools.cache(lambda: self.trained(task, method, seed, member))
-        for number in numbers:
-            file = folder / f"{task.name}-{seed}-{number}.safetensors"
-            if not file.exists():
-                arrays, values = (self.averaged(task, seed, number) if method == ENSEMBLE else
-                                  self.drawn(task, number, *train()))
-                files.write(file, "draws", arrays, values)
-            yield files.read(file, "draws", REMEDY)
+        places = {number: folder / f"{task.name}-{seed}-{number}.safetensors" for number in numbers}
+        if missing := [number for number, file in places.items() if not file.exists()]:
+            made = (self.averaged(task, seed, missing) if method == ENSEMBLE else
+                    self.drawn(task, method, seed, missing, member))
+            for number, (arrays, values) in zip(missing, made):
+                files.write(places[number], "draws", arrays, values)
+        return [files.read(file, "draws", REMEDY) for file in places.values()]
 
-    def drawn(self, task, number: int, trained: Trained, densities: np.ndarray, seconds: float) -> tuple[dict, dict]:
-        """Samples of one method, and what they took."""
+    def drawn(self, task, method: str, seed: int, numbers: Sequence[int], member: int) -> Iterator[tuple[dict, dict]]:
+        """Train a method; for each observation samples and log densities of held-out pairs, and what they took."""
+        pairs = self.pairs(task, "training", seed, self.size.simulations)
+        torch.manual_seed(seed + 1000 * member)
         start = time.process_time()
-        samples = trained.sample(task.get_observation(num_observation=number), self.size.samples)
-        return ({"samples": samples.double().numpy(), "log_density": densities},
-                {"training_s": seconds, "sampling_s": time.process_time() - start})
+        trained = TRAINERS[method](task.get_prior_dist(), *pairs, seed, self.size)
+        training = time.process_time() - start
+        densities = trained.log_density(*self.pairs(task, "held-out", seed, self.size.held_out)).double().numpy()
+        for number in numbers:
+            start = time.process_time()
+            samples = trained.sample(task.get_observation(num_observation=number), self.size.samples)
+            yield ({"samples": samples.double().numpy(), "log_density": densities},
+                   {"training_s": training, "sampling_s": time.process_time() - start})
 
-    def averaged(self, task, seed: int, number: int) -> tuple[dict, dict]:
-        """Samples of the even mixture of several flows, as many of each, and what they took together."""
-        members = [next(self.draws(task, FLOW, seed, [number], member)) for member in range(MEMBERS)]
+    def averaged(self, task, seed: int, numbers: Sequence[int]) -> Iterator[tuple[dict, dict]]:
+        """The same of the even mixture of several flows, as many samples of each, and what they took together."""
         share = -(-self.size.samples // MEMBERS)
-        samples = np.concatenate([one.array("samples", None, None)[:share] for one in members])[:self.size.samples]
-        densities = np.stack([one.array("log_density", None, finite=False) for one in members])
-        return ({"samples": samples, "log_density": np.logaddexp.reduce(densities) - math.log(MEMBERS)},
-                {"training_s": sum(one.value("training_s", float) for one in members),
-                 "sampling_s": sum(one.value("sampling_s", float) for one in members) / MEMBERS})
+        for members in zip(*(self.draws(task, FLOW, seed, numbers, member) for member in range(MEMBERS))):
+            samples = np.concatenate([one.array("samples", None, None)[:share] for one in members])
+            densities = np.stack([one.array("log_density", None, finite=False) for one in members])
+            yield ({"samples": samples[:self.size.samples],
+                    "log_density": np.logaddexp.reduce(densities) - math.log(MEMBERS)},
+                   {"training_s": sum(one.value("training_s", float) for one in members),
+                    "sampling_s": sum(one.value("sampling_s", float) for one in members) / MEMBERS})
 
     def row(self, task, method: str, seed: int, number: int, draws: files.Content) -> dict:
         """Distances of the samples of one posterior to as many reference samples."""

@@ -81,4 +81,5 @@ from fem_diffusion.simulation.simulate import (
 )
 from fem_diffusion.trust.check import Check as Check, check as check
 from fem_diffusion.trust.cross import CrossValidation as CrossValidation
+from fem_diffusion.trust.gap import Gap as Gap, amortised_gap as amortised_gap, tell_gaps as tell_gaps
 from fem_diffusion.trust.report import report as report

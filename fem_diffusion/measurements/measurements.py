@@ -281,8 +281,9 @@ def _times(table: Table, findings: list[Finding]) -> tuple[np.ndarray, np.ndarra
         long = np.flatnonzero(steps.astype(float) > _STEPS * usual)
         if len(long):
             i = long[int(np.argmax(steps[long]))]
-            findings.append(Finding("missing rows", (), f"{len(long)} times no row for longer than usual, the longest "
-                                    f"from {instant(times[i])} to {instant(times[i + 1])}"))
+            count = "once" if len(long) == 1 else f"{len(long)} times, for longest"
+            findings.append(Finding("missing rows", (), f"no row for longer than usual {count}, from "
+                                    f"{instant(times[i])} to {instant(times[i + 1])}"))
     return times, number.ravel()
 
 

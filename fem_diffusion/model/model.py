@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise, measure_distance,
+    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    measure_distance,
 )
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
@@ -299,7 +300,9 @@ class Model:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
+                network += f" {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
         elif base.emulator.head is None and base.law is None:

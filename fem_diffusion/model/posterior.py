@@ -118,7 +118,9 @@ class Posterior:
             values = self.basis.decode(z[part], stream if refill else None)
             if refill and self.tail is not None:
                 modes = self.basis.decode(z[part])
-                values = modes + self.tail.given(values - modes, self.y, z[part], stream, self.problem.comm)
+                values -= modes
+                values = self.tail.given(values, self.y, z[part], stream, self.problem.comm)
+                values += modes
             out[part] = self.problem.prior.transform_many(values) if transformed else values
         return out
 

@@ -19,6 +19,7 @@ from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.measurements.table import instant
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.progress import bar
 from fem_diffusion.samples import Samples
 
 if TYPE_CHECKING:
@@ -101,17 +102,20 @@ class Posteriors:
         for i, one in enumerate(self.each):
             groups.setdefault(id(one.sensors), []).append(i)
         found: list[Any] = [None] * len(self)
-        for number, members in enumerate(groups.values()):
-            own = stream(seed, f"measurements {number}")
-
-            def draw() -> np.ndarray:
-                sensors = self.each[members[0]].sensors
-                assert sensors is not None
-                at = sensors.locate(np.stack([self.each[i].y for i in members]))
-                return sample_latents(at, n, sampler, seed=own, progress=progress).numpy()
-            for i, z in zip(members, on_root(comm, draw)):
-                found[i] = self._samples(self.each[i], z, stream(own, f"rest {i}"), refill)
+        with bar(len(groups), "sample", progress and comm.rank == 0) as shown:
+            for number, members in enumerate(groups.values()):
+                for i, z in zip(members, self._latents(members, n, sampler, stream(seed, f"measurements {number}"))):
+                    found[i] = self._samples(self.each[i], z, stream(seed, f"rest {i}"), refill)
+                shown.update()
         return found
+
+    def _latents(self, members: list[int], n: int, sampler: Sampler, seed: int) -> np.ndarray:
+        """Latents (B, n, r) of measurements by the same sensors, by their numbers."""
+        sensors = self.each[members[0]].sensors
+        assert sensors is not None
+        y = np.stack([self.each[i].y for i in members])
+        return on_root(self.each[0].problem.comm, lambda: sample_latents(
+            sensors.locate(y), n, sampler, seed=seed, progress=False).numpy())
 
     @staticmethod
     def _samples(one: Posterior, z: np.ndarray, seed: int, refill: bool) -> Samples:

@@ -322,9 +322,10 @@ class _Cross:
         inside = np.where(self.use & np.isfinite(self.log_p), self.log_p > math.log1p(-level), np.nan)
         shares = [(np.nansum(inside[:, group]), np.isfinite(inside[:, group]).sum()) for group in self.groups]
         hits, counts = np.array([pair for pair in shares if pair[1]], dtype=float).T
-        share = hits.sum() / counts.sum()
-        k = len(counts)
-        error = np.sqrt(k / max(1, k - 1) * ((hits - share * counts)**2).sum()) / counts.sum()
+        total, k = counts.sum(), len(counts)
+        share, some = hits.sum() / total, (hits.sum() + 2) / (total + 4)    # Agresti and Coull, where all are inside
+        error = np.sqrt(k / max(1, k - 1) * ((hits - share * counts)**2).sum()) / total
+        error = max(error, np.sqrt(some * (1 - some) / (total + 4)))
         return float(share), float(error)
 
 

@@ -39,9 +39,11 @@ def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
             word = "larger" if larger else "smaller"
             verdict = f"noise {word} than assumed" if verdict == "consistent" else verdict
             light = "red" if larger and scale.value > _BAD else light if light == "red" else "yellow"
+            std = np.unique(np.round(scale.std, 12))
+            size = f", a standard deviation of {number(std[0], digits=2)}," if len(std) == 1 else ""
             words.append(f"Readings that agree differ from each other as if the noise were {scale} times as large as "
-                         f"assumed, by {scale.sensors} sensors: train with that noise, or with a level that is "
-                         "unknown" + (", or look for what the model has left out" if larger else "") + ".")
+                         f"assumed{size} where prior and model are right: train with that noise, or with a level that "
+                         "is unknown" + (", or look for what the model has left out" if larger else "") + ".")
         else:
             words.append(f"The noise is as assumed as far as {scale.sensors} sensors tell: a factor of {scale}.")
     level = 0.9

@@ -303,10 +303,11 @@ def readings(posterior: Any, samples: Samples, check: Any, label: str, solves: i
         clean = clean[np.isfinite(clean).all(axis=1)]
     else:
         used = min(solves, len(samples))
-        clean = problem.readings(samples.values[np.linspace(0, len(samples) - 1, used).astype(int)])
-        std = np.zeros_like(y)
+        drawn = samples.values[np.linspace(0, len(samples) - 1, used).astype(int)]
+        clean, std = problem.readings(drawn), np.zeros_like(y)
         if problem.noise is not None:
-            std = problem.noise.covariance(torch.from_numpy(clean)).diagonal().sqrt().numpy()
+            known = torch.from_numpy(problem.beside_levels(clean, drawn))
+            std = problem.noise.covariance(known).diagonal().sqrt().numpy()
     names = problem.names or tuple(f"reading {i}" for i in range(len(y)))
     total = np.sqrt(clean.var(axis=0, ddof=1) + std**2)
     off = (y - clean.mean(axis=0)) / np.where(total > 0, total, np.inf)

@@ -23,7 +23,7 @@ _FACTORS = 2.0**np.linspace(-6, 6, 49)
 _FEWEST = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseScale:
     """A factor of the noise's standard deviation.
 
@@ -34,11 +34,19 @@ class NoiseScale:
         reach would do.
     sensors : int
         By which it is known.
+    assumed : numpy.ndarray
+        Standard deviation of the noise of each reading that the model was trained with, shape (k,).
     """
 
     value: float
     error: float
     sensors: int
+    assumed: np.ndarray
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation of the noise of each reading as the sensors tell it, shape (k,)."""
+        return self.value * self.assumed
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """A confidence interval of the factor."""
@@ -86,7 +94,7 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
     G = len(counts)
     inside = _FACTORS[0] < value < _FACTORS[-1]
     error = float(np.sqrt((G - 1) / G * ((others - others.mean())**2).sum())) if inside else np.inf
-    return NoiseScale(value, error, G)
+    return NoiseScale(value, error, G, _noise(sensors).diagonal().sqrt().numpy())
 
 
 def _crossing(mean: np.ndarray) -> float:
@@ -98,10 +106,15 @@ def _crossing(mean: np.ndarray) -> float:
     return float(np.exp(x[i - 1] - y[i - 1] * (x[i] - x[i - 1]) / (y[i] - y[i - 1])))
 
 
+def _noise(sensors: EmulatedSensors) -> torch.Tensor:
+    """Covariance of the noise (k, k), with the emulator's error where the pairs held noise already."""
+    return sensors.covariance if sensors.covariance.any() else sensors.total
+
+
 def _linearised(sensors: EmulatedSensors, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """d (B, k), G C Gᵀ (B or 1, k, k), emulator error and noise (k, k) each, of measurements (B, k)."""
     base, readings, total = sensors.denoiser.base, torch.from_numpy(y), sensors.total
-    R = sensors.covariance if sensors.covariance.any() else total
+    R = _noise(sensors)
     if base.emulator.head is None:
         z = base.mean[None]
     else:
