@@ -1,7 +1,7 @@
 """A bundle as one file in a folder: tensors and words, checked to make up a monitor; nothing in it is run."""
 
 import os
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_path
-from fem_diffusion.diffusion import FieldGeometry, FieldNetwork, History
+from fem_diffusion.diffusion import Ensemble, FieldGeometry, History
 from fem_diffusion.diffusion.packing import pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
@@ -37,8 +37,8 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
                          "outliers: train it with the level that was found, GaussianNoise(std=...).")
     arrays, values = pack_denoiser(denoiser, history)
     network = denoiser.network
-    geometry = None if not isinstance(network, FieldNetwork) else FieldGeometry(
-        *(getattr(network, f.name) for f in fields(FieldGeometry)))
+    like = network.members[0] if isinstance(network, Ensemble) else network
+    geometry = FieldGeometry(*(getattr(like, f.name) for f in fields(FieldGeometry))) if _meshed(network) else None
     parts = pack({"geometry": geometry})
     arrays, values = arrays | parts[0], values | parts[1]
     arrays |= {"seen": emulated.seen.numpy(), "covariance": emulated.covariance.numpy(), "mean": bundle.mean,
@@ -72,7 +72,8 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
     content = files.read(check_path(folder, "folder") / FILE, "monitor", _REMEDY)
     denoiser, _ = unpack_denoiser(content)
     r = denoiser.base.r
-    if isinstance(denoiser.network, FieldNetwork):
+    network: Any = denoiser.network
+    if _meshed(network):
         shapes = {"modes": (r, None), "projector": (None, r), "gradients": (None, r, None), "mean": (None,),
                   "mean_gradient": (None, None), "std": (r,)}
         geometry = unpack(content, "geometry", FieldGeometry, shapes, dtype=torch.float32)
@@ -81,10 +82,10 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
                                 geometry.mean_gradient.shape[1]} != {points}:
             raise content.error("holds no mesh for its network")
         try:
-            network = denoiser.network.on(geometry)
+            network = network.on(geometry)
         except InputError as error:
             raise content.error(f"holds a mesh of another network ({error})") from error
-        denoiser = type(denoiser)(denoiser.base, network, denoiser.spectrum, denoiser.support, denoiser.known)
+        denoiser = replace(denoiser, network=network)
     sensors = tuple(_sensor(content, part) for part in _parts(content, "sensors", {"name", "unit", "point"}))
     quantities = tuple(Quantity(**part) for part in _parts(content, "quantities", {"name", "unit", "largest"})
                        if isinstance(part["largest"], bool))
@@ -113,6 +114,11 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
     return Bundle(emulated, sensors, quantities, mean, content.array("modes", r, n, dtype=np.float32), weights, tables,
                   _tail(content, draws, k, r, n), _area(content, n), draws, steps, moves,
                   content.value("constant", bool), content.checksum)
+
+
+def _meshed(network: Any) -> bool:
+    """Whether a network has layers on a mesh."""
+    return bool(getattr(network, "mesh", False))
 
 
 def _parts(content: files.Content, name: str, keys: set[str]) -> list[dict]:
