@@ -192,7 +192,7 @@ class Bundle:
             return Answer(distance, failed, (_unlike(distance),))
         notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
         if failed:
-            rougher = emulated.denoiser is not self.emulated.denoiser and self.emulated.denoiser.network is not None
+            rougher = not self.emulated.family and self.emulated.denoiser.network is not None
             notes = (*notes, f"Without {', '.join(failed)}, which report{'s' * (len(failed) == 1)} nothing"
                      + (", the answer is a rougher one." if rougher else ", less is known."))
         try:

@@ -89,7 +89,7 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     if isinstance(parts.noise, Noise):
         y = parts.noise.readings(seen)
         if parts.noise.law:
-            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
+            rows, offset, _ = regress(z, seen[:, y.shape[1]:], None if slopes is None else slopes[:, y.shape[1]:])
             of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
@@ -97,7 +97,8 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     if parts.errors is None:
         return [fit_base(z, centred, parts.covariance, standard_prior)]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, parts.errors, slopes=slopes, options=options, progress=progress,
+    emulator, _ = fit_emulator(z, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
+                               options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     if of_noise is None:
         emulator.residual = emulator.residual + parts.covariance
