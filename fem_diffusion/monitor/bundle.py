@@ -186,8 +186,8 @@ class Bundle:
             return Answer(None, failed, ("No sensor reports anything.",))
         emulated = self.emulated if not failed else self.emulated.some(there)
         assert self.emulated.seen is not None
-        distance = measure_distance(self.emulated.seen[:, torch.from_numpy(there)], emulated.noise, torch.from_numpy(y[there]),
-                                    [self.names[i] for i in there])
+        seen = self.emulated.seen[:, torch.from_numpy(there)]
+        distance = measure_distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there])
         if distance.worst and (distance.far or distance.p <= unlike):
             return Answer(distance, failed, (_unlike(distance),))
         notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
