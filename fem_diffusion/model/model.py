@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
 from fem_diffusion.diffusion.sensors import EmulatedSensors
@@ -229,7 +229,7 @@ class Model:
         No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.
         """
         if self.denoiser.network is not None:
-            moves = self.denoiser.known and self.denoiser.base.emulator.head is not None
+            moves = self.denoiser.known and not self.denoiser.base.affine
             warnings.warn("The network was trained for one reading of every sensor, and is left out: samples are those "
                           f"of the Gaussian base of {len(index)} readings"
                           + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
@@ -263,7 +263,7 @@ class Model:
             self.seen @ sensors.rows.T + sensors.offset)
         assert seen is not None
         noise, emulator = problem.noise, self.denoiser.base.emulator
-        residual = sensors.total if sensors.family else sensors.denoiser.base.emulator.residual
+        residual = sensors.total if sensors.family else sensors.denoiser.base.scatter
 
         def run() -> Distance:
             found = measure_distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
@@ -295,14 +295,17 @@ class Model:
         base, history = self.denoiser.base, self.history
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
         emulator = "a linear emulator" if base.emulator.head is None else "a network as emulator"
+        emulator += " that knows its noise" * (base.learnt is not None)
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, MeanNetwork) else 1
                 network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
                 network += f" {gain:.1%} off the loss of the Gaussian base"
+        elif base.learnt is not None and self.denoiser.known:
+            network += ", whose noise is learnt and tells more of held-out pairs than a network"
         elif history.step:
             network += ", which none beats on held-out pairs"
         elif base.emulator.head is None and base.law is None:
