@@ -15,7 +15,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from scipy.sparse import csr_matrix, hstack
 
 from fem_diffusion.checks import check_callable, check_count, check_kind, check_text
-from fem_diffusion.diffusion import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion import GaussianNoise, as_noise
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, owned_size
@@ -147,7 +147,8 @@ def _emulated(model: "Model", observation: Observation | None, noise: Any) -> tu
         raise InputError("The model does not know what its training pairs read, with which readings are compared: "
                          "train it anew.")
     noisy = clean if law is None else law.sample(clean, torch.Generator().manual_seed(_SEED))
-    constant = isinstance(law, GaussianNoise) and law.constant or not isinstance(law, Noise)
+    given = law is None or isinstance(law, GaussianNoise) and law.constant
+    constant = given and sensors.denoiser.base.learnt is None
     return EmulatedSensors(sensors.denoiser, KeptNoise(sensors.covariance), sensors.covariance, sensors.rows,
                            sensors.offset, noisy), constant
 

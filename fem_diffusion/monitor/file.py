@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_path
-from fem_diffusion.diffusion import Ensemble, FieldGeometry, History
+from fem_diffusion.diffusion import FieldGeometry, History, MeanNetwork
 from fem_diffusion.diffusion.packing import pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
@@ -37,7 +37,7 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
                          "outliers: train it with the level that was found, GaussianNoise(std=...).")
     arrays, values = pack_denoiser(denoiser, history)
     network = denoiser.network
-    like = network.members[0] if isinstance(network, Ensemble) else network
+    like = network.members[0] if isinstance(network, MeanNetwork) else network
     geometry = FieldGeometry(*(getattr(like, f.name) for f in fields(FieldGeometry))) if _meshed(network) else None
     parts = pack({"geometry": geometry})
     arrays, values = arrays | parts[0], values | parts[1]
