@@ -110,8 +110,8 @@ class Denoiser(Tensors):
     spectrum, support : Spectrum or None, Support or None
         Of the posterior covariance in base coordinates, over training measurements; hard bounds of the latents.
     known : bool
-        Whether latents are N(0, I) and the law of the noise is known, so that the emulator gives the density of any
-        posterior.
+        Whether latents are N(0, I) and the law of the noise is known, or learnt so well that nothing better is, so that
+        the emulator gives the density of any posterior.
     """
 
     base: GaussianBase
@@ -137,6 +137,10 @@ class Denoiser(Tensors):
         is that of these sensors.
         """
         emulator = self.base.emulator.select(sensors)
+        learnt = self.base.learnt
+        if learnt is not None and len(sensors.unique()) == len(sensors):
+            base = replace(self.base, emulator=emulator, learnt=learnt.select(sensors))
+            return Denoiser(base, None, None, self.support, self.known)
         if self.base.law is not None and noise is not None:
             law = replace(self.base.law, noise=noise, covariance=after)
             return Denoiser(replace(self.base, emulator=emulator, law=law), None, None, self.support, self.known)
@@ -145,7 +149,9 @@ class Denoiser(Tensors):
         error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
         values, axes = torch.linalg.eigh((error + error.T) / 2)
         emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
-        return Denoiser(replace(self.base, emulator=emulator), None, None, self.support, self.known)
+        # Of sensors that come again the noise is not learnt.
+        return Denoiser(replace(self.base, emulator=emulator, learnt=None), None, None, self.support,
+                        self.known and learnt is None)
 
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
@@ -172,7 +178,7 @@ class Denoiser(Tensors):
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
             return Conditioned(located)
-        moves = base.emulator.head is not None or base.law is not None
+        moves = not base.affine or base.law is not None
         density = emulator_density(base, layout, y, located) if self.known and moves else None
         if self.network is None:
             return Conditioned(located, None, (), None, self.support, density)

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
 from fem_diffusion.diffusion.denoiser import Denoiser
-from fem_diffusion.diffusion.network import NETWORKS, Ensemble, name_of
+from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, name_of
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.training.loop import History, unpack_history
@@ -32,9 +34,9 @@ def pack(parts: dict) -> tuple[dict, dict]:
     arrays, values = {}, {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            like = part.members[0] if isinstance(part, Ensemble) else part
+            like = part.members[0] if isinstance(part, MeanNetwork) else part
             values[name] = {"class": "emulator" if isinstance(part, Emulator) else name_of(part), "sizes": like.config,
-                            "members": len(part.members) if isinstance(part, Ensemble) else 1}
+                            "members": len(part.members) if isinstance(part, MeanNetwork) else 1}
             content = part.state_dict()
         else:
             content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
@@ -62,7 +64,7 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
 
 
 def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes: dict) -> Any:
-    """A network of a file, or an ensemble of such, of one of these classes and sizes and in evaluation mode, or None.
+    """A network of a file, or the mean of several, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
     if class, sizes and tensors do not fit each other.
@@ -84,7 +86,7 @@ def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes
     try:
         with torch.device("meta"):
             each: list[Any] = [kind(**config) for _ in range(members)]
-            network = each[0] if members == 1 else Ensemble(each)
+            network = each[0] if members == 1 else MeanNetwork(each)
     except Exception as error:
         raise content.error(f"holds a network {name!r} that cannot be made ({error!r:.200})") from error
     expected = network.state_dict()
@@ -103,13 +105,15 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     InputError unless its network is of the registry and has its sizes in `config`.
     """
     base, network = denoiser.base, denoiser.network
-    like = network.members[0] if isinstance(network, Ensemble) else network
+    like = network.members[0] if isinstance(network, MeanNetwork) else network
     if network is not None and not (name_of(network) and isinstance(getattr(like, "config", None), dict)):
         name = type(like).__name__
         raise InputError(f"A network of type {name} cannot be made again from a file: let {name} derive from "
                          f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
     arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,
-                           "support": denoiser.support})
+                           "support": denoiser.support, "learnt": base.learnt and base.learnt.network})
+    if base.learnt is not None:
+        arrays |= {"noise.whitener": base.learnt.whitener.numpy(), "noise.sensors": base.learnt.sensors.numpy()}
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
             values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
 
@@ -133,5 +137,20 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds no spectrum of variances")
     if support is not None and not (support.lower < support.upper).all():
         raise content.error("holds bounds of the latents without room between them")
-    base, known = GaussianBase(mean, factor, emulator, updates), content.value("known", bool)
+    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, r, k))
+    known = content.value("known", bool)
     return Denoiser(base, network, spectrum, support, known), unpack_history(content)
+
+
+def _unpack_learnt(content: Content, r: int, k: int) -> LearntNoise | None:
+    """Noise that is learnt, or None; FileError if its parts do not fit k readings of r latents."""
+    network = _unpack_network(content, "learnt", {"emulator": Emulator}, {"r": r})
+    if network is None:
+        return None
+    sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
+    whitener = torch.from_numpy(content.array("noise.whitener", None, None))
+    most = len(whitener)
+    if whitener.shape != (most, most) or network.config["s"] != numbers(most) or not (
+            (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not torch.linalg.det(whitener) > 0:
+        raise content.error("holds noise that is none of its sensors")
+    return LearntNoise(network, whitener, sensors)

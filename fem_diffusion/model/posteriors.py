@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_choices, check_count, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import MeasurementWarning, Sampler, sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.measurements.table import instant
 from fem_diffusion.model.posterior import Posterior
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.progress import bar
 from fem_diffusion.samples import Samples
@@ -121,7 +121,7 @@ class Posteriors:
     def _samples(one: Posterior, z: np.ndarray, seed: int, refill: bool) -> Samples:
         return Samples.later(one.problem.M, lambda: one.fields(z, seed, refill, True), z)
 
-    def cross_validate(self, *, draws: int = 400, seed: int = 0) -> "CrossValidation":
+    def cross_validate(self, *, draws: int = 200, seed: int = 0) -> "CrossValidation":
         """Each sensor predicted from the others at each time; see `fem_diffusion.trust.cross` (collective)."""
         from fem_diffusion.trust.cross import cross_validate
 

@@ -51,7 +51,7 @@ def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
         else:
             start = "The noise may be as assumed" if low <= 1 <= high else "Whether the noise is as assumed is open"
             words.append(f"{start}: {scale.sensors} sensors do not exclude factors of it "
-                         + (f"up to {high:.2g}." if low == 0 else f"from {low:.2g} to {high:.2g}."))
+                         + (f"up to {high:.3g}." if low == 0 else f"from {low:.3g} to {high:.3g}."))
         if word or not low <= 1 <= high:
             light = "red" if word and scale.value > _BAD or light == "red" else "yellow"
     share, error = found.coverage[_LEVEL]
@@ -63,9 +63,9 @@ def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
     return verdict, light, (*words, text + ".", *found.notes)
 
 
-def larger(scale: "NoiseScale | None", level: float = 0.95) -> bool:
-    """Whether the noise is larger than assumed, with this confidence, by a factor that matters."""
-    return scale is not None and scale.interval(level)[0] > 1 and scale.value > _WRONG
+def larger(scale: "NoiseScale | str", level: float = 0.95) -> bool:
+    """Whether the noise is larger than assumed, with this confidence, by a factor that matters, where one is told."""
+    return not isinstance(scale, str) and scale.interval(level)[0] > 1 and scale.value > _WRONG
 
 
 def _smaller(scale: "NoiseScale") -> bool:

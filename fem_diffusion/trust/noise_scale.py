@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from fem_diffusion.model.sensors import EmulatedSensors
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 
 __all__ = ["NoiseScale", "noise_scale"]
 
@@ -63,13 +63,15 @@ class NoiseScale:
 
 
 def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
-                groups: Sequence[np.ndarray]) -> NoiseScale | None:
+                groups: Sequence[np.ndarray]) -> NoiseScale | str:
     """The factor for measurements (n, k), of which readings `use` (n, k) count; columns of each sensor are a group.
 
-    None where the law of the noise has levels or outliers of its own, or there are less than three sensors.
+    Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, or there are less
+    than three sensors.
     """
-    if sensors.denoiser.base.law is not None:
-        return None
+    law = sensors.denoiser.base.law
+    if law is not None and (law.noise.levels or law.noise.heavy):
+        return "The law of the noise has outliers or a level of its own, and no factor of it is told."
     squares, counts = np.zeros((len(groups), len(_FACTORS))), np.zeros(len(groups))
     patterns, which = np.unique(use, axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
@@ -91,7 +93,7 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
             counts[g] += len(rows) * len(place)
     some = counts > 0
     if some.sum() < _FEWEST:
-        return None
+        return "There are too few sensors to tell of the noise."
     squares, counts = squares[some], counts[some]
     G, total = len(counts), counts.sum()
     mean = squares.sum(axis=0) / total
@@ -119,7 +121,8 @@ def _linearised(sensors: EmulatedSensors, y: np.ndarray) -> tuple[np.ndarray, np
     """d (B, k), G C Gᵀ (B or 1, k, k), emulator error and noise (k, k) each, of measurements (B, k)."""
     base, readings, total = sensors.denoiser.base, torch.from_numpy(y), sensors.total
     R = _noise(sensors)
-    if base.emulator.head is None:
+    total = total if base.law is None else total + R
+    if base.affine:
         z = base.mean[None]
     else:
         z = sensors.locate(y).located.mean

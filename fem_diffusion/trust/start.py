@@ -10,12 +10,12 @@ from firedrake import Ensemble
 from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
-from fem_diffusion.diffusion import Emulator, log_density
+from fem_diffusion.diffusion import Emulator, log_density, sample_latents
 from fem_diffusion.diffusion.base.law import NoiseLaw
+from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.model.families import decorrelated
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.trust.surrogate import Base
@@ -77,8 +77,8 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
     def more(n: int) -> np.ndarray:
         nonlocal count
         count += 1
-        z = posterior.sample(n, seed=stream(seed, f"start {count}"), refill=False, extrapolate=True,
-                             progress=False).latents
+        mine = stream(seed, f"start {count}")
+        z = on_root(problem.comm, lambda: sample_latents(conditioned, n, seed=mine, progress=False)[0].numpy())
         if not np.isfinite(z).all():
             raise SolveError("The model gives samples that are not finite: train it anew.")
         others = np.random.default_rng(stream(seed, f"others {count}")).standard_normal((n, rest))
@@ -120,10 +120,11 @@ def known_readings(posterior: "Posterior") -> Base | None:
         return None
     if (law := density.base.law) is not None:
         return _by_law(density.base.emulator, law, posterior.basis.r)
-    emulator, rows, y = density.base.emulator, density.rows[0], torch.from_numpy(posterior.y)
+    emulator, learnt, r = density.base.emulator, density.base.learnt, posterior.basis.r
+    rows, y = density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
     offset, matrix = torch.zeros_like(y), torch.eye(len(y), dtype=rows.dtype)
-    if float(left.diagonal().max()) > _SAME:
+    if learnt is None and float(left.diagonal().max()) > _SAME:
         covariance = noise.covariance(y[None])
         std = covariance.diagonal().sqrt()
         layout, _ = decorrelated(torch.diag(std), offset, covariance, y)
@@ -131,15 +132,18 @@ def known_readings(posterior: "Posterior") -> Base | None:
         root = layout.variance[0].sqrt()[:, None] * torch.linalg.inv(torch.linalg.cholesky(left))
         back = torch.linalg.solve(turn, root)
         offset, matrix = y - back @ density.target[0], back @ rows
-    r = posterior.basis.r
 
     def base(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
         with torch.no_grad():
-            c, back = emulator.with_pull(torch.from_numpy(z[:, :r].copy()))
+            x = torch.from_numpy(z[:, :r].copy())
+            c, back = emulator.with_pull(x)
+            shift, more = (None, None) if learnt is None else learnt.mean_with_pull(x)
+            c = c if shift is None else c + shift
 
         def pull(covector: np.ndarray) -> np.ndarray:
             with torch.no_grad():
-                pulled = back(torch.from_numpy(covector) @ matrix).numpy()
+                through = torch.from_numpy(covector) @ matrix
+                pulled = (back(through) if more is None else back(through) + more(through)).numpy()
             return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
         return (offset + c @ matrix.T).numpy(), pull
     return base

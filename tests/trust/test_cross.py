@@ -7,8 +7,9 @@ from mpi4py import MPI
 
 from fem_diffusion import GaussianNoise, InputError, StudentNoise
 from fem_diffusion.diffusion import Denoiser, Emulator, linear_base
-from fem_diffusion.model.sensors import EmulatedSensors
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.trust.cross import cross_validate
+from truths import bent_map
 
 R, K = 5, 12
 STD = 0.2
@@ -87,6 +88,49 @@ def test_samples_predict_what_the_closed_form_does(covariance):
     assert np.abs((exact.mean - values) / exact.std)[there].mean() > 0.5
     np.testing.assert_allclose(drawn.noise.value, exact.noise.value, rtol=1e-5)
     np.testing.assert_allclose(drawn.noise.interval(), exact.noise.interval(), rtol=1e-5)
+
+
+class _Bent(Emulator):
+    """An emulator that knows a map which is not affine."""
+
+    def forward(self, z):
+        return bent_map(z.double())
+
+    def with_pull(self, z):
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            c = bent_map(z.double())
+        return c.detach(), lambda covector: torch.autograd.grad(c, z, covector, retain_graph=True)[0]
+
+
+def test_predictions_of_a_nonlinear_model_are_those_of_quadrature():
+    turn = np.linspace(0, np.pi, 7)[:-1]
+    rows, std = torch.from_numpy(np.stack([np.cos(turn), np.sin(turn)], 1)), 0.3
+    emulator = _Bent(2, 2, 8, 1)
+    emulator.matrix = torch.eye(2).double()
+    base = linear_base(torch.eye(2).double(), torch.eye(2).double())
+    denoiser = Denoiser(type(base)(base.mean, base.factor, emulator, updates=6), known=True)
+    noise = GaussianNoise(std=std)
+    sensors = EmulatedSensors(denoiser, noise, std**2 * torch.eye(6).double(), rows, torch.zeros(6).double())
+    line = torch.linspace(-6, 6, 401).double()
+    z = torch.cartesian_prod(line, line)
+    clean = bent_map(z) @ rows.T
+    truth = torch.tensor([[1.3, -0.8], [-0.5, 1.5]]).double()
+    values = (bent_map(truth) @ rows.T).numpy() + std * np.random.default_rng(1).standard_normal((2, 6))
+    found = _cross(sensors, values, NAMES[:6], draws=4000)
+    for y, mean, spread in zip(values, found.mean, found.std):
+        for i in range(6):
+            kept = np.delete(np.arange(6), i)
+            misfit = ((torch.from_numpy(y[kept]) - clean[:, kept])**2).sum(1) / std**2
+            weights = torch.softmax(-(z**2).sum(1) / 2 - misfit / 2, 0)
+            average = float(weights @ clean[:, i])
+            total = float(weights @ (clean[:, i] - average)**2 + std**2)**0.5
+            # Ten moves bring samples to the posterior within a few per cent.
+            assert abs(mean[i] - average) < 0.08 * total and abs(spread[i] / total - 1) < 0.08
+            # A reading that took part in its own prediction would draw it to itself.
+            alone = torch.softmax(torch.log(weights) - (y[i] - clean[:, i])**2 / (2 * std**2), 0)
+            drawn = float(alone @ clean[:, i])
+            assert abs(mean[i] - average) < abs(mean[i] - drawn) or abs(drawn - average) < 0.1 * total
 
 
 def test_rows_of_one_sensor_are_left_out_together():

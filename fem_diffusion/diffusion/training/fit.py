@@ -25,15 +25,16 @@ from fem_diffusion.diffusion.base.emulator import roots, spread
 from fem_diffusion.diffusion.base.fitted import tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
-from fem_diffusion.diffusion.checks import check_pairs
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
-from fem_diffusion.diffusion.network import NETWORKS, Ensemble, ScoreModule, ScoreNetwork, build
+from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
 from fem_diffusion.diffusion.tensors import mapped
+from fem_diffusion.diffusion.training.choice import advantage
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
@@ -47,6 +48,8 @@ _HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
 _SPECTRUM_ANGLES = 48
 # Held-out latents that are compared with samples, at least so many; samples of each, and what chance may do.
 _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
+# Held-out pairs by which network and emulator are compared.
+_JUDGES = 512
 # Latents that are drawn where few pairs are held out.
 _DRAWN = 512
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
@@ -62,10 +65,13 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
 
     A network for the emulator is kept where it helps on held-out pairs; then the base may follow the posterior, if it
     gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
-    by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
-    exact, and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 %
-    in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured
-    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
+    by more than two standard errors. Where the latents are standard normal and the law of the noise is not known, that
+    is learnt as a function of the latents where this helps, and the emulator with it takes the place of the network
+    where it gives held-out latents more density. None is trained where there is nothing to learn: where the base is
+    known to be exact, and where held-out latents are as samples of the base, moved under the emulator's density:
+    differences of 5 % in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the
+    spectrum is measured from which samplers place their steps, and collapse onto the training pairs, of which a
+    `CollapseWarning` tells. A
     warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
@@ -83,8 +89,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
     slopes : Tensor, optional
-        Derivatives of noise-free readings by the latents, shape (n, k, r), for an emulator of fixed sensors with known
-        Gaussian noise. InputError elsewhere.
+        Derivatives of `y` by the latents, shape (n, k, r) or (n, k + l, r), for an emulator of fixed sensors with noise
+        of a known law. InputError elsewhere.
     network : str, optional
         Name in `NETWORKS`; where left out, "sensors" for a family and "latents" for fixed sensors.
     base : {"gaussian", "plain"} or GaussianBase
@@ -126,7 +132,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
     parts = of_family(y, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
-        raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
+        raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
+    if slopes is not None:
+        check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else candidates(
             z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
@@ -135,11 +143,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
                             known=standard_prior and parts.constant)
         emulator = bases[0].emulator
-        alone = bases[0].law is None and emulator.head is None
+        alone = bases[0].law is None and bases[0].affine
         if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
             return denoiser, History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
+        # A base that knows the noise costs much at every measurement, and the network learns what it knows.
+        learnt = [candidate for candidate in bases if candidate.learnt is not None]
+        bases = [candidate for candidate in bases if candidate.learnt is None]
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
@@ -148,10 +159,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             return task.denoiser.to("cpu"), History()
         loop = Loop(task, options, checkpoint)
         trained = loop.run(progress)
-        if trained is None:
-            return task.denoiser.to("cpu"), loop.history
-        denoiser = replace(task.denoiser, network=trained, spectrum=task.spectrum(trained))
-        task.collapse(denoiser, loop.history)
+        denoiser = task.denoiser
+        if trained is not None:
+            denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
+        emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt])
+        if emulated is not None:
+            return emulated.to("cpu"), loop.history
+        if trained is not None:
+            task.collapse(denoiser, loop.history)
         return denoiser.to("cpu"), loop.history
 
 
@@ -167,7 +182,7 @@ class _Seen:
         return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
-class _Denoising(Task[ScoreModule | Ensemble]):
+class _Denoising(Task[ScoreModule | MeanNetwork]):
     """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
 
     name = "train"
@@ -175,7 +190,7 @@ class _Denoising(Task[ScoreModule | Ensemble]):
     def __init__(self, z: Tensor, c: Tensor, parts: Measured, wanted: tuple[str, FieldGeometry | None],
                  denoiser: Denoiser, options: TrainingOptions):
         self.options, self.denoiser, self.source, self.wanted = options, denoiser, parts, wanted
-        shared = denoiser.base.emulator.head is None and denoiser.base.law is None and not parts.family
+        shared = denoiser.base.affine and denoiser.base.law is None and not parts.family
         self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
@@ -199,8 +214,8 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         (name, geometry), base, options = self.wanted, self.denoiser.base, self.options
         return build(name, base.r, base.k, options.width, options.depth, geometry)
 
-    def joined(self, networks: list[ScoreModule | Ensemble]) -> ScoreModule | Ensemble:
-        return networks[0] if len(networks) == 1 else Ensemble(cast(list[ScoreModule], networks))
+    def joined(self, networks: list[ScoreModule | MeanNetwork]) -> ScoreModule | MeanNetwork:
+        return networks[0] if len(networks) == 1 else MeanNetwork(cast(list[ScoreModule], networks))
 
     def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
         """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.
@@ -256,7 +271,7 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)
         # Under an affine emulator the base is all that moves could find.
         base = self.denoiser.base
-        alone = base.emulator.head is None and base.law is None
+        alone = base.affine and base.law is None
         moves = self.draws - 1 if self.denoiser.known and not alone else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
@@ -298,6 +313,28 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         """The denoiser at measurements of coordinates (B, s), with fresh sensors and noise."""
         layout, y = self.source.measure(c, generator)
         return denoiser.at(y, layout if self.source.family else None)
+
+    def surpassed(self, denoiser: Denoiser, learnt: list[Denoiser]) -> Denoiser | None:
+        """The best of those whose emulator knows its noise, where it knows more of held-out latents than a denoiser.
+
+        By a standard error: where both know as much either will do, and Gaussian noise that is none is off by many.
+        """
+        if not learnt:
+            return None
+        z, c = (x[:_JUDGES] for x in self.held_out)
+        generator = torch.Generator(z.device).manual_seed(self.options.seed + 4)
+        y = self.source.measure(c, generator)[1]
+
+        def surprise(conditioned: Conditioned) -> float:
+            located = conditioned.located
+            return float((located.whiten(z).square().sum(1) / 2 + located.log_determinant).mean())
+        found = [other.at(y) for other in learnt]
+        values = [surprise(one) for one in found]
+        best = values.index(min(values))
+        density = found[best].density
+        assert density is not None
+        gain = advantage(denoiser.at(y), density, z, self.options.seed)
+        return learnt[best] if float(gain.mean()) > float(gain.std()) / len(gain)**0.5 else None
 
     def collapse(self, denoiser: Denoiser, history: History) -> None:
         """Measure collapse, warn of it, and put it into the history."""

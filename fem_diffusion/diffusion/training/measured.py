@@ -13,6 +13,7 @@ from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.base.learnt import fit_noise
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import TrainingOptions
@@ -84,20 +85,28 @@ def of_fixed(y: Tensor, noise: Noise | float | None) -> Measured:
 def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kind: str, standard_prior: bool,
                options: TrainingOptions, checkpoint: str | os.PathLike | None,
                progress: bool) -> list[GaussianBase]:
-    """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior."""
+    """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior.
+
+    Where the law of the noise is not known, and that of the latents is, their emulator knows the noise as held-out
+    pairs show it, if they do.
+    """
     seen, of_noise = y, None
     if isinstance(parts.noise, Noise):
         y = parts.noise.readings(seen)
         if parts.noise.law:
-            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
+            rows, offset, _ = regress(z, seen[:, y.shape[1]:], None if slopes is None else slopes[:, y.shape[1]:])
             of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
     if parts.errors is None:
-        return [fit_base(z, centred, parts.covariance, standard_prior)]
+        base = fit_base(z, centred, parts.covariance, standard_prior)
+        learnt = fit_noise(z, y, base.emulator, lambda c, generator: parts.measure(c, generator)[1], options,
+                           None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
+        return [base] if learnt is None else [base, *(replace(base, learnt=learnt, updates=n) for n in (1, UPDATES))]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, parts.errors, slopes=slopes, options=options, progress=progress,
+    emulator, _ = fit_emulator(z, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
+                               options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     if of_noise is None:
         emulator.residual = emulator.residual + parts.covariance
