@@ -2,9 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fem_diffusion.diffusion import (
     Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
 from fem_diffusion.fields.coefficients import on_root, owned_size
@@ -25,7 +28,6 @@ from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.model.posteriors import Posteriors, condition_all
 from fem_diffusion.model.readings import at_hand
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
@@ -280,6 +282,12 @@ class Model:
         Rank 0 writes it, whole or not at all; FileError if it cannot.
         """
         write_model(path, self)
+
+    def export_monitor(self, folder: str | os.PathLike, quantities: Mapping[str, Any], **given: Any) -> Path:
+        """Write what a live page for operators needs of the model; see `fem_diffusion.monitor.export`."""
+        from fem_diffusion.monitor.export import export_monitor
+
+        return export_monitor(self, folder, quantities, **given)
 
     @property
     def summary(self) -> str:

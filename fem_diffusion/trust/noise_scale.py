@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from fem_diffusion.model.sensors import EmulatedSensors
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 
 __all__ = ["NoiseScale", "noise_scale"]
 

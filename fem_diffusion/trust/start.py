@@ -12,10 +12,10 @@ from scipy.linalg import block_diag, null_space
 from fem_diffusion.checks import stream
 from fem_diffusion.diffusion import Emulator, log_density, sample_latents
 from fem_diffusion.diffusion.base.law import NoiseLaw
+from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.model.families import decorrelated
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.trust.surrogate import Base

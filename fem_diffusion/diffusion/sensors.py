@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion import Conditioned, Denoiser, GaussianNoise, Layout, Noise
-from fem_diffusion.model.families import decorrelated
+from fem_diffusion.diffusion.base.layouts import Layout, decorrelated
+from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 
 __all__ = ["EmulatedSensors"]
 
