@@ -29,7 +29,8 @@ CHAPTERS = {
     "problem": "The problem", "prior": "Priors", "forward": "Forward problems", "observation": "Sensors",
     "measurements": "Measurements from files", "simulation": "Simulation", "model": "Models and posteriors",
     "samples": "Samples", "certificate": "Certificates", "reference": "References", "trust": "Trust",
-    "plot": "Pictures", "diffusion": "Diffusion (torch only)", "fields": "Fields and modes",
+    "plot": "Pictures", "monitor": "Live page for operators", "diffusion": "Diffusion (torch only)",
+    "fields": "Fields and modes",
     "comparison": "The protocol of the paper (torch only)", "density_pde": "Diffusion as a PDE", "errors": "Errors",
 }
 
@@ -41,6 +42,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build", "results"]
 default_role = "code"
 nitpicky = False
+autosummary_generate = False         # numpydoc loads it; the pages are written below
 myst_enable_extensions = ["deflist", "attrs_inline"]
 myst_heading_anchors = 4
 autodoc_typehints = "none"      # the docstrings have the types

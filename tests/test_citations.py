@@ -37,7 +37,9 @@ def test_references_cite_their_methods(monkeypatch):
     monkeypatch.setattr(petsctools, "cite", keys.append)
     with pytest.warns(Warning, match="R-hat|draws"):
         hmc(problem, [0.1], seed=1, chains=2, draws=4, progress=False)
-    assert set(keys) == {"fem_diffusion:Neal2011", "fem_diffusion:Vehtari2021"}
+    # Firedrake cites through the same function.
+    assert {key for key in keys if key.startswith("fem_diffusion:")} == {
+        "fem_diffusion:Neal2011", "fem_diffusion:Vehtari2021"}
 
 
 def test_every_entry_is_under_its_key_and_unknown_keys_are_refused():
