@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
 from fem_diffusion.diffusion.network import NETWORKS
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
@@ -109,6 +110,9 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
                          f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
     arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,
                            "support": denoiser.support})
+    for name, part in (("latents", denoiser.latents), ("readings", denoiser.readings), ("curve", base.emulator.curve)):
+        more = pack_map(name, part)
+        arrays, values = arrays | more[0], values | more[1]
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
             values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
 
@@ -132,5 +136,7 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds no spectrum of variances")
     if support is not None and not (support.lower < support.upper).all():
         raise content.error("holds bounds of the latents without room between them")
+    emulator.curve = unpack_map(content, "curve", r)
+    latents, readings = unpack_map(content, "latents", r), unpack_map(content, "readings", k)
     base, known = GaussianBase(mean, factor, emulator, updates), content.value("known", bool)
-    return Denoiser(base, network, spectrum, support, known), unpack_history(content)
+    return Denoiser(base, network, spectrum, support, known, latents, readings), unpack_history(content)

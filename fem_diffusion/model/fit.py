@@ -14,6 +14,8 @@ from fem_diffusion.diffusion import (
     NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
 from fem_diffusion.diffusion.base.visible import informed_turn, visible_modes
+from fem_diffusion.diffusion.maps.noise import carried
+from fem_diffusion.diffusion.training.scales import Scales, choose_scales
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, largest, on_root, owned_size
@@ -38,6 +40,8 @@ _MOST_POD, _PAIRS_A_MODE = 128, 4
 _MISSED = 0.25
 # Share of a mode that may be outside of those that derivatives are in.
 _OUTSIDE = 1e-6
+# Leading modes by which a scale of the readings is chosen.
+_LOOKED_AT = 32
 # Pairs with which measurements are compared.
 _SEEN = 1000
 # The normal number of small noise, and a variance beside which the level itself is seen.
@@ -147,8 +151,8 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
     noise, emulator = problem.noise, denoiser.base.emulator
-    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior) or (
-            noise.levels):
+    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.affine and basis.standard_prior) or (
+            noise.levels or denoiser.readings is not None):
         return False, None
     if linear_tail(problem, basis, denoiser.base, known=False) is not None:
         return True, None
@@ -180,8 +184,15 @@ def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> Mod
         warnings.warn("The data hold derivatives, which are of use where the noise of all sensors is Gaussian and "
                       "known: they are left out.", stacklevel=3)
         return None
-    slopes = torch.from_numpy(data.derivatives)
-    return replace(data.basis, turn=on_root(problem.comm, lambda: informed_turn(slopes, covariance)).numpy())
+    slopes, z = torch.from_numpy(data.derivatives), torch.from_numpy(data.basis.encode(data.coefficients))
+
+    def turn() -> torch.Tensor:
+        scales = choose_scales(z, seen.double(), noise, None, True)
+        _, mapped, turned = scales.pairs(z, seen.double(), slopes)
+        law = carried(noise, scales.readings)
+        assert law is not None and turned is not None
+        return informed_turn(turned, law.covariance(mapped))
+    return replace(data.basis, turn=on_root(problem.comm, turn).numpy())
 
 
 def _slopes(data: DataSet, basis: ModalBasis) -> torch.Tensor:
@@ -204,17 +215,22 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))
-    if isinstance(noise, LayoutFamily):
-        rows, std = noise.dense()
-        seen, covariance = seen @ rows.T, torch.diag(std**2)
-    elif noise is not None and noise.levels:
-        # Small noise shows most modes, and the levels are to be among them.
-        low, k = seen.double().clone(), data.readings.shape[1]
-        low[:, k:] = _LOW
-        covariance = torch.block_diag(noise.covariance(low), _SHARP * torch.eye(low.shape[1] - k, dtype=low.dtype))
-    else:
-        covariance = None if noise is None else noise.covariance(seen.double())
-    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or noise is not None and (
-        noise.constant or noise.law))
     z = torch.from_numpy(basis.encode(data.coefficients))
-    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance, known)))
+
+    def count() -> int:
+        if isinstance(noise, LayoutFamily):
+            rows, std = noise.dense()
+            return visible_modes(z, seen @ rows.T, torch.diag(std**2), basis.standard_prior)
+        scales = choose_scales(z[:, :_LOOKED_AT], seen.double(), noise, None, basis.standard_prior)
+        _, mapped, _ = Scales(None, scales.readings).pairs(z, seen.double())
+        law = carried(noise, scales.readings)
+        if law is None:
+            return visible_modes(z, mapped, None, False)
+        covariance = law.covariance(mapped)
+        if law.levels:
+            # Small noise shows most modes, and the levels are to be among them.
+            low, k = mapped.clone(), data.readings.shape[1]
+            low[:, k:] = _LOW
+            covariance = torch.block_diag(law.covariance(low), _SHARP * torch.eye(low.shape[1] - k, dtype=low.dtype))
+        return visible_modes(z, mapped, covariance, basis.standard_prior and (law.constant or law.law))
+    return basis.leading(on_root(problem.comm, count))

@@ -105,7 +105,9 @@ class Model:
     def tail(self) -> LinearTail | None:
         """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
         base = self.denoiser.base
-        return None if self.problem.family else linear_tail(self.problem, self.basis, base, self.linear, self.rows)
+        if self.problem.family or self.denoiser.readings is not None:
+            return None
+        return linear_tail(self.problem, self.basis, base, self.linear, self.rows)
 
     def condition(self, y: ArrayLike, observation: Observation | None = None,
                   noise: GaussianNoise | ArrayLike | None = None) -> Posterior:
@@ -194,21 +196,21 @@ class Model:
         No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.
         """
         if self.denoiser.network is not None:
-            moves = self.denoiser.known and self.denoiser.base.emulator.head is not None
+            moves = self.denoiser.known and not self.denoiser.base.emulator.affine
             warnings.warn("The network was trained for one reading of every sensor, and is left out: samples are those "
                           f"of the Gaussian base of {len(index)} readings"
                           + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
                           "the posterior itself; a model of a SensorFamily has a network for any sensors.",
                           MeasurementWarning, stacklevel=4)
-        offset = self.denoiser.base.emulator.offset
+        denoiser = self.denoiser
+        offset = denoiser.base.emulator.offset
+        offset = offset if denoiser.readings is None else denoiser.readings.inverse(offset)
         at = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None] if self.seen is None else self.seen
         chosen = torch.from_numpy(index)
-        some = torch.cat([chosen, torch.arange(self.denoiser.base.k, at.shape[1])])   # and all levels
+        some = torch.cat([chosen, torch.arange(denoiser.base.k, at.shape[1])])   # and all levels
 
         def run() -> Denoiser:
-            before, after = (law.covariance(x) if law is not None else torch.zeros(x.shape[1], x.shape[1]).to(x)
-                             for law, x in ((self.problem.noise, at), (problem.noise, at[:, some])))
-            return self.denoiser.select(chosen, before, after, problem.noise)
+            return denoiser.select(chosen, at, self.problem.noise, problem.noise)
         near = None if self.near is None else self.near[index]
         return replace(self, problem=problem, denoiser=on_root(problem.comm, run), near=near,
                        rows=None if self.rows is None else self.rows[index],
@@ -236,8 +238,10 @@ class Model:
         noise, emulator = problem.noise, self.denoiser.base.emulator
 
         def run() -> Distance:
-            found = measure_distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
-            exact = self.denoiser.network is None and emulator.head is None and isinstance(noise, GaussianNoise)
+            names = problem.names or [str(i) for i in range(len(y))]
+            found = measure_distance(seen, noise, torch.tensor(y), names, self.denoiser.readings)
+            exact = self.denoiser.network is None and self.denoiser.readings is None and emulator.affine and isinstance(
+                noise, GaussianNoise)
             if isinstance(noise, GaussianNoise) and exact and found.far:
                 covariance = noise.covariance(seen)
                 unit = covariance.diagonal().clamp(min=1e-300).sqrt()
@@ -258,7 +262,7 @@ class Model:
         """What was trained, in words."""
         base, history = self.denoiser.base, self.history
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
-        emulator = "a linear emulator" if base.emulator.head is None else "a network as emulator"
+        emulator = "a linear emulator" if base.emulator.affine else "a network as emulator"
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
             network = "a network under the Gaussian base"
@@ -267,12 +271,12 @@ class Model:
                 network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
-        elif base.emulator.head is None and base.law is None:
+        elif base.emulator.affine and base.law is None:
             network += ", which is exact as far as held-out pairs tell"
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
-                f"{network}" + ", refined for one measurement" * (self.near is not None))
+                f"{network}{self.denoiser.words}" + ", refined for one measurement" * (self.near is not None))
 
     def __repr__(self) -> str:
         return f"Model: {self.summary}\n{self.problem!r}"

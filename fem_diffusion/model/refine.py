@@ -133,7 +133,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     show = progress and everyone.rank == 0
     if problem.levels:
         raise InputError("The noise has an unknown level, which refine does not know: take posterior.correct(...).")
-    run = _emulated if model.denoiser.known and model.denoiser.base.law is None else _truncated
+    known = model.denoiser.known and model.denoiser.base.law is None and model.denoiser.latents is None
+    run = _emulated if known else _truncated
     denoiser, history = run(pairs, posterior.conditioned, model.denoiser, y,
                             [len(part) for part in np.array_split(np.arange(n), rounds)], seed, options, show)
     seen = torch.from_numpy(pairs.data.readings[-min(len(pairs.data), n):]).double()
@@ -241,7 +242,7 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
                                        options=replace(options, seed=options.seed + number), progress=show)
             emulator.residual = emulator.residual + covariance
             base = GaussianBase(*law(z[:pairs.drawn], True), emulator)
-            return check_base(base if emulator.head is None else replace(base, updates=UPDATES))
+            return check_base(base if emulator.affine else replace(base, updates=UPDATES))
         base = on_root(pairs.everyone, train)
         denoiser = Denoiser(base, known=True)
         error = _error(base, noise.covariance(pairs.c))

@@ -82,6 +82,11 @@ class EmulatorDensity(Tensors):
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""
         length = math.pi / 2 / _LEAPS * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=w.device)))
+        if self.noise is not None:
+            # Where noise grows with the readings, the density has walls that long steps never leave.
+            u = torch.rand(w.shape[:2], generator=generator, dtype=w.dtype, device=w.device)
+            return hamiltonian_move(w, self.energy, self.force, length * torch.where(
+                u < 0.25, 10**-(8 * u), 1.0)[..., None], _LEAPS, generator)
         return hamiltonian_move(w, self.energy, self.force, length, _LEAPS, generator)
 
 

@@ -150,7 +150,7 @@ class GaussianBase(Tensors):
 
     def locate(self, layout: Layout, y: Tensor) -> Located:
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
-        affine = self.emulator.head is None
+        affine = self.emulator.affine
         if not (affine and self.law is None) and len(y) > _TOGETHER:
             indices = torch.arange(len(y), device=y.device).split(_TOGETHER)
             parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]
@@ -164,7 +164,7 @@ class GaussianBase(Tensors):
         `more` are their rows (l, r), values (B, l) and variances (B, l). Where the base follows the posterior, one
         update goes on from a `start`.
         """
-        affine, identity = self.emulator.head is None, torch.eye(self.r, dtype=y.dtype, device=y.device)
+        affine, identity = self.emulator.affine, torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], y.new_empty(0, self.r) if affine else _points(self.r, y)
         follows = start is not None and self.updates > 1

@@ -9,7 +9,7 @@ __all__ = ["hamiltonian_move"]
 
 
 def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
-                     length: float, leaps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+                     length: float | Tensor, leaps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Move points by a leapfrog trajectory that is accepted or refused (Neal 2011, section 5.3): points, acceptance.
 
     The trajectory is reversible and keeps volume for any force that depends on the position alone, so the force may
@@ -22,8 +22,8 @@ def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force
     energy, force : Callable[[Tensor], Tensor]
         Negative log density up to a constant, (..., r) to (...); points where it is not finite are refused. Its
         gradient or an approximation, (..., r) to (..., r).
-    length, leaps : float, int
-        Of a leapfrog step, and number of them.
+    length, leaps : float or Tensor, int
+        Of a leapfrog step, of all or of each point (..., 1), and number of them.
     generator : torch.Generator
         Of momenta and acceptance, on the device of the points.
     """

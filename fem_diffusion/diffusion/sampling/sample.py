@@ -203,7 +203,7 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
         def report(step: int, sigma: float, state: Tensor) -> None:
             shown.update(step - shown.n)
             if callback is not None:
-                callback(step, sigma, conditioned.located.colour(state).transpose(0, 1).contiguous())
+                callback(step, sigma, conditioned.back(conditioned.located.colour(state)).transpose(0, 1).contiguous())
         z = _draw(conditioned, n, sampler, generator, rows, report)
         if conditioned.support is not None:
             _redraw(z, conditioned, conditioned.support, sampler, generator, rows)
@@ -212,7 +212,7 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
 
 def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.Generator, rows: int,
           report: Callable[[int, float, Tensor], None]) -> Tensor:
-    """Latents (n, B, r)."""
+    """Latents (n, B, r) of the users."""
     like, alpha, density = conditioned.located.mean, sampler.alpha, conditioned.density
 
     def normal() -> Tensor:
@@ -223,7 +223,7 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     if density is not None:
         for _ in range(CORRECTIONS if sampler.corrections is None else sampler.corrections):
             w = density.move(w, generator)[0]
-    return conditioned.located.colour(w)
+    return conditioned.back(conditioned.located.colour(w))
 
 
 def _redraw(z: Tensor, conditioned: Conditioned, support: Support, sampler: Sampler, generator: torch.Generator,

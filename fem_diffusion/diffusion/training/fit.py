@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from scipy.stats import chisquare
@@ -26,9 +27,12 @@ from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
+from fem_diffusion.diffusion.maps.laws import check_draws, marginals
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
-from fem_diffusion.diffusion.noise import Noise
+from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
@@ -36,6 +40,7 @@ from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
+from fem_diffusion.diffusion.training.scales import Scales, choose_scales
 from fem_diffusion.errors import InputError
 
 __all__ = ["fit_denoiser"]
@@ -54,7 +59,7 @@ _NEGLIGIBLE = 1e-2
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | None = None, *,
                  slopes: Tensor | None = None, network: str | None = None, base: str | GaussianBase = "gaussian",
-                 standard_prior: bool = False,
+                 standard_prior: bool = False, prior: Any = None, scales: str = "choose",
                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
                  geometry: FieldGeometry | None = None, progress: bool = True) -> tuple[Denoiser, History]:
     """Fit a conditional model to joint samples: emulator and base first, then the network under it.
@@ -66,6 +71,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured
     from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
     warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
+
+    All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
+    the noise is carried: it is drawn in the users' units, in which measurements and samples stay.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
     the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a value
@@ -90,6 +98,12 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         Gaussian of latents and measurements, or mere standardisation; or one that is there already.
     standard_prior : bool
         Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
+    prior : distribution of SciPy or torch, or list of them, optional
+        Law of independent latents, of all or one for each: ``scipy.stats.uniform(-1, 2)``. They are mapped to standard
+        normal ones, so that no sample leaves the bounds.
+    scales : {"choose", "identity"}
+        Whether scales are chosen, or left as they are but for those of a known prior. An own base is of latents and
+        readings as they are.
     options : TrainingOptions
         Of all networks; one with attention learns at a quarter of the rate.
     checkpoint : path, optional
@@ -103,6 +117,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     if not isinstance(base, GaussianBase):
         check_choice(base, "base", ("gaussian", "plain"))
     check_flag(standard_prior, "standard_prior")
+    check_choice(scales, "scales", ("choose", "identity"))
     check_flag(progress, "progress")
     check_options(options, TrainingOptions).check()
     # Before any work: the emulator writes to a name made from it.
@@ -120,23 +135,39 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     if kind.mesh != (geometry is not None):
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
-    z, y = z.double().cpu(), y.double().cpu()
+    z, seen = z.double().cpu(), y.double().cpu()
+    law = None
+    if prior is not None:
+        if standard_prior or isinstance(base, GaussianBase):
+            raise InputError("A known prior makes a map of the latents: leave standard_prior and a base out.")
+        law = MonotoneMap.of(("law",) * z.shape[1], laws=marginals(prior, z.shape[1]))
+        check_draws(z, law.laws)   # pyright: ignore[reportArgumentType]
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
-    seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
-    parts = of_family(y, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
+    if not isinstance(noise, LayoutFamily):
+        noise = as_noise(noise, seen.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
+    standard_prior, users = standard_prior or prior is not None, z
+    found = Scales(law)
+    if scales == "choose" and base == "gaussian":
+        found = choose_scales(z, seen, noise, law, standard_prior, options.seed)
+    z, seen, slopes = found.pairs(z, seen, slopes)
+    noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
+    parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
+    support = None if standard_prior else find_support(users)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
         raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
+
+    def in_units(denoiser: Denoiser) -> Denoiser:
+        return replace(denoiser.to("cpu"), support=support, latents=found.latents, readings=found.readings)
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else candidates(
-            z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
+            z, seen, slopes, parts, base, standard_prior, found.curve, options, checkpoint, progress)
         if base == "gaussian" and not family and bases[0].law is None:
             tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
-        denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
-                            known=standard_prior and parts.constant)
+        denoiser = Denoiser(bases[0], known=standard_prior and parts.constant)
         emulator = bases[0].emulator
-        alone = bases[0].law is None and emulator.head is None
+        alone = bases[0].law is None and emulator.affine
         if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
-            return denoiser, History()
+            return in_units(denoiser), History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
@@ -144,14 +175,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
         task = min(tasks, key=lambda task: task.surprise)
         if task.settled():
-            return task.denoiser.to("cpu"), History()
+            return in_units(task.denoiser), History()
         loop = Loop(task, options, checkpoint)
         trained = loop.run(progress)
         if trained is None:
-            return task.denoiser.to("cpu"), loop.history
+            return in_units(task.denoiser), loop.history
         denoiser = replace(task.denoiser, network=trained, spectrum=task.spectrum(trained))
         task.collapse(denoiser, loop.history)
-        return denoiser.to("cpu"), loop.history
+        return in_units(denoiser), loop.history
 
 
 @dataclass(frozen=True)
@@ -174,7 +205,7 @@ class _Denoising(Task[ScoreModule]):
     def __init__(self, z: Tensor, c: Tensor, parts: Measured, wanted: tuple[str, FieldGeometry | None],
                  denoiser: Denoiser, options: TrainingOptions):
         self.options, self.denoiser, self.source, self.wanted = options, denoiser, parts, wanted
-        shared = denoiser.base.emulator.head is None and denoiser.base.law is None and not parts.family
+        shared = denoiser.base.emulator.affine and denoiser.base.law is None and not parts.family
         self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
@@ -252,7 +283,7 @@ class _Denoising(Task[ScoreModule]):
         index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)
         # Under an affine emulator the base is all that moves could find.
         base = self.denoiser.base
-        alone = base.emulator.head is None and base.law is None
+        alone = base.emulator.affine and base.law is None
         moves = self.draws - 1 if self.denoiser.known and not alone else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
