@@ -28,11 +28,11 @@ export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
 .PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
-        demo-rates \
+        demo-rates demo-field \
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
-        benchmark-ensemble benchmark-solves benchmark-peers
+        benchmark-defaults benchmark-ensemble benchmark-solves benchmark-peers benchmark-ablation
 
 help:
 	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
@@ -40,6 +40,7 @@ help:
 	@echo "make demo-release    where was a contaminant released in a town? checked on 200 unseen cases"
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-rates      a field, two rates and the noise, all unknown at once, against Hamiltonian Monte Carlo"
+	@echo "make demo-field      from a logger's file to an answer: gaps, units, a drifting and a broken gauge, unknown noise"
 	@echo "make demo-stokes     any Firedrake solver: unknown inflow of a Stokes flow, velocity probes"
 	@echo "make demo-elastic    any Firedrake solver: unknown stiffness inside, displacements of the surface"
 	@echo "make demo-heat       can I trust it? a nonlinear conductivity problem, checked and corrected by its own solver"
@@ -55,9 +56,11 @@ help:
 	@echo "make benchmark-formulations  formulations, samplers and evaluations on known posteriors (QUICK=1: fewer)"
 	@echo "make benchmark-networks      fully connected network against layers on the mesh (after demo-release)"
 	@echo "make benchmark-collapse      does long training shrink the posterior?"
+	@echo "make benchmark-defaults      is a default of training tuned to one problem? hours (QUICK=1: minutes)"
 	@echo "make benchmark-ensemble      pairs a second of two ensemble members against one"
 	@echo "make benchmark-solves        errors against the number of solves, with derivatives and without (QUICK=1: fewer)"
-	@echo "make benchmark-peers         side by side with sbi, in an environment of its own"
+	@echo "make benchmark-peers         side by side with sbi, overnight, in an environment of its own (QUICK=1: minutes)"
+	@echo "make benchmark-ablation      parts of the default call, each on and off, on six problems (QUICK=1: fewer)"
 	@echo "make clean           remove what tests, demos and builds left (.venv stays)"
 
 install:
@@ -77,6 +80,9 @@ demo-logistic: install
 
 demo-rates: install
 	$(RUN) demos/unknown_rates/unknown_rates.py
+
+demo-field: install
+	$(RUN) demos/field_readings/field_readings.py
 
 demo-stokes: install
 	$(RUN) demos/stokes_inflow/stokes_inflow.py
@@ -130,6 +136,9 @@ benchmark-forward: install
 benchmark-networks: install
 	$(RUN) benchmarks/field_network.py
 
+benchmark-defaults: install
+	$(RUN) benchmarks/defaults.py $(if $(QUICK),--quick)
+
 benchmark-collapse: install
 	$(RUN) benchmarks/collapse.py
 
@@ -141,7 +150,10 @@ benchmark-solves: install
 
 benchmark-peers:
 	@scripts/install_peers.sh
-	.venv-peers/bin/python benchmarks/peers.py
+	.venv-peers/bin/python benchmarks/peers.py $(if $(QUICK),--quick)
+
+benchmark-ablation: install
+	$(RUN) benchmarks/ablation.py $(if $(QUICK),--quick)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache demos/*/output benchmarks/output

@@ -1,9 +1,11 @@
 """All that is measured of speed, in one table with a description of the machine, written to docs/performance.md.
 
 It runs the scripts of this folder that compare ways through the same problem, and that of scaling. Compare the ratios:
-each is of two ways in one run, by CPU time.
+each is of two ways in one run, by CPU time. Some of the three parts of the page can be measured again by themselves;
+the others stay as they are in it.
 
-    OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--cells 31 99 316] [--out docs/performance.md]
+    OMP_NUM_THREADS=1 python benchmarks/performance.py [--quick] [--parts states scaling fields] [--cells 31 99 316]
+                                                       [--out docs/performance.md]
 """
 
 import argparse
@@ -17,12 +19,12 @@ from pathlib import Path
 HERE = Path(__file__).parent
 # Names of the columns for our way and for the loop over a solver that is built once, with its default parameters.
 OURS, LOOP = "block, ms", ("reused solver, ms", "loop, ms")
-INTRODUCTION = """# Performance
-
-`make benchmark` writes this page, here on {machine}.
-
-States of many parameters by `solve_many`, against a loop over one Firedrake solver that is built once, with its default
-parameters; CPU milliseconds a sample, on one core.
+INTRODUCTION = "# Performance\n\n`make benchmark` writes this page.\n"
+HEADINGS = {"states": "## States of many parameters", "scaling": "## From 1,000 to 1,000,000 unknowns",
+            "fields": "## Fields"}
+STATES = """
+By `solve_many`, against a loop over one Firedrake solver that is built once, with its default parameters; CPU
+milliseconds a sample, on one core.
 
 | problem | unknowns | `solve_many`, ms | loop, ms | ratio |
 |---|---|---|---|---|
@@ -68,25 +70,46 @@ def machine():
             f"{version('firedrake')}, torch {version('torch')}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, as a trial")
-    parser.add_argument("--cells", nargs="+", default=["31", "99", "316", "999"], help="sizes of the scaling")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
-    options = parser.parse_args()
-    small = ("--cells", "16", "--samples", "16") if options.quick else ()
-    text = INTRODUCTION.format(machine=machine())
+def states(quick):
+    """The table of ratios, with why some are small."""
+    small, text = ("--cells", "16", "--samples", "16") if quick else (), STATES
     for script, kind in (("residuals.py", ""), ("forward.py", "advection-diffusion: "),
                          ("transient.py", "transient advection-diffusion, unknown ")):
         for row in table(run(script, *small)):
             loop = next(row[name] for name in LOOP if name in row)
             text += (f"| {kind}{row['problem']} | {row['unknowns']} | {row[OURS]} | {loop} | "
                      f"{float(loop) / float(row[OURS]):.1f} |\n")
-    sizes = ["16", "24"] if options.quick else options.cells
-    text += WHY + "\n## From 1,000 to 1,000,000 unknowns\n\n" + "\n".join(
-        run("scaling.py", "--words") + [""] + run("scaling.py", "--cells", *sizes))
-    text += "\n\n## Fields\n\n" + "\n".join(
-        f"- {line}" for line in run("scaling.py", "--details", "24" if options.quick else "316")) + "\n"
+    return text + WHY
+
+
+def scaling(cells):
+    """How time and memory grow."""
+    return "\n" + "\n".join(run("scaling.py", "--words") + [""] + run("scaling.py", "--cells", *cells)) + "\n"
+
+
+def fields(cells):
+    """Modes, deviation, encoding, decoding and memory, of one size."""
+    return "\nThe unit square, correlation length 0.1; CPU seconds on one core.\n\n" + "\n".join(
+        f"- {line}" for line in run("scaling.py", "--details", cells)) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, as a trial")
+    parser.add_argument("--parts", nargs="+", choices=HEADINGS, default=[*HEADINGS], help="what is measured (again)")
+    parser.add_argument("--cells", nargs="+", default=["31", "99", "316", "999"], help="sizes of the scaling")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
+    options = parser.parse_args()
+    former = options.out.read_text() if options.out.exists() else ""
+    text = INTRODUCTION
+    for part, heading in HEADINGS.items():
+        if part in options.parts:
+            measured = {"states": lambda: states(options.quick),
+                        "scaling": lambda: scaling(["16", "24"] if options.quick else options.cells),
+                        "fields": lambda: fields("24" if options.quick else "316")}[part]()
+            text += f"\n{heading}\n\nOn {machine()}.\n{measured}"
+        elif heading in former:
+            text += "\n" + heading + former.split(heading)[1].split("\n## ")[0].rstrip() + "\n"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text)
     print(f"\nwritten to {options.out}")

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import truncnorm
 
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 
-__all__ = ["PROBLEMS", "Problem"]
+__all__ = ["PROBLEMS", "SCALED", "Problem"]
 
 
 @dataclass(frozen=True)
@@ -198,5 +199,56 @@ def linear_gaussian() -> Problem:
     return Problem("linear-gaussian", 10, 5, joint, posterior, joint(3, np.random.default_rng(13))[1])
 
 
+def decades() -> Problem:
+    """z = log10 c ~ U(-9, -3), y = c (1 + 0.1 e): a reading over six decades with relative noise."""
+    relative = 0.1
+    grid = np.linspace(-9, -3, 20001)
+
+    def joint(n, rng):
+        z = rng.uniform(-9, -3, (n, 1))
+        return z, 10**z * (1 + relative * rng.standard_normal((n, 1)))
+
+    def posterior(y, n, rng):
+        std = relative * 10**grid
+        return _invert(-(y[0] - 10**grid) ** 2 / (2 * std**2) - np.log(std), grid, n, rng)[:, None]
+    return Problem("decades", 1, 1, joint, posterior, np.array([[1e-6], [3e-9], [4e-4]]))
+
+
+def bounded() -> Problem:
+    """z ~ U(-1, 1) in 5D, y = z + e, e of variance 0.1: a truncated Gaussian."""
+    std = np.sqrt(0.1)
+
+    def joint(n, rng):
+        z = rng.uniform(-1, 1, (n, 5))
+        return z, z + std * rng.standard_normal((n, 5))
+
+    def posterior(y, n, rng):
+        return truncnorm.rvs((-1 - y) / std, (1 - y) / std, y, std, size=(n, 5), random_state=rng)
+    return Problem("bounded", 5, 5, joint, posterior, joint(3, np.random.default_rng(17))[1])
+
+
+def unknown_spread() -> Problem:
+    """z ~ N(0, I) in 2D, four readings z_1 + exp(z_2 - 1) e: noise whose level is unknown."""
+    k = 4
+    grid = np.linspace(-6, 6, 20001)
+
+    def joint(n, rng):
+        z = rng.standard_normal((n, 2))
+        return z, z[:, :1] + np.exp(z[:, 1:] - 1) * rng.standard_normal((n, k))
+
+    def posterior(y, n, rng):
+        # Given z_2, z_1 has a Gaussian update, and readings are N(0, s² I + 1 1ᵀ).
+        square = np.exp(2 * grid - 2)
+        apart, together = ((y - y.mean()) ** 2).sum(), k * y.mean() ** 2
+        logs = (k - 1) * np.log(square) + np.log(square + k) + apart / square + together / (square + k)
+        second = _invert(-grid**2 / 2 - logs / 2, grid, n, rng)
+        square = np.exp(2 * second - 2)
+        first = k * y.mean() / (square + k) + np.sqrt(square / (square + k)) * rng.standard_normal(n)
+        return np.column_stack([first, second])
+    return Problem("unknown-spread", 2, k, joint, posterior, joint(3, np.random.default_rng(19))[1])
+
+
 PROBLEMS = {problem.name: problem for problem in (
     bimodal(), heteroscedastic(), spiral(), banana(), mixture(), mixture_10d(), heavy_tailed(), linear_gaussian())}
+# Readings, parameters or noise on a scale that is not the network's.
+SCALED = {problem.name: problem for problem in (decades(), bounded(), unknown_spread())}

@@ -1,9 +1,10 @@
 """How time and memory grow with the number of unknowns: prior, modes, pairs, training, posterior mean and deviation.
 
 An unknown source of a diffusion problem on a square, 20 sensors, in 64 modes from 200 pairs. Every size runs in a
-process of its own, whose largest resident memory is told. CPU seconds; the slope is that of a straight line through the
-logarithms of the last sizes. With ``--details``, for one size: modes and pointwise deviation, encoding and decoding
-beside the bare matrix product, which bounds them, and the memory of a thousand samples.
+process of its own, whose largest resident memory is told. CPU seconds, and those of the clock for all together on a
+machine with other work; the slope is that of a straight line through the logarithms of the last three sizes. With
+``--details``, for one size: modes and pointwise deviation, encoding and decoding beside the bare matrix product, which
+bounds them, and the memory of a thousand samples.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--cells 31 99 316 999] [--details 316]
 """
@@ -50,7 +51,7 @@ def one(cells):
         simulate,
     )
 
-    times = []
+    times, begun = [], time.perf_counter()
     mesh = timed(lambda: UnitSquareMesh(cells, cells), times)
     V = FunctionSpace(mesh, "CG", 1)
 
@@ -69,7 +70,8 @@ def one(cells):
     y = problem.measurements(prior.sample_many(1, seed=2), seed=3)[0]
     samples = timed(lambda: model.condition(y).sample(DRAWS, seed=4, progress=False), times)
     timed(lambda: (samples.mean(), samples.std()), times)
-    print("row", V.dim(), *(f"{x:.3f}" for x in times), f"{peak():.2f}")
+    wall = time.perf_counter() - begun
+    print("row", V.dim(), *(f"{x:.3f}" for x in times), f"{wall:.0f}", f"{peak():.2f}")
 
 
 def details(cells, modes=256, samples=1000):
@@ -113,20 +115,21 @@ def main():
     if options.details:
         return details(options.details)
     if options.words:
-        return print(" ".join(__doc__.split("\n\n")[1].split(" With ``--details``")[0].split()))
-    print(f"| unknowns | {' | '.join(PARTS)} | sum, s | memory, GB |\n|{'---|' * (len(PARTS) + 3)}", flush=True)
+        return print(" ".join(__doc__.split("\n\n")[1].split()).split(" With ``--details``")[0])
+    print(f"| unknowns | {' | '.join(PARTS)} | sum, s | by the clock, s | memory, GB |\n|{'---|' * (len(PARTS) + 4)}",
+          flush=True)
     rows = []
     for cells in options.cells:
         found = subprocess.run([sys.executable, __file__, "--one", str(cells)], check=True, capture_output=True,
                                text=True).stdout
-        size, *times, memory = next(line for line in found.splitlines() if line.startswith("row")).split()[1:]
+        size, *times, wall, memory = next(line for line in found.splitlines() if line.startswith("row")).split()[1:]
         rows.append([float(x) for x in (size, *times)])
-        print(f"| {size} | {' | '.join(f'{float(x):.1f}' for x in times)} | {sum(rows[-1][1:]):.0f} | {memory} |",
-              flush=True)
+        print(f"| {size} | {' | '.join(f'{float(x):.1f}' for x in times)} | {sum(rows[-1][1:]):.0f} | {wall} | "
+              f"{memory} |", flush=True)
     logs = np.log(np.maximum(rows[-3:], 1e-3))
     if len(rows) > 2:
         slopes = [np.polyfit(logs[:, 0], column, 1)[0] for column in logs.T[1:]]
-        print(f"| slope | {' | '.join(f'{slope:.2f}' for slope in slopes)} | | |")
+        print(f"| slope | {' | '.join(f'{slope:.2f}' for slope in slopes)} | | | |")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,14 @@ from fem_diffusion.forward.physics import Boundary as Boundary, Physics as Physi
 from fem_diffusion.forward.steady import Steady as Steady
 from fem_diffusion.forward.taped import Taped as Taped
 from fem_diffusion.forward.transient import TransientAdvectionDiffusion as TransientAdvectionDiffusion
+from fem_diffusion.measurements.measurements import (
+    Measurements as Measurements, read_measurements as read_measurements,
+)
+from fem_diffusion.measurements.table import Finding as Finding
 from fem_diffusion.model.fit import fit as fit
 from fem_diffusion.model.model import Model as Model, load_model as load_model
 from fem_diffusion.model.posterior import Posterior as Posterior
+from fem_diffusion.model.posteriors import Posteriors as Posteriors
 from fem_diffusion.model.refine import refine as refine
 from fem_diffusion.observation.family import SensorFamily as SensorFamily, SensorKind as SensorKind
 from fem_diffusion.observation.instruments import (
@@ -74,4 +79,6 @@ from fem_diffusion.simulation.simulate import (
     simulated_parameter as simulated_parameter,
 )
 from fem_diffusion.trust.check import Check as Check, check as check
+from fem_diffusion.trust.cross import CrossValidation as CrossValidation
+from fem_diffusion.trust.gap import Gap as Gap, amortised_gap as amortised_gap, tell_gaps as tell_gaps
 from fem_diffusion.trust.report import report as report

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import torch
     from mpi4py.MPI import Comm
 
-__all__ = ["LARGEST", "MISTAKES", "alike", "check_all", "check_array", "check_callable", "check_choice", "check_count",
-           "check_device", "check_file", "check_flag", "check_kind", "check_number", "check_options", "check_path",
-           "check_readings", "check_seed", "check_text", "portable", "read_arguments", "shape_fits", "shape_words",
-           "stream", "together"]
+__all__ = ["LARGEST", "MISTAKES", "alike", "check_all", "check_array", "check_callable", "check_choice",
+           "check_choices", "check_count", "check_device", "check_file", "check_flag", "check_kind", "check_number",
+           "check_options", "check_path", "check_readings", "check_seed", "check_text", "portable", "read_arguments",
+           "shape_fits", "shape_words", "stream", "together"]
 
 LARGEST = 1e100   # beyond, sums of squares leave the range of double precision
 # What every further solve would repeat: never a failure of one solve.
@@ -171,6 +171,19 @@ def check_path(path: Any, name: str = "path") -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise InputError(f"{name} is {path!r}: give the name of a file or folder.")
     return Path(path).absolute()   # as seen from here: a solver of the user's own may change the folder
+
+
+def check_choices(index: Any, n: int, words: str) -> np.ndarray:
+    """Numbers of some of n things, at least one, by a slice, a mask or a sequence of integers."""
+    try:
+        chosen = np.arange(n)[index if isinstance(index, slice) else np.asarray(index)]
+    except (IndexError, TypeError, ValueError) as error:
+        raise InputError(f"There are {n} {words}, and no such choice of them ({error}): give a slice, a mask of that "
+                         "length, or their numbers.") from error
+    if chosen.ndim != 1 or not len(chosen):
+        raise InputError(f"The choice of {words} is empty, or no flat list: give a slice, a mask or numbers that keep "
+                         "at least one.")
+    return chosen
 
 
 def check_options(x: Any, kind: type[T], name: str = "options") -> T:

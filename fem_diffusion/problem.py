@@ -183,12 +183,16 @@ class InverseProblem:
         state = together(self.comm, lambda: solver(field(self.M, parameter)), watched=True)
         return together(self.comm, lambda: np.array(instrument(state), ndmin=1), watched=True)
 
+    def beside_levels(self, clean: np.ndarray, parameters: np.ndarray) -> np.ndarray:
+        """Readings without noise (B, k) of parameters (B, n_owned of M) as the noise takes them, (B, k + l)."""
+        known = self._last(self.M, parameters)
+        normal = [level.to_normal(x).clip(-_FAR, _FAR) for level, x in zip(self.levels, known.T)]
+        return np.column_stack([clean, *normal])
+
     def measurements(self, parameters: np.ndarray, *, seed: int) -> np.ndarray:
         """Readings with noise, shape (B, k), as for `readings`; without, where the problem has no noise of its own."""
         seed, = alike(self.comm, lambda: {"seed": check_seed(seed)})
-        known, noise = self._last(self.M, parameters), self.noise
-        normal = [level.to_normal(x).clip(-_FAR, _FAR) for level, x in zip(self.levels, known.T)]
-        clean = torch.from_numpy(np.column_stack([self.readings(parameters), *normal]))
+        clean, noise = torch.from_numpy(self.beside_levels(self.readings(parameters), parameters)), self.noise
         generator = torch.Generator().manual_seed(stream(seed, "noise"))
         return on_root(self.comm, lambda: clean if noise is None else noise.sample(clean, generator)).numpy()
 

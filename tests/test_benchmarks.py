@@ -15,14 +15,14 @@ from fem_diffusion.trust import sbc_p_values, sbc_ranks
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import collapse  # noqa: E402  (benchmarks is a folder of scripts, not a package)
 import formulations  # noqa: E402
-from problems import PROBLEMS  # noqa: E402
+from problems import PROBLEMS, SCALED  # noqa: E402
 
 M, N = 1000, 99
 
 
-@pytest.fixture(scope="module", params=PROBLEMS)
+@pytest.fixture(scope="module", params=[*PROBLEMS, *SCALED])
 def problem(request):
-    return PROBLEMS[request.param]
+    return (PROBLEMS | SCALED)[request.param]
 
 
 def _redrawn(problem, y, change=lambda x: x):

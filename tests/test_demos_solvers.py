@@ -1,6 +1,7 @@
 """The demos of any solver: ten added lines, tiny in the default run, full and checked in the slow one."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -16,7 +17,8 @@ DEMOS = Path(__file__).parent.parent / "demos"
 PICTURES = {"logistic_reaction": ("setup", "source", "check"), "stokes_inflow": ("setup", "inflow", "predictive"),
             "elastic_stiffness": ("setup", "stiffness", "check"),
             "heat_conduction": ("setup", "conductivity", "check"),
-            "unknown_rates": ("setup", "emission", "numbers", "check")}
+            "unknown_rates": ("setup", "emission", "numbers", "check"),
+            "field_readings": ("readings", "sensors", "inflow", "zone")}
 
 
 def _load(name):
@@ -43,8 +45,11 @@ def test_ten_added_lines_embed_the_plugin(name):
 def test_tiny(name, tmp_path):
     sizes = {"stokes_inflow": {"truths": 1},
              "unknown_rates": {"held_out": 20, "chains": {"chains": 2, "draws": 10}},
+             "field_readings": {"n": 40, "pairs": 200, "every": 12},
              "heat_conduction": {"n": 3, "solves": 600, "chains": {"chains": 2, "draws": 10}}}
     given = {"n": 6, "pairs": 100, "samples": 30, "progress": False} | sizes.get(name, {"held_out": 20})
+    if name == "field_readings":
+        pytest.importorskip("pint")
     demo = _load(name)
     if name == "heat_conduction":
         demo.NOISE = 5.0   # near enough to what so small a model knows that few solves correct it
@@ -62,6 +67,22 @@ def test_held_out_truths_are_covered(name, tmp_path):
     for level, share in calibration.coverage.items():
         assert abs(share - level) < 4 * calibration.coverage_error(level) + 0.01  # and 1 % for an approximate law
     assert calibration.p_value > 1e-4
+
+
+def test_the_committed_readings_are_those_of_the_script(tmp_path):
+    _load("field_readings")
+    sys.modules["make_readings"].write(tmp_path / "readings.csv")
+    assert (tmp_path / "readings.csv").read_text() == (DEMOS / "field_readings" / "readings.csv").read_text()
+
+
+@pytest.mark.slow
+def test_safeguards_find_what_is_wrong_with_the_readings(tmp_path):
+    pytest.importorskip("pint")
+    found, scores = _load("field_readings").run(tmp_path, progress=False)
+    assert set(found.worst) == {"gauge 8 [uS/cm]", "gauge 5 [uS/cm]"} and "drifts" in str(found)
+    assert found.noise.interval()[0] > 1.2 and 3 <= found.outliers.sum() <= 15
+    (raw, raw_error), (clean, error) = scores.values()
+    assert raw < 0.7 and 0.85 < clean and error < raw_error / 3
 
 
 @pytest.mark.slow

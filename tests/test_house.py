@@ -18,9 +18,9 @@ PACKAGE = ROOT / "fem_diffusion"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 # A room may import those above it in this list, and those beside it.
-LEVELS = [["errors"], ["checks"], ["files", "marginal", "progress"], ["certificate", "diffusion"], ["fields"],
-          ["observation"], ["forward"], ["prior", "density_pde"], ["levels"], ["problem"], ["simulation"],
-          ["model", "samples"], ["reference", "trust", "comparison", "plot"]]
+LEVELS = [["errors"], ["checks"], ["files", "marginal", "page", "progress"], ["certificate", "diffusion"], ["fields"],
+          ["observation"], ["measurements"], ["forward"], ["prior", "density_pde"], ["levels"], ["problem"],
+          ["simulation"], ["model", "samples"], ["reference", "trust", "comparison", "plot"]]
 # Samples draw themselves, and posteriors check, correct and report themselves.
 ALLOWED = {("samples", "plot"), ("model", "trust")}
 

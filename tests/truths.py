@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fem_diffusion.diffusion import (
-    Denoiser, LayoutFamily, LayoutKind, Sampler, fit_spectrum, linear_base, sample_latents,
+    Denoiser, FieldGeometry, LayoutFamily, LayoutKind, Sampler, fit_spectrum, linear_base, sample_latents,
 )
 
 
@@ -135,3 +135,10 @@ def errors(conditioned, exact, corrections=None, n=4000):
     z = draw(conditioned, n, Sampler(corrections=corrections), seed=1).numpy()
     white = np.linalg.solve(np.linalg.cholesky(covariance), (z - mean).T).T
     return np.linalg.norm(white.mean(0)), np.linalg.norm(np.cov(white, rowvar=False) - np.eye(2))
+
+
+def scattered(r):
+    """Nine points of a domain in two dimensions, and modes that are orthonormal there."""
+    modes = torch.linalg.qr(torch.randn(9, r, generator=random(1), dtype=torch.float64)).Q.T * 3
+    return FieldGeometry(modes, modes.T / 9, torch.randn(2, r, 9, generator=random(2)).double(),
+                         torch.zeros(9).double(), torch.zeros(2, 9).double(), torch.ones(r).double())

@@ -31,7 +31,8 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import (
     AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, InverseProblem, Physics, Sampler, TransformedPrior,
-    coefficients, exact, field, fit, hmc, point_sensors, simulate, variance_exploding, variance_preserving,
+    amortised_gap, coefficients, exact, field, fit, hmc, point_sensors, simulate, tell_gaps, variance_exploding,
+    variance_preserving,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.comparison import sliced_wasserstein
@@ -119,7 +120,7 @@ def run(name, folder, progress):
 
     truths = prior.sample_many(TRUTHS, seed=100)
     measurements = problem.measurements(truths, seed=100)
-    rows, drawn = [], []
+    rows, drawn, gaps = [], [], []
     for number, (truth, y) in enumerate(zip(truths, measurements)):
         right = (exact_reference(problem, y, number) if name == "gaussian" else
                  hmc_reference(problem, y, number, progress))
@@ -128,6 +129,8 @@ def run(name, folder, progress):
             samples = posterior.sample(SAMPLES, seed=10 * number + seed, sampler=sampler, progress=False)
             rows.append([number + 1, words, error(coefficients(samples.mean()), right["mean"]),
                          error(coefficients(samples.std()), right["std"]), distance_ratio(samples, right)])
+            if words == "default":
+                gaps.append(amortised_gap(samples, field(M, right["mean"]), field(M, right["std"])))
         if "error" in right:
             say("truth {}: HMC accepts {:.0%}, Monte Carlo error of mean {:.1%}, of standard deviation {:.1%}".format(
                 number + 1, right["acceptance"], *right["error"]))
@@ -138,6 +141,7 @@ def run(name, folder, progress):
                 mesh_units="m", reading="concentration [mol/m³]", question="Which flux enters the channel through its "
                 "bottom wall, and does it exceed 0.5 mol/(m² s) anywhere?")
     print_table(rows)
+    say(tell_gaps(gaps))
     samples = drawn[0][0]
     samples.save(folder / f"samples_{name}")
     predictions = problem.measurements(samples.values[:500], seed=0)

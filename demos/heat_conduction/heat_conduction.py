@@ -31,7 +31,7 @@ from scipy.stats import chi2
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
 from fem_diffusion import fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, hmc
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, hmc
 from fem_diffusion.checks import read_arguments
 
 PIPE, OUTSIDE = 1, 2
@@ -138,6 +138,7 @@ def run(folder, n=6, pairs=4000, solves=2000, samples=2000, options=TrainingOpti
     for name, (mean, std, square) in rows.items():
         print(f"| {name} | {mean:.3f} | {std:.3f} | {square:.1f} |")
     print("residuals of the right posterior: {:.1f} to {:.1f} in 95 % of all cases".format(*law))
+    print(amortised_gap(amortised, reference.mean(), reference.std()))
     draw(folder, truth, heat(truth), found, problem, y)
     posterior.report(
         folder / "report.html", threshold=5.0, samples=corrected, seed=7, progress=progress, units="W/(m K)",

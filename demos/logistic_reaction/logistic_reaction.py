@@ -25,7 +25,7 @@ from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, TransformedPrior  # added
 from fem_diffusion import Steady, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration, plot_predictive
@@ -70,7 +70,7 @@ def check(problem, model, held_out, progress):
     return calibrate_model(model, fresh, seed=3, leading=16)
 
 
-def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOptions(), progress=True):
+def run(folder, n=24, pairs=4000, held_out=400, samples=2000, solves=1000, options=TrainingOptions(), progress=True):
     """The whole job; returns the calibration."""
     start = time.perf_counter()
     problem, model = infer(*habitat(n), pairs, folder, options, progress)
@@ -82,6 +82,8 @@ def run(folder, n=24, pairs=4000, held_out=400, samples=2000, options=TrainingOp
     posterior = conditioned.sample(samples, seed=4)  # added
     calibration = check(problem, model, held_out, progress)
     print(calibration.table())
+    corrected = conditioned.correct(solves=solves, seed=5, progress=progress)
+    print(f"{corrected.certificate}\n{amortised_gap(posterior, corrected.mean(), corrected.std())}")
     draw(folder, truth, density, posterior, problem, y, calibration)
     conditioned.report(
         folder / "report.html", threshold=0.25, seed=4, progress=progress, name="immigration", units="1/year",

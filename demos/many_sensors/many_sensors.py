@@ -25,8 +25,8 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, coefficients, exact, field, fit, hmc,
-    line_averages, point_sensors, random_points, simulate,
+    DataSet, GaussianNoise, InverseProblem, SensorFamily, SensorKind, amortised_gap, coefficients, exact, field, fit,
+    hmc, line_averages, point_sensors, random_points, simulate, tell_gaps,
 )
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.plot import plot_history
@@ -120,7 +120,7 @@ def gaussian(folder, progress, pairs=2000, count=20):
     model = fit(family, data, checkpoint=folder / "training_gaussian.safetensors", progress=progress)
     say(f"\nGaussian flux: one model after {time.perf_counter() - start:.0f} s, {model.states.r} modes of the state: "
         f"{model.summary}")
-    rows = []
+    rows, gaps = [], []
     for number, k in enumerate(np.geomspace(1, 64, count).round().astype(int).tolist()):
         observation = point_sensors(V, random_points(mesh, k, seed=1000 + number))
         y = measure(observation, PROBE, forward(prior.sample(seed=2000 + number)), number)
@@ -130,6 +130,7 @@ def gaussian(folder, progress, pairs=2000, count=20):
         alone = trained_alone(problem, data, model.basis, folder / f"alone_gaussian_{number}.safetensors")
         both = [posterior.sample(2 * SAMPLES, seed=number, progress=False) for posterior in
                 (model.condition(y, observation, PROBE), alone.condition(y))]
+        gaps.append(amortised_gap(both[0], right.mean(), right.std()))
         both.append(right.sample(2 * SAMPLES, seed=3000 + number))
         rows.append([k, *(x for samples in both for x in errors(samples, mean, std))])
     say("\n| probes | mean error | std error | alone: mean | alone: std | exact samples: mean | std |\n"
@@ -138,6 +139,7 @@ def gaussian(folder, progress, pairs=2000, count=20):
         say(f"| {k} | " + " | ".join(f"{value:.2%}" for value in values) + " |")
     ratios = np.exp(np.log(np.array(rows)[:, 1:3] / np.array(rows)[:, 3:5]).mean(axis=0))
     say("one model over alone, geometric means: {:.2f} and {:.2f}".format(*ratios))
+    say(tell_gaps(gaps))
     if M.comm.rank == 0:
         draw_counts(rows, folder / "gaussian.png")
     return rows
@@ -154,7 +156,7 @@ def positive(folder, progress, pairs=20000, draws=400):
     say(f"\npositive flux: {pairs} states in {simulated - start:.0f} s, one model trained in "
         f"{time.perf_counter() - simulated:.0f} s, {model.states.r} modes of the state: {model.summary}")
     model.save(folder / "model_positive.safetensors")
-    rows, drawn = [], []
+    rows, drawn, gaps = [], [], []
     for number, (name, observation, std, failed) in enumerate(layouts()):
         truth = prior.sample(seed=300 + number)
         y = measure(observation, std, forward(truth), number)
@@ -168,6 +170,7 @@ def positive(folder, progress, pairs=20000, draws=400):
         trained = time.perf_counter()
         reference = reference_posterior(folder / f"reference_{number}.npz", problem, y, number, draws, progress)
         other = alone.condition(y).sample(SAMPLES, seed=number, progress=False)
+        gaps.append(amortised_gap(samples, field(M, reference.mean), field(M, reference.std)))
         own = (error(reference.mean + reference.mean_error, reference.mean),
                error(reference.std + reference.std_error, reference.std))
         rows.append([name, *errors(samples, reference.mean, reference.std),
@@ -184,6 +187,7 @@ def positive(folder, progress, pairs=20000, draws=400):
         "|---|---|---|---|---|---|---|")
     for name, *values in rows:
         say(f"| {name} | " + " | ".join(f"{value:.1%}" for value in values) + " |")
+    say(tell_gaps(gaps))
     draw_layouts(drawn, folder / "positive.png")
     if M.comm.rank == 0 and model.history.step:
         plot_history(model.history).figure.savefig(folder / "training.png", dpi=150)

@@ -21,8 +21,8 @@ from arviz_stats.base import array_stats
 from matplotlib import pyplot as plt
 
 from fem_diffusion import (
-    GaussianNoise, GaussianPrior, InputError, InverseProblem, SolveError, TrainingOptions, fit, hmc, point_sensors,
-    simulate,
+    GaussianNoise, GaussianPrior, InputError, InverseProblem, SolveError, TrainingOptions, amortised_gap, field, fit,
+    hmc, point_sensors, simulate,
 )
 from fem_diffusion.checks import read_arguments
 
@@ -135,6 +135,9 @@ def run(folder, pairs=10000, solves=(2000, 20000), samples=2000, options=Trainin
           "|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + " |")
+    if "amortised" in found:
+        right = (field(problem.M, values) for values in reference[:2])
+        print(amortised_gap(found["amortised"], *right))
     draw(folder, found, reference)
     if corrected is not None:
         posterior.report(

@@ -26,7 +26,7 @@ from firedrake.pyplot import tripcolor
 from matplotlib import pyplot as plt
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, Steady, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, field
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, field, tell_gaps
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.reference.dense import linear_gaussian_posterior
 from fem_diffusion.plot import plot_predictive
@@ -93,7 +93,7 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
     start = time.perf_counter()
     problem, model = infer(*channel(n), pairs, folder, options, progress)
     print(f"{pairs} pairs; simulated and trained after {time.perf_counter() - start:.0f} s: {model.summary}")
-    exact, rows, drawn = exact_posterior(problem), [], []
+    exact, rows, drawn, gaps = exact_posterior(problem), [], [], []
     M = problem.M
     weights = coefficients(assemble(TestFunction(M) * dx).riesz_representation("l2"))
 
@@ -106,10 +106,12 @@ def run(folder, n=16, pairs=3000, truths=3, samples=4000, options=TrainingOption
         posterior = conditioned.sample(samples, seed=4 + number)  # added
         mean, std = exact(y)
         rows.append((error(coefficients(posterior.mean()), mean), error(coefficients(posterior.std()), std)))
+        gaps.append(amortised_gap(posterior, field(M, mean), field(M, std)))
         drawn.append((truth, y, posterior, (mean, std)))
     print("\n| truth | error of the mean | error of the standard deviation |\n|---|---|---|")
     for number, row in enumerate(rows):
         print("| {} | {:.1%} | {:.1%} |".format(number + 1, *row))
+    print(tell_gaps(gaps))
     draw(folder, drawn, problem)
     conditioned.report(
         folder / "report.html", threshold=0.4, seed=4, progress=progress, name="inflow", units="cm/s", mesh_units="cm",

@@ -28,7 +28,7 @@ from scipy.stats import lognorm, loguniform, uniform
 
 from fem_diffusion import GaussianNoise, GaussianPrior, InverseProblem, ProductPrior, ScalarPrior  # added
 from fem_diffusion import Steady, TransformedPrior, fit, point_sensors, simulate  # added
-from fem_diffusion import TrainingOptions, coefficients, hmc
+from fem_diffusion import TrainingOptions, amortised_gap, coefficients, hmc
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.trust import calibrate_model
 from fem_diffusion.plot import plot_calibration
@@ -95,6 +95,9 @@ def compare(ours, theirs, truth):
     x, y = (samples.component(0).values for samples in (ours, theirs))
     found["emission"] = tuple(np.linalg.norm(f(x) - f(y)) / np.linalg.norm(f(y)) for f in (
         lambda v: v.mean(axis=0), lambda v: v.std(axis=0)))
+    for i, name in enumerate(("emission", *NAMES)):
+        ours_i, theirs_i = ours.component(i), theirs.component(i)
+        print(f"{name}: {amortised_gap(ours_i, theirs_i.mean(), theirs_i.std())}")
     print("emission: mean within {:.1%}, standard deviation within {:.1%} of the reference".format(*found["emission"]))
     return found
 

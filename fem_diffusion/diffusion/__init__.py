@@ -10,7 +10,7 @@ from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
-from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, ScoreNetwork
+from fem_diffusion.diffusion.network import NETWORKS, Ensemble, ScoreModule, ScoreNetwork
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
@@ -30,7 +30,7 @@ from fem_diffusion.diffusion.training.range import (
 
 __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Distance", "Emulator",
-    "EmulatorDensity", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase",
+    "EmulatorDensity", "Ensemble", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase",
     "GaussianNoise", "History", "JoinedNoise", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS",
     "MeasurementWarning", "MonotoneMap", "NETWORKS", "Noise", "ResidualMLP", "Sampler", "ScoreModule",
     "ScoreNetwork", "SensorNetwork", "Spectrum", "StudentNoise", "Support", "TrainingOptions", "TrainingRange",

@@ -160,30 +160,22 @@ class Denoiser(Tensors):
             ("latents", self.latents), ("readings", self.readings)) if part is not None]
         return f", {' and '.join(parts)}" if parts else ""
 
-    def select(self, sensors: Tensor, seen: Tensor, before: Noise | None, after: Noise | None) -> "Denoiser":
+    def select(self, sensors: Tensor, before: Tensor, after: Tensor, noise: Noise | None) -> "Denoiser":
         """For some of the fixed sensors, by their numbers, of which some may come again; without its network.
 
-        The noise was `before` in training, of all sensors, and is `after` in the measurement, of these; `seen` are
-        noise-free readings of pairs by all sensors, with levels behind them (n, k + l).
+        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement, both on the
+        scale of the base; `noise` is that of these sensors, in the users' units.
         """
         emulator, readings = self.base.emulator.select(sensors), self.readings and self.readings.select(sensors)
-        if self.readings is not None:
-            k = len(self.readings)
-            seen = torch.cat([self.readings.forward(seen[:, :k]), seen[:, k:]], 1)
-        some = torch.cat([sensors, torch.arange(self.base.k, seen.shape[1])])   # and all levels
-        before, after = carried(before, self.readings), carried(after, readings)
-        zero = seen.new_zeros(self.base.k, self.base.k)
-        old = zero[sensors][:, sensors] if before is None else before.covariance(seen)[sensors][:, sensors]
-        new = zero[sensors][:, sensors] if after is None else after.covariance(seen[:, some])
-        law = self.base.law
-        if law is not None and after is not None:
-            law = replace(law, noise=after, covariance=new)
+        noise, law = carried(noise, readings), self.base.law
+        if law is not None and noise is not None:
+            law = replace(law, noise=noise, covariance=after)
         else:
             # What is left beside the noise is the emulator's own error; rounding may make it negative.
-            unit = new.diagonal().clamp(min=1e-300).sqrt()
-            error = (emulator.residual - old) / unit / unit[:, None]
+            unit = after.diagonal().clamp(min=1e-300).sqrt()
+            error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
             values, axes = torch.linalg.eigh((error + error.T) / 2)
-            emulator.residual = new + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
+            emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
         return replace(self, base=replace(self.base, emulator=emulator, law=law), network=None, spectrum=None,
                        readings=readings)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
-from fem_diffusion.diffusion.network import NETWORKS
+from fem_diffusion.diffusion.network import NETWORKS, Ensemble, name_of
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.training.loop import History, unpack_history
@@ -20,7 +20,6 @@ from fem_diffusion.files import Content
 
 __all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
 
-N = TypeVar("N", bound=nn.Module)
 REMEDY = "Copy it again, or train anew."
 # A network of a user's own may make no use of a size, which its tensors do not bound then.
 _UNUSED = 1024
@@ -29,14 +28,14 @@ _UNUSED = 1024
 def pack(parts: dict) -> tuple[dict, dict]:
     """Arrays and values of a file, for `files.write`, by the names of its parts.
 
-    A part is a dataclass of tensors and numbers, an emulator or a network of the registry, or None.
+    A part is a dataclass of tensors and numbers, an emulator, a network of the registry or several, or None.
     """
     arrays, values = {}, {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            kinds = {"emulator": Emulator, **NETWORKS}
-            values[name] = {"class": next(key for key, kind in kinds.items() if type(part) is kind),
-                            "sizes": part.config}
+            like = part.members[0] if isinstance(part, Ensemble) else part
+            values[name] = {"class": "emulator" if isinstance(part, Emulator) else name_of(part), "sizes": like.config,
+                            "members": len(part.members) if isinstance(part, Ensemble) else 1}
             content = part.state_dict()
         else:
             content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
@@ -63,8 +62,8 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
     return kind(**found, **tensors)
 
 
-def _unpack_network(content: Content, name: str, kinds: Mapping[str, type[N]], sizes: dict) -> N | None:
-    """A network of a file, of one of these classes and sizes and in evaluation mode, or None.
+def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes: dict) -> Any:
+    """A network of a file, or an ensemble of such, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
     if class, sizes and tensors do not fit each other.
@@ -75,16 +74,18 @@ def _unpack_network(content: Content, name: str, kinds: Mapping[str, type[N]], s
     start = f"{name}."
     tensors = {key[len(start):]: torch.from_numpy(x) for key, x in content.arrays.items() if key.startswith(start)}
     numbers, config = sum(x.numel() for x in tensors.values()), settings.get("sizes")
-    kind = kinds.get(str(settings.get("class")))
-    if kind is None or not isinstance(config, dict) or not all(
+    kind, members = kinds.get(str(settings.get("class"))), settings.get("members")
+    if kind is None or type(members) is not int or not 1 <= members <= (1 if kind is Emulator else len(tensors)) or (
+            not isinstance(config, dict)) or not all(
             type(x) is int and 0 <= x <= max(numbers, _UNUSED) for x in config.values()) or (
-            config.get("depth", 0) > max(len(tensors), _UNUSED)):
+            members * config.get("depth", 0) > max(len(tensors), _UNUSED)):
         raise content.error(f"holds no network {name!r} of known class and sizes ({settings!r:.200})")
     if any(config.get(key) != size for key, size in sizes.items()):
         raise content.error(f"holds a network {name!r} of sizes {config!r:.200}, which do not fit {sizes}")
     try:
         with torch.device("meta"):
-            network = kind(**config)
+            each: list[Any] = [kind(**config) for _ in range(members)]
+            network = each[0] if members == 1 else Ensemble(each)
     except Exception as error:
         raise content.error(f"holds a network {name!r} that cannot be made ({error!r:.200})") from error
     expected = network.state_dict()
@@ -103,9 +104,9 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     InputError unless its network is of the registry and has its sizes in `config`.
     """
     base, network = denoiser.base, denoiser.network
-    if network is not None and not (type(network) in NETWORKS.values() and isinstance(
-            getattr(network, "config", None), dict)):
-        name = type(network).__name__
+    like = network.members[0] if isinstance(network, Ensemble) else network
+    if network is not None and not (name_of(network) and isinstance(getattr(like, "config", None), dict)):
+        name = type(like).__name__
         raise InputError(f"A network of type {name} cannot be made again from a file: let {name} derive from "
                          f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
     arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,

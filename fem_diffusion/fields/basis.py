@@ -38,6 +38,8 @@ __all__ = ["ModalBasis", "is_of", "load_basis", "pack_basis", "unpack_basis"]
 
 # Below this probability of their moments, latents are not those of the prior.
 _CHANCE = 1e-9
+# Memory for fields that are encoded at once, on this rank.
+_BYTES = 2**28
 # How far covariances of modes may be from those of a prior, in units of their standard deviations.
 _SAME = 1e-2
 
@@ -123,7 +125,12 @@ class ModalBasis:
         if not self.V.comm.allreduce(values.dtype.kind in "biuf" and values.shape[-1:] == mean.shape, MPI.LAND):
             raise InputError(f"Fields of shape {values.shape} and type {values.dtype} do not fit the basis: give real "
                              f"numbers of shape (B, {len(mean)}).")
-        return self.V.comm.allreduce((values - mean) @ self._encoder.T)
+        # Some at a time: there may be more fields than memory for a second copy.
+        rows, step = np.atleast_2d(values), max(1, _BYTES // (8 * max(1, len(mean))))
+        z = np.empty((len(rows), self.r))
+        for part in (slice(i, i + step) for i in range(0, len(rows), step)):
+            z[part] = (rows[part] - mean) @ self._encoder.T
+        return self.V.comm.allreduce(z).reshape(*values.shape[:-1], self.r)
 
     def decode(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:
         """Coefficients (B, n_owned) of the fields, before any transform, with latents z (B, r).
@@ -139,7 +146,8 @@ class ModalBasis:
                 raise InputError("Modes past r can be refilled for a Karhunen-Loeve basis of a Gaussian prior only: "
                                  "leave out the refill.")
             draws = self.prior.core.sample_many(len(z), check_seed(refill_seed, "refill_seed"))
-            values += draws - self.decode(self.encode(draws))
+            values += draws
+            values -= self.decode(self.encode(draws))
         return values
 
     def parameters(self, z: ArrayLike, refill_seed: int | None = None) -> np.ndarray:

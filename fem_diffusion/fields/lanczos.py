@@ -25,12 +25,12 @@ class Lanczos:
 
     def __init__(self, apply: Rows, mass: Rows, comm: MPI.Comm, width: int) -> None:
         self._apply, self._mass, self._comm = apply, mass, comm
-        self._rows, self.T, self._left = np.empty((64, width)), np.empty((0, 0)), np.empty((0, 0))
+        self._rows, self.T, self._left = np.empty((0, width)), np.empty((0, 0)), np.empty((0, 0))
 
     @property
     def basis(self) -> np.ndarray:
         """Orthonormal rows (k, n_owned), a view."""
-        return self._rows[:len(self.T)]
+        return self._rows[:]
 
     def inner(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Inner products (B, C) of rows x (B, n_owned) and y (C, n_owned)."""
@@ -54,13 +54,12 @@ class Lanczos:
 
     def extend(self, new: np.ndarray) -> np.ndarray:
         """Take orthonormal rows beside the space into it; returns what their images have outside, (B, n_owned)."""
-        image, former, size = self._apply(self._mass(new)), self.basis, len(self.T) + len(new)
-        if size > len(self._rows):   # doubled: memory that is new costs more time than products with it
-            self._rows = np.empty((2 * size, new.shape[1]))
-            self._rows[:len(former)] = former
-        self._rows[len(former):size] = new
-        seen = self.inner(self._rows[:size], image)
-        self.T = np.block([[self.T, seen[:len(former)]], [seen.T]])
+        image, former = self._apply(self._mass(new)), len(self.T)
+        # In place: there may be no memory for a second copy.
+        self._rows.resize((former + len(new), new.shape[1]))
+        self._rows[former:] = new
+        seen = self.inner(self._rows, image)
+        self.T = np.block([[self.T, seen[:former]], [seen.T]])
         self.T = (self.T + self.T.T) / 2
         image = image - seen.T @ self.basis
         self._left = self.inner(image, image)

@@ -13,17 +13,19 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Conditioned, Denoiser, Distance, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
 from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.geometry import on_mesh
-from fem_diffusion.model.families import decorrelated, project
+from fem_diffusion.model.families import project
 from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
+from fem_diffusion.model.posteriors import Posteriors, condition_all
 from fem_diffusion.model.readings import at_hand
+from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
@@ -109,6 +111,14 @@ class Model:
             return None
         return linear_tail(self.problem, self.basis, base, self.linear, self.rows)
 
+    @cached_property
+    def sensors(self) -> EmulatedSensors:
+        """The fixed sensors as the denoiser sees them."""
+        offset, scale = self.denoiser.base.emulator.offset, self.denoiser.readings
+        offset = offset if scale is None else scale.inverse(offset)
+        mean = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None]
+        return EmulatedSensors.fixed(self.denoiser, self.problem.noise, mean if self.seen is None else self.seen)
+
     def condition(self, y: ArrayLike, observation: Observation | None = None,
                   noise: GaussianNoise | ArrayLike | None = None) -> Posterior:
         """Posterior for one measurement.
@@ -144,25 +154,19 @@ class Model:
             if observation is not None or noise is not None:
                 raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out, or "
                                  "train one for a SensorFamily.")
-            y = self._same(y, self.denoiser.base.k, self.problem.names, repeats=True)
+            y = self.same(y, self.denoiser.base.k, self.problem.names, repeats=True)
             problem, values, index = at_hand(self.problem, y)
             if problem is not self.problem:
                 return self._with(problem, index).condition(values)
             if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
                 raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
                                  "model that was refined, or refine that for this measurement.")
-
-            def fixed(y: np.ndarray) -> Conditioned:
-                return self.denoiser.at(torch.from_numpy(y))
-            distance = self._distance(self.seen, self.denoiser.base.emulator.residual, self.problem, y)
-            if distance is not None:
-                distance.warn()
-            return Posterior(self.problem, self.basis, fixed(y[None]), y, self.tail, distance, fixed)
+            return self._posterior(self.problem, self.sensors, y, self.tail)
         observation = no_sensors(self.states.V) if observation is None else observation
         if not isinstance(observation, Observation) or observation.U != self.states.V:
             raise InputError(f"The sensors must be an Observation of states in {self.states.V}, such as "
                              "point_sensors(U, points) with that space U.")
-        y = self._same(y, len(observation), observation.names)
+        y = self.same(y, len(observation), observation.names)
         law = as_noise(noise, len(observation)) if len(y) else None
         covariance, there = torch.zeros(0, 0, dtype=torch.float64), torch.from_numpy(np.flatnonzero(~np.isnan(y)))
         if isinstance(law, GaussianNoise):
@@ -171,24 +175,54 @@ class Model:
         elif len(y):
             raise InputError("The sensors need a noise model, a Gaussian one: noise=GaussianNoise(std=...).")
         rows, offset = project(observation, self.states)
+        law = law.select(there) if isinstance(law, GaussianNoise) and len(there) else None
+        at = EmulatedSensors(self.denoiser, law, covariance, rows[there], offset[there])
         rows, offset, reading = rows[there], offset[there], torch.tensor(y)[there]
         # Where noise is correlated, the sensors of the family are recognised before they are mixed.
         present = torch.ones(1, len(there), dtype=torch.bool)
         seen = Layout(rows[None], offset[None], covariance.diagonal()[None], present)
         self.range.warn(seen, [observation.names[i] for i in there])
-
-        def chosen(y: np.ndarray) -> Conditioned:
-            layout, mixed = decorrelated(rows, offset, covariance, torch.from_numpy(y))
-            return self.denoiser.at(mixed, layout)
         sensors = observation[there.numpy()] if len(there) else no_sensors(self.states.V)
-        law = law.select(there) if isinstance(law, GaussianNoise) and len(there) else None
         problem = replace(self.problem, observation=sensors, noise=law)
-        seen = None if self.seen is None or not len(there) else self.seen @ rows.T + offset
-        distance = self._distance(seen, rows @ self.denoiser.base.emulator.residual @ rows.T + covariance, problem,
-                                  reading.numpy())
+        return self._posterior(problem, at, reading.numpy(), None)
+
+    def _posterior(self, problem: InverseProblem, sensors: EmulatedSensors, y: np.ndarray,
+                   tail: LinearTail | None) -> Posterior:
+        """The posterior of a measurement (k,) by sensors that are all there; a warning where it is unlike the training.
+        """
+        distance = self.distance(problem, sensors, y)
         if distance is not None:
             distance.warn()
-        return Posterior(problem, self.basis, chosen(reading.numpy()[None]), reading.numpy(), None, distance, chosen)
+        return Posterior(problem, self.basis, sensors.locate(y[None]), y, tail, distance, sensors)
+
+    def condition_all(self, y: ArrayLike, observation: Observation | None = None,
+                      noise: GaussianNoise | ArrayLike | None = None, *, times: ArrayLike | None = None) -> Posteriors:
+        """Posteriors of several measurements, each of a state of its own, all at once (collective).
+
+        Parameters
+        ----------
+        y : array_like of shape (n, k)
+            Measurements by the same sensors, as for `condition`, NaN where one of them failed. Those without a reading
+            have no posterior.
+        observation, noise
+            As for `condition`.
+        times : array_like of shape (n,), optional
+            When they were made; their numbers where left out.
+
+        Raises
+        ------
+        InputError
+            As for `condition`, and if there is no reading at all, or the model is refined for one measurement.
+
+        Warns
+        -----
+        MeasurementWarning
+            Once for all: where measurements are unlike those of the training, have no reading, or a network is left
+            out.
+        FamilyWarning
+            If the sensors are far outside the training family.
+        """
+        return condition_all(self, y, observation, noise, times)
 
     def _with(self, problem: InverseProblem, index: np.ndarray) -> "Model":
         """The model of a problem with some of the fixed sensors, by their numbers (m,), of which some may come again.
@@ -202,46 +236,41 @@ class Model:
                           + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
                           "the posterior itself; a model of a SensorFamily has a network for any sensors.",
                           MeasurementWarning, stacklevel=4)
-        denoiser = self.denoiser
-        offset = denoiser.base.emulator.offset
-        offset = offset if denoiser.readings is None else denoiser.readings.inverse(offset)
-        at = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None] if self.seen is None else self.seen
-        chosen = torch.from_numpy(index)
-        some = torch.cat([chosen, torch.arange(denoiser.base.k, at.shape[1])])   # and all levels
-
-        def run() -> Denoiser:
-            return denoiser.select(chosen, at, self.problem.noise, problem.noise)
+        some = on_root(problem.comm, lambda: self.sensors.some(index, problem.noise))
         near = None if self.near is None else self.near[index]
-        return replace(self, problem=problem, denoiser=on_root(problem.comm, run), near=near,
+        return replace(self, problem=problem, denoiser=some.denoiser, near=near,
                        rows=None if self.rows is None else self.rows[index],
-                       seen=None if self.seen is None else at[:, some])
+                       seen=None if self.seen is None else some.seen)
 
-    def _same(self, y: ArrayLike, k: int, names: Sequence[str], repeats: bool = False) -> np.ndarray:
+    def same(self, y: ArrayLike, k: int, names: Sequence[str], repeats: bool = False) -> np.ndarray:
         """As `check_readings`, row by row where there are repeats, on all ranks together, which have to have the same.
         """
         def check() -> np.ndarray:
             lists = (list, tuple, np.ndarray)
             rows = list(y) if repeats and isinstance(y, lists) and np.shape(y[:1]) else []
             if rows and all(isinstance(row, lists) for row in rows):
-                return np.stack([check_readings(row, k, names) for row in rows])
-            return check_readings(y, k, names)
+                return np.stack([check_readings(row, k, names or None) for row in rows])
+            return check_readings(y, k, names or None)
         return alike(self.problem.comm, lambda: {"y": check()})[0]
 
-    def _distance(self, seen: torch.Tensor | None, residual: torch.Tensor, problem: InverseProblem,
-                  y: np.ndarray) -> Distance | None:
-        """How far a measurement is from training readings (n, k), and whether a model is out of its depth there.
+    def distance(self, problem: InverseProblem, sensors: EmulatedSensors, y: np.ndarray) -> Distance | None:
+        """How far a measurement (k,) is from training readings, and whether the model is out of its depth there.
 
-        The residual (k, k) is the covariance of noise and emulator error.
+        None where these are not known, or too few.
         """
-        if seen is None or len(seen) < _FEWEST:
+        if self.seen is None or len(self.seen) < _FEWEST or not len(y):
             return None
+        seen = sensors.seen if sensors.rows is None or sensors.offset is None else (
+            self.seen @ sensors.rows.T + sensors.offset)
+        assert seen is not None
         noise, emulator = problem.noise, self.denoiser.base.emulator
+        residual = sensors.total if sensors.family else sensors.denoiser.base.emulator.residual
 
         def run() -> Distance:
             names = problem.names or [str(i) for i in range(len(y))]
-            found = measure_distance(seen, noise, torch.tensor(y), names, self.denoiser.readings)
-            exact = self.denoiser.network is None and self.denoiser.readings is None and emulator.affine and isinstance(
-                noise, GaussianNoise)
+            found = measure_distance(seen, noise, torch.tensor(y), names, sensors.denoiser.readings)
+            exact = sensors.denoiser.network is None and emulator.affine and isinstance(noise, GaussianNoise)
+            exact = exact and sensors.denoiser.readings is None
             if isinstance(noise, GaussianNoise) and exact and found.far:
                 covariance = noise.covariance(seen)
                 unit = covariance.diagonal().clamp(min=1e-300).sqrt()
@@ -268,7 +297,9 @@ class Model:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                network = f"a network that takes {gain:.1%} off the loss of the Gaussian base"
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
+                network += f" {gain:.1%} off the loss of the Gaussian base"
         elif history.step:
             network += ", which none beats on held-out pairs"
         elif base.emulator.affine and base.law is None:

@@ -16,6 +16,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
+from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
@@ -23,6 +24,7 @@ from fem_diffusion.samples import Samples
 if TYPE_CHECKING:
     from fem_diffusion.simulation.data_set import DataSet
     from fem_diffusion.trust.check import Check
+    from fem_diffusion.trust.cross import CrossValidation
 
 __all__ = ["Posterior"]
 
@@ -47,8 +49,8 @@ class Posterior:
         What the readings tell of modes past those of the basis, where the problem is linear.
     distance : Distance or None
         How far the measurement is from those of the training, where these are known.
-    locate : Callable or None
-        Conditions the denoiser on other measurements (B, k) by the same sensors.
+    sensors : EmulatedSensors or None
+        Those of the measurement as the model sees them: it answers other measurements by them, or by some of them.
     """
 
     problem: InverseProblem
@@ -57,7 +59,7 @@ class Posterior:
     y: np.ndarray
     tail: LinearTail | None = None
     distance: Distance | None = None
-    locate: Callable[[np.ndarray], Conditioned] | None = None
+    sensors: EmulatedSensors | None = None
 
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
                extrapolate: bool = False, device: str = "cpu",
@@ -116,7 +118,9 @@ class Posterior:
             values = self.basis.decode(z[part], stream if refill else None)
             if refill and self.tail is not None:
                 modes = self.basis.decode(z[part])
-                values = modes + self.tail.given(values - modes, self.y, z[part], stream, self.problem.comm)
+                values -= modes
+                values = self.tail.given(values, self.y, z[part], stream, self.problem.comm)
+                values += modes
             out[part] = self.problem.prior.transform_many(values) if transformed else values
         return out
 
@@ -176,6 +180,21 @@ class Posterior:
         from fem_diffusion.trust.check import check
 
         return check(self, solves, seed=seed, data=data)
+
+    def cross_validate(self, *, draws: int = 400, seed: int = 0) -> "CrossValidation":
+        """Each sensor predicted from the others, without a solve and without a truth (collective).
+
+        It names sensors that disagree, tells how often predictions hold, and by what the noise would have to be
+        multiplied; of measurements at many times `Posteriors` has the same. `draws` and `seed` are those of samples,
+        where predictions are not known in closed form. See `fem_diffusion.trust.cross`. InputError where there are no
+        two sensors, or a number is out of range.
+        """
+        from fem_diffusion.trust.cross import cross_validate
+
+        if self.sensors is None:
+            raise InputError("The posterior does not know its model's sensors: take one of model.condition(y).")
+        names = self.problem.names or tuple(map(str, range(len(self.y))))
+        return cross_validate(self.sensors, self.y[None], names, self.problem.comm, draws=draws, seed=seed)
 
     def report(self, path: str | os.PathLike, **given: Any) -> Path:
         """Write a page for people who decide, with the verdict of `check`; see `fem_diffusion.report`."""

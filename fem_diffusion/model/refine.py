@@ -34,6 +34,7 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
+from fem_diffusion.diffusion.network import name_of
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
@@ -177,12 +178,12 @@ class _Pairs:
         if fields is None and z is not None:
             fields = self.basis.decode(z, stream(seed, "tail") if self.basis.standard_prior else None)
         assert fields is not None
-        parameters, latents, found = problem.prior.transform_many(fields.copy()), self.basis.encode(fields), []
+        latents, found = self.basis.encode(fields), []
         with contextlib.closing(Job(problem, seed, False)) as job, bar(len(fields), "refine", show) as shown:
             for first in range(0, len(fields), self._block):
                 part = latents[first:first + self._block]
                 found.append(self._answers.ask(part, lambda some: self._solved(
-                    job, parameters[first:first + len(some)])))
+                    job, fields[first:first + len(some)])))
                 shown.update(len(part))
         readings = np.concatenate(found)
         self.solves += len(fields)
@@ -197,18 +198,18 @@ class _Pairs:
         self.z = torch.cat([self.z, torch.from_numpy(self.basis.encode(fields[rows]))])
         return len(rows)
 
-    def _solved(self, job: Job, parameters: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of parameters (B, n_owned of M), NaN where solves fail, shared out over an ensemble."""
+    def _solved(self, job: Job, fields: np.ndarray) -> np.ndarray:
+        """Readings (B, k) of fields (B, n_owned) before transforms, NaN where solves fail; an ensemble shares them."""
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
-        mine, found = range(member, len(parameters), members), Solved()
-        together(self.everyone, lambda: job.solve(parameters[mine], mine, found, lambda found: False))
+        mine, found = range(member, len(fields), members), Solved()
+        together(self.everyone, lambda: job.solve(fields, mine, found, lambda found: False))
         results = {i: row for i, (_, row, _) in found.results.items()}
         for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(
                 (results, found.failed)):
             results |= others
             self._reason = self._reason or next(iter(failed.values()), "")
         nothing = np.full(self.data.readings.shape[1], np.nan)
-        return np.array([results.get(i, nothing) for i in range(len(parameters))])
+        return np.array([results.get(i, nothing) for i in range(len(fields))])
 
     def posterior(self, conditioned: Conditioned, n: int, seed: int) -> np.ndarray:
         """Latents (n, r) of samples of the present posterior."""
@@ -255,8 +256,8 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
                       "take more modes, or correct the samples with the solver.", MeasurementWarning, stacklevel=3)
     if first.network is not None:
         # Where a network was worth it, samples start from one again: it learns from draws of the prior alone.
-        name = next((name for name, kind in NETWORKS.items() if type(first.network) is kind and not kind.families),
-                    "latents")
+        name = name_of(first.network) or "latents"
+        name = "latents" if NETWORKS[name].families else name
         geometry = field_geometry(pairs.basis) if NETWORKS[name].mesh else None
         denoiser, history = on_root(pairs.everyone, lambda: fit_denoiser(
             pairs.z[:pairs.drawn], pairs.c[:pairs.drawn], noise, network=name, base=denoiser.base, standard_prior=True,

@@ -181,8 +181,9 @@ class _Expansion(GaussianCore):
         """As `Prior.sample_many`: white noise, projected onto the modes."""
         n, seed = alike(self.V.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         rng, block = np.random.default_rng(seed), self._noise.block()
-        parts = [self._noise.white_noise(rng, min(block, n - start)) for start in range(0, n, block)]
-        w = self.V.comm.allreduce(np.concatenate(parts) @ self._of._modes.T)
+        parts = [self._noise.white_noise(rng, min(block, n - start)) @ self._of._modes.T
+                 for start in range(0, n, block)]
+        w = self.V.comm.allreduce(np.concatenate(parts))
         return (w * self._of._root) @ self._of._modes
 
     def apply_covariance(self, x: np.ndarray) -> np.ndarray:

@@ -27,7 +27,10 @@ __all__ = ["MaternOperator", "NumberOperator", "matern_correlation", "matern_ope
 
 _EXACT_LIMIT = 8000      # up to so many unknowns the pointwise variance is exact: one solve for each
 _VARIANCE_ERROR = 0.02   # relative standard error of the estimated pointwise variance of larger problems, at most
-_BLOCK_BYTES = 2**27     # memory for one block of right-hand sides
+_BLOCK_BYTES = 2**28     # memory for one block of right-hand sides, of all ranks together
+_NOISE_BYTES = 2**27     # memory for the numbers of white noise that are drawn at once
+# Of an estimated variance: half the rank of the part that is known, its stress on the boundary, draws between looks.
+_WIDTH, _STRESS, _DRAWS = 80, 6.0, 32
 
 
 def matern_correlation(r: ArrayLike, correlation_length: float, smoothness: float) -> np.ndarray:
@@ -87,20 +90,26 @@ class MaternOperator:
         """``R M Rᵀ`` applied to every row of the dual coefficients x (k, n_owned)."""
         return self.root(multiply(self.mass, self.root(x)))
 
-    def white_noise(self, rng: np.random.Generator, k: int) -> np.ndarray:
+    def white_noise(self, rng: np.random.Generator, k: int, signs: bool = False) -> np.ndarray:
         """k draws of ``b ~ N(0, M)``, dual coefficients of shape (k, n_owned).
 
-        Every rank draws the numbers of all cells and keeps its own: a sample does not depend on the ranks.
+        Of random `signs` they are cheaper, not Gaussian, and have the same mean and covariance. Every rank draws the
+        numbers of all cells and keeps its own: a sample does not depend on the ranks.
         """
         owned, total = self.noise.getSizes()[1]
         per_cell = total // self.comm.allreduce(len(self.places))
-        z = rng.standard_normal((k, total // per_cell, per_cell))
-        # Alone, this rank owns all cells, and they are in order.
-        return multiply(self.noise, (z if owned == total else z[:, self.places]).reshape(k, owned))
+        step, result = max(1, _NOISE_BYTES // (8 * total)), np.empty((k, len(self.free)))
+        for start in range(0, k, step):
+            shape = min(step, k - start), total // per_cell, per_cell
+            z = 2.0 * rng.integers(0, 2, shape, dtype=bool) - 1 if signs else rng.standard_normal(shape)
+            # Alone, this rank owns all cells, and they are in order.
+            z = (z if owned == total else z[:, self.places]).reshape(-1, owned)
+            result[start:start + step] = multiply(self.noise, z)
+        return result
 
     def block(self) -> int:
         """Number of vectors to treat at once."""
-        return int(np.clip(_BLOCK_BYTES / (8 * self.noise.getSizes()[1][1]), 1, 256))
+        return int(np.clip(_BLOCK_BYTES / (8 * self.mass.getSizes()[1][1]), 1, 256))
 
 
 class NumberOperator:
@@ -220,25 +229,33 @@ def pointwise_variance(op: MaternOperator, exact: bool = False) -> np.ndarray:
     return result
 
 
-def _estimated_variance(op: MaternOperator, rank: int = 256) -> np.ndarray:
+def _estimated_variance(op: MaternOperator) -> np.ndarray:
     """Diagonal of ``C = R M Rᵀ``: exact for a low-rank part, plus the spread of draws given that part.
 
-    With a random ``Ω`` of ``rank`` columns, a draw x splits into its regression on ``Ωᵀ x``, whose variance
-    ``diag(C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C)`` is known, and an independent remainder.  Only the remainder is estimated by Monte
-    Carlo: the error is the usual one times the remainder's share of the variance.
+    With a matrix ``Ω``, a draw x splits into its regression on ``Ωᵀ x``, whose variance
+    ``diag(C Ω (Ωᵀ C Ω)⁻¹ Ωᵀ C)`` is known, and a remainder without correlation to it.  Only the remainder is estimated
+    by Monte Carlo: the error is the usual one times the remainder's share of the variance, which is small because
+    ``Ω = [b, M C b]`` of white noise b spans nearly the leading modes (Musco and Musco 2015).  Where the boundary damps
+    these, the share is largest: there b is stressed, by what ``R M 1``, one inside, falls short of one.
     """
-    rng, block = np.random.default_rng(0), op.block()
-    omega = np.concatenate([op.white_noise(rng, block) for _ in range(-(-rank // block))])
-    image = np.concatenate([op.action(omega[i:i + block]) for i in range(0, len(omega), block)])
-    values, vectors = np.linalg.eigh(op.comm.allreduce(image @ omega.T))
+    rng = np.random.default_rng(0)
+    omega, image = np.empty((2, 2 * _WIDTH, len(op.free)))
+    inside = op.root(multiply(op.mass, np.ones((1, len(op.free)))))[0] / op.weight
+    omega[:_WIDTH] = op.white_noise(rng, _WIDTH, signs=True) * (1 + _STRESS * np.abs(1 - inside))
+    image[:_WIDTH] = op.action(omega[:_WIDTH])
+    omega[_WIDTH:] = multiply(op.mass, image[:_WIDTH])
+    image[_WIDTH:] = op.action(omega[_WIDTH:])
+    gram = op.comm.allreduce(image @ omega.T)
+    unit = 1 / np.sqrt(gram.diagonal())
+    values, vectors = np.linalg.eigh(gram * unit * unit[:, None])
     keep = values > 1e-10 * values[-1]
-    vectors = vectors[:, keep] / np.sqrt(values[keep])
-    omega, image = vectors.T @ omega, vectors.T @ image  # now Ωᵀ x ~ N(0, I)
-    known, rest, count, error = np.sum(image**2, axis=0), 0.0, 0, np.inf
+    turn = unit[:, None] * vectors[:, keep] / np.sqrt(values[keep])
+    image = turn.T @ image   # Ωᵀ x, turned, is N(0, I), and this its covariance with x
+    known, rest, count, error = np.einsum("ij,ij->j", image, image), 0.0, 0, np.inf
     while error > _VARIANCE_ERROR:
-        x = op.root(op.white_noise(rng, block))
-        x -= op.comm.allreduce(x @ omega.T) @ image
-        rest, count = rest + np.sum(x**2, axis=0), count + block
+        x = op.root(op.white_noise(rng, _DRAWS, signs=True))
+        x -= op.comm.allreduce(x @ omega.T) @ turn @ image
+        rest, count = rest + np.einsum("ij,ij->j", x, x), count + _DRAWS
         estimate = known + rest / count
         error = np.sqrt(2 / count) * largest(op.comm, rest / count / np.where(estimate > 0, estimate, 1.0))
     return estimate

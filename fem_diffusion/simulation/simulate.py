@@ -25,6 +25,9 @@ from fem_diffusion.simulation.solves import Job, Solved, Tally, block_seed, chec
 
 __all__ = ["DataSet", "load_pairs", "simulate", "simulated_parameter"]
 
+# What the parts of a block are called in a data set.
+_PARTS = "coefficients", "readings", "states", "derivatives"
+
 
 def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathLike | None = None,
              keep_states: bool | None = None, derivatives: bool | ModalBasis = False, block: int = 256,
@@ -102,7 +105,8 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
         tally = Tally(seed, block, n, skip)
         if folder is None:
             job.compare()
-            return _told(_joined(_advance(job, n, shown.update, tally), tally, basis))
+            blocks = _advance(job, n, shown.update, tally)
+            return _told(_joined((blocks.pop(0) for _ in range(len(blocks))), tally, basis))
         together(everyone, lambda: member or folder.exists() or job.compare() or folder.create(
             seed, block, keep_states, basis and basis.r, *job.probe))
         together(everyone, lambda: _check_former(folder, job, block))
@@ -225,7 +229,7 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
     In a folder, what is solved is kept, whatever stops the rest.
     """
     done = 0 if former is None else former.count
-    fields, parameters = job.draw(index, max(done, wanted))
+    fields = job.draw(index, max(done, wanted))
     if former is not None and folder is not None and not job.problem.comm.allreduce(
             _near(fields[former.rows], former.coefficients), MPI.LAND):
         raise DataError(f"{folder.file(index)} holds other draws of the prior: name another folder, or delete this.")
@@ -238,7 +242,7 @@ def _turn(job: Job, index: int, wanted: int, former: Block | None, tally: Tally,
             folder.write(index, block)
         return block
     try:
-        job.solve(parameters[turn], turn, found, tally.exceeded, None if job.basis is None else fields[turn])
+        job.solve(fields, turn, found, tally.exceeded)
     except KeyboardInterrupt:
         # On several ranks they are interrupted at different places, and writing needs them all.
         if job.problem.comm.size == 1:
@@ -268,8 +272,10 @@ def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, f
         failed |= {i: reason for i, reason in former.failed.items() if i not in rows}
 
     def both(old: np.ndarray | None, new: np.ndarray) -> np.ndarray:
-        return (new if old is None else np.concatenate([old, new]))[order]
-    return Block(both(old[0], fields[rows]), both(old[1], np.array(readings).reshape(len(rows), k)),
+        return new if old is None else np.concatenate([old, new])[order]
+    # Without a copy where nothing is left out.
+    return Block(both(old[0], fields if rows == list(range(len(fields))) else fields[rows]),
+                 both(old[1], np.array(readings).reshape(len(rows), k)),
                  both(old[2], np.array(states).reshape(len(rows), owned_size(job.problem.U))) if job.keep_states
                  else None, count, failed,
                  both(old[3], np.array([found.results[i][2] for i in rows]).reshape(len(rows), k, job.basis.r))
@@ -277,23 +283,33 @@ def _merged(job: Job, fields: np.ndarray, found: Solved, former: Block | None, f
 
 
 def _joined(blocks: Iterable[Block], tally: Tally, basis: ModalBasis | None) -> DataSet:
-    """The first samples of consecutive blocks, as many as the tally wants; derivatives are by latents of the basis."""
-    kept, skipped, n = [], [], tally.n
+    """The first samples of consecutive blocks, as many as the tally wants; derivatives are by latents of the basis.
+
+    Blocks are taken one by one and let go, so that they are not in memory twice.
+    """
+    whole: dict[str, np.ndarray] = {}
+    kept, skipped, n = 0, [], tally.n
     for index, block in enumerate(blocks):
         start = index * tally.size
         inside = [i for i, position in enumerate(block.rows) if start + position < n]
         skipped += [(start + i, reason) for i, reason in sorted(block.failed.items()) if start + i < n]
-        if inside:
-            kept.append([None if part is None else part[inside] for part in block.parts])
+        parts = {name: part for name, part in zip(_PARTS, block.parts) if part is not None}
+        if len(inside) == n:   # all there is
+            whole, kept = parts, n
+        elif inside:
+            # Memory counts where it is written to.
+            whole = whole or {name: np.empty((n, *part.shape[1:])) for name, part in parts.items()}
+            check_lengths([whole["readings"][0], block.readings[0]])
+            for name, part in parts.items():
+                whole[name][kept:kept + len(inside)] = part[inside]
+            kept += len(inside)
     tally.check([reason for _, reason in skipped], n)
     if not kept:
         raise SolveError(f"The forward problem failed for all of {n} samples; the first: {skipped[0][1]}. Mend the "
                          "solver or the prior.")
-    check_lengths([readings[0] for _, readings, *_ in kept])
-    coefficients, readings, states, derivatives = zip(*kept)
-    return DataSet(np.concatenate(coefficients), np.concatenate(readings),
-                   None if states[0] is None else np.concatenate(states), tuple(skipped),
-                   derivatives=None if derivatives[0] is None else np.concatenate(derivatives), basis=basis)
+    whole = {name: part[:kept] for name, part in whole.items()}
+    return DataSet(whole["coefficients"], whole["readings"], whole.get("states"), tuple(skipped),
+                   derivatives=whole.get("derivatives"), basis=basis)
 
 
 def _told(data: DataSet) -> DataSet:

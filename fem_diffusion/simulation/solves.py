@@ -17,7 +17,7 @@ from mpi4py import MPI
 from fem_diffusion.checks import LARGEST, MISTAKES, together
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
-from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.fields.coefficients import coefficients, field, owned_size
 from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.callable import CallableForward
 from fem_diffusion.forward.taped import Taped
@@ -34,7 +34,7 @@ _PROBES, _CANDIDATES = 2, 8
 # Step of differences in prior standard deviations, and how far a derivative may be from them.
 _STEP, _OFF = 0.1, 0.2
 # Memory of parameters that are solved at once, on this rank.
-_BYTES = 2**29
+_BYTES = 2**28
 # Failures are counted from so many samples on: the first ones say little about a share.
 _ENOUGH = 50
 
@@ -86,9 +86,9 @@ class Job:
     @cached_property
     def probe(self) -> tuple[np.ndarray, np.ndarray]:
         """Fields (p, n_owned) and readings (p, k) of a few samples, each by one call; NaN where there are none."""
-        fields, parameters = self.draw(0, _CANDIDATES)
+        fields = self.draw(0, _CANDIDATES)
         readings, reasons = {}, []
-        for i, values in enumerate(parameters):
+        for i, values in enumerate(self._parameters(fields)):
             try:
                 readings |= {i: self._solve_one(values)[1]} if len(readings) < _PROBES else {}
             except _Failed as error:
@@ -100,34 +100,46 @@ class Job:
         nothing = np.full(len(next(iter(readings.values()))), np.nan)
         return fields, np.array([readings.get(i, nothing) for i in range(_CANDIDATES)])
 
-    def draw(self, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Fields before any transform and parameters of the first samples of a block, shape (size, n_owned) each."""
+    def draw(self, index: int, size: int) -> np.ndarray:
+        """Fields before any transform of the first samples of a block, shape (size, n_owned)."""
         prior = self.problem.prior
         try:
-            # Copies: a prior of the user's own may hand out the same array again, and a solver may write into it.
+            # A copy: a prior of the user's own may hand out the same array again.
             fields = self._together(lambda: np.array(
                 prior.core.sample_many(size, block_seed(self.seed, index)), dtype=float))
             broken = self._watch.allreduce((~np.isfinite(fields).all(axis=1)).astype(int))
             if broken.any():
                 raise DataError(f"Samples {np.flatnonzero(broken).tolist()} of block {index} (seed {self.seed}) are "
                                 "not finite as they come from the prior: mend the prior.")
-            return fields, self._together(lambda: np.array(prior.transform_many(fields.copy()), dtype=float))
+            return fields
         except _Failed as error:
             raise DataError(f"The prior failed for block {index} (seed {self.seed}): {error}. Mend it.") from None
 
-    def solve(self, parameters: np.ndarray, positions: Sequence[int], found: Solved,
-              enough: Callable[[Solved], bool], fields: np.ndarray | None = None) -> None:
-        """Solve for parameters (n, n_owned) until `enough` finds too many failures; `found` is filled on the way.
+    def _parameters(self, fields: np.ndarray) -> np.ndarray:
+        """Parameters (n, n_owned of M) of fields (n, n_owned); DataError where the prior's transform fails."""
+        try:   # copies: a solver may write into what it gets, and so may a transform
+            return self._together(lambda: np.array(self.problem.prior.transform_many(fields.copy()), dtype=float))
+        except _Failed as error:
+            raise DataError(f"The prior's transform failed: {error}. Mend it.") from None
 
-        Derivatives take the fields (n, n_owned) before any transform.
+    def solve(self, fields: np.ndarray, positions: Sequence[int], found: Solved,
+              enough: Callable[[Solved], bool]) -> None:
+        """Solve for fields at positions among fields (n, n_owned) before any transform.
+
+        It stops where `enough` finds too many failures; `found` is filled on the way.
         """
-        size = max(1, _BYTES // (8 * max(1, self._watch.allreduce(parameters.shape[1], MPI.MAX))))
-        if len(parameters) > size:   # there may be more unknowns than memory for copies of a whole block
-            for part in (slice(i, i + size) for i in range(0, len(parameters), size)):
-                self.solve(parameters[part], positions[part], found, enough, None if fields is None else fields[part])
-                if enough(found):
-                    return
-            return
+        width = max(owned_size(self.problem.V), owned_size(self.problem.M))
+        size = max(1, _BYTES // (8 * max(1, self._watch.allreduce(width, MPI.MAX))))
+        # There may be more unknowns than memory for copies of a whole block.
+        for some in (positions[i:i + size] for i in range(0, len(positions), size)):
+            self._solve_part(fields[some], some, found, enough)
+            if enough(found):
+                return
+
+    def _solve_part(self, fields: np.ndarray, positions: Sequence[int], found: Solved,
+                    enough: Callable[[Solved], bool]) -> None:
+        """As `solve`, of fields (m, n_owned) that stand at these positions, all of them together."""
+        parameters = self._parameters(fields)
         together, apply, lost = None, self._blocks, {}
         if apply is not None and len(parameters):
             # A whole block at once is fast, but a solver of the user's own does not tell who fails.
@@ -142,7 +154,7 @@ class Job:
                 else:
                     kept, readings = (part[row if together else 0] for part in (
                         together or self._solve_many(parameters[row:row + 1], apply)))
-                slope = None if fields is None else self._derive(parameters[row], fields[row], kept)
+                slope = None if self.basis is None else self._derive(parameters[row], fields[row], kept)
             except _Failed as error:
                 found.failed[i] = str(error)
                 if enough(found):
@@ -161,9 +173,9 @@ class Job:
         """InputError where the derivative is not that of the readings, by two solves, as where a transform jumps."""
         if self.basis is None:
             return
-        fields, parameters = self.draw(0, _CANDIDATES)
+        fields = self.draw(0, _CANDIDATES)
         along = np.random.default_rng(0).standard_normal(self.basis.r) @ self.basis.scaled_modes
-        for at, values in zip(fields, parameters):
+        for at, values in zip(fields, self._parameters(fields)):
             with contextlib.suppress(_Failed):
                 kept = self._solve_one(values)[0]
                 matrix = self._derive(values, at, kept)

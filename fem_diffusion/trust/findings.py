@@ -16,12 +16,13 @@ from fem_diffusion.checks import stream
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import bounding_box, by_component, coefficients, is_real, multiply
 from fem_diffusion.observation.linear import Observation
+from fem_diffusion.page import words
+from fem_diffusion.page.picture import Picture, new_figure, picture_of
 from fem_diffusion.plot.places import nodes_of
 from fem_diffusion.plot.samples import nodal_values, plot_samples
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
-from fem_diffusion.trust import words
-from fem_diffusion.trust.inline import Picture, new_figure, picture_of, readings_picture
+from fem_diffusion.trust.inline import readings_picture
 
 __all__ = ["Asked", "Unknown", "findings", "readings"]
 
@@ -302,10 +303,11 @@ def readings(posterior: Any, samples: Samples, check: Any, label: str, solves: i
         clean = clean[np.isfinite(clean).all(axis=1)]
     else:
         used = min(solves, len(samples))
-        clean = problem.readings(samples.values[np.linspace(0, len(samples) - 1, used).astype(int)])
-        std = np.zeros_like(y)
+        drawn = samples.values[np.linspace(0, len(samples) - 1, used).astype(int)]
+        clean, std = problem.readings(drawn), np.zeros_like(y)
         if problem.noise is not None:
-            std = problem.noise.covariance(torch.from_numpy(clean)).diagonal().sqrt().numpy()
+            known = torch.from_numpy(problem.beside_levels(clean, drawn))
+            std = problem.noise.covariance(known).diagonal().sqrt().numpy()
     names = problem.names or tuple(f"reading {i}" for i in range(len(y)))
     total = np.sqrt(clean.var(axis=0, ddof=1) + std**2)
     off = (y - clean.mean(axis=0)) / np.where(total > 0, total, np.inf)

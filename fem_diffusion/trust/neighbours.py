@@ -34,8 +34,8 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> tuple
     noise, whitened over all pairs. InputError if the posterior has no model or the pairs are too few; DataError if they
     are of other sensors.
     """
-    clean, locate = _clean(posterior, data), posterior.locate
-    if locate is None or len(clean) < _LEAST:
+    clean, sensors = _clean(posterior, data), posterior.sensors
+    if sensors is None or len(clean) < _LEAST:
         raise InputError(f"{len(clean)} held-out pairs say nothing of a model near one measurement: give "
                          f"model.condition(y) and at least {_LEAST}, from simulate with another seed.")
     z, levels = posterior.basis.encode(data.coefficients)[:, :_LEADING], _levels(posterior, data)
@@ -54,7 +54,8 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> tuple
         axes = axes / np.sqrt(values.clip(min=1e-10 * values[-1]))
         away = np.linalg.norm((white - (at - centre) / unit) @ axes, axis=1)
         near = np.argsort(away)[:min(_MOST, max(_LEAST, round(_SHARE * len(away))))]
-        draws = sample_latents(locate(read[near]), _DRAWS, Sampler(), seed=stream(seed, "neighbours"), progress=False)
+        draws = sample_latents(sensors.locate(read[near]), _DRAWS, Sampler(), seed=stream(seed, "neighbours"),
+                               progress=False)
         found = calibrate(draws.numpy()[:, :, :_LEADING], z[near])
         place = (found.ranks + 0.5) / (_DRAWS + 1) - 0.5
         # Means and mean sizes of uniform ranks, in units of their own chance.

@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,22 @@ from fem_diffusion import files
 from fem_diffusion.checks import (
     alike, check_count, check_file, check_flag, check_kind, check_number, check_seed, check_text,
 )
-from fem_diffusion.errors import InputError, InstallError, SolveError
+from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.measurements.measurements import Measurements
+from fem_diffusion.page import words
+from fem_diffusion.page.picture import picture_of
+from fem_diffusion.page.template import check_template, render
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
-from fem_diffusion.trust import words
 from fem_diffusion.trust.asked import check_places
 from fem_diffusion.trust.check import Check, check
+from fem_diffusion.trust.cross import CrossValidation
 from fem_diffusion.trust.findings import Asked, Unknown, findings, readings
 
 __all__ = ["report"]
 
-_TEMPLATE = "report.html.j2"
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
 _DRAWS = 1000
 _LEAST = 30     # solves of a check
 # What a reader sees first; the shape beside the colour tells it to those who see no colours.
@@ -49,12 +52,12 @@ class Verdict:
 
 
 def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequence[float | None] | None = None,
-           samples: Samples | None = None, check: Check | bool | None = None, question: str | None = None,
-           title: str | None = None, name: str | Sequence[str] | None = None,
-           units: str | Sequence[str | None] | None = None, mesh_units: str | None = None, reading: str = "reading",
-           lines: Sequence | np.ndarray | None = None, boundaries: Sequence[int | str] = (),
-           slices: Sequence[tuple[str, float]] | None = None, draws: int | None = None, solves: int = 50,
-           seed: int = 0, progress: bool = True) -> Path:
+           samples: Samples | None = None, check: Check | bool | None = None, cross: CrossValidation | None = None,
+           measurements: Measurements | None = None, question: str | None = None, title: str | None = None,
+           name: str | Sequence[str] | None = None, units: str | Sequence[str | None] | None = None,
+           mesh_units: str | None = None, reading: str = "reading", lines: Sequence | np.ndarray | None = None,
+           boundaries: Sequence[int | str] = (), slices: Sequence[tuple[str, float]] | None = None,
+           draws: int | None = None, solves: int = 50, seed: int = 0, progress: bool = True) -> Path:
     """Write a page about a posterior: the question, maps or bands, readings, a verdict, and what was run (collective).
 
     Parameters
@@ -71,6 +74,10 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
         there are.
     check : Check or bool, optional
         The verdict; the check is made where left out, unless the samples are corrected, and False leaves it out.
+    cross : CrossValidation, optional
+        What the sensors say of each other, from ``cross_validate``.
+    measurements : Measurements, optional
+        Those that the measurement is one of: what was found in their file is told.
     question, title : str, optional
         What is to be decided, in a sentence, and the heading.
     name, units : str, or sequence of them, optional
@@ -108,7 +115,7 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
                          "a posterior such as model.condition(y), exact(problem, y) or hmc(problem, y, seed=1)")
     comm = problem.comm
     path = on_root(comm, lambda: check_file(path))
-    on_root(comm, lambda: bool(_template()))
+    on_root(comm, check_template)
     seed, solves, draws = alike(comm, lambda: {
         "seed": check_seed(seed), "solves": check_count(solves, "solves", least=2),
         "draws": None if draws is None else check_count(draws, "draws", least=2)})
@@ -126,6 +133,8 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     unknowns = _unknowns(samples, name, units, threshold)
     check_places([samples.component(i).V for i in range(len(unknowns))], lines, boundaries, slices)
     certificate = getattr(samples, "certificate", None)
+    check_kind(cross, "cross", (CrossValidation, type(None)), "what cross_validate returned")
+    check_kind(measurements, "measurements", (Measurements, type(None)), "what read_measurements returned")
     check_kind(check, "check", (Check, bool, type(None)), "what posterior.check() returned, or False")
     if check is True or check is None and certificate is None:
         found, reason = _checked(posterior, solves, seed)
@@ -138,23 +147,18 @@ def report(posterior: Any, path: str | os.PathLike, *, threshold: float | Sequen
     names = " and ".join(unknown.name for unknown in unknowns)
     page = {"title": title or f"What the readings tell of the {names}",
             "question": question or _question(unknowns, problem), "verdict": _verdict(found, certificate, reason),
-            "parts": parts, "readings": seen, "certificate": certificate, "facts": facts,
-            "certificate_rows": [] if certificate is None else _certificate(certificate),
-            "date": datetime.now().strftime("%d %B %Y").lstrip("0"), "lights": _LIGHTS}
-    on_root(comm, lambda: files.write_bytes(path, _template().render(page).encode()))
+            "parts": parts, "readings": seen, "agreement": None if cross is None else _agreement(cross),
+            "origin": () if measurements is None else str(measurements).replace("\n- ", "\n").split("\n"),
+            "certificate": certificate, "facts": facts,
+            "certificate_rows": [] if certificate is None else _certificate(certificate)}
+    on_root(comm, lambda: files.write_bytes(path, render(_TEMPLATE, page).encode()))
     return path
 
 
-def _template() -> Any:
-    """The page's template, which escapes all that is put in."""
-    try:
-        import jinja2
-    except ImportError as error:
-        raise InstallError("The report needs Jinja2: pip install 'fem_diffusion[report]'.") from error
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update({name: getattr(words, name) for name in words.__all__})
-    return environment.get_template(_TEMPLATE)
+def _agreement(cross: CrossValidation) -> dict[str, Any]:
+    """What the sensors say of each other."""
+    picture = picture_of(cross.plot(), "Sensors beside what the others let expect", str(cross), wide=True)
+    return {"sentences": cross.sentences, "times": len(cross.times), "picture": picture}
 
 
 def _drawn(posterior: Any, draws: int | None, seed: int, progress: bool) -> Samples:

@@ -9,30 +9,25 @@ from torch import nn
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import (
-    NETWORKS, CallableNoise, Denoiser, Emulator, FieldGeometry, GaussianBase, History, Layout, Sampler, ScoreModule,
+    NETWORKS, CallableNoise, Denoiser, Emulator, Ensemble, GaussianBase, History, Layout, Sampler, ScoreModule,
     Spectrum, Support, TrainingOptions, fit_denoiser, linear_base,
 )
-from fem_diffusion.diffusion.network import build
+from fem_diffusion.diffusion.network import build, name_of
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.errors import FileError, InputError
-from truths import GaussianTruth, draw, random
+from truths import GaussianTruth, draw, random, scattered
 
 R, K = 3, 2
 HISTORY = History([10], [1.0], [0.9], 1.0, 10, 0.9, 1.1)
 Y = torch.randn(2, K, generator=random(), dtype=torch.float64)
 
 
-def _geometry():
-    """Nine points of a domain in two dimensions, and modes that are orthonormal there."""
-    modes = torch.linalg.qr(torch.randn(9, R, generator=random(1), dtype=torch.float64)).Q.T * 3
-    return FieldGeometry(modes, modes.T / 9, torch.randn(2, R, 9, generator=random(2)).double(),
-                         torch.zeros(9).double(), torch.zeros(2, 9).double(), torch.ones(R).double())
-
-
-def _denoiser(name, emulated=True):
+def _denoiser(name, emulated=True, members=1):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = None if name is None else build(name, R, K, 8, 1, _geometry() if name == "field" else None)
+        networks = [None if name is None else build(name, R, K, 8, 1, scattered(R) if name == "field" else None)
+                    for _ in range(members)]
+        network = networks[0] if members == 1 else Ensemble(networks)
         emulator = Emulator(R, K, 8, 1 if emulated else 0)
         for module in (network, emulator):
             for parameter in () if module is None else module.parameters():
@@ -61,16 +56,18 @@ def _draws(denoiser, name):
 
 
 @pytest.mark.parametrize("name", [None, *NETWORKS])
-@pytest.mark.parametrize("emulated", [False, True])
-def test_what_comes_back_is_what_went_in(tmp_path, name, emulated):
-    denoiser = _denoiser(name, emulated)
+@pytest.mark.parametrize("emulated, members", [(False, 1), (True, 1), (True, 3)])
+def test_what_comes_back_is_what_went_in(tmp_path, name, emulated, members):
+    denoiser = _denoiser(name, emulated, members if name else 1)
     again, history = unpack_denoiser(_written(tmp_path / "model", denoiser))
     assert history == HISTORY and again.known == denoiser.known and again.base.updates == 3
     if name == "field":
-        assert again.network.modes is None and not any("modes" in key for key in pack_denoiser(denoiser, HISTORY)[0])
-        again = Denoiser(again.base, again.network.on(_geometry()), again.spectrum, again.support, again.known)
+        one = again.network.members[0] if members > 1 else again.network
+        assert one.modes is None and not any("modes" in key for key in pack_denoiser(denoiser, HISTORY)[0])
+        again = Denoiser(again.base, again.network.on(scattered(R)), again.spectrum, again.support, again.known)
     if name is not None:
-        assert type(again.network) is NETWORKS[name] and not again.network.training
+        assert type(again.network) is (NETWORKS[name] if members == 1 else Ensemble) and not again.network.training
+        assert name_of(again.network) == name
         assert not any(parameter.requires_grad for parameter in again.network.parameters())
     torch.testing.assert_close(_draws(again, name), _draws(denoiser, name), rtol=0, atol=0)
     assert torch.equal(again.spectrum.weights, denoiser.spectrum.weights)
@@ -143,6 +140,12 @@ def _kind(name):
     return change
 
 
+def _members(number, part="network"):
+    def change(arrays, values):
+        values[part]["members"] = number
+    return change
+
+
 @pytest.mark.parametrize("change, words", [
     (_without("base.mean"), "no 'base.mean'"), (_set("base.factor", np.zeros((R, R))), "no base"),
     (_set("base.factor", np.ones((R, R))), "no base"), (_set("base.factor", np.full((R, R), np.nan)), "not finite"),
@@ -153,6 +156,8 @@ def _kind(name):
     (_without("emulator.matrix"), "'emulator.matrix'"),
     (_set("emulator.matrix", np.ones((K, R + 1))), "of shape|do not fit"),
     (_set("emulator.residual", np.full((K, K), np.nan)), "not finite"),
+    (_members(0), "and sizes"), (_members(2), "not those of its network"), (_members(10**9), "and sizes"),
+    (_members(True), "and sizes"), (_members(2, "emulator"), "and sizes"),
     (_kind("Linear"), "known class and sizes"), (_kind("Emulator"), "known class and sizes"),
     (_sizes(r=R + 1), "do not fit"), (_sizes(width=7), "not those of its network"), (_sizes(width=10**15), "and sizes"),
     (_sizes(width=-1), "and sizes"), (_sizes(width=True), "and sizes"), (_sizes(depth=10**6), "and sizes"),

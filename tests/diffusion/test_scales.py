@@ -177,7 +177,8 @@ def test_distances_of_readings_over_decades_are_told_on_their_scale():
     wrong = 1e-8 * torch.tensor([1.0, 8.0]).double()
     assert not measure_distance(y, noise, wrong, "ab").worst
     found = measure_distance(y, noise, wrong, "ab", scale)
-    assert found.worst and " to " in found.message and "is expected beside" in found.message
+    assert found.worst
+    assert " to " in found.message and "is expected beside" in found.message
 
 
 def test_moves_are_what_the_edges_need():

@@ -176,6 +176,41 @@ def test_repeats_and_failed_sensors_share_the_level(job):
     assert len(posterior.problem.levels) == count and posterior.problem.prior is problem.prior
 
 
+def test_sensors_are_predicted_from_the_others_with_the_level_unknown(job):
+    """By quadrature: a mixture over the level, of which the others tell."""
+    problem, y, model, *_ = job
+    levels = problem.levels
+    found = model.condition(y).cross_validate(draws=1000, seed=3)
+    fixed = _problem(GaussianNoise(std=1.0))
+    mean, C, rows = coefficients(fixed.prior.mean), fixed.prior.covariance_matrix(), fixed.sensitivity(fixed.prior.mean)
+    d, seen, z = y - fixed.readings(mean[None])[0], rows @ C @ rows.T, np.linspace(-4, 4, 41)
+    sizes = [19] if len(levels) == 1 else [SPLIT, 19 - SPLIT]
+    stds = [law.of_normal(z) for law in levels]
+    for i in (0, 9, 15):
+        kept, weights, means, squares = np.delete(np.arange(19), i), [], [], []
+        for places in product(range(len(z)), repeat=len(levels)):
+            S = seen + np.diag(np.repeat([std[j] for std, j in zip(stds, places)], sizes)**2)
+            inner = S[np.ix_(kept, kept)]
+            gain = np.linalg.solve(inner, S[kept, i])
+            weights.append(-sum(z[j]**2 for j in places) / 2 - np.linalg.slogdet(inner)[1] / 2
+                           - d[kept] @ np.linalg.solve(inner, d[kept]) / 2)
+            means.append(gain @ d[kept])
+            squares.append(S[i, i] - gain @ S[kept, i] + means[-1]**2)
+        w = np.exp(np.array(weights) - max(weights))
+        w /= w.sum()
+        average = w @ means
+        std = np.sqrt(w @ squares - average**2)
+        assert abs(found.mean[0, i] - (y[i] - d[i]) - average) < 0.2 * std
+        assert abs(np.log(found.std[0, i] / std)) < 0.15
+    assert found.noise is None and not found.worst
+
+
+def test_a_report_knows_the_level(job, tmp_path):
+    page = job[2].condition(job[1]).report(tmp_path / "page.html", draws=200, progress=False, check=False)
+    text = page.read_text()
+    assert "noise level" in text and "Readings and predictions" in text
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: GaussianNoise(std=norm(0.1, 0.05)), "may be negative"),
     (lambda: StudentNoise(std=norm(0.1, 0.05)), "may be negative"),

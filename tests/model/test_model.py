@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from firedrake import (
     Constant, DirichletBC, Function, FunctionSpace, RectangleMesh, SpatialCoordinate, Submesh, as_vector, assemble, dx,
     exp,
@@ -15,6 +16,7 @@ from fem_diffusion import (
     ProductPrior, SensorFamily, SensorKind, TrainingOptions, TransformedPrior, exact, fit, karhunen_loeve, load_model,
     point_sensors, pod, simulate,
 )
+from fem_diffusion.diffusion import Ensemble, History, ResidualMLP
 from fem_diffusion.errors import DataError, FileError, InputError
 
 NOISE = 0.05
@@ -229,6 +231,23 @@ def test_repr_is_short_and_tells_what_was_trained(job):
     assert repr(model.condition(Y)).startswith("Posterior: Gaussian over 3 modes")
     for thing in (model, model.condition(Y)):
         assert repr(problem) in repr(thing) and len(repr(thing).splitlines()) == 2
+
+
+def test_a_model_of_several_networks_tells_so_and_is_saved_whole(job, tmp_path):
+    problem, _, model = job
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        networks = [ResidualMLP(3, 4, 8, 1) for _ in range(2)]
+    for x in (parameter for network in networks for parameter in network.parameters()):
+        x.data += 0.1
+    several = replace(model, denoiser=replace(model.denoiser, network=Ensemble(networks).requires_grad_(False)),
+                      history=History([10], [1.0], [0.9], 1.0, 10))
+    assert "the mean of 2 networks, which takes 10.0% off the loss" in several.summary
+    several.save(tmp_path / "model")
+    loaded = load_model(tmp_path / "model", problem)
+    draws = [m.condition(Y).sample(20, seed=1, progress=False).latents for m in (several, loaded, model)]
+    np.testing.assert_allclose(draws[1], draws[0], rtol=0, atol=1e-10)
+    assert np.abs(draws[2] - draws[0]).max() > 0.01
 
 
 def test_what_was_done_is_in_the_log_of_petsc(job):

@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on_and_solves_nothing_twice(quick, tmp_path):
     np.testing.assert_array_equal(again.readings, more.readings)
     np.testing.assert_array_equal(again.coefficients, more.coefficients)
     draws = [x.condition(Y).sample(5, seed=1, progress=False).latents for x in (found, refined)]
-    np.testing.assert_array_equal(*draws)
+    np.testing.assert_allclose(*draws, rtol=1e-9)   # products round as memory is aligned
     # Training may turn out otherwise, as on another machine: what was solved is kept all the same.
     _, other = run(options=replace(QUICK, seed=3))
     assert len(calls) == 1

@@ -1,19 +1,25 @@
 """Data sets: reproducible, resumable, shared by ensembles, and refused where they do not fit."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from firedrake import Ensemble, Function, FunctionSpace, UnitIntervalMesh, UnitSquareMesh
+from firedrake import (
+    DirichletBC, Ensemble, Function, FunctionSpace, TestFunction, UnitIntervalMesh, UnitSquareMesh, dx, grad, inner,
+)
 from mpi4py import MPI
 
 from fem_diffusion.fields import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
+from fem_diffusion.forward.steady import Steady
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.matern import MaternOperator
 from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.simulation import solves
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
 
@@ -43,6 +49,22 @@ def test_pairs_belong_together():
     np.testing.assert_allclose(problem.observation.apply(data.states), data.readings)
     np.testing.assert_allclose(problem.observation.apply(data.coefficients**2), data.readings, rtol=1e-12)
     assert repr(data) == "DataSet: 20 pairs with 2 readings and states"
+
+
+@pytest.mark.parametrize("block", [100, 500])
+def test_no_more_than_two_copies_of_the_fields_are_in_memory(block, monkeypatch):
+    V = FunctionSpace(UnitSquareMesh(70, 70), "CG", 1)
+    u, m, v = Function(V), Function(V), TestFunction(V)
+    forward = Steady(inner(grad(u), grad(v)) * dx - m * v * dx, u, m, DirichletBC(V, 0, "on_boundary"))
+    problem = InverseProblem(GaussianPrior(V, 1.0, 0.3), forward, point_sensors(V, [[0.25, 0.5]]))
+    monkeypatch.setattr(solves, "_BYTES", 8 * 10 * V.dim())
+    simulate(problem, 1, seed=1, progress=False)   # compiles
+    monkeypatch.setattr(MaternOperator, "block", lambda op: 10)
+    tracemalloc.start()
+    data = simulate(problem, 500, seed=1, block=block, progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.4 * data.coefficients.nbytes
 
 
 def test_numbers_of_numpy_will_do(tmp_path):

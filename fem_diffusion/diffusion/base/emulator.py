@@ -192,11 +192,16 @@ class _Regression(Task[Emulator]):
     def network(self) -> Emulator:
         return Emulator(self.z.shape[1], self.rest.shape[1], self.options.width, self.options.depth)
 
-    def loss(self, network: Emulator, index: Tensor, generator: torch.Generator) -> Tensor:
-        z, slopes = self.z[index], None if self.slopes is None else self.slopes[index]
-        ways = z.new_zeros(0, *z.shape) if slopes is None else torch.randn(
-            1, *z.shape, generator=generator, device=z.device)
-        return self._losses((z, self.rest[index], slopes), ways, network).mean()
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        z, rest = self.z[index], self.rest[index]
+        if self.slopes is None:
+            return z, rest
+        return z, rest, self.slopes[index], torch.randn(1, *z.shape, generator=generator, device=z.device)
+
+    def loss(self, network: Emulator, *batch: Tensor) -> Tensor:
+        z, rest, *more = batch
+        slopes, ways = more or (None, z[None])
+        return self._losses((z, rest, slopes), ways, network).mean()
 
     def evaluate(self, network: Emulator) -> Tensor:
         return self._losses(self.validation, self.ways, network)
@@ -308,7 +313,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None =
     network, history = None, History()
     if float(torch.linalg.eigvalsh(left)[-1]) > _SMALL and (
             float(size) > _ROUNDING * float(((c[training] - offset) @ whitener.T).square().sum(1).mean().sqrt())):
-        options = replace(options, width=_WIDER * options.width, batch=min(options.batch, len(training)))
+        options = replace(options, width=_WIDER * options.width, members=1, batch=min(options.batch, len(training)))
         with threads(options.threads):
             device = torch.device(options.device)
             centre, unit = z[training].mean(0), spread(z[training] - z[training].mean(0))

@@ -60,14 +60,17 @@ class MappedNoise(Noise):
 
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """As `Noise.sample`."""
-        return self.scale.forward(self.inner.sample(self._clean(y), generator))
+        x = self._clean(y)
+        return self.scale.forward(self._whole(x).sample(x, generator))
+
+    def _whole(self, x: Tensor) -> Noise:
+        """The noise itself with the emulator's error, at clean readings (B, k) of the users."""
+        return self.inner if self._more is None else self.inner.widened(self._more / self._slopes(x).square())
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
         """As `GaussianNoise.log_density`."""
         x, reading = self._clean(clean), self.scale.inverse(y)
-        inner = self.inner
-        if self._more is not None:
-            inner = inner.widened(self._more / self._slopes(x).square())
+        inner = self._whole(x)
         assert inner.log_density is not None
         return inner.log_density(reading, x) - self.scale.log_slope(reading).sum(-1)
 

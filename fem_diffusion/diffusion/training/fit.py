@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from scipy.stats import chisquare
@@ -30,7 +30,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.maps.laws import check_draws, marginals
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
-from fem_diffusion.diffusion.network import NETWORKS, ScoreModule, build
+from fem_diffusion.diffusion.network import NETWORKS, Ensemble, ScoreModule, ScoreNetwork, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
@@ -197,7 +197,7 @@ class _Seen:
         return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
-class _Denoising(Task[ScoreModule]):
+class _Denoising(Task[ScoreModule | Ensemble]):
     """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
 
     name = "train"
@@ -228,6 +228,9 @@ class _Denoising(Task[ScoreModule]):
     def network(self) -> ScoreModule:
         (name, geometry), base, options = self.wanted, self.denoiser.base, self.options
         return build(name, base.r, base.k, options.width, options.depth, geometry)
+
+    def joined(self, networks: list[ScoreModule | Ensemble]) -> ScoreModule | Ensemble:
+        return networks[0] if len(networks) == 1 else Ensemble(cast(list[ScoreModule], networks))
 
     def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
         """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.
@@ -265,6 +268,8 @@ class _Denoising(Task[ScoreModule]):
             z, white = (torch.randn(_DRAWN, n, generator=generator, dtype=z.dtype, device=z.device)
                         for n in (base.r, base.k))
             c = base.emulator(z) + white @ roots(base.emulator.residual)[1].T
+            if base.law is not None:
+                c = base.law.noise.sample(base.law.clean(c, z), generator)
         found, seen = [], []
         for latents, coordinates in zip(z.split(_CHUNK), c.split(_CHUNK)):
             conditioned = self.denoiser.at(coordinates) if drawn else self._conditioned(
@@ -287,22 +292,25 @@ class _Denoising(Task[ScoreModule]):
         moves = self.draws - 1 if self.denoiser.known and not alone else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
-    def loss(self, network: ScoreModule, index: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         seen = self.bank.select(index)
         draw = torch.randint(len(seen.w), (len(index),), generator=generator, device=index.device)
         w = seen.w.gather(0, draw[None, :, None].expand(1, -1, seen.w.shape[2]))
-        v, angle, target = noisy(w, self.options, generator)
-        return (network(v, angle, *network.context(*seen.inputs)) - target).square().mean()
+        return *noisy(w, self.options, generator), *seen.inputs
+
+    def loss(self, network: ScoreNetwork, *batch: Tensor) -> Tensor:
+        v, angle, target, *inputs = batch
+        return (network(v, angle, *network.context(*inputs)) - target).square().mean()
 
     def _losses(self, output: Callable[[_Seen, Tensor, Tensor], Tensor]) -> Tensor:
         """Validation loss of each held-out pair, averaged over its draws; shape (held_out,)."""
         return torch.cat([(output(seen, v, angle) - target).square().mean((0, 2))
                           for seen, (v, angle, target) in self.validation])
 
-    def evaluate(self, network: ScoreModule) -> Tensor:
+    def evaluate(self, network: ScoreNetwork) -> Tensor:
         return self._losses(lambda seen, v, angle: network(v, angle, *network.context(*seen.inputs)))
 
-    def spectrum(self, network: ScoreModule) -> Spectrum:
+    def spectrum(self, network: ScoreNetwork) -> Spectrum:
         """Spectrum of the posterior in base coordinates, from the network's mean square over held-out measurements."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
         angles = (torch.arange(_SPECTRUM_ANGLES, dtype=torch.float64) + 0.5) / _SPECTRUM_ANGLES * math.pi / 2

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -16,10 +16,10 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_device, check_number, check_path, check_seed
+from fem_diffusion.diffusion.training.batched import Batched, flat, into
 from fem_diffusion.diffusion.training.checkpoint import load_state, read_state, save_state
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.progress import bar
@@ -27,7 +27,6 @@ from fem_diffusion.progress import bar
 __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
 
 N = TypeVar("N", bound=nn.Module)
-Parameters = tuple[Tensor, ...] | list[Tensor]
 
 _FEWEST_HELD_OUT = 10
 # Beyond a log sigma of 20 noise levels leave the range of single precision.
@@ -44,13 +43,14 @@ class TrainingOptions:
     Parameters
     ----------
     steps, batch : int
-        Largest number of optimiser steps, pairs a step.
+        Largest number of optimiser steps, pairs a step of each member.
     learning_rate, weight_decay : float
         Of AdamW; the rate warms up over 2 % of the steps and falls to zero as a cosine.
     ema_decay : float
         Decay a step of the exponential moving average of the weights, which is what is kept.
-    width, depth : int
-        Of the residual network.
+    width, depth, members : int
+        Of the residual network; number of score networks that are trained side by side, from weights and on batches of
+        their own, and averaged. An emulator is one network.
     validation_fraction : float
         Share of the pairs held out for early stopping.
     evaluate_every, patience : int
@@ -71,6 +71,7 @@ class TrainingOptions:
     ema_decay: float = 0.998
     width: int = 128
     depth: int = 3
+    members: int = 1
     validation_fraction: float = 0.1
     evaluate_every: int = 250
     patience: int = 8
@@ -82,7 +83,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         """Raise InputError where a setting is out of its range; numbers become Python's, as files want them."""
-        counts = ["steps", "batch", "width", "depth", "evaluate_every", "patience"] + ["threads"] * (
+        counts = ["steps", "batch", "width", "depth", "members", "evaluate_every", "patience"] + ["threads"] * (
             self.threads is not None)
         checked = {name: check_count(getattr(self, name), name) for name in counts}
         checked |= {name: check_number(getattr(self, name), name, **bounds) for name, bounds in _BOUNDS.items()}
@@ -135,11 +136,20 @@ class Task(Protocol[N]):
         """A network before training; the loop has seeded torch."""
         ...
 
+    def joined(self, networks: list[N]) -> N:
+        """What answers as these networks do on average."""
+        network, = networks
+        return network
+
     def prepare(self, generator: torch.Generator) -> None:
         """Called after every evaluation and before the first step: what follows depends on the generator alone."""
 
-    def loss(self, network: N, index: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of the entries `index` (B,), a scalar to be differentiated."""
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """A batch of the entries `index` (B,), as `loss` takes it."""
+        ...
+
+    def loss(self, network: N, *batch: Tensor) -> Tensor:
+        """Loss of a batch, a scalar to be differentiated; where there are several members, under `torch.vmap`."""
         ...
 
     def evaluate(self, network: N) -> Tensor:
@@ -152,7 +162,7 @@ class Task(Protocol[N]):
 
 
 class Loop(Generic[N]):
-    """One training run.
+    """One training run, of one network or of several side by side.
 
     The file `checkpoint` holds all of its state, is written atomically at each evaluation, and the run resumes from it.
     InputError if its folder is missing; FileError if it is unreadable or belongs to another task or other options.
@@ -164,13 +174,16 @@ class Loop(Generic[N]):
         self.generator = torch.Generator(self.device).manual_seed(options.seed)
         with torch.random.fork_rng():
             torch.manual_seed(options.seed)
-            self.network = task.network().to(self.device)
-        self.average = AveragedModel(self.network, multi_avg_fn=_warm_average(options.ema_decay))
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=options.learning_rate,
-                                           weight_decay=options.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimiser, self.rate)
-        self.step, self.stale = 0, 0
-        self.best_losses, self.best = task.base_losses, None
+            self.networks = [task.network().to(self.device) for _ in range(options.members)]
+        self.batched = Batched(self.networks[0], task.loss)
+        # One tensor of all weights, (members, .): clipping, AdamW and the average take one pass over the memory each.
+        self.weights = nn.Parameter(torch.stack([flat(network) for network in self.networks]))
+        self.average, self.best = self.weights.detach().clone(), None
+        for network, row in zip(self.networks, self.average):
+            into(network, row)
+        self.optimiser = torch.optim.AdamW([self.weights], lr=options.learning_rate, weight_decay=options.weight_decay,
+                                           fused=self.device.type in ("cpu", "cuda"))
+        self.step, self.stale, self.best_losses = 0, 0, task.base_losses
         self.history.base = float(task.base_losses.mean())
         self.fingerprint, self.marks = _fingerprint(options), _marks(task.parts)
         self.checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
@@ -215,22 +228,28 @@ class Loop(Generic[N]):
         return min(self.options.steps, self.step + (self.options.patience - self.stale) * self.options.evaluate_every)
 
     def _train_step(self) -> Tensor:
-        """Loss of one batch, shape (), after which the weights have moved."""
-        index = torch.randint(self.task.size, (self.options.batch,), generator=self.generator, device=self.device)
-        self.network.train()
-        loss = self.task.loss(self.network, index, self.generator)
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        """Loss of a batch for each member, shape (members,), after which the weights have moved."""
+        options, generator = self.options, self.generator
+        batches = []
+        for _ in self.networks:
+            index = torch.randint(self.task.size, (options.batch,), generator=generator, device=self.device)
+            batches.append(self.task.draw(index, generator))
+        losses = self.batched(self.weights, batches)
+        gradient, = torch.autograd.grad(losses.sum(), self.weights)
+        # Each member by itself, as if it were alone.
+        self.weights.grad = gradient.mul_((1 / (gradient.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1))
+        self.optimiser.param_groups[0]["lr"] = options.learning_rate * self.rate(self.step)
         self.optimiser.step()
-        self.schedule.step()
-        self.average.update_parameters(self.network)
-        return loss.detach()
+        # The memory of the average grows with the number of steps, so that the start is forgotten.
+        n = self.step
+        decay = min(options.ema_decay, (1 + n) / (10 + n)) if n else 0.0
+        self.average.lerp_(self.weights.detach(), 1 - decay)
+        return losses.detach()
 
     def _record(self, train_loss: float) -> None:
-        self.average.eval()
+        self.batched.check()
         with torch.no_grad():
-            losses = self.task.evaluate(self.average.module)  # pyright: ignore[reportArgumentType]
+            losses = self.task.evaluate(self.task.joined([network.eval() for network in self.networks]))
         value = float(losses.mean())
         if not math.isfinite(value) or not math.isfinite(train_loss):
             raise SolveError(f"Training diverged at step {self.step}: lower `learning_rate` "
@@ -239,8 +258,7 @@ class Loop(Generic[N]):
         self.history.train.append(train_loss)
         self.history.validation.append(value)
         if value < float(self.best_losses.mean()):
-            self.best_losses, self.stale = losses, 0
-            self.best = {name: x.clone() for name, x in self.average.module.state_dict().items()}
+            self.best_losses, self.best, self.stale = losses, self.average.clone(), 0
             self.history.best_step = self.step
         else:
             self.stale += 1
@@ -257,9 +275,9 @@ class Loop(Generic[N]):
         if self.best is None or not float(gain.mean()) > threshold:
             self.history.best_step = 0
             return None
-        network = self.task.network().to(self.device)
-        network.load_state_dict(self.best)
-        return network.eval().requires_grad_(False)
+        for network, row in zip(self.networks, self.best):
+            into(network, row.clone())
+        return self.task.joined(self.networks).eval().requires_grad_(False)
 
 
 def unpack_history(content: files.Content) -> History:
@@ -293,13 +311,6 @@ def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
         raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
     order = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed))
     return order[held_out:], order[:held_out]
-
-
-def _warm_average(decay: float) -> Callable[[Parameters, Parameters, Tensor | int], None]:
-    """Exponential moving average whose memory grows with the number of updates n, so that the start is forgotten."""
-    def update(averages: Parameters, currents: Parameters, n: Tensor | int) -> None:
-        get_ema_multi_avg_fn(min(decay, float((1 + n) / (10 + n))))(averages, currents, n)
-    return update
 
 
 def _fingerprint(options: TrainingOptions) -> str:

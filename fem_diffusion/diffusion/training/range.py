@@ -21,7 +21,7 @@ from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.noise import Noise
 
-__all__ = ["Distance", "FamilyWarning", "MeasurementWarning", "TrainingRange", "measure_distance"]
+__all__ = ["Distance", "FamilyWarning", "MeasurementWarning", "TrainingRange", "measure_distance", "upper_tail"]
 
 # Share of false alarms; how many times farther than all that was seen no model is asked to go; sensors that are named.
 _LEVEL, _FAR, _NAMED = 0.01, 2.0, 5
@@ -227,10 +227,10 @@ class _Compared:
         """Share of measurements that are at least as unlike the others as this one."""
         seen, apart = (v.clamp(min=1e-150).log() for v in (self.seen, self.apart))
         # Both sizes in units of their own tails count alike.
-        tails = [_tail(column) for column in seen.T]
+        tails = [upper_tail(column) for column in seen.T]
         scores = torch.stack([(column - start) / rate for column, (start, rate, _) in zip(seen.T, tails)]).amax(0)
         score = max(float((size - start) / rate) for size, (start, rate, _) in zip(apart, tails))
-        n, (start, rate, m) = len(scores), _tail(scores)
+        n, (start, rate, m) = len(scores), upper_tail(scores)
         above = int((scores >= score).sum())
         p = (1 + above) / (n + 1)
         if above or n < _FEWEST:
@@ -238,7 +238,7 @@ class _Compared:
         return min(p, m / (n + 1) * (1 + (score - start) / (m * rate))**-m)
 
 
-def _tail(values: Tensor) -> tuple[float, float, int]:
+def upper_tail(values: Tensor) -> tuple[float, float, int]:
     """Where the tail of values (n,) starts, its mean excess, and the number of values in it."""
     n = len(values)
     m = min(n - 1, math.ceil(min(_TAIL * n, _TAIL_ROOT * n**0.5)))

@@ -1,0 +1,131 @@
+r"""By what the noise would have to be multiplied for sensors to surprise each other as much as they should.
+
+At each posterior the readings are linearised, :math:`d = y - h(\hat z) + G (\hat z - \bar z) \sim N(0, S)` with
+:math:`S(\lambda) = G C G^T + \Sigma + \lambda^2 R`, exactly where latents and readings are jointly Gaussian. What the
+others say of sensors g is in :math:`\Lambda = S^{-1}`: a residual :math:`\Lambda_{gg}^{-1} (\Lambda d)_g` with the
+covariance :math:`\Lambda_{gg}^{-1}`. Their mean square in units of their deviations falls with :math:`\lambda`, and is
+one where the noise is right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+
+from fem_diffusion.model.sensors import EmulatedSensors
+
+__all__ = ["NoiseScale", "noise_scale"]
+
+# Factors that are looked at, and the fewest sensors that tell how well one is known.
+_FACTORS = 2.0**np.linspace(-6, 6, 49)
+_FEWEST = 3
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseScale:
+    """A factor of the noise's standard deviation.
+
+    Parameters
+    ----------
+    value, error : float
+        The factor, and the standard error of its logarithm, by a jackknife over sensors; infinite where no factor in
+        reach would do.
+    sensors : int
+        By which it is known.
+    assumed : numpy.ndarray
+        Standard deviation of the noise of each reading that the model was trained with, shape (k,).
+    """
+
+    value: float
+    error: float
+    sensors: int
+    assumed: np.ndarray
+
+    @property
+    def std(self) -> np.ndarray:
+        """Standard deviation of the noise of each reading as the sensors tell it, shape (k,)."""
+        return self.value * self.assumed
+
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
+        """A confidence interval of the factor."""
+        reach = student.isf((1 - level) / 2, self.sensors - 1) * self.error
+        return (self.value * np.exp(-reach), self.value * np.exp(reach)) if np.isfinite(reach) else (0.0, np.inf)
+
+    def __str__(self) -> str:
+        low, high = self.interval()
+        return f"{self.value:.2g} ({low:.2g} to {high:.2g})"
+
+
+def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
+                groups: Sequence[np.ndarray]) -> NoiseScale | None:
+    """The factor for measurements (n, k), of which readings `use` (n, k) count; columns of each sensor are a group.
+
+    None where the law of the noise has levels or outliers of its own, readings are on another scale, or there are too
+    few sensors.
+    """
+    if sensors.denoiser.base.law is not None or sensors.denoiser.readings is not None:
+        return None
+    squares, counts = np.zeros((len(groups), len(_FACTORS))), np.zeros(len(groups))
+    patterns, which = np.unique(use, axis=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        kept = np.flatnonzero(pattern)
+        places = [(g, np.searchsorted(kept, group[pattern[group]])) for g, group in enumerate(groups)]
+        places = [(g, place) for g, place in places if len(place)]
+        if len(places) < 2:
+            continue
+        rows = np.flatnonzero(which.ravel() == number)
+        d, signal, rest, R = _linearised(sensors.some(kept), values[np.ix_(rows, kept)])
+        for column, factor in enumerate(_FACTORS):
+            precision = np.linalg.inv(signal + rest + factor**2 * R)
+            pulled = np.squeeze(precision @ d[:, :, None], 2)
+            for g, place in places:
+                E = np.linalg.inv(precision[:, place[:, None], place])
+                left = np.squeeze(E @ pulled[:, place, None], 2)
+                squares[g, column] += (left**2 / E.diagonal(axis1=1, axis2=2)).sum()
+        for g, place in places:
+            counts[g] += len(rows) * len(place)
+    some = counts > 0
+    if some.sum() < _FEWEST:
+        return None
+    squares, counts = squares[some], counts[some]
+    value = _crossing(squares.sum(axis=0) / counts.sum())
+    others = np.log([_crossing((squares.sum(axis=0) - one) / (counts.sum() - n)) for one, n in zip(squares, counts)])
+    G = len(counts)
+    inside = _FACTORS[0] < value < _FACTORS[-1]
+    error = float(np.sqrt((G - 1) / G * ((others - others.mean())**2).sum())) if inside else np.inf
+    return NoiseScale(value, error, G, _noise(sensors).diagonal().sqrt().numpy())
+
+
+def _crossing(mean: np.ndarray) -> float:
+    """The factor at which mean squares (f,) are one; the end of the reach where they are nowhere."""
+    below = np.flatnonzero(mean <= 1)
+    if not len(below) or below[0] == 0:
+        return float(_FACTORS[0 if len(below) else -1])
+    i, (x, y) = below[0], np.log([_FACTORS, mean])
+    return float(np.exp(x[i - 1] - y[i - 1] * (x[i] - x[i - 1]) / (y[i] - y[i - 1])))
+
+
+def _noise(sensors: EmulatedSensors) -> torch.Tensor:
+    """Covariance of the noise (k, k), with the emulator's error where the pairs held noise already."""
+    return sensors.covariance if sensors.covariance.any() else sensors.total
+
+
+def _linearised(sensors: EmulatedSensors, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """d (B, k), G C Gᵀ (B or 1, k, k), emulator error and noise (k, k) each, of measurements (B, k)."""
+    base, readings, total = sensors.denoiser.base, torch.from_numpy(y), sensors.total
+    R = _noise(sensors)
+    if base.emulator.affine:
+        z = base.mean[None]
+    else:
+        z = sensors.locate(y).located.mean
+    with torch.enable_grad():
+        # One copy of the latents for each reading, so that one sweep gives all rows of the derivative.
+        at = z.detach().expand(len(sensors), *z.shape).clone().requires_grad_()
+        clean = sensors.read(at)
+        slope, = torch.autograd.grad(clean.diagonal(dim1=0, dim2=2).sum(), at)
+    G, h = slope.transpose(0, 1), clean[0].detach()
+    d = readings - h + ((z - base.mean)[:, None] @ G.mT)[:, 0]
+    signal = G @ base.factor
+    return d.detach().numpy(), (signal @ signal.mT).detach().numpy(), (total - R).detach().numpy(), R.detach().numpy()
