@@ -159,7 +159,8 @@ def test_slopes_follow_the_scale():
 def test_priors_that_are_not_those_of_the_pairs_are_refused():
     z, y = _decades(1, 500)
     for prior, message in ((stats.uniform(-8, 5), "beyond the bounds"),
-                           (stats.uniform(-20, 30), "no draw of its prior"), (stats.norm(-6, 1), "no draw of its prior")):
+                           (stats.uniform(-20, 30), "no draw of its prior"),
+                           (stats.norm(-6, 1), "no draw of its prior")):
         with pytest.raises(InputError, match=message):
             fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=prior)
     with pytest.raises(InputError, match="leave standard_prior"):
