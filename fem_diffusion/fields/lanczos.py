@@ -55,9 +55,11 @@ class Lanczos:
     def extend(self, new: np.ndarray) -> np.ndarray:
         """Take orthonormal rows beside the space into it; returns what their images have outside, (B, n_owned)."""
         image, former = self._apply(self._mass(new)), len(self.T)
-        # In place: there may be no memory for a second copy.
-        self._rows.resize((former + len(new), new.shape[1]))
-        self._rows[former:] = new
+        try:    # in place: there may be no memory for a second copy
+            self._rows.resize((former + len(new), new.shape[1]))
+            self._rows[former:] = new
+        except ValueError:      # someone else holds the array, such as a profiler
+            self._rows = np.concatenate([self._rows, new])
         seen = self.inner(self._rows, image)
         self.T = np.block([[self.T, seen[:former]], [seen.T]])
         self.T = (self.T + self.T.T) / 2

@@ -181,7 +181,7 @@ class Posterior:
 
         return check(self, solves, seed=seed, data=data)
 
-    def cross_validate(self, *, draws: int = 400, seed: int = 0) -> "CrossValidation":
+    def cross_validate(self, *, draws: int = 200, seed: int = 0) -> "CrossValidation":
         """Each sensor predicted from the others, without a solve and without a truth (collective).
 
         It names sensors that disagree, tells how often predictions hold, and by what the noise would have to be

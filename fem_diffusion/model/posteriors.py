@@ -121,7 +121,7 @@ class Posteriors:
     def _samples(one: Posterior, z: np.ndarray, seed: int, refill: bool) -> Samples:
         return Samples.later(one.problem.M, lambda: one.fields(z, seed, refill, True), z)
 
-    def cross_validate(self, *, draws: int = 400, seed: int = 0) -> "CrossValidation":
+    def cross_validate(self, *, draws: int = 200, seed: int = 0) -> "CrossValidation":
         """Each sensor predicted from the others at each time; see `fem_diffusion.trust.cross` (collective)."""
         from fem_diffusion.trust.cross import cross_validate
 

@@ -103,7 +103,7 @@ class MaternOperator:
             shape = min(step, k - start), total // per_cell, per_cell
             z = 2.0 * rng.integers(0, 2, shape, dtype=bool) - 1 if signs else rng.standard_normal(shape)
             # Alone, this rank owns all cells, and they are in order.
-            z = (z if owned == total else z[:, self.places]).reshape(-1, owned)
+            z = (z if owned == total else z[:, self.places]).reshape(len(z), owned)
             result[start:start + step] = multiply(self.noise, z)
         return result
 

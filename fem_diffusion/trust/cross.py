@@ -13,16 +13,16 @@ one sensor at many times depend on each other in unknown ways, so its p-values c
 dependence (Meinshausen, Meier and Bühlmann 2009, doi:10.1198/jasa.2009.tm08647): :math:`q_\gamma / \gamma` at
 :math:`\gamma` = 10 and 50 %, times two. The worst sensor is left out, then all are predicted again. A single reading
 that the others do not support is left out by itself, in units of the typical size of residuals. Where the others
-disagree still when nearly half of the sensors are left out it is no matter of sensors: then these are compared in such
-units, too.
+disagree still when nearly half of the sensors are left out, or those that are left show that the noise is larger, it
+is no matter of sensors: then these are compared in such units, too.
 
 *The noise.* With :math:`S(\lambda) = G C G^T + \Sigma + \lambda^2 R`, linearised at each posterior, the factor
-:math:`\lambda` of the noise is the one for which residuals have the mean square one; a jackknife over sensors tells how
-well it is known.
+:math:`\lambda` of the noise is the one for which residuals have the mean square one, and those for which it is one
+within its error over sensors are not excluded.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ from fem_diffusion.diffusion.training.range import upper_tail
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.model.sensors import EmulatedSensors
-from fem_diffusion.trust.cross_words import judge
+from fem_diffusion.trust.cross_words import judge, larger
 from fem_diffusion.trust.noise_scale import NoiseScale, noise_scale
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ class CrossValidation:
         By what the noise would have to be multiplied; None where its law has levels or outliers of its own.
     draws : int or None
         Of each prediction; None where it is exact.
-    without : bool
-        Whether predictions do without the network of the model, which knows all sensors together.
+    notes : tuple of str
+        What could not be looked at, in plain words.
     """
 
     names: tuple[str, ...]
@@ -101,7 +101,7 @@ class CrossValidation:
     coverage: dict[float, tuple[float, float]]
     noise: NoiseScale | None
     draws: int | None
-    without: bool
+    notes: tuple[str, ...]
 
     @cached_property
     def _judged(self) -> tuple[str, str, tuple[str, ...]]:
@@ -109,7 +109,7 @@ class CrossValidation:
 
     @property
     def verdict(self) -> str:
-        """One of "consistent", "sensors disagree", "noise larger than assumed" and "noise smaller than assumed"."""
+        """Words: consistent, sensors disagree, noise larger than assumed, noise smaller than assumed, too wide."""
         return self._judged[0]
 
     @property
@@ -141,7 +141,7 @@ class CrossValidation:
 
 
 def cross_validate(sensors: EmulatedSensors, values: np.ndarray, names: Sequence[str], comm: "MPI.Comm", *,
-                   times: np.ndarray | None = None, draws: int = 400, seed: int = 0) -> CrossValidation:
+                   times: np.ndarray | None = None, draws: int = 200, seed: int = 0) -> CrossValidation:
     """Predict each sensor from the others, for each of several measurements (collective).
 
     Columns whose names differ by an index alone, "(0.3, 0.1)[0]" and "(0.3, 0.1)[1]", are one sensor, such as a time
@@ -195,7 +195,7 @@ class _Cross:
     def found(self) -> CrossValidation:
         """The result."""
         odd = self._disagreeing(1.0)
-        if odd is None:
+        if odd is None or odd and larger(noise_scale(self.sensors, self.values, self.use, self.groups)):
             odd = self._disagreeing(None) or []
         for _ in range(_ROUNDS):
             single = self._single()
@@ -212,8 +212,16 @@ class _Cross:
         coverage = {level: self._coverage(level) for level in _LEVELS}
         return CrossValidation(
             self.names, self.times, self.values, self.mean, self.std, residuals, np.exp(self.log_p), worst, outliers,
-            self.use, coverage, scale, None if self.sensors.exact else self.draws,
-            self.sensors.denoiser.network is not None and not self.sensors.family)
+            self.use, coverage, scale, None if self.sensors.exact else self.draws, tuple(self._notes(scale)))
+
+    def _notes(self, scale: NoiseScale | None) -> Iterator[str]:
+        """What could not be looked at."""
+        if self.sensors.denoiser.base.law is not None:
+            yield "The law of the noise has outliers or a level of its own, and no factor of it is told."
+        elif scale is None:
+            yield "There are too few sensors to tell of the noise."
+        if self.sensors.denoiser.network is not None and not self.sensors.family:
+            yield "Predictions are those of the Gaussian base: the network knows all sensors together only."
 
     def _disagreeing(self, unit: float | None) -> list[int] | None:
         """Sensors that disagree with the others, the worst first, now left out, with residuals in some unit.

@@ -9,14 +9,16 @@ from fem_diffusion.page.words import number, percent
 
 if TYPE_CHECKING:
     from fem_diffusion.trust.cross import CrossValidation
+    from fem_diffusion.trust.noise_scale import NoiseScale
 
-__all__ = ["judge"]
+__all__ = ["judge", "larger"]
 
 # A factor of the noise that matters, one with which nothing should be decided, and how sure it has to be.
 _WRONG, _BAD, _SURE = 1.25, 1.75, 0.99
-# Readings of which a course in time is told, share of the scatter that makes a drift, and of the mean an offset.
-_COURSE, _DRIFT, _OFFSET = 12, 0.5, 0.6
-_TOLD = 5
+# Readings of which a course in time is told, and outliers that are.
+_COURSE, _TOLD = 12, 5
+# An interval that is looked at, and how far its share has to be off, in standard errors and at least.
+_LEVEL, _APART, _MATTERS = 0.9, 4.0, 0.05
 
 
 def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
@@ -31,30 +33,43 @@ def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
     if found.outliers.any():
         light = "yellow" if light == "green" else light
         words.append(_outliers(found))
-    scale = found.noise
+    scale, word = found.noise, None
     if scale is not None:
-        low, high = scale.interval(_SURE)
-        larger, smaller = low > 1 and scale.value > _WRONG, high < 1 and scale.value < 1 / _WRONG
-        if larger or smaller:
-            word = "larger" if larger else "smaller"
+        word = "larger" if larger(scale, _SURE) else "smaller" if _smaller(scale) else None
+        low, high = scale.interval()
+        std = np.unique(np.round(scale.std, 12))
+        size = f", a standard deviation of {number(std[0], digits=2)}," if len(std) == 1 else ""
+        if word and scale.value == scale.factors[0]:
+            verdict = "too wide" if verdict == "consistent" else verdict
+            words.append("Readings agree with each other better than prior and model let expect, whatever the noise: "
+                         "the prior is too wide, or the emulator's own error counts for too much.")
+        elif word:
             verdict = f"noise {word} than assumed" if verdict == "consistent" else verdict
-            light = "red" if larger and scale.value > _BAD else light if light == "red" else "yellow"
-            std = np.unique(np.round(scale.std, 12))
-            size = f", a standard deviation of {number(std[0], digits=2)}," if len(std) == 1 else ""
             words.append(f"Readings that agree differ from each other as if the noise were {scale} times as large as "
                          f"assumed{size} where prior and model are right: train with that noise, or with a level that "
-                         "is unknown" + (", or look for what the model has left out" if larger else "") + ".")
+                         "is unknown" + (", or look for what the model has left out" if word == "larger" else "") + ".")
         else:
-            words.append(f"The noise is as assumed as far as {scale.sensors} sensors tell: a factor of {scale}.")
-    level = 0.9
-    share, error = found.coverage[level]
-    words.append(f"{percent(share)} ± {percent(error)} of the readings that agree are inside of what the others let "
-                 f"expect with {percent(level)}.")
-    if scale is None:
-        words.append("The law of the noise has outliers or a level of its own, and no factor of it is told.")
-    if found.without:
-        words.append("Predictions are those of the Gaussian base: the network knows all sensors together only.")
-    return verdict, light, tuple(words)
+            start = "The noise may be as assumed" if low <= 1 <= high else "Whether the noise is as assumed is open"
+            words.append(f"{start}: {scale.sensors} sensors do not exclude factors of it "
+                         + (f"up to {high:.3g}." if low == 0 else f"from {low:.3g} to {high:.3g}."))
+        if word or not low <= 1 <= high:
+            light = "red" if word and scale.value > _BAD or light == "red" else "yellow"
+    share, error = found.coverage[_LEVEL]
+    text = (f"{percent(share)} ± {percent(error)} of the readings that agree are inside of what the others let expect "
+            f"with {percent(_LEVEL)}")
+    if abs(share - _LEVEL) > max(_APART * error, _MATTERS) and not word:
+        light = "yellow" if light == "green" else light
+        text += ": prior, model or the shape of the noise are not as assumed"
+    return verdict, light, (*words, text + ".", *found.notes)
+
+
+def larger(scale: "NoiseScale | None", level: float = 0.95) -> bool:
+    """Whether the noise is larger than assumed, with this confidence, by a factor that matters."""
+    return scale is not None and scale.interval(level)[0] > 1 and scale.value > _WRONG
+
+
+def _smaller(scale: "NoiseScale") -> bool:
+    return scale.interval(_SURE)[1] < 1 and scale.value < 1 / _WRONG
 
 
 def _sensor(found: "CrossValidation", i: int) -> str:

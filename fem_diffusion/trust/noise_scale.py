@@ -18,7 +18,7 @@ from fem_diffusion.model.sensors import EmulatedSensors
 
 __all__ = ["NoiseScale", "noise_scale"]
 
-# Factors that are looked at, and the fewest sensors that tell how well one is known.
+# Factors that are looked at, and the fewest sensors that tell one.
 _FACTORS = 2.0**np.linspace(-6, 6, 49)
 _FEWEST = 3
 
@@ -29,19 +29,22 @@ class NoiseScale:
 
     Parameters
     ----------
-    value, error : float
-        The factor, and the standard error of its logarithm, by a jackknife over sensors; infinite where no factor in
-        reach would do.
-    sensors : int
-        By which it is known.
+    value : float
+        The factor; 1/64 or 64 where it is beyond.
     assumed : numpy.ndarray
         Standard deviation of the noise of each reading that the model was trained with, shape (k,).
+    sensors : int
+        By which the factor is known.
+    factors, statistic : numpy.ndarray
+        Growing factors, and of each the mean square residual minus one over its standard error, sensors being
+        independent, shape (f,).
     """
 
     value: float
-    error: float
-    sensors: int
     assumed: np.ndarray
+    sensors: int
+    factors: np.ndarray
+    statistic: np.ndarray
 
     @property
     def std(self) -> np.ndarray:
@@ -49,9 +52,10 @@ class NoiseScale:
         return self.value * self.assumed
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """A confidence interval of the factor."""
-        reach = student.isf((1 - level) / 2, self.sensors - 1) * self.error
-        return (self.value * np.exp(-reach), self.value * np.exp(reach)) if np.isfinite(reach) else (0.0, np.inf)
+        """The factors that the sensors do not exclude with this confidence; from 0, or to infinity, where none is."""
+        reach = student.isf((1 - level) / 2, self.sensors - 1)
+        low, high = (_crossing(self.factors, self.statistic - x) for x in (reach, -reach))
+        return (0.0 if low == self.factors[0] else low), (np.inf if high == self.factors[-1] else high)
 
     def __str__(self) -> str:
         low, high = self.interval()
@@ -62,8 +66,8 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
                 groups: Sequence[np.ndarray]) -> NoiseScale | None:
     """The factor for measurements (n, k), of which readings `use` (n, k) count; columns of each sensor are a group.
 
-    None where the law of the noise has levels or outliers of its own, readings are on another scale, or there are too
-    few sensors.
+    None where the law of the noise has levels or outliers of its own, readings are on another scale, or there are less
+    than three sensors.
     """
     if sensors.denoiser.base.law is not None or sensors.denoiser.readings is not None:
         return None
@@ -90,21 +94,21 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
     if some.sum() < _FEWEST:
         return None
     squares, counts = squares[some], counts[some]
-    value = _crossing(squares.sum(axis=0) / counts.sum())
-    others = np.log([_crossing((squares.sum(axis=0) - one) / (counts.sum() - n)) for one, n in zip(squares, counts)])
-    G = len(counts)
-    inside = _FACTORS[0] < value < _FACTORS[-1]
-    error = float(np.sqrt((G - 1) / G * ((others - others.mean())**2).sum())) if inside else np.inf
-    return NoiseScale(value, error, G, _noise(sensors).diagonal().sqrt().numpy())
+    G, total = len(counts), counts.sum()
+    mean = squares.sum(axis=0) / total
+    error = np.sqrt(G / (G - 1) * ((squares - counts[:, None] * mean)**2).sum(axis=0)) / total
+    return NoiseScale(_crossing(_FACTORS, np.log(mean)), _noise(sensors).diagonal().sqrt().numpy(), G, _FACTORS,
+                      (mean - 1) / error)
 
 
-def _crossing(mean: np.ndarray) -> float:
-    """The factor at which mean squares (f,) are one; the end of the reach where they are nowhere."""
-    below = np.flatnonzero(mean <= 1)
+def _crossing(factors: np.ndarray, value: np.ndarray) -> float:
+    """The factor at which a falling value (f,) is zero; the end of the reach where it is nowhere."""
+    below = np.flatnonzero(value <= 0)
     if not len(below) or below[0] == 0:
-        return float(_FACTORS[0 if len(below) else -1])
-    i, (x, y) = below[0], np.log([_FACTORS, mean])
-    return float(np.exp(x[i - 1] - y[i - 1] * (x[i] - x[i - 1]) / (y[i] - y[i - 1])))
+        return float(factors[0 if len(below) else -1])
+    i, x = below[0], np.log(factors)
+    share = value[i - 1] / (value[i - 1] - value[i])
+    return float(np.exp(x[i - 1] + share * (x[i] - x[i - 1])))
 
 
 def _noise(sensors: EmulatedSensors) -> torch.Tensor:

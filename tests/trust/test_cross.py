@@ -9,6 +9,7 @@ from fem_diffusion import GaussianNoise, InputError, StudentNoise
 from fem_diffusion.diffusion import Denoiser, Emulator, linear_base
 from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.trust.cross import cross_validate
+from truths import bent_map
 
 R, K = 5, 12
 STD = 0.2
@@ -86,6 +87,50 @@ def test_samples_predict_what_the_closed_form_does(covariance):
     # Predictions from all sensors, the left one too, are others.
     assert np.abs((exact.mean - values) / exact.std)[there].mean() > 0.5
     np.testing.assert_allclose(drawn.noise.value, exact.noise.value, rtol=1e-5)
+    np.testing.assert_allclose(drawn.noise.interval(), exact.noise.interval(), rtol=1e-5)
+
+
+class _Bent(Emulator):
+    """An emulator that knows a map which is not affine."""
+
+    def forward(self, z):
+        return bent_map(z.double())
+
+    def with_pull(self, z):
+        z = z.detach().requires_grad_()
+        with torch.enable_grad():
+            c = bent_map(z.double())
+        return c.detach(), lambda covector: torch.autograd.grad(c, z, covector, retain_graph=True)[0]
+
+
+def test_predictions_of_a_nonlinear_model_are_those_of_quadrature():
+    turn = np.linspace(0, np.pi, 7)[:-1]
+    rows, std = torch.from_numpy(np.stack([np.cos(turn), np.sin(turn)], 1)), 0.3
+    emulator = _Bent(2, 2, 8, 1)
+    emulator.matrix = torch.eye(2).double()
+    base = linear_base(torch.eye(2).double(), torch.eye(2).double())
+    denoiser = Denoiser(type(base)(base.mean, base.factor, emulator, updates=6), known=True)
+    noise = GaussianNoise(std=std)
+    sensors = EmulatedSensors(denoiser, noise, std**2 * torch.eye(6).double(), rows, torch.zeros(6).double())
+    line = torch.linspace(-6, 6, 401).double()
+    z = torch.cartesian_prod(line, line)
+    clean = bent_map(z) @ rows.T
+    truth = torch.tensor([[1.3, -0.8], [-0.5, 1.5]]).double()
+    values = (bent_map(truth) @ rows.T).numpy() + std * np.random.default_rng(1).standard_normal((2, 6))
+    found = _cross(sensors, values, NAMES[:6], draws=4000)
+    for y, mean, spread in zip(values, found.mean, found.std):
+        for i in range(6):
+            kept = np.delete(np.arange(6), i)
+            misfit = ((torch.from_numpy(y[kept]) - clean[:, kept])**2).sum(1) / std**2
+            weights = torch.softmax(-(z**2).sum(1) / 2 - misfit / 2, 0)
+            average = float(weights @ clean[:, i])
+            total = float(weights @ (clean[:, i] - average)**2 + std**2)**0.5
+            # Ten moves bring samples to the posterior within a few per cent.
+            assert abs(mean[i] - average) < 0.08 * total and abs(spread[i] / total - 1) < 0.08
+            # A reading that took part in its own prediction would draw it to itself.
+            alone = torch.softmax(torch.log(weights) - (y[i] - clean[:, i])**2 / (2 * std**2), 0)
+            drawn = float(alone @ clean[:, i])
+            assert abs(mean[i] - average) < abs(mean[i] - drawn) or abs(drawn - average) < 0.1 * total
 
 
 def test_rows_of_one_sensor_are_left_out_together():
@@ -99,16 +144,17 @@ def test_rows_of_one_sensor_are_left_out_together():
 
 
 def test_residuals_of_the_model_itself_are_calibrated_and_noise_is_found():
-    n, inside, logs, errors = 40, [], [], []
-    for seed in range(30):
-        found = _cross(_sensors(), _readings(n, seed))
+    inside, logs, held = [], [], []
+    for seed in range(60):
+        found = _cross(_sensors(), _readings(40, seed))
         inside.append(found.coverage[0.9][0])
         logs.append(np.log(found.noise.value))
-        errors.append(found.noise.error)
-    assert abs(np.mean(inside) - 0.9) < 4 * np.std(inside) / np.sqrt(30) + 1e-3
-    # The standard error that is told is that of the estimates.
-    assert abs(np.mean(logs)) < 4 * np.std(logs) / np.sqrt(30)
-    assert 0.6 < np.sqrt(np.mean(np.square(errors))) / np.std(logs) < 1.7
+        low, high = found.noise.interval(0.9)
+        held.append(low < 1 < high)
+    assert abs(np.mean(inside) - 0.9) < 4 * np.std(inside) / np.sqrt(60) + 1e-3
+    # The interval that is told holds the truth as often as it says, within four standard errors.
+    assert abs(np.mean(logs)) < 4 * np.std(logs) / np.sqrt(60)
+    assert abs(np.mean(held) - 0.9) < 4 * np.sqrt(0.09 / 60)
 
 
 def test_noise_that_is_twice_as_large_is_told():
@@ -117,6 +163,9 @@ def test_noise_that_is_twice_as_large_is_told():
     assert low < 2 < high and low > 1.5 and high < 2.7
     assert found.verdict == "noise larger than assumed" and not found.worst and found.light == "red"
     assert "noise were" in str(found)
+    # Without any noise at all the end of the reach is told, and from where noise is excluded.
+    none = _cross(_sensors(), _readings(60, 5, std=0.0))
+    assert none.noise.value == 2.0**-6 and none.noise.interval()[0] == 0.0 and none.noise.interval()[1] < 0.1
     smaller = _cross(_sensors(), _readings(60, 5, std=0.4 * STD))
     assert smaller.verdict == "noise smaller than assumed" and smaller.noise.interval()[1] < 0.6
 
@@ -139,6 +188,33 @@ def test_a_field_that_stays_raises_few_alarms():
         values = rng.standard_normal(R) @ _matrix().T + STD * rng.standard_normal((30, K))
         alarms += bool(_cross(_sensors(), values).worst)
     assert alarms <= 5
+
+
+def test_noise_that_is_far_too_small_is_no_matter_of_sensors():
+    for factor, n in ((4, 5), (4, 40), (1000, 10)):
+        found = _cross(_sensors(), _readings(n, 7, std=factor * STD))
+        assert not found.worst and found.verdict == "noise larger than assumed" and found.light == "red"
+    assert found.noise.interval()[0] > 32 and found.coverage[0.9][0] < 0.2
+    # A sensor that is broken beside is named all the same.
+    values = _readings(40, 7, std=4 * STD)
+    values[:, 5] += 40 * STD
+    assert _cross(_sensors(), values).worst == (NAMES[5],)
+
+
+def test_predictions_that_are_far_too_wide_are_told():
+    rng = np.random.default_rng(3)
+    values = 0.02 * rng.standard_normal((60, R)) @ _matrix().T + STD * rng.standard_normal((60, K))
+    # An emulator whose own error is large: no noise at all would do.
+    loose = _sensors()
+    loose.denoiser.base.emulator.residual += 0.5 * torch.eye(K).double()
+    found = _cross(loose, values)
+    assert found.verdict == "too wide" and found.noise.interval() == (0.0, 2.0**-6) and found.light == "yellow"
+
+
+def test_two_sensors_tell_nothing_of_the_noise():
+    matrix = _matrix()[:2]
+    found = _cross(_sensors(matrix=matrix, covariance=STD**2 * np.eye(2)), _readings(9, 1, matrix=matrix), NAMES[:2])
+    assert found.noise is None and "too few sensors" in str(found)
 
 
 FAULTS = {
