@@ -24,7 +24,7 @@ import torch  # noqa: E402  (after Firedrake)
 
 from fem_diffusion import (  # noqa: E402
     Denoiser, GaussianNoise, History, InverseProblem, Model, coefficients, fit, karhunen_loeve,
-    laplace, simulate,
+    laplace, load_model, simulate,
 )
 from fem_diffusion.checks import read_arguments  # noqa: E402
 from fem_diffusion.diffusion import fit_base  # noqa: E402
@@ -70,62 +70,68 @@ def errors(samples, reference):
             for found, name in ((samples.mean(), "mean"), (samples.std(), "std"))]
 
 
-def cells(way, n, problem, data, truths, references):
-    """Errors at each truth, and seconds of training, of one way from n pairs."""
-    if way == "laplace":
-        return {"errors": [errors(laplace(problem, y).sample(SAMPLES, seed=i), right)
-                           for i, (y, right) in enumerate(zip(truths, references))], "seconds": 0.0}
+def cell(samples, reference):
+    """Errors of what `samples` draws, and CPU seconds of drawing it."""
     start = time.process_time()
-    model = train(way, problem, data)
-    seconds, found = time.process_time() - start, []
-    for i, (y, right) in enumerate(zip(truths, references)):
-        posterior = model.condition(y)
-        samples = posterior.sample(SAMPLES, seed=i, progress=False) if way != "corrected" else (
-            posterior.correct(SOLVES, seed=i, draws=SAMPLES, progress=False))
-        found.append(errors(samples, right))
-    return {"errors": found, "seconds": seconds}
+    found = errors(samples(), reference)
+    return {"errors": found, "seconds": time.process_time() - start}
 
 
-def run(folder, sizes=SIZES, ways=WAYS, progress=True):
-    """All rows, made where they are missing; returns them by way and number of pairs."""
+def run(folder, sizes=SIZES, ways=WAYS, truths=demo.TRUTHS, progress=True):
+    """All cells by way, number of pairs and truth, made where they are missing."""
     prior, forward = demo.positive_case()
     silent = InverseProblem(prior, forward, demo.observation)
     level = kept(folder / "noise.json", lambda: demo.noise_level * float(np.sqrt((simulate(
         silent, LEVEL, seed=1, path=folder / "pairs", progress=progress).readings**2).mean())))
     problem = replace(silent, noise=GaussianNoise(std=level))
-    truths = problem.measurements(prior.sample_many(demo.TRUTHS, seed=100), seed=100)
+    measurements = problem.measurements(prior.sample_many(demo.TRUTHS, seed=100), seed=100)
+    print(f"derivatives: {kept(folder / 'cost.json', lambda: cost(problem)):.1f} times the CPU time of simulate")
 
     def reference(i):
-        found = demo.hmc_reference(problem, truths[i], i, progress)
+        found = demo.hmc_reference(problem, measurements[i], i, progress)
         return {name: found[name].tolist() for name in ("mean", "std")}
-    references = [kept(folder / f"reference_{i}.json", lambda: reference(i)) for i in range(len(truths))]
-    rows = {("laplace", 0): kept(folder / "laplace.json", lambda: cells("laplace", 0, problem, None, truths,
-                                                                        references))}
-    print(f"derivatives: {kept(folder / 'cost.json', lambda: cost(problem)):.1f} times the CPU time of simulate")
-    for n in sizes:
-        for way in ways:
-            sloped = way in ("derivatives", "corrected")
-            if sloped and n > SLOPES:
-                continue
 
-            def make():
-                data = simulate(silent, n, seed=1, derivatives=sloped, progress=progress,
-                                path=folder / ("pairs_slopes" if sloped else "pairs"))
-                if way == "gaussian":
-                    data = replace(data, basis=karhunen_loeve(prior))
-                with warnings.catch_warnings():
-                    # How few pairs are is what the table is about.
-                    warnings.simplefilter("ignore", UserWarning)
-                    return cells(way, n, problem, data, truths, references)
-            rows[way, n] = kept(folder / f"{way}_{n}.json", make)
-            print(line(way, n, rows[way, n]), flush=True)
+    def model(way, n):
+        sloped = way in ("derivatives", "corrected") and n <= SLOPES
+        kind = way if way == "gaussian" else "derivatives" if sloped else "values"
+        file = folder / f"model_{kind}_{n}"
+
+        def make():
+            data = simulate(silent, n, seed=1, derivatives=sloped, progress=progress,
+                            path=folder / ("pairs_slopes" if sloped else "pairs"))
+            if way == "gaussian":
+                data = replace(data, basis=karhunen_loeve(prior))
+            start = time.process_time()
+            train(way, problem, data).save(file)
+            return time.process_time() - start
+        return kept(file.with_suffix(".json"), make), load_model(file, problem)
+
+    def made(way, n, i, right):
+        if way == "laplace":
+            return {"training": 0.0} | cell(lambda: laplace(problem, measurements[i]).sample(SAMPLES, seed=i), right)
+        with warnings.catch_warnings():
+            # How few pairs are is what the table is about.
+            warnings.simplefilter("ignore", UserWarning)
+            seconds, trained = model(way, n)
+            posterior = trained.condition(measurements[i])
+            return {"training": seconds} | cell(
+                (lambda: posterior.correct(SOLVES, seed=i, draws=SAMPLES, progress=False)) if way == "corrected" else
+                (lambda: posterior.sample(SAMPLES, seed=i, progress=False)), right)
+    rows = {}
+    for i in range(truths):
+        right = kept(folder / f"reference_{i}.json", lambda: reference(i))
+        for way, n in [("laplace", 0)] + [(way, n) for n in sizes for way in ways]:
+            if way != "derivatives" or n <= SLOPES:
+                found = kept(folder / f"{way}_{n}_{i}.json", lambda: made(way, n, i, right))
+                rows.setdefault((way, n), []).append(found)
+                print(f"truth {i + 1}: {line(way, n, [found])}", flush=True)
     return rows
 
 
 def line(way, n, row):
     """A row of the table."""
-    found = ", ".join(f"{mean:.1%} / {std:.1%}" for mean, std in row["errors"])
-    return f"| {way} | {n} | {found} | {row['seconds']:.0f} s |"
+    found = ", ".join("{:.1%} / {:.1%}".format(*cell["errors"]) for cell in row)
+    return f"| {way} | {n} | {found} | {row[0]['training']:.0f} s | {row[0]['seconds']:.0f} s |"
 
 
 def main():
@@ -133,11 +139,13 @@ def main():
     parser.add_argument("--quick", action="store_true", help="the smallest numbers of pairs alone")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=WAYS)
+    parser.add_argument("--truths", type=int, default=demo.TRUTHS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "output" / "solves")
     arguments = read_arguments(parser)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    rows = run(arguments.output, arguments.sizes or (QUICK if arguments.quick else SIZES), arguments.ways)
-    print("\n| way | pairs | mean / std error of three truths | training |\n|---|---|---|---|")
+    rows = run(arguments.output, arguments.sizes or (QUICK if arguments.quick else SIZES), arguments.ways,
+               arguments.truths)
+    print("\n| way | pairs | mean / std error of each truth | training | samples |\n|---|---|---|---|---|")
     for (way, n), row in rows.items():
         print(line(way, n, row))
 

@@ -56,6 +56,7 @@ from fem_diffusion.observation.linear import (
     Observation as Observation, functionals as functionals, point_sensors as point_sensors,
 )
 from fem_diffusion.prior.expansion import karhunen_loeve as karhunen_loeve, pod as pod
+from fem_diffusion.prior.constrained import ConstrainedPrior as ConstrainedPrior
 from fem_diffusion.prior.gaussian import GaussianPrior as GaussianPrior
 from fem_diffusion.prior.hierarchical import HierarchicalPrior as HierarchicalPrior
 from fem_diffusion.prior.product import ProductPrior as ProductPrior

@@ -103,9 +103,7 @@ def unpack_certificate(content: Content, name: str) -> Certificate | None:
     """The certificate under a name in a file, or None where there is none; FileError where it is not one."""
     if content.values.get(name) is None:
         return None
-    values = content.value(name, dict)
-    # Files of earlier versions hold no light of the residuals.
-    part = Content(content.path, content.remedy, {}, {"residuals": "green"} | values)
+    part = Content(content.path, content.remedy, {}, content.value(name, dict))
     kinds = {"notes": (list,), **{key: (str,) for key in ("method", "residuals")},
              **{key: (int,) for key in ("solves", "pulls", "draws")},
              **{key: (float, type(None)) for key in ("khat", "rhat", "acceptance")}}

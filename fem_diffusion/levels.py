@@ -71,5 +71,5 @@ def with_levels(prior: Prior, forward: Forward, levels: tuple[Marginal, ...]) ->
     names = ["noise level"] if len(levels) == 1 else [f"noise level {i}" for i in range(len(levels))]
     numbers = [ScalarPrior(FunctionSpace(mesh, "R", 0, name=name), level.distribution)
                for name, level in zip(names, levels)]
-    whole = ProductPrior([*(prior.priors if isinstance(prior, ProductPrior) else [prior]), *numbers])
+    whole = ProductPrior([prior, *numbers])
     return whole, beside(forward, Beside(forward, whole.V, prior, levels))

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fem_diffusion import files
+from fem_diffusion import TrainingOptions, coefficients, files, fit, laplace
 from fem_diffusion.comparison import mmd
 from fem_diffusion.trust import sbc_p_values, sbc_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import collapse  # noqa: E402  (benchmarks is a folder of scripts, not a package)
 import formulations  # noqa: E402
+import solves  # noqa: E402
 from problems import PROBLEMS, SCALED  # noqa: E402
 
 M, N = 1000, 99
@@ -123,6 +124,33 @@ def test_a_changed_problem_is_noticed(monkeypatch):
     changed = replace(PROBLEMS["bimodal"], observations=PROBLEMS["bimodal"].observations + 1e-6)
     monkeypatch.setitem(PROBLEMS, "bimodal", changed)
     assert formulations.settings(formulations.SIZES["full"]) != before
+
+
+def test_solves_makes_its_table_once_and_corrects_what_it_has_trained(tmp_path, monkeypatch, capsys):
+    """Tiny, with Laplace as reference: that corrections help is measured elsewhere."""
+    for name, value in {"LEVEL": 40, "SAMPLES": 200, "SOLVES": 200, "SLOPES": 40}.items():
+        monkeypatch.setattr(solves, name, value)
+    monkeypatch.setattr(solves.demo, "hmc_reference", lambda problem, y, seed, progress: {
+        name: coefficients(f) for name, f in zip(("mean", "std"), _moments(problem, y))})
+    monkeypatch.setattr(solves, "cost", lambda problem: 4.0)
+    few = TrainingOptions(steps=400, evaluate_every=100, width=32, depth=2)
+    monkeypatch.setattr(solves, "fit", lambda problem, data, progress: fit(problem, data, options=few, progress=False))
+    monkeypatch.setattr(sys, "argv", ["solves.py", "--sizes", "40", "--truths", "1", "--output", str(tmp_path),
+                                      "--ways", "gaussian", "derivatives", "corrected"])
+    solves.main()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| ([0-9.]+)% / ([0-9.]+)%", capsys.readouterr().out, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("laplace", "0"), *((way, "40") for way in (
+        "gaussian", "derivatives", "corrected"))]
+    mean = {row[0]: float(row[2]) for row in rows}
+    assert 2 * max(mean["derivatives"], mean["corrected"]) < mean["gaussian"]
+    monkeypatch.setattr(solves, "train", None)   # nothing is trained twice
+    solves.main()
+    assert len({path.name for path in tmp_path.glob("model_*")}) == 4
+
+
+def _moments(problem, y):
+    found = laplace(problem, y)
+    return found.mean(), found.std()
 
 
 @pytest.mark.slow

@@ -136,16 +136,17 @@ def test_it_says_what_it_is():
     assert isinstance(_samples()[0], Function) and len(repr(_samples()[:3])) < 120
 
 
-def test_a_certificate_of_an_earlier_file_has_no_light_of_its_residuals_and_a_wrong_one_is_refused(tmp_path):
+def test_a_certificate_without_the_light_of_its_residuals_or_with_a_wrong_one_is_refused(tmp_path):
     certificate = Certificate("weights", 1900, 0, 1400, 812.5, 0.3, None, None, 2.5, 0.4, 0.02, 61.0)
     packed = pack_certificate(certificate)
     for change, expected in ({}, certificate), ({"residuals": "red"}, replace(
             certificate, residuals="red")):
         assert unpack_certificate(Content(tmp_path, "", {}, {"it": packed | change}), "it") == expected
-    del packed["residuals"]
-    assert unpack_certificate(Content(tmp_path, "", {}, {"it": packed}), "it") == certificate
     with pytest.raises(FileError, match="neither green, yellow nor red"):
         unpack_certificate(Content(tmp_path, "Make it anew.", {}, {"it": packed | {"residuals": "blue"}}), "it")
+    del packed["residuals"]
+    with pytest.raises(FileError, match="residuals"):
+        unpack_certificate(Content(tmp_path, "Make it anew.", {}, {"it": packed}), "it")
 
 
 def test_a_certificate_stays_with_its_samples(tmp_path):

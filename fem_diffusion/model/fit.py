@@ -16,6 +16,7 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.visible import informed_turn, visible_modes
 from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.training.scales import Scales, choose_scales
+from fem_diffusion.diffusion.training.loop import hold_out
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, largest, on_root, owned_size
@@ -44,6 +45,10 @@ _OUTSIDE = 1e-6
 _LOOKED_AT = 32
 # Pairs with which measurements are compared.
 _SEEN = 1000
+# Held-out pairs that tell an emulator's error wherever the prior is.
+_JUDGES = 20
+# Pairs of which one may not hold so much of the spread of a reading: of a lognormal law of unit scale it has a tenth.
+_MANY, _ONE = 100, 0.25
 # The normal number of small noise, and a variance beside which the level itself is seen.
 _LOW, _SHARP = -1.3, 1e-2
 
@@ -59,7 +64,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         Of fixed sensors, whose noise is drawn afresh in training, or of a family, of which every training sample gets
         fresh sensors with fresh noise. Without noise the readings of the data hold it already.
     data : DataSet
-        Of that problem; of a family with states. Derivatives take part where the noise is Gaussian and known.
+        Of that problem; of a family with states. Derivatives take part where the law of the noise is known.
     basis : ModalBasis, optional
         Coordinates of the fields. Where left out, as many leading modes of the prior as the readings can tell from
         their noise, or, where the data hold derivatives, the directions among the modes of which readings tell; the
@@ -79,6 +84,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     InputError, DataError, FileError, SolveError
         If the pairs are too few, inconsistent, not finite or without the states of a family, the basis or the network
         does not fit, or training fails; see also `fit_denoiser`.
+
+    UserWarning tells where a few pairs hold most of the spread of a sensor's readings.
     """
     start = time.perf_counter()
     check_flag(progress, "progress")
@@ -107,6 +114,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
+    if not problem.family:
+        _tell_outliers(problem, data)
     given, informed = basis is not None, _informed(problem, data, seen)
     if basis is not None:
         basis = check_basis(basis, problem)
@@ -114,7 +123,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         basis = informed
     else:
         basis = _visible(problem, data, seen, noise)
-    slopes = None if informed is None else _slopes(data, basis)
+    slopes = None if informed is None else sloped(problem, data, basis)
     with event("encode"):
         z = basis.encode(data.coefficients)
     standard_prior = is_standard(data, basis, z)
@@ -128,12 +137,31 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
+    apart = len(hold_out(len(data), options)[1])
+    if denoiser.base.emulator.head is not None and apart < _JUDGES:
+        tell(f"fit: {apart} held-out pairs judge the emulator, too few to know its error in the tails of the prior: "
+             "posterior.check() and posterior.correct(...) are for such a model; laplace(problem, y) needs no pairs.",
+             progress and problem.comm.rank == 0)
     linear, rows = _rest(problem, data, basis, denoiser, given)
     some = np.unique(np.linspace(0, len(seen) - 1, _SEEN).round().astype(int))
     model = Model(problem, basis, denoiser, history, states, shown, linear, rows, seen[some].double())
     tell(f"fit: {len(data):,} pairs, {model.summary}; {time.perf_counter() - start:.0f} s",
          progress and problem.comm.rank == 0)
     return model
+
+
+def _tell_outliers(problem: InverseProblem, data: DataSet) -> None:
+    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone."""
+    squares = (data.readings - np.median(data.readings, axis=0))**2
+    total = squares.sum(axis=0)
+    share = np.divide(squares.max(axis=0), total, out=np.zeros_like(total), where=total > 0)
+    wild = np.flatnonzero(share > _ONE) if len(data) >= _MANY else []
+    if len(wild):
+        names = problem.names or [str(i) for i in range(len(total))]
+        warnings.warn(f"One of {len(data):,} pairs holds {share.max():.0%} of the spread of the readings of "
+                      f"{names[int(share.argmax())]}{f' ({len(wild)} such sensors)' * (len(wild) > 1)}: the prior or "
+                      "the solver has tails so heavy that the model hardly sees other pairs. Take a prior with lighter "
+                      "tails, or hmc, which needs no training.", stacklevel=3)
 
 
 def is_standard(data: DataSet, basis: ModalBasis, z: np.ndarray) -> bool:
@@ -178,32 +206,62 @@ def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> Mod
     """The modes of the data's derivatives, turned to what readings tell of; None where derivatives are of no use."""
     if data.derivatives is None or data.basis is None:
         return None
-    noise = problem.noise
-    covariance = noise.covariance(seen.double()) if isinstance(noise, GaussianNoise) else torch.zeros(1, 1)
-    if not (covariance.diagonal() > 0).all():
-        warnings.warn("The data hold derivatives, which are of use where the noise of all sensors is Gaussian and "
-                      "known: they are left out.", stacklevel=3)
+    covariance = known_noise(problem.noise, seen)
+    if covariance is None:
+        warnings.warn("The data hold derivatives, which are of use where all sensors have noise of a known law: they "
+                      "are left out.", stacklevel=3)
         return None
-    slopes, z = torch.from_numpy(data.derivatives), torch.from_numpy(data.basis.encode(data.coefficients))
+    slopes = torch.from_numpy(_with_levels(problem, data))
+    z = torch.from_numpy(data.basis.encode(data.coefficients))
 
     def turn() -> torch.Tensor:
-        scales = choose_scales(z, seen.double(), noise, None, True)
+        scales = choose_scales(z, seen.double(), problem.noise, None, True)
         _, mapped, turned = scales.pairs(z, seen.double(), slopes)
-        law = carried(noise, scales.readings)
+        law = carried(problem.noise, scales.readings)
         assert law is not None and turned is not None
-        return informed_turn(turned, law.covariance(mapped))
+        return informed_turn(turned, _sharpest(law, mapped))
     return replace(data.basis, turn=on_root(problem.comm, turn).numpy())
 
 
-def _slopes(data: DataSet, basis: ModalBasis) -> torch.Tensor:
-    """The data's derivatives by the latents of a basis, (n, k, r); InputError where it has other modes (collective)."""
+def known_noise(noise: Noise | None, seen: torch.Tensor) -> torch.Tensor | None:
+    """As `_sharpest`, of noise whose law is known and that all sensors have; None of another."""
+    if noise is None or not (isinstance(noise, GaussianNoise) or noise.law):
+        return None
+    covariance = _sharpest(noise, seen)
+    return covariance if bool((covariance.diagonal() > 0).all()) else None
+
+
+def _with_levels(problem: InverseProblem, data: DataSet) -> np.ndarray:
+    """The data's derivatives, with those of the levels' numbers behind them, (n, k + l, R)."""
     assert data.basis is not None and data.derivatives is not None
+    rows = problem.normal_levels(data.basis.scaled_modes).T
+    return np.concatenate([data.derivatives, np.tile(rows, (len(data), 1, 1))], axis=1)
+
+
+def _sharpest(noise: Noise, seen: torch.Tensor) -> torch.Tensor:
+    """Covariance (k + l, k + l) at readings with the levels' numbers behind them, (n, k + l), of the least noise.
+
+    Small noise shows most modes, and the levels are to be among them.
+    """
+    if not noise.levels:
+        return noise.covariance(seen.double())
+    low, k = seen.double().clone(), seen.shape[1] - len(noise.levels)
+    low[:, k:] = _LOW
+    return torch.block_diag(noise.covariance(low), _SHARP * torch.eye(len(noise.levels), dtype=low.dtype))
+
+
+def sloped(problem: InverseProblem, data: DataSet, basis: ModalBasis) -> torch.Tensor:
+    """The data's derivatives by the latents of a basis, with those of the levels' numbers behind them: (n, k + l, r).
+
+    InputError where the basis has other modes (collective).
+    """
+    assert data.basis is not None
     across = data.basis.encode(coefficients(data.basis.mean) + basis.scaled_modes)
     lost = basis.scaled_modes - across @ data.basis.scaled_modes
     if largest(basis.V.comm, lost) > _OUTSIDE * largest(basis.V.comm, basis.scaled_modes):
         raise InputError("The basis holds more than the modes that derivatives of the data are in: leave basis out, "
                          "take data.basis.leading(r), or simulate(..., derivatives=basis).")
-    return torch.from_numpy(data.derivatives @ across.T)
+    return torch.from_numpy(_with_levels(problem, data) @ across.T)
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
@@ -226,11 +284,5 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
         law = carried(noise, scales.readings)
         if law is None:
             return visible_modes(z, mapped, None, False)
-        covariance = law.covariance(mapped)
-        if law.levels:
-            # Small noise shows most modes, and the levels are to be among them.
-            low, k = mapped.clone(), data.readings.shape[1]
-            low[:, k:] = _LOW
-            covariance = torch.block_diag(law.covariance(low), _SHARP * torch.eye(low.shape[1] - k, dtype=low.dtype))
-        return visible_modes(z, mapped, covariance, basis.standard_prior and (law.constant or law.law))
+        return visible_modes(z, mapped, _sharpest(law, mapped), basis.standard_prior and (law.constant or law.law))
     return basis.leading(on_root(problem.comm, count))

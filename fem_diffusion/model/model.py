@@ -157,7 +157,7 @@ class Model:
             y = self.same(y, self.denoiser.base.k, self.problem.names, repeats=True)
             problem, values, index = at_hand(self.problem, y)
             if problem is not self.problem:
-                return self._with(problem, index).condition(values)
+                return self.of_sensors(problem, index).condition(values)
             if self.near is not None and not np.allclose(y, self.near, 1e-6, 1e-9 * np.abs(self.near).max(initial=0)):
                 raise InputError("The model is refined for another measurement, and knows little elsewhere: take the "
                                  "model that was refined, or refine that for this measurement.")
@@ -224,7 +224,7 @@ class Model:
         """
         return condition_all(self, y, observation, noise, times)
 
-    def _with(self, problem: InverseProblem, index: np.ndarray) -> "Model":
+    def of_sensors(self, problem: InverseProblem, index: np.ndarray) -> "Model":
         """The model of a problem with some of the fixed sensors, by their numbers (m,), of which some may come again.
 
         No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.

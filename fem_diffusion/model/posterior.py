@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from firedrake import Ensemble
 
-from fem_diffusion.checks import alike, check_count, check_device, check_flag, check_kind, check_seed
+from fem_diffusion.checks import alike, check_count, check_device, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
@@ -18,6 +18,7 @@ from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail
+from fem_diffusion.prior.draws import chunks, restricted
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.samples import Samples
 
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from fem_diffusion.trust.cross import CrossValidation
 
 __all__ = ["Posterior"]
-
-_TAIL_STREAM, _CHUNK = 0x7A11, 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +87,8 @@ class Posterior:
         InputError
             If a number is out of range or another one on other ranks, an argument of the wrong kind, or the measurement
             more than twice as far as all that a model which is not exact has seen.
+        SolveError
+            If a constrained prior allows hardly any sample.
         """
         n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         progress = check_flag(progress, "progress")
@@ -99,27 +100,33 @@ class Posterior:
                              "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
 
-        def draw() -> np.ndarray:
+        def draw(seed: int) -> np.ndarray:
             check_device(device)
             return sample_latents(self.conditioned.to(device), n, sampler, seed=seed, callback=callback,
                                   progress=progress)[0].cpu().numpy()
+        allows = self.problem.prior.allows
         with event("sample"):
-            z = on_root(self.problem.comm, draw)
-            return Samples.later(self.problem.M, lambda: self.fields(z, seed, refill, True), z)
+            if allows is None:
+                z = on_root(self.problem.comm, lambda: draw(seed))
+                return Samples.later(self.problem.M, lambda: self.fields(z, seed, refill, True), z)
+
+            def again(number: int) -> tuple[np.ndarray, ...]:
+                mine = stream(seed, f"round {number}")
+                z = on_root(self.problem.comm, lambda: draw(mine))
+                return self.fields(z, mine, refill), z
+            fields, z = restricted(allows, n, again, "the model puts the posterior elsewhere; take hmc(problem, y) or "
+                                   "posterior.correct(...), which keep to the constraint")
+            return Samples(self.problem.M, self.problem.prior.transform_many(fields), z)
 
     def fields(self, z: np.ndarray, seed: int, refill: bool, transformed: bool = False) -> np.ndarray:
         """Coefficients of what `sample` makes of latents (n, r): fields (n, n_owned of V), or parameters."""
         out = np.empty((len(z), owned_size(self.problem.M if transformed else self.problem.V)))
-        # A few at a time: there may be more unknowns than memory for several copies of all samples.
-        for number, first in enumerate(range(0, len(z), _CHUNK)):
-            part = slice(first, first + _CHUNK)
-            # Streams of their own, apart from that of the latents and from those of the training pairs.
-            stream = int(np.random.SeedSequence([seed, number, _TAIL_STREAM]).generate_state(1)[0])
-            values = self.basis.decode(z[part], stream if refill else None)
+        for part, tail in chunks(len(z), seed):
+            values = self.basis.decode(z[part], tail if refill else None)
             if refill and self.tail is not None:
                 modes = self.basis.decode(z[part])
                 values -= modes
-                values = self.tail.given(values, self.y, z[part], stream, self.problem.comm)
+                values = self.tail.given(values, self.y, z[part], tail, self.problem.comm)
                 values += modes
             out[part] = self.problem.prior.transform_many(values) if transformed else values
         return out

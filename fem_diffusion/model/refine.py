@@ -41,7 +41,9 @@ from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.forward.callable import CallableForward
+from fem_diffusion.model.fit import known_noise, sloped
 from fem_diffusion.model.model import Model
+from fem_diffusion.model.readings import at_hand
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import bar, tell
@@ -71,7 +73,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     Parameters
     ----------
     model, data : Model, DataSet
-        To begin with, and the pairs that it was trained on, or what `refine` has returned.
+        To begin with, and the pairs that it was trained on, or what `refine` has returned. Where they have derivatives,
+        new ones get theirs, by k adjoint solves each.
     y : array_like of shape (k,)
         The measurement.
     n, rounds : int
@@ -121,6 +124,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         # That the measurement is far from the training is why more is simulated.
         warnings.simplefilter("ignore", MeasurementWarning)
         posterior = replace(model, near=None).condition(y, observation, noise)
+        if not model.problem.family:
+            model, data = _at_hand(model, data, y)
     problem, y = posterior.problem, posterior.y
     if model.problem.family and isinstance(problem.noise, GaussianNoise) and not problem.noise.constant:
         # As the model of the family has it: the reading stands for the value without noise.
@@ -130,10 +135,10 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         if data.states is None:
             raise DataError("A model of a family is refined with the states of its training: pass its data set.")
         data = replace(data, readings=problem.observation.apply(data.states), states=None)
-    pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen, path, ensemble)
-    show = progress and everyone.rank == 0
     if problem.levels:
         raise InputError("The noise has an unknown level, which refine does not know: take posterior.correct(...).")
+    pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen, path, ensemble)
+    show = progress and everyone.rank == 0
     known = model.denoiser.known and model.denoiser.base.law is None and model.denoiser.latents is None
     run = _emulated if known else _truncated
     denoiser, history = run(pairs, posterior.conditioned, model.denoiser, y,
@@ -145,6 +150,16 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     tell(f"refine: {pairs.solves:,} solves in {rounds} rounds, {found.summary}; {time.perf_counter() - start:.0f} s",
          show)
     return found, pairs.data
+
+
+def _at_hand(model: Model, data: DataSet, y: ArrayLike) -> tuple[Model, DataSet]:
+    """Model and pairs of the sensors that have read, as often as they have, for a measurement by fixed ones."""
+    problem, _, index = at_hand(model.problem, np.asarray(y, dtype=float))
+    if problem is model.problem:
+        return model, data
+    slopes = data.derivatives
+    return model.of_sensors(problem, index), replace(
+        data, readings=data.readings[:, index], derivatives=None if slopes is None else slopes[:, index])
 
 
 class _Pairs:
@@ -165,7 +180,14 @@ class _Pairs:
         # A plain function gains nothing from blocks, and the fewer there are the less is lost.
         block = _FEW if isinstance(problem.forward, CallableForward) else _BLOCK
         self._reason, self._block = "", block * (1 if self._beside is None else self._beside.size)
-        self.z = torch.from_numpy(basis.encode(data.coefficients))
+        self._k = data.readings.shape[1]
+        self._serves = data.derivatives is not None and known_noise(problem.noise, self.c) is not None
+        self._encode()
+
+    def _encode(self) -> None:
+        """Latents (n, r) of all pairs, and derivatives of their readings (n, k, r), where they are there and serve."""
+        self.z = torch.from_numpy(self.basis.encode(self.data.coefficients))
+        self.slopes = sloped(self.problem, self.data, self.basis) if self._serves else None
 
     @property
     def c(self) -> torch.Tensor:
@@ -174,41 +196,50 @@ class _Pairs:
 
     def simulate(self, z: np.ndarray | None, fields: np.ndarray | None, seed: int, show: bool) -> int:
         """Solve for latents z (m, r), or for fields; add the pairs; how many there are of them."""
-        problem = self.problem
+        problem, data = self.problem, self.data
         if fields is None and z is not None:
             fields = self.basis.decode(z, stream(seed, "tail") if self.basis.standard_prior else None)
         assert fields is not None
         latents, found = self.basis.encode(fields), []
-        with contextlib.closing(Job(problem, seed, False)) as job, bar(len(fields), "refine", show) as shown:
+        basis = None if self.slopes is None else data.basis
+        with contextlib.closing(Job(problem, seed, False, basis)) as job, bar(len(fields), "refine", show) as shown:
             for first in range(0, len(fields), self._block):
                 part = latents[first:first + self._block]
                 found.append(self._answers.ask(part, lambda some: self._solved(
                     job, fields[first:first + len(some)])))
                 shown.update(len(part))
-        readings = np.concatenate(found)
+        found = np.concatenate(found)
+        readings, slopes = found[:, :self._k], found[:, self._k:]
         self.solves += len(fields)
         rows = np.flatnonzero(np.isfinite(readings).all(axis=1))
         if len(rows) < len(fields) / 2:
             raise SolveError(f"The forward problem failed for {len(fields) - len(rows)} of {len(fields)} samples of "
                              f"the posterior; the first: {self._reason or 'in a former run'}. Mend the solver, or "
                              "simulate more pairs before the first round.")
-        self.data = DataSet(np.concatenate([self.data.coefficients, fields[rows]]),
-                            np.concatenate([self.data.readings, readings[rows]]), None, self.data.skipped,
-                            self.data.chosen + len(rows))
-        self.z = torch.cat([self.z, torch.from_numpy(self.basis.encode(fields[rows]))])
+        known = None if basis is None or data.derivatives is None else np.concatenate(
+            [data.derivatives, slopes[rows].reshape(-1, *data.derivatives.shape[1:])])
+        self.data = DataSet(np.concatenate([data.coefficients, fields[rows]]),
+                            np.concatenate([data.readings, readings[rows]]), None, data.skipped,
+                            data.chosen + len(rows), known, basis)
+        self._encode()
         return len(rows)
 
     def _solved(self, job: Job, fields: np.ndarray) -> np.ndarray:
-        """Readings (B, k) of fields (B, n_owned) before transforms, NaN where solves fail; an ensemble shares them."""
+        """Readings (B, k) of fields (B, n_owned) before transforms, NaN where solves fail; an ensemble shares them.
+
+        Where derivatives are kept, they come behind: (B, k + k R).
+        """
         member, members = (0, 1) if self._beside is None else (self._beside.rank, self._beside.size)
         mine, found = range(member, len(fields), members), Solved()
         together(self.everyone, lambda: job.solve(fields, mine, found, lambda found: False))
-        results = {i: row for i, (_, row, _) in found.results.items()}
+        results = {i: row if slope is None else np.concatenate([row, slope.ravel()])
+                   for i, (_, row, slope) in found.results.items()}
         for others, failed in [(results, found.failed)] if self._beside is None else self._beside.allgather(
                 (results, found.failed)):
             results |= others
             self._reason = self._reason or next(iter(failed.values()), "")
-        nothing = np.full(self.data.readings.shape[1], np.nan)
+        derivatives = None if self.slopes is None else self.data.derivatives
+        nothing = np.full(self._k + (0 if derivatives is None else derivatives[0].size), np.nan)
         return np.array([results.get(i, nothing) for i in range(len(fields))])
 
     def posterior(self, conditioned: Conditioned, n: int, seed: int) -> np.ndarray:
@@ -239,7 +270,9 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
             # The new ones count for half, however few they are.
             times = max(1, pairs.drawn // max(1, end - pairs.drawn))
             index = torch.cat([torch.arange(pairs.drawn), torch.arange(pairs.drawn, end).repeat(times)])
-            emulator, _ = fit_emulator(z[index], c[index], covariance, held_out=(z[end:], c[end:]),
+            parts = [x for x in (z, c, pairs.slopes) if x is not None]
+            emulator, _ = fit_emulator(z[index], c[index], covariance, held_out=tuple(x[end:] for x in parts),
+                                       slopes=None if pairs.slopes is None else pairs.slopes[index],
                                        options=replace(options, seed=options.seed + number), progress=show)
             emulator.residual = emulator.residual + covariance
             base = GaussianBase(*law(z[:pairs.drawn], True), emulator)
@@ -321,6 +354,7 @@ def _truncated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.n
 
         def train() -> tuple[Denoiser, History]:
             return fit_denoiser(pairs.z[index], pairs.c[index], pairs.problem.noise, progress=show,
+                                slopes=None if pairs.slopes is None else pairs.slopes[index],
                                 options=replace(options, seed=options.seed + number))
         denoiser, history = on_root(pairs.everyone, train)
         conditioned = denoiser.at(torch.from_numpy(y)[None])

@@ -1,6 +1,6 @@
 """Several unknowns at once: independent priors as one prior on a mixed space."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TypeGuard
 
@@ -12,6 +12,7 @@ from fem_diffusion.checks import check_all, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import by_component, coefficients, field
 from fem_diffusion.fields.checks import check_rows
+from fem_diffusion.prior.draws import prior_fields
 from fem_diffusion.prior.protocol import GaussianCore, Prior, check_prior
 
 __all__ = ["ProductPrior", "is_gaussian"]
@@ -23,53 +24,67 @@ class ProductPrior(Prior):
     Its samples are mixed Functions; a solver takes them apart with ``m.subfunctions`` or ``split(m)``. Spaces may be
     on one mesh, or on a mesh and submeshes of it: a coefficient inside and a flux through the boundary, for example.
 
-    `karhunen_loeve` expands each component by itself, in its own units; so does `pod` where it is given a number of
-    modes for each. A `TransformedPrior` may be a component, or may map a whole product into another space.
+    Components may have several unknowns themselves, as a `HierarchicalPrior`; those of a product are taken as if they
+    were in the list. `karhunen_loeve` expands each component by itself, in its own units; so does `pod` where it is
+    given a number of modes for each. A `TransformedPrior` may be a component, or may map a whole product into another
+    space.
 
-    InputError if there are less than two `priors`, one of them is a product or none at all, or they are on other
-    communicators. `V` is the mixed space of their spaces, in their order.
+    InputError if there are less than two `priors`, one of them is none, or they are on other communicators. `V` is the
+    mixed space of their spaces, in their order.
     """
 
     def __init__(self, priors: Sequence[Prior]) -> None:
-        self.priors = tuple(check_prior(prior, f"prior {i}")
-                            for i, prior in enumerate(check_all(priors, "priors", object, "priors")))
-        if len(self.priors) < 2:
-            raise InputError(f"a product of {len(self.priors)} priors was asked for: give at least two.")
-        for i, prior in enumerate(self.priors):
-            if len(prior.V) != 1:
-                raise InputError(f"prior {i} is {type(prior).__name__}: give a flat list of priors on spaces that are "
-                                 "not mixed.")
+        given = [check_prior(prior, f"prior {i}")
+                 for i, prior in enumerate(check_all(priors, "priors", object, "priors"))]
+        if len(given) < 2:
+            raise InputError(f"a product of {len(given)} priors was asked for: give at least two.")
+        self.priors = tuple(part for prior in given for part in _flat(prior))
         if any(prior.V.comm.size != self.priors[0].V.comm.size for prior in self.priors):
             raise InputError("the priors live on different communicators: build them on one mesh and its submeshes.")
-        self.V = MixedFunctionSpace([prior.V for prior in self.priors])
+        self.V = MixedFunctionSpace([W for prior in self.priors for W in prior.V])
         self.V.dim()    # collective the first time, which no __repr__ must be
         transformed = any(prior.core is not prior for prior in self.priors)
         self._core = ProductPrior([prior.core for prior in self.priors]) if transformed else self
+        # Numbers of components, of parameters and of fields before any transform.
+        self._widths = [len(prior.V) for prior in self.priors]
+        self._core_widths = [len(prior.core.V) for prior in self.priors]
 
     @property
     def core(self) -> "ProductPrior":
         """The product of the fields before the transforms; itself where no component is transformed."""
         return self._core
 
+    @property
+    def allows(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """As `Prior.allows`: what all components allow."""
+        if all(prior.allows is None for prior in self.priors):
+            return None
+        return lambda fields: np.all([prior.allows(part) for prior, part in zip(
+            self.priors, _parts(self.core.V, fields, self._core_widths)) if prior.allows is not None], axis=0)
+
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`; the components draw from independent streams made from the seed."""
+        if self.core is not self:
+            return self.transform_many(prior_fields(self, n, seed))
         # One seed for all components would give them the same white noise.
         seeds = np.random.SeedSequence(check_seed(seed)).generate_state(len(self.priors), np.uint64)
         return np.hstack([prior.sample_many(n, int(s)) for prior, s in zip(self.priors, seeds)])
 
     def transform_many(self, values: np.ndarray) -> np.ndarray:
         """As `Prior.transform_many`."""
-        parts = _parts(self.core.V, values)
+        parts = _parts(self.core.V, values, self._core_widths)
         return np.hstack([prior.transform_many(part) for prior, part in zip(self.priors, parts)])
 
     def pull_back(self, rows: np.ndarray, at: np.ndarray) -> np.ndarray:
         """As `Prior.pull_back`."""
-        parts = zip(self.priors, _parts(self.V, rows), _parts(self.core.V, np.asarray(at)[None]))
+        parts = zip(self.priors, _parts(self.V, rows, self._widths),
+                    _parts(self.core.V, np.asarray(at)[None], self._core_widths))
         return np.hstack([prior.pull_back(part, place[0]) for prior, part, place in parts])
 
     def slope_many(self, values: np.ndarray) -> np.ndarray:
         """As `Prior.slope_many`."""
-        return np.hstack([prior.slope_many(part) for prior, part in zip(self.priors, _parts(self.core.V, values))])
+        parts = _parts(self.core.V, values, self._core_widths)
+        return np.hstack([prior.slope_many(part) for prior, part in zip(self.priors, parts)])
 
     @cached_property
     def mean(self) -> Function:
@@ -79,7 +94,7 @@ class ProductPrior(Prior):
     def apply_covariance(self, x: np.ndarray) -> np.ndarray:
         """As `GaussianPrior.apply_covariance`; InputError, too, if a component is not Gaussian."""
         priors = self._gaussian("covariance")
-        return np.hstack([prior.apply_covariance(part) for prior, part in zip(priors, _parts(self.V, x))])
+        return np.hstack([prior.apply_covariance(part) for prior, part in zip(priors, _parts(self.V, x, self._widths))])
 
     def pointwise_std(self, exact: bool = False) -> Function:
         """As `GaussianPrior.pointwise_std`; InputError, too, if a component is not Gaussian."""
@@ -90,7 +105,7 @@ class ProductPrior(Prior):
     def bcs(self) -> tuple[DirichletBC, ...]:
         """The Gaussian components' Dirichlet conditions, on the components of ``V``."""
         conditions = []
-        for i, prior in enumerate(self.priors):
+        for i, prior in zip(np.cumsum([0, *self._widths]).tolist(), self.priors):
             for bc in prior.bcs if isinstance(prior, GaussianCore) else ():
                 space = bc.function_space()
                 target = self.V.sub(i) if space.component is None else self.V.sub(i).sub(space.component)
@@ -111,10 +126,15 @@ class ProductPrior(Prior):
 
 def is_gaussian(prior: Prior) -> TypeGuard[GaussianCore]:
     """Whether a prior, or every component of a product, is Gaussian and known by mean and covariance."""
-    parts = prior.priors if isinstance(prior, ProductPrior) else (prior,)
-    return all(isinstance(part, GaussianCore) for part in parts)
+    return all(isinstance(part, GaussianCore) for part in _flat(prior))
 
 
-def _parts(V: WithGeometry, values: np.ndarray) -> list[np.ndarray]:
-    """Owned coefficients (n, n_owned) of a mixed space, checked, component by component."""
-    return by_component(V, check_rows(values, V, "coefficients"))
+def _flat(prior: Prior) -> tuple[Prior, ...]:
+    """The components of a product, or a prior that is none."""
+    return prior.priors if isinstance(prior, ProductPrior) else (prior,)
+
+
+def _parts(V: WithGeometry, values: np.ndarray, widths: Sequence[int]) -> list[np.ndarray]:
+    """Owned coefficients (n, n_owned) of a mixed space, checked, in parts of so many components."""
+    components = iter(by_component(V, check_rows(values, V, "coefficients")))
+    return [np.hstack([next(components) for _ in range(width)]) for width in widths]

@@ -1,5 +1,6 @@
 """What the package asks of a prior: the door for priors of users' own."""
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -27,6 +28,11 @@ class Prior(Protocol):
     def core(self) -> "Prior":
         """Prior of the field before any transform; the prior itself where there is none."""
         return self
+
+    @property
+    def allows(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """Which fields before any transform, (n, n_owned of core.V) to (n,), a prior is restricted to; None of all."""
+        return None
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """Draw n samples: coefficients in ``V``, shape (n, n_owned).

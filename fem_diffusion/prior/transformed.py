@@ -21,6 +21,7 @@ from fem_diffusion.fields.checks import (
     check_expression, check_reproduced, check_rows, check_space, prepared_interpolation,
 )
 from fem_diffusion.fields.coefficients import assign, coefficients, field, is_real, multiply, owned_size
+from fem_diffusion.prior.draws import prior_fields
 from fem_diffusion.prior.protocol import Prior, check_prior
 
 __all__ = ["CallablePrior", "TransformedPrior", "level_set"]
@@ -94,12 +95,19 @@ class TransformedPrior(Prior):
         return self._inner.core
 
     def sample(self, seed: int) -> Function:
-        """Draw one sample, a Function in ``V``: the transform of ``core.sample(seed)``."""
+        """Draw one sample, a Function in ``V``: the transform of ``core.sample(seed)``, where all are allowed."""
+        if self.allows is not None:
+            return field(self.V, self.sample_many(1, seed)[0])
         return field(self.V, self.transform_many(coefficients(self.core.sample(seed))[None])[0])
+
+    @property
+    def allows(self) -> Callable[[np.ndarray], np.ndarray] | None:
+        """As `Prior.allows`, of the prior that is transformed."""
+        return self._inner.allows
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`."""
-        return self.transform_many(self.core.sample_many(n, seed))
+        return self.transform_many(prior_fields(self, n, seed))
 
     def __repr__(self) -> str:
         name = getattr(self.transform, "__name__", "transform")

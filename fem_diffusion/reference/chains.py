@@ -169,9 +169,9 @@ def accepted_chains(latent: LatentProblem, found: Chains, method: str, *, seed: 
     if np.isnan(rhat):
         _warn(f"{n} draws of each chain are too few to tell whether they have converged: take at least 4, or leave "
               "draws out.")
-    elif rhat > _REFUSED or asked is None and not found.converged:
+    elif rhat > _REFUSED or found.sticky or asked is None and not found.converged:
         _warn(f"The chains have not quite converged: the largest R-hat is {rhat:.3f} (1.01 is good), the smallest "
-              f"effective number of draws {effective:.0f}; take more draws.{kept}")
+              f"effective number of {found.energies.size:,} draws {effective:.0f}; take more draws.{kept}")
     z = found.draws.reshape(-1, latent.r)
     looks = np.random.default_rng(seed).permutation(len(z))[:_LOOKS]
     left, readings = unseen(latent, z[looks], seed)

@@ -11,6 +11,7 @@ from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
 from fem_diffusion.reference.latents import FAR, LatentProblem
 from fem_diffusion.reference.point import around_points
+from fem_diffusion.reference.solver import unrestricted
 from fem_diffusion.reference.walk import Begin, Chains, State, learnt, settle, walk
 
 __all__ = ["hmc", "run_hmc"]
@@ -37,6 +38,7 @@ class _Hamiltonian:
 
     def __init__(self, latent: LatentProblem, begin: Callable[[], Begin], exact: bool | None):
         self.latent, self._begin, self._given, self._force = latent, begin, exact, None
+        self._smooth = np.ones(1)   # acceptance of the last move, whatever a prior allows
 
     def start(self) -> State:
         """As `Kernel.start`."""
@@ -62,7 +64,20 @@ class _Hamiltonian:
         return lambda z: force(np.clip(z, -FAR, FAR))
 
     def move(self, state: State, rng: np.random.Generator) -> np.ndarray:
-        """As `Kernel.move`: one trajectory of every chain."""
+        """As `Kernel.move`: one trajectory of each chain, which may cross what a prior does not allow."""
+        with unrestricted(self.latent):
+            z, energy, gradient, gain, chance = self._trajectory(state, rng)
+        allowed = self.latent.allowed(z)
+        accept = (chance < gain) & allowed
+        state["z"] = np.where(accept[:, None], z, state["z"])
+        state["energy"] = np.where(accept, energy, state["energy"])
+        state["gradient"] = np.where(accept[:, None], gradient, state["gradient"])
+        # The step is right or wrong whatever is allowed.
+        self._smooth = np.exp(np.minimum(gain, 0.0))
+        return self._smooth * allowed
+
+    def _trajectory(self, state: State, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+        """Ends (chains, r), energies (chains,) and forces there, what is gained, and logarithms of chances."""
         chains, r = state["z"].shape
         momentum = rng.standard_normal((chains, r))
         jitter, chance = rng.uniform(0.8, 1.2), np.log(rng.uniform(size=chains))
@@ -85,12 +100,7 @@ class _Hamiltonian:
         if not exact:
             energy = self.latent.energy(z)
         gain = state["energy"] + kinetic - energy - (momentum**2).sum(axis=1) / 2
-        gain = self.latent.everyone.bcast(np.where(np.isfinite(gain), gain, -np.inf))
-        accept = chance < gain
-        state["z"] = np.where(accept[:, None], z, state["z"])
-        state["energy"] = np.where(accept, energy, state["energy"])
-        state["gradient"] = np.where(accept[:, None], gradient, state["gradient"])
-        return np.exp(np.minimum(gain, 0.0))
+        return z, energy, gradient, self.latent.everyone.bcast(np.where(np.isfinite(gain), gain, -np.inf)), chance
 
     def cost(self, state: State) -> int:
         """As `Kernel.cost`: the energy at each step, or at the end, and once more where the force changes."""
@@ -98,6 +108,7 @@ class _Hamiltonian:
 
     def adapt(self, state: State, acceptance: np.ndarray, i: int, warmup: int) -> None:
         """As `Kernel.adapt`: step by dual averaging, force by its acceptance, mass by the draws."""
+        acceptance = self._smooth
         state["pool"] = np.concatenate([state["pool"], state["z"][:, None]], axis=1)
         state["rates"] = np.concatenate([state["rates"], acceptance[:, None]], axis=1)
         target, shortest = (_TARGET, 1e-6) if state["exact"][0] else (_FREE, _SHORTEST)
@@ -210,8 +221,9 @@ def hmc(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
     FileError
         If the file belongs to another run.
 
-    ConvergenceWarning tells where R-hat is above 1.01, there are less than 400 effective draws, or modes past r are
-    seen; MeasurementWarning where residuals of the draws are not those of the noise, and at which sensors.
+    ConvergenceWarning tells where R-hat is above 1.01 or there are less than 400 effective draws, or, where `draws` is
+    given, both and only a tenth of them is effective, or R-hat is above 1.05; and where modes past r are seen.
+    MeasurementWarning tells where residuals of the draws are not those of the noise, and at which sensors.
     """
     seed, chains, draws, most = chain_numbers(problem, seed, chains, draws, most)
     progress = check_flag(progress, "progress")

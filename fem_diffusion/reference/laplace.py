@@ -10,6 +10,7 @@ from scipy.linalg import qr
 from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.prior.draws import restricted
 from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.reference.chains import reference_latents
 from fem_diffusion.reference.latents import LatentProblem
@@ -61,10 +62,17 @@ class LaplacePosterior:
         return self.factor @ self.factor.T
 
     def sample(self, n: int, *, seed: int) -> Samples:
-        """Draws of the Gaussian, transformed."""
+        """Draws of the Gaussian, transformed; SolveError if a constrained prior allows hardly any."""
         n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
-        x = np.random.default_rng(stream(seed, "laplace")).standard_normal((n, len(self.centre)))
-        return self.latent.samples(self.centre + x @ self.factor.T, seed)
+        rng, allows = np.random.default_rng(stream(seed, "laplace")), self.problem.prior.allows
+
+        def draw() -> np.ndarray:
+            return self.centre + rng.standard_normal((n, len(self.centre))) @ self.factor.T
+
+        def fields(number: int) -> tuple[np.ndarray, np.ndarray]:
+            return self.basis.decode(z := draw()), z
+        z = draw() if allows is None else restricted(allows, n, fields, "take hmc, which keeps to the constraint")[1]
+        return self.latent.samples(z, seed)
 
     @cached_property
     def _draws(self) -> Samples:

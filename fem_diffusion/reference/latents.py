@@ -14,6 +14,7 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
 from fem_diffusion.fields.coefficients import coefficients, field, on_root
 from fem_diffusion.prior.chain_rule import ChainRule
+from fem_diffusion.prior.draws import filled
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.progress import tell
@@ -57,6 +58,8 @@ class LatentProblem(CountedSolver):
     r, width : int
         Number of latents; of readings, with the standard normal numbers of unknown levels of noise behind them, (B, k)
         being (B, width) then.
+    unrestricted : bool
+        Whether a constraint of the prior is left out: see `solver.unrestricted`.
     solves, pulls, failure, limit
         As `CountedSolver` has them.
 
@@ -130,7 +133,17 @@ class LatentProblem(CountedSolver):
         return self._said(lambda: self._likelihood.log_density(readings))
 
     def log_prior(self, z: np.ndarray) -> np.ndarray:
-        """Log density of latents (B, r) under the prior, shape (B,)."""
+        """Log density of latents (B, r) under the prior, shape (B,); minus infinity where it does not allow them."""
+        found = self.smooth_log_prior(z)
+        return found if self.unrestricted else np.where(self.allowed(z), found, -np.inf)
+
+    def allowed(self, z: np.ndarray) -> np.ndarray:
+        """Whether the prior allows latents (B, r), shape (B,)."""
+        allows = self.problem.prior.allows
+        return np.ones(len(z), dtype=bool) if allows is None else allows(self.basis.decode(z))
+
+    def smooth_log_prior(self, z: np.ndarray) -> np.ndarray:
+        """As `log_prior`, without a constraint."""
         if self._log_prior is None:
             return -(z**2).sum(axis=1) / 2 - self.r / 2 * np.log(2 * np.pi)
         given = self._log_prior
@@ -286,13 +299,20 @@ class LatentProblem(CountedSolver):
         return force
 
     def samples(self, z: np.ndarray, seed: int) -> Samples:
-        """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD."""
-        tail = stream(check_seed(seed), "tail") if self.basis.standard_prior else None
-        return Samples(self.problem.M, self.problem.prior.transform_many(self.basis.decode(z, tail)), np.array(z))
+        """Latents (n, r) as samples of the parameter; modes past r are drawn from the prior, but those of POD.
+
+        Where the prior is constrained they are drawn anew until it allows them; SolveError if it hardly does.
+        """
+        def values() -> np.ndarray:
+            return filled(self.problem.prior, self.basis, z, seed)
+        seed = stream(check_seed(seed), "tail")
+        if self.problem.prior.allows is not None:   # which may fail
+            return Samples(self.problem.M, values(), np.array(z))
+        return Samples.later(self.problem.M, values, np.array(z))
 
     def refilled(self, z: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Readings (B, k) at latents (B, r) with modes past r from the prior, and without: two solves each."""
-        tail = self.samples(z, seed).values
+        tail = filled(self.problem.prior, self.basis, z, stream(seed, "tail"), constrained=False)
 
         def read(mine: np.ndarray) -> np.ndarray:
             mine = mine[:, 0].astype(int)
@@ -344,7 +364,8 @@ class LatentProblem(CountedSolver):
         if self._log_prior is None:
             return -z
         steps = _FINE * np.eye(self.r)
-        return np.stack([(self.log_prior(z + step) - self.log_prior(z - step)) / (2 * _FINE) for step in steps], axis=1)
+        return np.stack([(self.smooth_log_prior(z + step) - self.smooth_log_prior(z - step)) / (2 * _FINE)
+                         for step in steps], axis=1)
 
     def _read_and_pulled(self, z: np.ndarray) -> np.ndarray:
         """Readings and the gradient of -log p(y | readings) at latents (B, r): (B, k + r), NaN where solves fail.

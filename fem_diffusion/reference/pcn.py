@@ -8,6 +8,7 @@ import numpy as np
 from fem_diffusion.checks import check_flag, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
+from fem_diffusion.prior.draws import restricted
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.chains import ChainPosterior, accepted_chains, chain_numbers, reference_latents
 from fem_diffusion.reference.latents import LatentProblem
@@ -104,7 +105,11 @@ def pcn(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         try:
             return around_points(latent, chains, seed)
         except SolveError:
-            x = np.random.default_rng(stream(seed, "starts")).standard_normal((chains, latent.r))
+            rng, allows = np.random.default_rng(stream(seed, "starts")), problem.prior.allows
+
+            def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
+                return latent.basis.decode(x := rng.standard_normal((chains, latent.r))), x
+            x = draw(0)[1] if allows is None else restricted(allows, chains, draw, "mend the constraint")[1]
             return x, np.zeros(latent.r), np.eye(latent.r)
     found = walk(latent, _CrankNicolson(latent, begin), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,
                  budget=None, path=path, progress=progress, name="pcn")

@@ -12,9 +12,11 @@ from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import field
+from fem_diffusion.prior.draws import restricted
 from fem_diffusion.problem import InverseProblem, check_problem
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.looks import point_conflict
+from fem_diffusion.reference.solver import unrestricted
 
 __all__ = ["MapPoint", "around_points", "aside", "descend", "find_point", "find_points", "map_point"]
 
@@ -89,6 +91,9 @@ def map_point(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | Non
         "starts": check_count(starts, "starts"), "seed": check_seed(seed)})
     latent = LatentProblem(problem, y, basis)
     z, energy = find_point(latent, starts, seed)
+    if not np.isfinite(latent.log_prior(z[None])).all():
+        raise SolveError("The most probable parameter without the constraint of the prior is not allowed by it: take "
+                         "hmc, which keeps to the constraint.")
     point_conflict(latent, z)
     return MapPoint(field(problem.M, latent.parameters(z[None])[0], name="map_point"), z, energy, latent.solves,
                     latent.pulls)
@@ -98,13 +103,14 @@ def find_point(latent: LatentProblem, starts: int = 1, seed: int = 0, start: np.
                ) -> tuple[np.ndarray, float]:
     """Latents (r,) of the maximum a posteriori point and their energy, from beside the prior mean or another start.
 
-    Arguments and errors are as for `map_point`.
+    A constraint of the prior is left out. Arguments and errors are as for `map_point`.
     """
     draws = np.random.default_rng(stream(seed, "starts")).standard_normal((starts - 1, latent.r))
     found, errors = [], []
     for z in np.vstack([aside(latent.r, seed) if start is None else start, draws]):
         try:
-            found.append(_settled(latent, z))
+            with unrestricted(latent):
+                found.append(_settled(latent, z))
         except SolveError as error:
             errors.append(error)
     if not found:
@@ -163,7 +169,9 @@ def _search(latent: LatentProblem, start: np.ndarray) -> tuple[np.ndarray, float
         if z.tobytes() not in seen:
             seen.clear()
             gradient, hessian = latent.expanded(z)
-            seen[z.tobytes()] = free @ gradient, free @ hessian @ free + np.eye(latent.r) - free
+            if len(latent.level_rows):
+                gradient, hessian = free @ gradient, free @ hessian @ free + np.eye(latent.r) - free
+            seen[z.tobytes()] = gradient, hessian
         return seen[z.tobytes()]
 
     def near(z: np.ndarray) -> float:
@@ -234,11 +242,22 @@ def find_points(latent: LatentProblem, starts: np.ndarray) -> list[tuple[np.ndar
 def around_points(latent: LatentProblem, n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where n chains begin, (n, r): around all probable points that some searches find; the best, and a factor there.
 
-    Chains that begin at one mode alone could not tell of another. Errors of `find_point`.
+    Chains that begin at one mode alone could not tell of another. Where the prior is constrained, only where it allows
+    them. Errors of `find_point`.
     """
     rng = np.random.default_rng(stream(seed, "starts"))
     x = rng.standard_normal((n, latent.r))
     others = rng.standard_normal((_SEARCHES - 1 if len(latent.y) <= _CHEAP else 0, latent.r))
     places = find_points(latent, np.vstack([aside(latent.r), others]))
-    z = [centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))]
-    return np.stack(z), *places[0]
+    z = np.stack([centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))])
+    allows = latent.problem.prior.allows
+    if allows is None:
+        return z, *places[0]
+    centre, factor = places[0]
+
+    def wider(number: int) -> tuple[np.ndarray, np.ndarray]:
+        # The posterior may be in the tails of the Gaussian there.
+        new = z if not number else centre + (1 + number / 10) * rng.standard_normal(z.shape) @ factor.T
+        return latent.basis.decode(new), new
+    return restricted(allows, n, wider, "the data put the parameter where the constraint forbids it; check both")[1], \
+        centre, factor

@@ -1,6 +1,7 @@
 """Solves of an inverse problem that are counted, of which some may fail."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from firedrake.adjoint import stop_annotating
@@ -12,7 +13,17 @@ from fem_diffusion.forward.protocol import Forward
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.problem import InverseProblem
 
-__all__ = ["CountedSolver"]
+__all__ = ["CountedSolver", "unrestricted"]
+
+
+@contextlib.contextmanager
+def unrestricted(latent: "CountedSolver") -> Iterator[None]:
+    """Without the constraint of a prior, at whose bounds a density has no slope."""
+    latent.unrestricted, before = True, latent.unrestricted
+    try:
+        yield
+    finally:
+        latent.unrestricted = before
 
 
 class CountedSolver:
@@ -31,6 +42,7 @@ class CountedSolver:
     def __init__(self, problem: InverseProblem, k: int):
         self.problem, self._k, self.solves, self.pulls, self.failure = problem, k, 0, 0, ""
         self.limit: tuple[int, int] | None = None
+        self.unrestricted = False
 
     def _spend(self, solves: int, pulls: int = 0) -> None:
         """Count what is about to be solved."""

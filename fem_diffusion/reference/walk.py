@@ -77,6 +77,13 @@ class Chains:
         rhat, effective = self.worst
         return rhat <= _RHAT and effective >= _ENOUGH
 
+    @property
+    def sticky(self) -> bool:
+        """Whether some latent hardly mixes, as in a tail that chains rarely enter and leave: R-hat is above 1.01, and
+        less than 400 draws and a tenth of them are effective."""
+        rhat, effective = self.worst
+        return rhat > _RHAT and effective < min(_ENOUGH, self.energies.size / 10)
+
 
 class Kernel(Protocol):
     """What moves chains. Its state holds `z` (chains, r), `energy` (chains,), `step`, `leaps`, `exact`, and its own."""
@@ -99,13 +106,16 @@ class Kernel(Protocol):
 
 
 def settle(latent: LatentProblem, z: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Starts (chains, r) from which all chains can move: where the solver fails, the centre.
+    """Starts (chains, r) from which all chains can move: where there is no solution, the centre or another start.
 
-    SolveError if it fails there as well.
+    SolveError if there is none anywhere.
     """
     failed = ~np.isfinite(latent.energy(z))
     if failed.any() and not np.isfinite(latent.energy(centre[None])).all():
-        raise SolveError(f"The forward problem has no solution where chains start ({latent.failure}): check it there.")
+        if failed.all():
+            raise SolveError(f"The forward problem has no solution where chains start ({latent.failure}): check it "
+                             "there.")
+        return np.where(failed[:, None], z[np.flatnonzero(~failed)[0]], z)
     return np.where(failed[:, None], centre, z)
 
 

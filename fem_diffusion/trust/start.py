@@ -10,7 +10,7 @@ from firedrake import Ensemble
 from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
-from fem_diffusion.diffusion import Conditioned, log_density
+from fem_diffusion.diffusion import Conditioned, log_density, sample_latents
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -76,8 +76,8 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
     def more(n: int) -> np.ndarray:
         nonlocal count
         count += 1
-        z = posterior.sample(n, seed=stream(seed, f"start {count}"), refill=False, extrapolate=True,
-                             progress=False).latents
+        mine = stream(seed, f"start {count}")
+        z = on_root(problem.comm, lambda: sample_latents(conditioned, n, seed=mine, progress=False)[0].numpy())
         if not np.isfinite(z).all():
             raise SolveError("The model gives samples that are not finite: train it anew.")
         others = np.random.default_rng(stream(seed, f"others {count}")).standard_normal((n, rest))

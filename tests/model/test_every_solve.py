@@ -1,5 +1,6 @@
 """Models from derivatives: exact where the problem is, better than values alone elsewhere, whole in files."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -7,16 +8,19 @@ import pytest
 from firedrake import DirichletBC, Function, FunctionSpace, TestFunction, UnitSquareMesh, dx, exp, grad, inner
 import torch
 from mpi4py import MPI
+from scipy.stats import cauchy, lognorm
 
-from fem_diffusion.diffusion import CallableNoise, TrainingOptions
+from fem_diffusion.diffusion import CallableNoise, StudentNoise, TrainingOptions
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.steady import Steady
 from fem_diffusion.model.fit import fit
 from fem_diffusion.model.model import load_model
+from fem_diffusion.model.refine import refine
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.gaussian import GaussianPrior
+from fem_diffusion.prior.scalar import ScalarPrior
 from fem_diffusion.prior.transformed import TransformedPrior
 from fem_diffusion.problem import InverseProblem
 from fem_diffusion.reference.exact import exact
@@ -85,9 +89,68 @@ def test_a_given_basis_keeps_its_modes(bent):
         fit(problem, part, basis=karhunen_loeve(problem.prior, 30), **QUIET)
 
 
-def test_derivatives_without_known_gaussian_noise_are_left_out_with_a_word(bent):
+def test_derivatives_serve_noise_with_outliers_as_well():
+    """Of a linear problem ten pairs know the readings; samples by importance weights of prior draws are the measure."""
+    problem = replace(_problem(), noise=StudentNoise(0.4, 4.0))
+    few = replace(OPTIONS, steps=10, evaluate_every=10)
+    model = fit(problem, simulate(problem, 10, seed=1, derivatives=True, **QUIET), options=few, **QUIET)
+    y, = problem.measurements(problem.prior.sample_many(1, 7), seed=7)
+    samples = model.condition(y).sample(4000, seed=1, **QUIET)
+    draws, rows = problem.prior.sample_many(30_000, seed=5), problem.sensitivity(problem.prior.mean)
+    weights = np.exp(problem.noise.log_density(torch.from_numpy(y), torch.from_numpy(draws @ rows.T)).numpy())
+    weights /= weights.sum()
+    mean = weights @ draws
+    std = np.sqrt(weights @ (draws - mean)**2)
+    error = np.sqrt((weights**2).sum() + 1 / 4000)
+    assert error < 0.04
+    assert (np.abs(coefficients(samples.mean()) - mean) < 5 * std * error).all()
+    assert (np.abs(coefficients(samples.std()) / std - 1) < 5 * error).all()
+
+
+def test_derivatives_without_a_known_law_of_the_noise_are_left_out_with_a_word(bent):
     problem, data = bent
     few = replace(OPTIONS, steps=10, evaluate_every=10)
     for noise in (None, CallableNoise(lambda clean, g: clean + 0.1)):
         with pytest.warns(UserWarning, match="they are left out"):
             assert fit(replace(problem, noise=noise), data, options=few, **QUIET).basis.turn is None
+
+
+def test_refine_learns_from_derivatives_where_the_pairs_have_them(bent):
+    """Forty chosen simulations: those with derivatives leave less of the readings where the posterior is."""
+    problem, data = bent
+    y, = problem.measurements(problem.prior.sample_many(1, 7), seed=7)
+    model = fit(problem, data, options=OPTIONS, **QUIET)
+
+    def error(given, basis):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            first = fit(problem, given, basis=basis, options=OPTIONS, **QUIET)
+            refined, more = refine(first, given, y, 40, seed=3, options=OPTIONS, **QUIET)
+        z = model.condition(y).sample(200, seed=9, **QUIET)
+        found = refined.denoiser.base.emulator(torch.from_numpy(z.latents)).numpy()
+        return more, np.median(np.abs(found - problem.readings(problem.prior.transform_many(
+            model.basis.decode(z.latents))))) / 0.05
+    (more, with_them), (_, without) = error(data, None), error(replace(data, derivatives=None, basis=None), model.basis)
+    assert more.chosen == 40 and more.derivatives.shape == (100, 3, more.basis.r) and with_them < 0.5 * without
+    # They are those of the readings, beside the prior's and the chosen pairs alike.
+    step = 1e-4 * np.eye(more.basis.r)[0]
+    for i in (0, 99):
+        ahead, behind = (problem.readings(problem.prior.transform_many(more.coefficients[i:i + 1] + sign * (
+            step @ more.basis.scaled_modes)))[0] for sign in (1, -1))
+        np.testing.assert_allclose(more.derivatives[i, :, 0], (ahead - behind) / 2e-4, rtol=1e-4, atol=1e-6)
+
+
+def test_readings_with_tails_so_heavy_that_one_pair_hides_the_others_are_told():
+    """Of a Cauchy prior, least squares sees the outermost draw; of a lognormal one it does not come to that."""
+    V = FunctionSpace(UnitSquareMesh(2, 2, comm=MPI.COMM_SELF), "CG", 1)
+    R = FunctionSpace(V.mesh(), "R", 0)
+    u, m, v = Function(V), Function(R), TestFunction(V)
+    few = replace(OPTIONS, steps=10, evaluate_every=10)
+
+    def model(law):
+        sensors = point_sensors(V, [[0.5, 0.5]])
+        problem = InverseProblem(ScalarPrior(R, law), Steady((u - m) * v * dx, u, m), sensors, 0.5)
+        return fit(problem, simulate(problem, 200, seed=1, **QUIET), options=few, **QUIET)
+    with pytest.warns(UserWarning, match="One of 200 pairs holds .* hmc, which needs no training"):
+        model(cauchy())
+    model(lognorm(1.0))

@@ -93,6 +93,15 @@ def test_the_posterior_of_level_and_field_is_that_of_quadrature(job):
     assert "noise level" in repr(samples)
 
 
+def test_thirty_pairs_with_derivatives_tell_the_level_as_well(job):
+    """No reading depends on a level, and yet its number is among the directions that are kept."""
+    problem, y, _, count, truth = job
+    data = simulate(problem, 30, seed=2, derivatives=True, progress=False)
+    model = fit(problem, data, options=OPTIONS, progress=False)
+    samples = model.condition(y).sample(4000, seed=1, progress=False)
+    assert _away(samples.values, count, truth)[0] < 0.12 and _away(samples.values, count, truth)[1] < 0.1
+
+
 def test_the_level_at_the_most_probable_point_is_that_with_the_field_integrated_out(job):
     problem, y, _, count, _ = job
     fixed = _problem(GaussianNoise(std=1.0))

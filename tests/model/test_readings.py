@@ -11,7 +11,7 @@ from firedrake import FunctionSpace, UnitIntervalMesh, dx
 from fem_diffusion import (
     AdvectionDiffusion, Boundary, CallableNoise, GaussianNoise, GaussianPrior, InverseProblem, Physics, StudentNoise,
     TimeSteps, TrainingOptions, TransientAdvectionDiffusion, exact, fit, functionals, hmc,
-    join_noise, karhunen_loeve, point_sensors, simulate,
+    join_noise, karhunen_loeve, point_sensors, refine, simulate,
 )
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.diffusion import MeasurementWarning
@@ -199,3 +199,21 @@ def test_corrections_and_references_know_outliers():
     for samples in (chains.draws, corrected):
         assert away(samples.values)[0] < 0.2 and away(samples.values)[1] < 0.2
     assert away(gaussian.sample(2000, seed=0).values)[0] > 1
+
+
+@pytest.mark.parametrize("noise, y", [
+    (NOISES["correlated"], MEASURED["two have failed"]), (StudentNoise(0.02, 8.0), MEASURED["of different numbers"])])
+@pytest.mark.parametrize("derivatives", [False, True])
+def test_refine_goes_on_with_the_sensors_that_have_read(noise, y, derivatives):
+    """The posterior of a linear problem stays what it is; pairs and derivatives are those of the readings at hand."""
+    problem = _problem(noise)
+    data = simulate(problem, 60, seed=1, derivatives=derivatives, progress=False)
+    model = fit(problem, data, options=OPTIONS, progress=False)
+    refined, more = refine(model, data, y, 40, seed=2, rounds=1, options=OPTIONS, progress=False)
+    k = np.isfinite(y).sum()
+    assert more.readings.shape == (100, k) and more.chosen == 40
+    assert more.derivatives is None if not derivatives else more.derivatives.shape[:2] == (100, k)
+    mine = refined.condition(refined.near)
+    assert mine.problem.k == k
+    if isinstance(noise, GaussianNoise):
+        assert _is_exact(mine, exact(*_stacked(problem, y))) > 1e-3

@@ -4,22 +4,28 @@ import numpy as np
 import pytest
 import torch
 from firedrake import (
-    DirichletBC, Function, FunctionSpace, Measure, Submesh, TestFunction, TrialFunction, UnitSquareMesh,
-    VectorFunctionSpace, as_vector, assemble, dx, exp, grad, inner, solve, split,
+    DirichletBC, Function, FunctionSpace, Measure, Submesh, TestFunction, TrialFunction, UnitIntervalMesh,
+    UnitSquareMesh, VectorFunctionSpace, as_vector, assemble, dx, exp, grad, inner, solve, split,
 )
+from scipy.stats import loguniform, lognorm
 
 from fem_diffusion.fields.basis import load_basis
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
 from fem_diffusion.diffusion import GaussianNoise, TrainingOptions
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, field
+from fem_diffusion.forward.steady import Steady
 from fem_diffusion.model.fit import fit
 from fem_diffusion.samples import Samples, load_samples
 from fem_diffusion.observation.linear import point_sensors
+from fem_diffusion.prior.constrained import ConstrainedPrior
 from fem_diffusion.prior.gaussian import GaussianPrior
-from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
+from fem_diffusion.prior.hierarchical import HierarchicalPrior
 from fem_diffusion.prior.product import ProductPrior
+from fem_diffusion.prior.scalar import ScalarPrior
+from fem_diffusion.prior.transformed import CallablePrior, TransformedPrior
 from fem_diffusion.problem import InverseProblem
+from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.simulation.simulate import load_pairs, simulate
 
 
@@ -160,7 +166,6 @@ def test_errors_tell_the_remedy():
     given = ProductPrior([CallablePrior(pressure.V, pressure.sample), velocity])
     for action, words in [
         (lambda: ProductPrior([pressure]), "at least two"),
-        (lambda: ProductPrior([pressure, prior]), "flat list"),
         (lambda: ProductPrior([pressure, "velocity"]), "prior 1 is str"),
         (lambda: prior.sample(-1), "seed is -1"),
         (lambda: positive.transform_many(np.zeros((1, 3))), "shape"),
@@ -174,3 +179,29 @@ def test_errors_tell_the_remedy():
     ]:
         with pytest.raises(InputError, match=words):
             action()
+
+
+def test_a_component_may_be_of_several_unknowns_and_noise_levels_go_beside_it():
+    """A field of unknown size with the noise's own unknown level, and a product that is constrained."""
+    V = FunctionSpace(UnitIntervalMesh(12), "CG", 1)
+    prior = HierarchicalPrior(V, std=lognorm(0.5), correlation_length=0.4)
+    u, m, v = Function(V), Function(prior.V), TestFunction(V)
+    F = (inner(grad(u), grad(v)) - 4 * split(m)[1] * v) * dx
+    problem = InverseProblem(prior, Steady(F, u, m, DirichletBC(V, 0, (1, 2))), point_sensors(V, [[0.3], [0.6]]),
+                             GaussianNoise(std=loguniform(0.005, 0.05)))
+    assert [W.name for W in problem.M] == ["std", None, "noise level"] and len(problem.prior.priors) == 2
+    draws = problem.prior.sample_many(3, seed=1)
+    np.testing.assert_array_equal(draws, problem.prior.transform_many(problem.prior.core.sample_many(3, seed=1)))
+    # The chain rule goes through all of it: readings along a direction of the latents, by differences.
+    latent = LatentProblem(problem, np.zeros(2))
+    z, way = np.random.default_rng(1).standard_normal((2, latent.r)) / 2
+    ahead, behind = latent.readings(np.stack([z + 1e-4 * way, z - 1e-4 * way]))
+    np.testing.assert_allclose(latent.pull(z, np.eye(3)) @ way, (ahead - behind) / 2e-4, rtol=1e-5, atol=1e-8)
+    number = ScalarPrior(FunctionSpace(V.mesh(), "R", 0), lognorm(0.5))
+    both = ConstrainedPrior(ProductPrior([GaussianPrior(V, 1.0, 0.4), number]),
+                            lambda m: bool(m.subfunctions[1].dat.data_ro[0] > 1))
+    whole = ProductPrior([both, GaussianPrior(V, 2.0, 0.3)])
+    values = whole.sample_many(20, seed=1)
+    assert (values[:, 13] > 1).all() and values.shape == (20, 27) and abs(values[:, 14:].std() / 2 - 1) < 0.3
+    flat = ProductPrior([ProductPrior([GaussianPrior(V, 1.0, 0.4)] * 2), GaussianPrior(V, 1.0, 0.4)])
+    assert len(flat.priors) == 3

@@ -25,7 +25,7 @@ from fem_diffusion.reference.hmc import _Hamiltonian, hmc, run_hmc
 from fem_diffusion.reference.laplace import laplace
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.reference.pcn import _CrankNicolson, pcn
-from fem_diffusion.reference.walk import diagnosed, learnt, walk
+from fem_diffusion.reference.walk import Chains, diagnosed, learnt, walk
 
 Y = np.array([1.4, 1.3, 1.2])
 
@@ -38,6 +38,10 @@ class Toy:
     def __init__(self, y=(0.6, -0.4), std=(0.5, 0.1), relative=0.0, wrong=1.0, wall=np.inf):
         self.y, self.std, self.relative = np.array(y), np.array(std), relative
         self.wrong, self.wall, self.solves, self.pulls, self.failure = wrong, wall, 0, 0, "wall"
+        self.unrestricted = False
+
+    def allowed(self, z):
+        return np.ones(len(z), dtype=bool)
 
     def _read(self, z):
         return np.stack([z[:, 0], z[:, 1] - z[:, 0]**2], axis=1)
@@ -301,6 +305,29 @@ def test_chains_that_stay_apart_are_refused():
     assert "not quite converged: the largest R-hat" in first and "The residuals of the draws are" in second
 
 
+def test_chains_that_stick_in_a_tail_are_told_where_the_user_has_chosen_the_draws():
+    """One chain in eight stays out for a quarter of the run: R-hat is no alarm, and few draws are effective."""
+    rng = np.random.default_rng(0)
+    draws = rng.standard_normal((8, 200, 2))
+    draws[0, :50, 0] = 2.5 + 0.1 * draws[0, :50, 0]
+    problem = _source()
+    latent = LatentProblem(problem, Y, karhunen_loeve(problem.prior, 2))
+
+    def chains(draws):
+        energies = (draws**2).sum(axis=2) / 2
+        told = diagnosed(np.concatenate([draws, energies[:, :, None]], axis=2))
+        return Chains(draws, energies, 0.8, *told, 0.5, 3, True, 2000, 0)
+
+    def told(draws):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            accepted_chains(latent, chains(draws), "pcn", asked=200, seed=0, path=None, progress=False)
+        return any("not quite converged" in str(x.message) for x in found)
+    stuck = chains(draws)
+    assert 1.01 < stuck.rhat.max() < 1.05 and np.minimum(stuck.bulk, stuck.tail).min() < 400
+    assert told(draws) and not told(rng.standard_normal((8, 200, 2)))
+
+
 def test_a_budget_of_solves_ends_a_run():
     found = _run(Toy(), budget=9000, exact=True, draws=None, warmup=50)
     assert 9000 - 8 * 65 < found.solves <= 9000
@@ -334,7 +361,7 @@ def test_a_step_in_the_transform_needs_no_gradient(monkeypatch):
     problem = _source(lambda f: conditional(gt(f, 0.0), 2.0, 1.0), noise=0.2)
     y, basis = [1.2, 1.2, 1.1], karhunen_loeve(problem.prior, 6)
     monkeypatch.setattr("fem_diffusion.reference.pcn._WARMUP", 300)
-    found = pcn(problem, y, basis=basis, seed=0, draws=1000, progress=False)
+    found = pcn(problem, y, basis=basis, seed=0, draws=1800, progress=False)
     latent = LatentProblem(problem, y, basis)
     z = np.random.default_rng(5).standard_normal((4000, 6))
     weights = np.exp(-latent.energy(z) - latent.log_prior(z))

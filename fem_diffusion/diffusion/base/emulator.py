@@ -258,7 +258,7 @@ def affine_emulator(matrix: Tensor, offset: Tensor, residual: Tensor) -> Emulato
 
 
 def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None = None,
-                 options: TrainingOptions = TrainingOptions(), held_out: tuple[Tensor, Tensor] | None = None,
+                 options: TrainingOptions = TrainingOptions(), held_out: tuple[Tensor, ...] | None = None,
                  checkpoint: str | os.PathLike | None = None, progress: bool = True) -> tuple[Emulator, History]:
     """Regress coordinates of what sensors see on latents: emulator, on the CPU, and training curve of its network.
 
@@ -274,12 +274,12 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None =
         Errors that count alike, as a covariance (s, s) or positive standard deviations (s,): of the readings' noise; of
         state modes one over their standard deviation, such that errors count as they do in the state.
     slopes : Tensor, optional
-        Derivatives of the coordinates by the latents, shape (n, s, r); not beside `held_out`.
+        Derivatives of the coordinates by the latents, shape (n, s, r).
     options : TrainingOptions
         Of the network, which is twice as wide.
     held_out : tuple of Tensor, optional
-        Latents and coordinates of other pairs, by which the network and its error are judged: of the region that
-        counts, where z is of no prior. A share of the pairs where left out.
+        Latents and coordinates of other pairs, and their derivatives where pairs have them, by which the network and
+        its error are judged: of the region that counts, where z is of no prior. A share of the pairs where left out.
     checkpoint, progress : path, optional, and bool
         As for `fit_denoiser`.
     """
@@ -293,14 +293,17 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None =
         raise InputError("The noise of coordinates must be positive: leave coordinates of no weight out.")
     if slopes is not None:
         slopes = check_tensor(slopes, "slopes", (len(z), s, z.shape[1]), "latents").double().cpu()
-        if held_out is not None:
-            raise InputError("Held-out pairs of another region come without slopes: leave one of them out.")
     if held_out is None:
         training, apart = hold_out(len(z), options)
     else:
-        check_pairs(*held_out)
+        check_pairs(*held_out[:2])
+        if len(held_out) != (2 if slopes is None else 3):
+            raise InputError("Held-out pairs have slopes where the others have them: give both, or none.")
         training, apart = torch.arange(len(z)), len(z) + torch.arange(len(held_out[0]))
         z, c = (torch.cat([x, other.to(x)]) for x, other in zip((z, c), held_out))
+        if slopes is not None:
+            slopes = torch.cat([slopes, check_tensor(
+                held_out[2], "held-out slopes", (len(apart), s, z.shape[1]), "latents").to(slopes)])
     if slopes is None and len(training) <= z.shape[1] + 1:
         raise InputError(f"{len(z)} pairs cannot determine an emulator of {z.shape[1]} latents: simulate more.")
     z, c = z.double().cpu(), c.double().cpu()

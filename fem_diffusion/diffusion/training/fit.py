@@ -25,7 +25,7 @@ from fem_diffusion.diffusion.base.emulator import roots, spread
 from fem_diffusion.diffusion.base.fitted import tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
-from fem_diffusion.diffusion.checks import check_pairs
+from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.maps.laws import check_draws, marginals
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
@@ -90,8 +90,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         Noise model, or the standard deviation of Gaussian noise; None where `y` already holds noise; a family of
         layouts with noise of their own, of which every training sample gets a fresh one.
     slopes : Tensor, optional
-        Derivatives of noise-free readings by the latents, shape (n, k, r), for an emulator of fixed sensors with known
-        Gaussian noise. InputError elsewhere.
+        Derivatives of `y` by the latents, shape (n, k, r) or (n, k + l, r), for an emulator of fixed sensors with noise
+        of a known law. InputError elsewhere.
     network : str, optional
         Name in `NETWORKS`; where left out, "sensors" for a family and "latents" for fixed sensors.
     base : {"gaussian", "plain"} or GaussianBase
@@ -149,12 +149,15 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     found = Scales(law)
     if scales == "choose" and base == "gaussian":
         found = choose_scales(z, seen, noise, law, standard_prior, options.seed)
-    z, seen, slopes = found.pairs(z, seen, slopes)
+    given, (z, seen, _) = seen, found.pairs(z, seen)
     noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
     parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     support = None if standard_prior else find_support(users)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
-        raise InputError("Slopes are for the emulator of fixed sensors with known Gaussian noise: leave them out.")
+        raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
+    if slopes is not None:
+        check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
+        slopes = found.pairs(users, given, slopes.double().cpu())[2]
 
     def in_units(denoiser: Denoiser) -> Denoiser:
         return replace(denoiser.to("cpu"), support=support, latents=found.latents, readings=found.readings)

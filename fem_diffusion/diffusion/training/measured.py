@@ -92,7 +92,7 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     if isinstance(parts.noise, Noise):
         y = parts.noise.readings(seen)
         if parts.noise.law:
-            rows, offset, _ = regress(z, seen[:, y.shape[1]:])
+            rows, offset, _ = regress(z, seen[:, y.shape[1]:], None if slopes is None else slopes[:, y.shape[1]:])
             of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
@@ -106,7 +106,8 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         mean, std = x.mean(0), spread(x - x.mean(0))
         x = (x - mean) / std
         slopes = None if slopes is None else slopes * (curve.log_slope(curve.inverse(z)).exp() * std)[:, None]
-    emulator, _ = fit_emulator(x, y, parts.errors, slopes=slopes, options=options, progress=progress,
+    emulator, _ = fit_emulator(x, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
+                               options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
     emulator = emulator if curve is None else emulator.bent(curve, mean, std)
     if of_noise is None:

@@ -48,11 +48,12 @@ class Scales(Tensors):
     curve: MonotoneMap | None = None
 
     def pairs(self, z: Tensor, y: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Latents (n, r), noise-free readings with levels behind them (n, k + l), and slopes (n, k, r), mapped."""
+        """Latents (n, r), noise-free readings with levels behind (n, k + l), their slopes (n, k + l, r), all mapped."""
         if self.readings is not None:
             k = len(self.readings)
             if slopes is not None:
-                slopes = self.readings.log_slope(y[:, :k]).exp()[:, :, None] * slopes
+                own = self.readings.log_slope(y[:, :k]).exp()[:, :, None] * slopes[:, :k]
+                slopes = torch.cat([own, slopes[:, k:]], 1)
             y = torch.cat([self.readings.forward(y[:, :k]), y[:, k:]], 1)
         if self.latents is not None:
             if slopes is not None:
