@@ -43,6 +43,7 @@ SETTINGS = {name: change for name, change in {
     "half the steps": {"steps": DEFAULT.steps // 2},
     "1 member": {"members": 1},
     "3 members": {"members": 3},
+    "3 members of width 64": {"members": 3, "width": 64},
     "3 members, small batches": {"members": 3, "batch": -(-DEFAULT.batch // 3)},
 }.items() if name == "default" or any(getattr(DEFAULT, key) != value for key, value in change.items())}
 TESTED, DRAWS, TIMED = 10000, 8, 30

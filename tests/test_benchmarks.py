@@ -14,6 +14,7 @@ from fem_diffusion.trust import sbc_p_values, sbc_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import collapse  # noqa: E402  (benchmarks is a folder of scripts, not a package)
+import defaults  # noqa: E402
 import formulations  # noqa: E402
 import solves  # noqa: E402
 from problems import PROBLEMS, SCALED  # noqa: E402
@@ -124,6 +125,48 @@ def test_a_changed_problem_is_noticed(monkeypatch):
     changed = replace(PROBLEMS["bimodal"], observations=PROBLEMS["bimodal"].observations + 1e-6)
     monkeypatch.setitem(PROBLEMS, "bimodal", changed)
     assert formulations.settings(formulations.SIZES["full"]) != before
+
+
+def _runs(losses):
+    """Rows of runs with these losses, by setting and problem; the base's loss is 1."""
+    return [{"problem": problem, "setting": setting, "seed": seed, "loss": loss, "base": 1.0, "time": 1.0}
+            for setting, values in losses.items() for problem, pair in zip("abc", values)
+            for seed, loss in enumerate(pair)]
+
+
+def test_regret_is_a_share_of_what_can_be_gained_and_others_choose():
+    rows = _runs({"default": [(0.5, 0.5), (0.6, 0.6), (0.9, 0.9)], "rate / 2": [(0.4, 0.6), (0.5, 0.5), (0.93, 0.93)],
+                  "width 64": [(0.7, 0.7), (0.8, 0.8), (0.8, 0.8)]})
+    found = defaults.regrets(rows)
+    assert found["default", "a"] == found["rate / 2", "b"] == found["width 64", "c"] == 0
+    assert found["default", "b"] == pytest.approx(0.2) and found["width 64", "a"] == pytest.approx(0.4)
+    lines = defaults.table(rows).splitlines()
+    names = [line.split("|")[1].strip() for line in lines[2:6]]
+    assert names == ["default", "rate / 2", "width 64", "best on the others"]
+    # Over all problems half the rate is best; of two each, what the third one likes least.
+    assert "a: width 64, b: width 64, c: rate / 2" in lines[-1]
+    assert lines[5] == "| best on the others | 40.0% | 60.0% | 65.0% | 55.0% | 65.0% |  |"
+
+
+def test_settings_run_in_the_same_time_and_a_second_command_runs_what_is_missing(tmp_path, monkeypatch, capsys):
+    tiny = replace(defaults.DEFAULT, steps=60, evaluate_every=20, batch=64, width=32, depth=1)
+    monkeypatch.setitem(defaults.SIZES, "quick", (["banana"], tiny))
+    monkeypatch.setattr(defaults, "TESTED", 400)
+    ratios = iter([2.0])
+    monkeypatch.setattr(defaults, "cost", lambda *_: next(ratios))
+    arguments = ["defaults.py", "--quick", "--output", str(tmp_path), "--settings", "default", "half the steps"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    defaults.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "3 members"])
+    capsys.readouterr()
+    defaults.main()
+    printed = capsys.readouterr().out
+    assert "3 members, seed 0" in printed and "default, seed 0" not in printed and "| 3 members |" in printed
+    rows = {path.name: files.read(path, "run", "").values["row"] for path in (tmp_path / "quick").glob("*.safetensors")}
+    assert {name: row["steps"] for name, row in rows.items()} == {
+        "banana-default-0.safetensors": 60, "banana-half_the_steps-0.safetensors": 30,
+        "banana-3_members-0.safetensors": 30}
+    assert rows["banana-3_members-0.safetensors"]["time"] == 1.0
 
 
 def test_solves_makes_its_table_once_and_corrects_what_it_has_trained(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
-from fem_diffusion.diffusion.network import NETWORKS, Ensemble, name_of
+from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, name_of
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.training.loop import History, unpack_history
@@ -33,9 +33,9 @@ def pack(parts: dict) -> tuple[dict, dict]:
     arrays, values = {}, {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            like = part.members[0] if isinstance(part, Ensemble) else part
+            like = part.members[0] if isinstance(part, MeanNetwork) else part
             values[name] = {"class": "emulator" if isinstance(part, Emulator) else name_of(part), "sizes": like.config,
-                            "members": len(part.members) if isinstance(part, Ensemble) else 1}
+                            "members": len(part.members) if isinstance(part, MeanNetwork) else 1}
             content = part.state_dict()
         else:
             content = {} if part is None else {f.name: getattr(part, f.name) for f in fields(part)}
@@ -63,7 +63,7 @@ def unpack(content: Content, name: str, kind: type, shapes: dict, dtype: torch.d
 
 
 def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes: dict) -> Any:
-    """A network of a file, or an ensemble of such, of one of these classes and sizes and in evaluation mode, or None.
+    """A network of a file, or the mean of several, of one of these classes and sizes and in evaluation mode, or None.
 
     Nothing is allocated before the sizes in the settings have been compared with the tensors that are there. FileError
     if class, sizes and tensors do not fit each other.
@@ -85,7 +85,7 @@ def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes
     try:
         with torch.device("meta"):
             each: list[Any] = [kind(**config) for _ in range(members)]
-            network = each[0] if members == 1 else Ensemble(each)
+            network = each[0] if members == 1 else MeanNetwork(each)
     except Exception as error:
         raise content.error(f"holds a network {name!r} that cannot be made ({error!r:.200})") from error
     expected = network.state_dict()
@@ -104,7 +104,7 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     InputError unless its network is of the registry and has its sizes in `config`.
     """
     base, network = denoiser.base, denoiser.network
-    like = network.members[0] if isinstance(network, Ensemble) else network
+    like = network.members[0] if isinstance(network, MeanNetwork) else network
     if network is not None and not (name_of(network) and isinstance(getattr(like, "config", None), dict)):
         name = type(like).__name__
         raise InputError(f"A network of type {name} cannot be made again from a file: let {name} derive from "

@@ -8,7 +8,7 @@ from firedrake import Function, SpatialCoordinate, TestFunction, TrialFunction, 
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
 
-from fem_diffusion.diffusion import Denoiser, Ensemble, FieldGeometry, ScoreModule
+from fem_diffusion.diffusion import Denoiser, FieldGeometry, MeanNetwork, ScoreModule
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, generic_integrals, multiply, on_root, solve
@@ -48,7 +48,7 @@ def field_geometry(basis: ModalBasis, points: int | None = None) -> FieldGeometr
 def on_mesh(denoiser: Denoiser, basis: ModalBasis) -> Denoiser:
     """The denoiser with its `FieldNetwork`, of any mesh, on that of a basis; the same one where it has no such."""
     network = denoiser.network
-    if not (isinstance(network, (Ensemble, ScoreModule)) and network.mesh):
+    if not (isinstance(network, (MeanNetwork, ScoreModule)) and network.mesh):
         return denoiser
     return replace(denoiser, network=network.on(field_geometry(basis)))
 

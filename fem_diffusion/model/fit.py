@@ -114,8 +114,6 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
-    if not problem.family:
-        _tell_outliers(problem, data)
     given, informed = basis is not None, _informed(problem, data, seen)
     if basis is not None:
         basis = check_basis(basis, problem)
@@ -137,6 +135,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
                             progress=progress)
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
+    if not problem.family:
+        _tell_outliers(problem, data, denoiser)
     apart = len(hold_out(len(data), options)[1])
     if denoiser.base.emulator.head is not None and apart < _JUDGES:
         tell(f"fit: {apart} held-out pairs judge the emulator, too few to know its error in the tails of the prior: "
@@ -150,9 +150,14 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     return model
 
 
-def _tell_outliers(problem: InverseProblem, data: DataSet) -> None:
-    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone."""
-    squares = (data.readings - np.median(data.readings, axis=0))**2
+def _tell_outliers(problem: InverseProblem, data: DataSet, denoiser: Denoiser) -> None:
+    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone.
+
+    Readings are meant on the scale of the denoiser.
+    """
+    scale, readings = denoiser.readings, np.asarray(data.readings)
+    readings = readings if scale is None else scale.forward(torch.as_tensor(readings)).numpy()
+    squares = (readings - np.median(readings, axis=0))**2
     total = squares.sum(axis=0)
     share = np.divide(squares.max(axis=0), total, out=np.zeros_like(total), where=total > 0)
     wild = np.flatnonzero(share > _ONE) if len(data) >= _MANY else []

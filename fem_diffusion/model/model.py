@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
-    Denoiser, Distance, Ensemble, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
+    Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
 from fem_diffusion.errors import InputError
@@ -297,7 +297,7 @@ class Model:
             network = "a network under the Gaussian base"
             if history.validation:
                 gain = 1 - min(history.validation) / history.base
-                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, Ensemble) else 1
+                members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, MeanNetwork) else 1
                 network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
                 network += f" {gain:.1%} off the loss of the Gaussian base"
         elif history.step:

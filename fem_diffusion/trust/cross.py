@@ -22,7 +22,7 @@ within its error over sensors are not excluded.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ _TYPICAL, _MEDIAN = 8, 0.6745
 _REPEATS, _TOGETHER = 10, 64
 # Rounds in which single readings are left out, and levels of intervals that are counted.
 _ROUNDS, _LEVELS = 4, (0.5, 0.9, 0.95)
+_WITHOUT = "Predictions are those of the Gaussian base: the network knows all sensors together only."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,7 +82,7 @@ class CrossValidation:
     coverage : dict of float to tuple of float
         Level of a central interval to the share of readings that agree inside, and its standard error over sensors.
     noise : NoiseScale or None
-        By what the noise would have to be multiplied; None where its law has levels or outliers of its own.
+        By what the noise would have to be multiplied; None where that is not told, and `notes` say why.
     draws : int or None
         Of each prediction; None where it is exact.
     notes : tuple of str
@@ -210,18 +211,13 @@ class _Cross:
         scale = noise_scale(self.sensors, self.values, self.use, self.groups)
         worst = tuple(self.names[self.groups[i][0]] for i in odd)
         coverage = {level: self._coverage(level) for level in _LEVELS}
+        notes = [scale] if isinstance(scale, str) else []
+        if self.sensors.denoiser.network is not None and not self.sensors.family:
+            notes.append(_WITHOUT)
         return CrossValidation(
             self.names, self.times, self.values, self.mean, self.std, residuals, np.exp(self.log_p), worst, outliers,
-            self.use, coverage, scale, None if self.sensors.exact else self.draws, tuple(self._notes(scale)))
-
-    def _notes(self, scale: NoiseScale | None) -> Iterator[str]:
-        """What could not be looked at."""
-        if self.sensors.denoiser.base.law is not None:
-            yield "The law of the noise has outliers or a level of its own, and no factor of it is told."
-        elif scale is None:
-            yield "There are too few sensors to tell of the noise."
-        if self.sensors.denoiser.network is not None and not self.sensors.family:
-            yield "Predictions are those of the Gaussian base: the network knows all sensors together only."
+            self.use, coverage, None if isinstance(scale, str) else scale,
+            None if self.sensors.exact else self.draws, tuple(notes))
 
     def _disagreeing(self, unit: float | None) -> list[int] | None:
         """Sensors that disagree with the others, the worst first, now left out, with residuals in some unit.

@@ -63,9 +63,9 @@ def judge(found: "CrossValidation") -> tuple[str, str, tuple[str, ...]]:
     return verdict, light, (*words, text + ".", *found.notes)
 
 
-def larger(scale: "NoiseScale | None", level: float = 0.95) -> bool:
-    """Whether the noise is larger than assumed, with this confidence, by a factor that matters."""
-    return scale is not None and scale.interval(level)[0] > 1 and scale.value > _WRONG
+def larger(scale: "NoiseScale | str", level: float = 0.95) -> bool:
+    """Whether the noise is larger than assumed, with this confidence, by a factor that matters, where one is told."""
+    return not isinstance(scale, str) and scale.interval(level)[0] > 1 and scale.value > _WRONG
 
 
 def _smaller(scale: "NoiseScale") -> bool:

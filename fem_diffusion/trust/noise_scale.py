@@ -63,14 +63,16 @@ class NoiseScale:
 
 
 def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
-                groups: Sequence[np.ndarray]) -> NoiseScale | None:
+                groups: Sequence[np.ndarray]) -> NoiseScale | str:
     """The factor for measurements (n, k), of which readings `use` (n, k) count; columns of each sensor are a group.
 
-    None where the law of the noise has levels or outliers of its own, readings are on another scale, or there are less
-    than three sensors.
+    Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, readings are on
+    another scale, or there are less than three sensors.
     """
-    if sensors.denoiser.base.law is not None or sensors.denoiser.readings is not None:
-        return None
+    if sensors.denoiser.base.law is not None:
+        return "The law of the noise has outliers or a level of its own, and no factor of it is told."
+    if sensors.denoiser.readings is not None:
+        return "Readings are on a scale of their own, where their noise has no factor, and none is told."
     squares, counts = np.zeros((len(groups), len(_FACTORS))), np.zeros(len(groups))
     patterns, which = np.unique(use, axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):
@@ -92,7 +94,7 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
             counts[g] += len(rows) * len(place)
     some = counts > 0
     if some.sum() < _FEWEST:
-        return None
+        return "There are too few sensors to tell of the noise."
     squares, counts = squares[some], counts[some]
     G, total = len(counts), counts.sum()
     mean = squares.sum(axis=0) / total

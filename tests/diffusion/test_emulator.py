@@ -177,7 +177,8 @@ def test_moves_that_miss_a_mode_call_for_a_network():
 def test_noise_that_grows_with_the_readings_gets_no_density():
     z = torch.randn(500, 2, generator=random(), dtype=torch.float64)
     noise = GaussianNoise(std=0.1, relative=0.3)
-    denoiser, _ = fit_denoiser(z, bent_map(z), noise, standard_prior=True, options=replace(QUICK, steps=100))
+    denoiser, _ = fit_denoiser(z, bent_map(z), noise, standard_prior=True, scales="identity",
+                               options=replace(QUICK, steps=100))
     conditioned = denoiser.at(torch.ones(1, 2).double())
     assert not denoiser.known and conditioned.density is None and denoiser.base.emulator.head is not None
 

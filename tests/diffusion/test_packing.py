@@ -9,7 +9,7 @@ from torch import nn
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import (
-    NETWORKS, CallableNoise, Denoiser, Emulator, Ensemble, GaussianBase, History, Layout, Sampler, ScoreModule,
+    NETWORKS, CallableNoise, Denoiser, Emulator, MeanNetwork, GaussianBase, History, Layout, Sampler, ScoreModule,
     Spectrum, Support, TrainingOptions, fit_denoiser, linear_base,
 )
 from fem_diffusion.diffusion.network import build, name_of
@@ -27,7 +27,7 @@ def _denoiser(name, emulated=True, members=1):
         torch.manual_seed(0)
         networks = [None if name is None else build(name, R, K, 8, 1, scattered(R) if name == "field" else None)
                     for _ in range(members)]
-        network = networks[0] if members == 1 else Ensemble(networks)
+        network = networks[0] if members == 1 else MeanNetwork(networks)
         emulator = Emulator(R, K, 8, 1 if emulated else 0)
         for module in (network, emulator):
             for parameter in () if module is None else module.parameters():
@@ -66,7 +66,7 @@ def test_what_comes_back_is_what_went_in(tmp_path, name, emulated, members):
         assert one.modes is None and not any("modes" in key for key in pack_denoiser(denoiser, HISTORY)[0])
         again = Denoiser(again.base, again.network.on(scattered(R)), again.spectrum, again.support, again.known)
     if name is not None:
-        assert type(again.network) is (NETWORKS[name] if members == 1 else Ensemble) and not again.network.training
+        assert type(again.network) is (NETWORKS[name] if members == 1 else MeanNetwork) and not again.network.training
         assert name_of(again.network) == name
         assert not any(parameter.requires_grad for parameter in again.network.parameters())
     torch.testing.assert_close(_draws(again, name), _draws(denoiser, name), rtol=0, atol=0)

@@ -16,7 +16,7 @@ from fem_diffusion import (
     ProductPrior, SensorFamily, SensorKind, TrainingOptions, TransformedPrior, exact, fit, karhunen_loeve, load_model,
     point_sensors, pod, simulate,
 )
-from fem_diffusion.diffusion import Ensemble, History, ResidualMLP
+from fem_diffusion.diffusion import History, MeanNetwork, ResidualMLP
 from fem_diffusion.errors import DataError, FileError, InputError
 
 NOISE = 0.05
@@ -240,7 +240,7 @@ def test_a_model_of_several_networks_tells_so_and_is_saved_whole(job, tmp_path):
         networks = [ResidualMLP(3, 4, 8, 1) for _ in range(2)]
     for x in (parameter for network in networks for parameter in network.parameters()):
         x.data += 0.1
-    several = replace(model, denoiser=replace(model.denoiser, network=Ensemble(networks).requires_grad_(False)),
+    several = replace(model, denoiser=replace(model.denoiser, network=MeanNetwork(networks).requires_grad_(False)),
                       history=History([10], [1.0], [0.9], 1.0, 10))
     assert "the mean of 2 networks, which takes 10.0% off the loss" in several.summary
     several.save(tmp_path / "model")

@@ -296,7 +296,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None =
     if held_out is None:
         training, apart = hold_out(len(z), options)
     else:
-        check_pairs(*held_out[:2])
+        check_pairs(held_out[0], held_out[1])
         if len(held_out) != (2 if slopes is None else 3):
             raise InputError("Held-out pairs have slopes where the others have them: give both, or none.")
         training, apart = torch.arange(len(z)), len(z) + torch.arange(len(held_out[0]))

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
-from fem_diffusion.diffusion.network.ensemble import Ensemble
+from fem_diffusion.diffusion.network.mean import MeanNetwork
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP, ScoreModule
 from fem_diffusion.diffusion.network.sensors import SensorNetwork
 
-__all__ = ["NETWORKS", "Ensemble", "ScoreModule", "ScoreNetwork", "build", "name_of"]
+__all__ = ["NETWORKS", "MeanNetwork", "ScoreModule", "ScoreNetwork", "build", "name_of"]
 
 # By the names that `fit` and `fit_denoiser` take and model files hold. NETWORKS["mine"] = Mine adds a user's own.
 NETWORKS: dict[str, type[ScoreModule]] = {"latents": ResidualMLP, "field": FieldNetwork, "sensors": SensorNetwork}
@@ -57,6 +57,6 @@ def build(name: str, r: int, k: int, width: int, depth: int, geometry: FieldGeom
 
 
 def name_of(network: object) -> str | None:
-    """The name in `NETWORKS` of a network, or of the members of an ensemble; None where it has none."""
-    kind = type(network.members[0] if isinstance(network, Ensemble) else network)
+    """The name in `NETWORKS` of a network, or of the members of a mean; None where it has none."""
+    kind = type(network.members[0] if isinstance(network, MeanNetwork) else network)
     return next((name for name, known in NETWORKS.items() if kind is known), None)

@@ -30,7 +30,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.maps.laws import check_draws, marginals
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
-from fem_diffusion.diffusion.network import NETWORKS, Ensemble, ScoreModule, ScoreNetwork, build
+from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
@@ -200,7 +200,7 @@ class _Seen:
         return _Seen(mapped(self.inputs, lambda x: x if len(x) == 1 else x[index]), self.w[:, index])
 
 
-class _Denoising(Task[ScoreModule | Ensemble]):
+class _Denoising(Task[ScoreModule | MeanNetwork]):
     """The task of `fit_denoiser`: denoise latents in base coordinates, given measurements with fresh noise."""
 
     name = "train"
@@ -232,8 +232,8 @@ class _Denoising(Task[ScoreModule | Ensemble]):
         (name, geometry), base, options = self.wanted, self.denoiser.base, self.options
         return build(name, base.r, base.k, options.width, options.depth, geometry)
 
-    def joined(self, networks: list[ScoreModule | Ensemble]) -> ScoreModule | Ensemble:
-        return networks[0] if len(networks) == 1 else Ensemble(cast(list[ScoreModule], networks))
+    def joined(self, networks: list[ScoreModule | MeanNetwork]) -> ScoreModule | MeanNetwork:
+        return networks[0] if len(networks) == 1 else MeanNetwork(cast(list[ScoreModule], networks))
 
     def _see(self, z: Tensor, c: Tensor, generator: torch.Generator, moves: int = 0) -> tuple[_Seen, Tensor]:
         """Fresh sensors and noise for latents (B, r) and coordinates (B, s); also the base's surprise at the latents.

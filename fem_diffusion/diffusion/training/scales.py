@@ -88,6 +88,10 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
         score = partial(_by_emulator, z[:n], y[:n], seen[:n], noise, apart)
     else:
         many = [latents] if fixed else [None, *_maps(z[apart:], True)]
+        if family:
+            # Layouts see less of the state than all of its coordinates tell here: only logarithms are sure to gain.
+            many = [part for part in many if part is None or part is latents or (
+                not part.knots.numel() and "asinh" not in part.kinds)]
         score = partial(_by_base, z, seen, apart)
     best, scores = None, None
     for i, j in sorted(((i, j) for i in range(len(many)) for j in range(len(read))), key=sum):

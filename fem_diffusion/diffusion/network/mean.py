@@ -15,10 +15,10 @@ from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.network.mlp import ScoreModule
 
-__all__ = ["Ensemble"]
+__all__ = ["MeanNetwork"]
 
 
-class Ensemble(nn.Module):
+class MeanNetwork(nn.Module):
     """The mean of networks of one class and size; a `ScoreNetwork`.
 
     Parameters
@@ -49,9 +49,9 @@ class Ensemble(nn.Module):
         """Numbers that layers on a mesh hold for one row, about; the members are evaluated one after another."""
         return getattr(self._each()[0], "row_size", 0)
 
-    def on(self, geometry: FieldGeometry) -> "Ensemble":
+    def on(self, geometry: FieldGeometry) -> "MeanNetwork":
         """A copy with the same weights on a mesh; see `FieldNetwork.on`."""
-        return Ensemble([member.on(geometry) for member in self._each()]).train(self.training)
+        return MeanNetwork([member.on(geometry) for member in self._each()]).train(self.training)
 
     def see(self, base: GaussianBase, layout: Layout, y: Tensor, located: Located) -> tuple[Tensor, ...]:
         """What each member looks at."""

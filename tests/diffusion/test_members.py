@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fem_diffusion.diffusion import (
-    NETWORKS, CallableNoise, Denoiser, Ensemble, Layout, Sampler, ScoreModule, TrainingOptions, fit_denoiser,
+    NETWORKS, CallableNoise, Denoiser, MeanNetwork, Layout, Sampler, ScoreModule, TrainingOptions, fit_denoiser,
 )
 from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.training.batched import Batched, flat
@@ -56,11 +56,11 @@ def _conditioned(name, network, size=4):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_ensemble_answers_with_the_mean(name):
+def test_a_mean_network_answers_with_the_mean(name):
     networks = _networks(name, 3)
     v, parts = torch.randn(5, 4, R, generator=random(3)).double(), torch.tensor([2, 0])
     each = torch.stack([_conditioned(name, network).residual(v, 0.7) for network in networks])
-    together = _conditioned(name, Ensemble(networks))
+    together = _conditioned(name, MeanNetwork(networks))
     torch.testing.assert_close(together.residual(v, 0.7), each.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(together.select(parts).residual(v[:, parts], 0.7), each.mean(0)[:, parts],
                                rtol=1e-4, atol=1e-5)
@@ -135,7 +135,7 @@ def test_a_step_is_that_of_torch_for_each_member(members, monkeypatch):
 
 def test_the_mean_is_better_than_its_members_and_resumes(tmp_path, monkeypatch):
     whole, history = _train()
-    assert isinstance(whole.network, Ensemble) and history.best_step > 0
+    assert isinstance(whole.network, MeanNetwork) and history.best_step > 0
     members = list(whole.network.members)
     assert len({round(float(_weights(member).sum()), 3) for member in members}) == 3
     z, y = _pairs(3000)
@@ -162,7 +162,7 @@ def test_the_mean_is_better_than_its_members_and_resumes(tmp_path, monkeypatch):
     torch.testing.assert_close(_weights(again.network), _weights(whole.network), rtol=0, atol=1e-5)
 
 
-def test_families_and_networks_on_a_mesh_have_ensembles():
+def test_families_and_networks_on_a_mesh_have_members():
     few = replace(QUICK, steps=120, evaluate_every=60, members=2)
     root = torch.randn(800, 2, generator=random(), dtype=torch.float64)
     z = torch.sign(root) * root.abs()**0.5
@@ -170,9 +170,9 @@ def test_families_and_networks_on_a_mesh_have_ensembles():
     denoiser, history = fit_denoiser(z, bent_map(z), family, options=few, progress=False)
     layout = family.draw(1, random(5))
     samples = draw(denoiser.at(layout.measure(bent_map(z[:1]), random(6)), layout), 50, Sampler(steps=4))
-    assert isinstance(denoiser.network, Ensemble) and torch.isfinite(samples).all() and history.spread_ratio != 1
+    assert isinstance(denoiser.network, MeanNetwork) and torch.isfinite(samples).all() and history.spread_ratio != 1
     field, _ = _train(few, network="field", geometry=scattered(R))
-    assert isinstance(field.network, Ensemble) and field.network.mesh
+    assert isinstance(field.network, MeanNetwork) and field.network.mesh
     assert field.network.row_size == field.network.members[0].row_size > 0
     assert torch.isfinite(draw(field.at(torch.ones(1, K).double()), 50, Sampler(steps=4))).all()
 
