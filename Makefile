@@ -27,8 +27,8 @@ export OMPI_MCA_mpi_yield_when_idle = 1
 export PRTE_MCA_rmaps_default_mapping_policy = :oversubscribe
 export OMPI_MCA_btl_vader_single_copy_mechanism = none
 
-.PHONY: help install demo demo-sensors demo-release demo-logistic demo-stokes demo-elastic demo-heat demo-membrane \
-        demo-rates demo-field \
+.PHONY: help install demo demo-sensors demo-release demo-monitor demo-logistic demo-stokes demo-elastic demo-heat \
+        demo-membrane demo-rates demo-field \
         demo-pde test \
         test-quick test-slow \
         lint clean benchmark benchmark-forward benchmark-formulations benchmark-networks benchmark-collapse \
@@ -38,6 +38,7 @@ help:
 	@echo "make demo            infer the flux through a boundary from a few sensors, start to end"
 	@echo "make demo-sensors    one model for any set of sensors: layouts it has never seen"
 	@echo "make demo-release    where was a contaminant released in a town? checked on 200 unseen cases"
+	@echo "make demo-monitor    a live page for the operators of that town: a day of readings at speed"
 	@echo "make demo-logistic   any Firedrake solver: unknown source of a nonlinear reaction-diffusion equation"
 	@echo "make demo-rates      a field, two rates and the noise, all unknown at once, against Hamiltonian Monte Carlo"
 	@echo "make demo-field      from a logger's file to an answer: gaps, units, a drifting and a broken gauge, unknown noise"
@@ -98,6 +99,9 @@ demo-membrane: install
 
 demo-release: install
 	$(RUN) demos/source_release/source_release.py
+
+demo-monitor: install
+	$(RUN) demos/source_release/operators.py
 
 # Files of serial tests side by side. Status 5: there are none.
 in_files = $(RUN) -m pytest -m "not slow and parallel[1]" -n $(JOBS) --dist loadfile $(1) || [ $$? -eq 5 ]

@@ -9,9 +9,12 @@ row is kept; the same command runs what is missing.
 """
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ import torch
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.comparison import c2st, write_csv
 from fem_diffusion.diffusion import Sampler, TrainingOptions, fit_denoiser, sample_latents
+from fem_diffusion.diffusion.training import measured
 from fem_diffusion.files import write_bytes
 from peers import read
 from problems import PROBLEMS, SCALED, Problem
@@ -41,15 +45,24 @@ CASES = {case.problem.name: case for case in (
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed in the arguments of `fit_denoiser`, of `TrainingOptions` and of `Sampler`."""
+    """What is changed: arguments of `TrainingOptions` or `Sampler`, or a function that finds nothing in training."""
 
-    fit: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
+    left_out: str | None = None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Training without the function that is left out."""
+        if self.left_out is None:
+            yield
+        else:
+            with patch.object(measured, self.left_out, lambda *arguments, **named: None):
+                yield
 
 
-CHANGES = {"default": Change(), "three networks": Change(options={"members": 3}),
-           "no corrections": Change(sampler={"corrections": 0})}
+CHANGES = {"default": Change(), "constant noise": Change(left_out="fit_noise"),
+           "three networks": Change(options={"members": 3}), "no corrections": Change(sampler={"corrections": 0})}
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,8 @@ def rows_of(case: Case, name: str, seed: int, size: Size) -> list[dict]:
     change = CHANGES[name]
     options = TrainingOptions(seed=seed, steps=size.steps, **change.options)
     start = time.process_time()
-    denoiser, _ = fit_denoiser(z, y, options=options, progress=False, **{**case.told, **change.fit})
+    with change.training():
+        denoiser, _ = fit_denoiser(z, y, options=options, progress=False, **case.told)
     training = time.process_time() - start
     found = []
     for number, observation in enumerate(case.problem.observations):

@@ -48,6 +48,7 @@ from fem_diffusion.model.model import Model as Model, load_model as load_model
 from fem_diffusion.model.posterior import Posterior as Posterior
 from fem_diffusion.model.posteriors import Posteriors as Posteriors
 from fem_diffusion.model.refine import refine as refine
+from fem_diffusion.monitor.export import Largest as Largest
 from fem_diffusion.observation.family import SensorFamily as SensorFamily, SensorKind as SensorKind
 from fem_diffusion.observation.instruments import (
     line_averages as line_averages, patch_averages as patch_averages, random_points as random_points,

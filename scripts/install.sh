@@ -16,7 +16,7 @@ mpi4py=4.1.2
 h5py=3.16.0
 firedrake=2026.10.0
 torch=2.13.0
-extras=test,comparison,vtk,report,units
+extras=test,comparison,vtk,report,units,monitor
 
 system_packages=(build-essential gfortran flex bison pkg-config cmake ninja-build patchelf
     openmpi-bin libopenmpi-dev libopenblas-dev libhdf5-mpi-dev libhwloc-dev libmetis-dev libscotch-dev libptscotch-dev

@@ -147,7 +147,9 @@ def test_the_table_names_the_best_and_the_source_of_published_figures():
 
 @pytest.mark.filterwarnings("ignore:The posterior collapses")  # twenty steps on 400 pairs
 def test_ablation_changes_one_part_at_a_time_and_goes_on(tmp_path, monkeypatch):
-    seen = []
+    seen, learnt = [], []
+    # The noise of the banana does not depend on the latents.
+    monkeypatch.setattr(ablation.measured, "fit_noise", lambda *arguments, **named: learnt.append(len(seen)))
 
     def samples(conditioned, n, sampler, *, seed, progress):
         seen.append(sampler.corrections)
@@ -157,9 +159,10 @@ def test_ablation_changes_one_part_at_a_time_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "c2st", lambda exact, found: 0.6 if seen[-1] == 0 else 0.5)  # slow, tested elsewhere
     size = ablation.Size(pairs=400, samples=20, seeds=(0,), steps=20)
     file = tmp_path / "rows.csv"
-    rows = ablation.run(file, ["banana"], ["default", "no corrections"], [0], size)
-    assert seen == [None] * 3 + [0] * 3 and len(rows) == 6
-    assert ablation.run(file, ["banana"], ["default", "no corrections"], [0], size) == rows and len(seen) == 6
+    changes = ["default", "no corrections", "constant noise"]
+    rows = ablation.run(file, ["banana"], changes, [0], size)
+    assert seen == [None] * 3 + [0] * 3 + [None] * 3 and learnt == [0, 3] and len(rows) == 9
+    assert ablation.run(file, ["banana"], changes, [0], size) == rows and len(seen) == 9
     header, _, line = ablation.table(rows).splitlines()
     cells = dict(zip(header.split(" | "), line.split(" | ")))
     assert cells["default"] == "0.500" and cells["no corrections"] == "0.600"

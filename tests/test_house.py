@@ -20,9 +20,10 @@ TORCH_ONLY = ["tests/diffusion", "tests/comparison"]
 # A room may import those above it in this list, and those beside it.
 LEVELS = [["errors"], ["checks"], ["files", "marginal", "page", "progress"], ["certificate", "diffusion"], ["fields"],
           ["observation"], ["measurements"], ["forward"], ["prior", "density_pde"], ["levels"], ["problem"],
-          ["simulation"], ["model", "samples"], ["reference", "trust", "comparison", "plot"]]
-# Samples draw themselves, and posteriors check, correct and report themselves.
-ALLOWED = {("samples", "plot"), ("model", "trust")}
+          ["simulation"], ["model", "samples"], ["reference", "trust", "comparison", "plot"],
+          ["monitor"], ["__main__"]]
+# Samples draw themselves, posteriors check, correct and report themselves, and models go to the monitor.
+ALLOWED = {("samples", "plot"), ("model", "trust"), ("model", "monitor")}
 
 
 def _named(path):

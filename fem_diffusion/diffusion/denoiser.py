@@ -124,8 +124,8 @@ class Denoiser(Tensors):
     spectrum, support : Spectrum or None, Support or None
         Of the posterior covariance in base coordinates, over training measurements; hard bounds of the users' latents.
     known : bool
-        Whether latents are N(0, I) and the law of the noise is known, so that the emulator gives the density of any
-        posterior.
+        Whether latents are N(0, I) and the law of the noise is known, or learnt so well that nothing better is, so that
+        the emulator gives the density of any posterior.
     latents, readings : MonotoneMap or None
         To the scale on which base and network have latents and readings; None where it is the users' own.
     """
@@ -167,8 +167,10 @@ class Denoiser(Tensors):
         scale of the base; `noise` is that of these sensors, in the users' units.
         """
         emulator, readings = self.base.emulator.select(sensors), self.readings and self.readings.select(sensors)
-        noise, law = carried(noise, readings), self.base.law
-        if law is not None and noise is not None:
+        noise, law, learnt, known = carried(noise, readings), self.base.law, self.base.learnt, self.known
+        if learnt is not None and len(sensors.unique()) == len(sensors):
+            learnt = learnt.select(sensors)
+        elif law is not None and noise is not None:
             law = replace(law, noise=noise, covariance=after)
         else:
             # What is left beside the noise is the emulator's own error; rounding may make it negative.
@@ -176,8 +178,10 @@ class Denoiser(Tensors):
             error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
             values, axes = torch.linalg.eigh((error + error.T) / 2)
             emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
-        return replace(self, base=replace(self.base, emulator=emulator, law=law), network=None, spectrum=None,
-                       readings=readings)
+            # Of sensors that come again the noise is not learnt.
+            known, learnt = known and learnt is None, None
+        base = replace(self.base, emulator=emulator, law=law, learnt=learnt)
+        return replace(self, base=base, network=None, spectrum=None, known=known, readings=readings)
 
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
@@ -206,7 +210,7 @@ class Denoiser(Tensors):
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
             return Conditioned(located, **maps)
-        moves = not base.emulator.affine or base.law is not None
+        moves = not base.affine or base.law is not None
         density = emulator_density(base, layout, y, located) if self.known and moves else None
         if self.network is None:
             return Conditioned(located, None, (), None, self.support, density, **maps)

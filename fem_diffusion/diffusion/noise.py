@@ -101,7 +101,7 @@ class GaussianNoise(Noise):
 
     def __init__(self, std: ArrayLike | Any = 0.0, relative: ArrayLike = 0.0, covariance: ArrayLike | None = None):
         self.levels, std = as_levels(std)
-        self.law, self._more = bool(self.levels), None
+        self._more = None
         self.std, self.relative = (torch.from_numpy(check_array(x, f"Noise {name!r}", (), ("k",)))
                                    for name, x in (("std", std), ("relative", relative)))
         for name, value in (("std", self.std), ("relative", self.relative)):
@@ -170,7 +170,7 @@ class GaussianNoise(Noise):
         """As `Noise.known`."""
         part = copy(self)
         if self.levels:
-            part.std, part.levels, part.law = of_normal(self.levels[0], normal[0]).double(), (), False
+            part.std, part.levels = of_normal(self.levels[0], normal[0]).double(), ()
         return part
 
     def widened(self, variance: Tensor) -> "GaussianNoise":
@@ -203,6 +203,11 @@ class GaussianNoise(Noise):
     def constant(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the noise does not depend on the readings or on a level."""
         return not self.levels and not bool(self.relative.any())
+
+    @property
+    def law(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]
+        """As `Noise.law`: where one covariance does not hold it."""
+        return not self.constant
 
     def check(self, k: int) -> None:
         """Raise InputError where the noise is for another number of sensors than k."""

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, name_of
@@ -110,10 +112,12 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
         raise InputError(f"A network of type {name} cannot be made again from a file: let {name} derive from "
                          f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
     arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,
-                           "support": denoiser.support})
+                           "support": denoiser.support, "learnt": base.learnt and base.learnt.network})
     for name, part in (("latents", denoiser.latents), ("readings", denoiser.readings), ("curve", base.emulator.curve)):
         more = pack_map(name, part)
         arrays, values = arrays | more[0], values | more[1]
+    if base.learnt is not None:
+        arrays |= {"noise.whitener": base.learnt.whitener.numpy(), "noise.sensors": base.learnt.sensors.numpy()}
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
             values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
 
@@ -139,5 +143,20 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds bounds of the latents without room between them")
     emulator.curve = unpack_map(content, "curve", r)
     latents, readings = unpack_map(content, "latents", r), unpack_map(content, "readings", k)
-    base, known = GaussianBase(mean, factor, emulator, updates), content.value("known", bool)
+    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, r, k))
+    known = content.value("known", bool)
     return Denoiser(base, network, spectrum, support, known, latents, readings), unpack_history(content)
+
+
+def _unpack_learnt(content: Content, r: int, k: int) -> LearntNoise | None:
+    """Noise that is learnt, or None; FileError if its parts do not fit k readings of r latents."""
+    network = _unpack_network(content, "learnt", {"emulator": Emulator}, {"r": r})
+    if network is None:
+        return None
+    sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
+    whitener = torch.from_numpy(content.array("noise.whitener", None, None))
+    most = len(whitener)
+    if whitener.shape != (most, most) or network.config["s"] != numbers(most) or not (
+            (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not torch.linalg.det(whitener) > 0:
+        raise content.error("holds noise that is none of its sensors")
+    return LearntNoise(network, whitener, sensors)

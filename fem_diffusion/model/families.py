@@ -1,4 +1,4 @@
-"""Families of sensors in coordinates of the state: what training draws layouts from, and layouts of measurements."""
+"""Families of sensors in coordinates of the state: what training draws layouts from."""
 
 import warnings
 
@@ -8,7 +8,7 @@ from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 
 from fem_diffusion.checks import check_count
-from fem_diffusion.diffusion import Layout, LayoutFamily, LayoutKind
+from fem_diffusion.diffusion import LayoutFamily, LayoutKind
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import by_component, coefficients, field, owned_size
@@ -17,14 +17,12 @@ from fem_diffusion.observation.family import SensorFamily
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.simulation.data_set import DataSet
 
-__all__ = ["decorrelated", "layout_family", "project", "sample_basis"]
+__all__ = ["layout_family", "project", "sample_basis"]
 
 _STATES, _CHECKED, _MOST_MODES = 4000, 500, 256
 _RETAINED = 1 - 1e-8
 # What state modes may miss of a reading, in units of its noise.
 _MISSED = 0.2
-# Smallest variance of noise, in units of the prior variance of the reading.
-_FLOOR = 1e-12
 
 
 def layout_family(family: SensorFamily, data: DataSet,
@@ -90,18 +88,3 @@ def _check_modes(observation: Observation, states: np.ndarray, c: torch.Tensor, 
     if worst > _MISSED:
         warnings.warn(f"The {rows.shape[1]} state modes miss up to {worst:.2g} noise standard deviations of a reading: "
                       "raise state_modes, or place sensors away from where the state is rough.", stacklevel=4)
-
-
-def decorrelated(rows: torch.Tensor, offset: torch.Tensor, covariance: torch.Tensor,
-                 y: torch.Tensor) -> tuple[Layout, torch.Tensor]:
-    """The same measurements (..., k) with independent noise: as they are, or in the principal axes of the noise."""
-    # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
-    variance = torch.maximum(covariance.diagonal(), _FLOOR * rows.square().sum(1) + 1e-300)
-    if len(rows) and not torch.equal(covariance, torch.diag(covariance.diagonal())):
-        # Each sensor in units of its own noise first: pascals beside mole fractions lose nothing.
-        scale = variance.sqrt()
-        values, axes = torch.linalg.eigh((covariance + torch.diag(variance - covariance.diagonal())) / scale
-                                         / scale[:, None])
-        rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), (y / scale) @ axes
-        variance = torch.maximum(values, _FLOOR * rows.square().sum(1) + 1e-14)
-    return Layout(rows[None], offset[None], variance[None], torch.ones(1, len(rows), dtype=torch.bool)), y

@@ -183,22 +183,22 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     A warning where modes of a `given` basis of a Gaussian prior miss more of the readings than noise forgives and
     nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
-    noise, emulator = problem.noise, denoiser.base.emulator
-    if problem.family or not (isinstance(noise, GaussianNoise) and emulator.affine and basis.standard_prior) or (
-            noise.levels or denoiser.readings is not None):
+    noise, base = problem.noise, denoiser.base
+    if problem.family or not (isinstance(noise, GaussianNoise) and base.emulator.affine) or (
+            noise.levels or not basis.standard_prior or denoiser.readings is not None):
         return False, None
-    if linear_tail(problem, basis, denoiser.base, known=False) is not None:
+    if linear_tail(problem, basis, base, known=False) is not None:
         return True, None
     covariance = noise.covariance(torch.as_tensor(data.readings).double())
     unit = covariance.diagonal().clamp(min=1e-300).sqrt()
     values, axes = torch.linalg.eigh(covariance / unit / unit[:, None])
     axes = axes / values.clamp(min=1e-4).sqrt() / unit[:, None]
-    worst = float(torch.linalg.eigvalsh(axes.T @ (emulator.residual - covariance) @ axes)[-1].clamp(min=0).sqrt())
+    worst = float(torch.linalg.eigvalsh(axes.T @ (base.scatter - covariance) @ axes)[-1].clamp(min=0).sqrt())
     if worst < _MISSED:
         return False, None
     if not isinstance(problem.forward, Differentiable) and problem.prior.core is problem.prior:
         rows = pair_rows(problem, data)
-        if linear_tail(problem, basis, denoiser.base, False, rows) is not None:
+        if linear_tail(problem, basis, base, False, rows) is not None:
             return True, rows
     if given:
         warnings.warn(f"The {basis.r} modes leave up to {worst:.2g} noise standard deviations of the readings "

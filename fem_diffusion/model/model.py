@@ -2,9 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from fem_diffusion.diffusion import (
     Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
     measure_distance,
 )
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis, is_of
 from fem_diffusion.fields.coefficients import on_root, owned_size
@@ -25,7 +28,6 @@ from fem_diffusion.model.file import read_model, write_model
 from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.model.posteriors import Posteriors, condition_all
 from fem_diffusion.model.readings import at_hand
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail, linear_tail
 from fem_diffusion.observation.linear import Observation, no_sensors
 from fem_diffusion.problem import InverseProblem
@@ -230,7 +232,7 @@ class Model:
         No pairs are needed: base and emulator are those of these sensors; a network knows all of them, and is left out.
         """
         if self.denoiser.network is not None:
-            moves = self.denoiser.known and not self.denoiser.base.emulator.affine
+            moves = self.denoiser.known and not self.denoiser.base.affine
             warnings.warn("The network was trained for one reading of every sensor, and is left out: samples are those "
                           f"of the Gaussian base of {len(index)} readings"
                           + ", moved under the emulator's density" * moves + ". posterior.correct(...) takes them to "
@@ -264,7 +266,7 @@ class Model:
             self.seen @ sensors.rows.T + sensors.offset)
         assert seen is not None
         noise, emulator = problem.noise, self.denoiser.base.emulator
-        residual = sensors.total if sensors.family else sensors.denoiser.base.emulator.residual
+        residual = sensors.total if sensors.family else sensors.denoiser.base.scatter
 
         def run() -> Distance:
             names = problem.names or [str(i) for i in range(len(y))]
@@ -286,12 +288,19 @@ class Model:
         """
         write_model(path, self)
 
+    def export_monitor(self, folder: str | os.PathLike, quantities: Mapping[str, Any], **given: Any) -> Path:
+        """Write what a live page for operators needs of the model; see `fem_diffusion.monitor.export`."""
+        from fem_diffusion.monitor.export import export_monitor
+
+        return export_monitor(self, folder, quantities, **given)
+
     @property
     def summary(self) -> str:
         """What was trained, in words."""
         base, history = self.denoiser.base, self.history
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
         emulator = "a linear emulator" if base.emulator.affine else "a network as emulator"
+        emulator += " that knows its noise" * (base.learnt is not None)
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
             network = "a network under the Gaussian base"
@@ -300,6 +309,8 @@ class Model:
                 members = len(self.denoiser.network.members) if isinstance(self.denoiser.network, MeanNetwork) else 1
                 network = "a network that takes" if members == 1 else f"the mean of {members} networks, which takes"
                 network += f" {gain:.1%} off the loss of the Gaussian base"
+        elif base.learnt is not None and self.denoiser.known:
+            network += ", whose noise is learnt and tells more of held-out pairs than a network"
         elif history.step:
             network += ", which none beats on held-out pairs"
         elif base.emulator.affine and base.law is None:

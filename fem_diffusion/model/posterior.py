@@ -12,11 +12,11 @@ from firedrake import Ensemble
 
 from fem_diffusion.checks import alike, check_count, check_device, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root, owned_size
 from fem_diffusion.fields.events import event
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.model.tail import LinearTail
 from fem_diffusion.prior.draws import chunks, restricted
 from fem_diffusion.problem import InverseProblem

@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_choices, check_count, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import MeasurementWarning, Sampler, sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.measurements.table import instant
 from fem_diffusion.model.posterior import Posterior
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.progress import bar
 from fem_diffusion.samples import Samples

@@ -90,7 +90,7 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, 
     unit = np.sqrt(R.diagonal())
     if not (unit > 0).all():
         return None
-    signal, noise, left = (x / unit / unit[:, None] for x in (seen, R, emulator.residual.numpy() - R - seen))
+    signal, noise, left = (x / unit / unit[:, None] for x in (seen, R, base.scatter.numpy() - R - seen))
     strength = np.linalg.norm(signal, 2)
     if strength < _UNSEEN or not known and np.linalg.norm(left, 2) > _ALIKE * strength:
         return None

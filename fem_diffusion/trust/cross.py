@@ -33,10 +33,10 @@ from scipy.stats import norm
 
 from fem_diffusion.checks import alike, check_count, check_seed, stream
 from fem_diffusion.diffusion import sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.diffusion.training.range import upper_tail
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.model.sensors import EmulatedSensors
 from fem_diffusion.trust.cross_words import judge, larger
 from fem_diffusion.trust.noise_scale import NoiseScale, noise_scale
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.stats import t as student
 
-from fem_diffusion.model.sensors import EmulatedSensors
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 
 __all__ = ["NoiseScale", "noise_scale"]
 
@@ -69,7 +69,8 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
     Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, readings are on
     another scale, or there are less than three sensors.
     """
-    if sensors.denoiser.base.law is not None:
+    law = sensors.denoiser.base.law
+    if law is not None and (law.noise.levels or law.noise.heavy):
         return "The law of the noise has outliers or a level of its own, and no factor of it is told."
     if sensors.denoiser.readings is not None:
         return "Readings are on a scale of their own, where their noise has no factor, and none is told."
@@ -122,7 +123,8 @@ def _linearised(sensors: EmulatedSensors, y: np.ndarray) -> tuple[np.ndarray, np
     """d (B, k), G C Gᵀ (B or 1, k, k), emulator error and noise (k, k) each, of measurements (B, k)."""
     base, readings, total = sensors.denoiser.base, torch.from_numpy(y), sensors.total
     R = _noise(sensors)
-    if base.emulator.affine:
+    total = total if base.law is None else total + R
+    if base.affine:
         z = base.mean[None]
     else:
         z = sensors.locate(y).located.mean

@@ -11,10 +11,10 @@ from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
 from fem_diffusion.diffusion import Conditioned, log_density, sample_latents
+from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
-from fem_diffusion.model.families import decorrelated
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.reference.latents import LatentProblem
 from fem_diffusion.trust.surrogate import Base
@@ -119,10 +119,11 @@ def known_readings(posterior: "Posterior") -> Base | None:
         return None
     if density.base.law is not None or posterior.conditioned.readings is not None:
         return _by_law(posterior.conditioned, posterior.basis.r)
-    emulator, rows, y = density.base.emulator, density.rows[0], torch.from_numpy(posterior.y)
+    emulator, learnt, r = density.base.emulator, density.base.learnt, posterior.basis.r
+    rows, y = density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
     offset, matrix = torch.zeros_like(y), torch.eye(len(y), dtype=rows.dtype)
-    if float(left.diagonal().max()) > _SAME:
+    if learnt is None and float(left.diagonal().max()) > _SAME:
         covariance = noise.covariance(y[None])
         std = covariance.diagonal().sqrt()
         layout, _ = decorrelated(torch.diag(std), offset, covariance, y)
@@ -130,15 +131,18 @@ def known_readings(posterior: "Posterior") -> Base | None:
         root = layout.variance[0].sqrt()[:, None] * torch.linalg.inv(torch.linalg.cholesky(left))
         back = torch.linalg.solve(turn, root)
         offset, matrix = y - back @ density.target[0], back @ rows
-    r = posterior.basis.r
 
     def base(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
         with torch.no_grad():
-            c, back = emulator.with_pull(torch.from_numpy(z[:, :r].copy()))
+            x = torch.from_numpy(z[:, :r].copy())
+            c, back = emulator.with_pull(x)
+            shift, more = (None, None) if learnt is None else learnt.mean_with_pull(x)
+            c = c if shift is None else c + shift
 
         def pull(covector: np.ndarray) -> np.ndarray:
             with torch.no_grad():
-                pulled = back(torch.from_numpy(covector) @ matrix).numpy()
+                through = torch.from_numpy(covector) @ matrix
+                pulled = (back(through) if more is None else back(through) + more(through)).numpy()
             return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
         return (offset + c @ matrix.T).numpy(), pull
     return base

@@ -19,10 +19,10 @@ from fem_diffusion import (
 )
 from fem_diffusion.comparison import moment_p_values
 from fem_diffusion.diffusion import SensorNetwork, Spectrum, as_noise
+from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.prior.protocol import GaussianCore
 from fem_diffusion.errors import DataError, InputError, FileError
 from fem_diffusion.fields.coefficients import coefficients, field
-from fem_diffusion.model.families import decorrelated
 
 COMM = MPI.COMM_WORLD
 NOISE = 0.05

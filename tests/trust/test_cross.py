@@ -7,7 +7,7 @@ from mpi4py import MPI
 
 from fem_diffusion import GaussianNoise, InputError, StudentNoise
 from fem_diffusion.diffusion import Denoiser, Emulator, linear_base
-from fem_diffusion.model.sensors import EmulatedSensors
+from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.trust.cross import cross_validate
 from truths import bent_map
 

@@ -9,6 +9,10 @@ In base coordinates, where it is nearly standard normal, one leapfrog trajectory
 independent sample (Neal 2011, section 5.3). Two things are made of that. *Corrections*: a few moves take samples of the
 network to the emulator's posterior. *Training*: the latents behind a simulated measurement are an exact sample of
 their posterior, so moves that start there give more of them, and no warm-up is needed.
+
+Where the noise depends on the latents the first term is that of its law, with the determinant, and the posterior may be
+far from Gaussian, with places that moves do not leave and modes that they do not reach: there `EmulatorDensity.draw`
+takes points from the base to the emulator's posterior by tempering.
 """
 
 import math
@@ -20,12 +24,15 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply, cholesky, solve_lower
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.noise import Noise
-from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move, shorter
+from fem_diffusion.diffusion.sampling.tempered import tempered
 from fem_diffusion.diffusion.tensors import Tensors
 
 __all__ = ["EmulatorDensity", "emulator_density"]
 
 _LEAPS = 4
+# Points of each posterior that are tempered together, at least.
+_FEWEST = 256
 # Points whose states are held at once.
 _ROWS = 4096
 
@@ -36,7 +43,8 @@ class EmulatorDensity(Tensors):
 
     `base` holds the law of the latents and the emulator, `located` is the base at each measurement; `rows` (B, k, s)
     and `target` (B, k) are sensors and readings in units of noise and emulator error. Where the base has a law of the
-    noise, they are in the units of the sensors, and `noise` is that law, with the emulator's error in its variance.
+    noise, they are in the units of the sensors, and `noise` is that law, with the emulator's error in its variance; and
+    where noise is learnt, too.
     """
 
     base: GaussianBase
@@ -50,43 +58,58 @@ class EmulatorDensity(Tensors):
         if len(w) > 1 and w[..., 0].numel() > _ROWS:
             return torch.cat([self.energy(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
         z = self.located.colour(w)
-        if self.noise is not None:
-            return self._by_law(z)
-        away, c = z - self.base.mean, self.base.emulator(z.flatten(0, 1)).view(*z.shape[:2], -1)
-        misfit = self.target - apply(self.rows, c)
-        return (misfit.square().sum(2) + ((away @ self.base.precision) * away).sum(2)) / 2
+        away = z - self.base.mean
+        prior = ((away @ self.base.precision) * away).sum(2) / 2
+        if self.base.bent:
+            return prior - self._by_law(z)
+        c = self.base.emulator(z.flatten(0, 1)).view(*z.shape[:2], -1)
+        return prior + (self.target - apply(self.rows, c)).square().sum(2) / 2
 
     def force(self, w: Tensor) -> Tensor:
         """Gradient of `energy`, shape (n, B, r)."""
         if len(w) > 1 and w[..., 0].numel() > _ROWS:
             return torch.cat([self.force(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
         z = self.located.colour(w)
+        flat = z.flatten(0, 1)
         if self.noise is not None:
             with torch.enable_grad():
                 at = z.detach().requires_grad_()
-                slope, = torch.autograd.grad(self._by_law(at).sum(), at)
-            return apply(self.located.factor.mT, slope)
-        c, pull = self.base.emulator.with_pull(z.flatten(0, 1))
-        misfit = self.target - apply(self.rows, c.view(*z.shape[:2], -1))
-        pulled = pull(apply(self.rows.mT, misfit).flatten(0, 1)).view_as(z)
+                pulled, = torch.autograd.grad(self._by_law(at).sum(), at)
+        else:
+            c, pull = self.base.emulator.with_pull(flat)
+            rest = self.target - apply(self.rows, c.view(*z.shape[:2], -1))
+            if self.base.learnt is None:
+                pulled = pull(apply(self.rows.mT, rest).flatten(0, 1)).view_as(z)
+            else:
+                by_rest, by_z = self.base.learnt.with_pull(rest.flatten(0, 1), flat)
+                pulled = (by_z - pull(by_rest)).view_as(z)
         return apply(self.located.factor.mT, (z - self.base.mean) @ self.base.precision - pulled)
 
     def _by_law(self, z: Tensor) -> Tensor:
-        """Negative log density (n, B) up to a constant, at n latents each (n, B, r), for noise of another law."""
-        assert self.noise is not None and self.base.law is not None
-        flat, away = z.flatten(0, 1), z - self.base.mean
-        clean = self.base.law.clean(self.base.emulator(flat), flat)
-        found = self.noise.log_density(self.target.expand(len(z), -1, -1).flatten(0, 1), clean)   # pyright: ignore
-        return ((away @ self.base.precision) * away).sum(2) / 2 - found.view(z.shape[:2])
+        """Log density (n, B) of the readings up to a constant at n latents each (n, B, r), of which the noise depends.
+        """
+        flat, y = z.flatten(0, 1), self.target.expand(len(z), -1, -1).flatten(0, 1)
+        c = self.base.emulator(flat)
+        if self.noise is None:
+            assert self.base.learnt is not None
+            return self.base.learnt.log_density(y - c, flat).view(z.shape[:2])
+        assert self.base.law is not None
+        found = self.noise.log_density(y, self.base.law.clean(c, flat))   # pyright: ignore[reportOptionalCall]
+        return found.view(z.shape[:2])
+
+    def draw(self, n: int, moves: int, generator: torch.Generator) -> Tensor:
+        """Points of the law itself (n, B, r), by tempering from the base, with so many moves at the end."""
+        mean = self.located.mean
+        like = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
+        found = tempered(torch.randn(max(n, _FEWEST), *mean.shape, **like), self.energy, self.force, moves, generator)
+        # Copies of one point stand side by side.
+        return found[torch.randperm(len(found), generator=generator, device=mean.device)[:n]]
 
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""
         length = math.pi / 2 / _LEAPS * (0.8 + 0.4 * float(torch.rand((), generator=generator, device=w.device)))
-        if self.noise is not None:
-            # Where noise grows with the readings, the density has walls that long steps never leave.
-            u = torch.rand(w.shape[:2], generator=generator, dtype=w.dtype, device=w.device)
-            return hamiltonian_move(w, self.energy, self.force, length * torch.where(
-                u < 0.25, 10**-(8 * u), 1.0)[..., None], _LEAPS, generator)
+        if self.base.bent:
+            length = length * shorter(w, generator)[..., None]
         return hamiltonian_move(w, self.energy, self.force, length, _LEAPS, generator)
 
 
@@ -95,6 +118,8 @@ def emulator_density(base: GaussianBase, layout: Layout, y: Tensor, located: Loc
 
     The latents have to be Gaussian; there are B layouts, or one of them all.
     """
+    if base.learnt is not None:
+        return EmulatorDensity(base, located, layout.rows.expand(len(y), -1, -1), y)
     if base.law is not None:
         error = base.noise(layout)[0].diagonal()
         return EmulatorDensity(base, located, layout.rows.expand(len(y), -1, -1), y, base.law.noise.widened(error))

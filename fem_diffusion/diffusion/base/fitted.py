@@ -105,7 +105,7 @@ def standard_error(base: GaussianBase, n: int, noise_covariance: Tensor, sloped:
     no affine one.
     """
     emulator, r = base.emulator, base.r
-    if not emulator.affine:
+    if not base.affine:
         return 0.0
     whitener = roots(base.noise(Layout.readings(base.k, base.mean))[0])[0]
     white = whitener @ emulator.matrix @ base.factor

@@ -9,10 +9,11 @@ readings themselves, B = I and b = 0. The Gaussian is found by iterated posterio
           \Omega = E (f - \bar c - A\xi)(f - \bar c - A\xi)^T,
 
 and the Kalman update of N(z̄, C) with that affine map and the noise R + B (Σ + Ω) Bᵀ is the next guess; R is the noise
-of the sensors, Σ what the emulator leaves, with noise that the readings hold already. The first guess is N(z̄, C): one
-update gives the joint Gaussian of latents and measurement, which is the exact posterior where f is affine and the
-latents are Gaussian. Expectations are means over fixed points with the first three moments of a standard normal.
-Everything is batched over measurements; under an affine map all measurements by one layout share one factor.
+of the sensors, Σ what the emulator leaves, with noise that the readings hold already; where that is learnt as a
+function of the latents, the mean given them takes part in f, and their mean covariance in Ω. The first guess is
+N(z̄, C): one update gives the joint Gaussian of latents and measurement, which is the exact posterior where f is affine
+and the latents are Gaussian. Expectations are means over fixed points with the first three moments of a standard
+normal. Everything is batched over measurements; under an affine map all measurements by one layout share one factor.
 
 The diffusion runs in base coordinates :math:`w = P^{-1/2}(z - \mu)`, where the prior noise is aligned with the
 posterior. Where the base is the truth, w is standard normal for every measurement and the network has nothing to learn.
@@ -27,6 +28,7 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.emulator import Emulator, roots
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.base.learnt import LearntNoise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.errors import SolveError
 
@@ -37,8 +39,8 @@ UPDATES = 6
 _FEW, _FEWEST_POINTS = 16, 48
 # Smallest variance of noise, in units of the prior variance of the reading.
 _FLOOR = 1e-12
-# Measurements whose points are emulated at once.
-_TOGETHER = 256
+# Measurements whose points are emulated at once, and numbers in the covariances at their points.
+_TOGETHER, _NUMBERS = 256, 2**23
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,6 +102,8 @@ class GaussianBase(Tensors):
         Kalman updates: 1 stops at the joint Gaussian of latents and measurement, more follow the posterior.
     law : NoiseLaw or None
         Of noise that is not in the emulator's residual, because no covariance holds it.
+    learnt : LearntNoise or None
+        What takes the place of the residual in fixed sensors' readings where it depends on the latents.
     """
 
     mean: Tensor
@@ -107,6 +111,7 @@ class GaussianBase(Tensors):
     emulator: Emulator
     updates: int = 1
     law: NoiseLaw | None = None
+    learnt: LearntNoise | None = None
 
     @property
     def r(self) -> int:
@@ -117,6 +122,21 @@ class GaussianBase(Tensors):
     def k(self) -> int:
         """Number of coordinates that sensors see: of the readings, where the sensors are fixed."""
         return len(self.emulator.offset)
+
+    @property
+    def affine(self) -> bool:
+        """Whether readings are affine in the latents, with a noise that does not depend on them."""
+        return self.emulator.affine and self.learnt is None
+
+    @property
+    def bent(self) -> bool:
+        """Whether noise depends on latents or has outliers, so that posteriors may be such as moves do not reach."""
+        return self.law is not None or self.learnt is not None
+
+    @property
+    def scatter(self) -> Tensor:
+        """Covariance (k, k) of noise, averaged over the training, and emulator error."""
+        return self.emulator.residual if self.law is None else self.emulator.residual + self.law.covariance
 
     @cached_property
     def precision(self) -> Tensor:
@@ -132,8 +152,7 @@ class GaussianBase(Tensors):
     def _seen(self) -> tuple[Tensor, Tensor]:
         """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
-        covariance = signal @ signal.T + self.noise(Layout.readings(self.k, self.mean))[0]
-        covariance = covariance if self.law is None else covariance + self.law.covariance
+        covariance = signal @ signal.T + self.scatter + torch.diag(_FLOOR * signal.square().sum(1))
         return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
@@ -142,17 +161,24 @@ class GaussianBase(Tensors):
         return (y - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
-        """Covariance of sensor noise, but of a `law`, and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive."""
-        covariance = torch.diag_embed(layout.variance) + layout.rows @ self.emulator.residual @ layout.rows.mT
+        """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive.
+
+        What is of a `law`, or `learnt`, is not in it.
+        """
+        covariance = torch.diag_embed(layout.variance)
+        if self.learnt is None:
+            covariance = covariance + layout.rows @ self.emulator.residual @ layout.rows.mT
         # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
         signal = (layout.rows @ (self.emulator.matrix @ self.factor)).square().sum(2)
         return covariance + torch.diag_embed(_FLOOR * signal)
 
     def locate(self, layout: Layout, y: Tensor) -> Located:
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
-        affine = self.emulator.affine
-        if not (affine and self.law is None) and len(y) > _TOGETHER:
-            indices = torch.arange(len(y), device=y.device).split(_TOGETHER)
+        most = _TOGETHER
+        if self.learnt is not None:
+            most = min(most, max(1, _NUMBERS // (len(_points(self.r, y)) * self.k**2)))
+        if not (self.affine and self.law is None) and len(y) > most:
+            indices = torch.arange(len(y), device=y.device).split(most)
             parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]
             return Located(*(x[0] if len(x[0]) == 1 else torch.cat(x) for x in zip(*parts)))   # shared by all, or apart
         return self.update(layout, y, self.noise(layout)) if self.law is None else self.law.locate(self, layout, y)
@@ -164,7 +190,7 @@ class GaussianBase(Tensors):
         `more` are their rows (l, r), values (B, l) and variances (B, l). Where the base follows the posterior, one
         update goes on from a `start`.
         """
-        affine, identity = self.emulator.affine, torch.eye(self.r, dtype=y.dtype, device=y.device)
+        affine, identity = self.affine, torch.eye(self.r, dtype=y.dtype, device=y.device)
         prior_mean = mean = self.mean[None]
         factor, points = self.factor[None], y.new_empty(0, self.r) if affine else _points(self.r, y)
         follows = start is not None and self.updates > 1
@@ -195,8 +221,8 @@ class GaussianBase(Tensors):
                 factor = torch.linalg.solve_triangular(M.mT, identity.expand_as(M), upper=True)
                 pulled = apply(factor.mT, apply(white.mT, target))
             mean = prior_mean + apply(factor, pulled)
-        scale = torch.diagonal(noise, dim1=1, dim2=2).sqrt()
-        misfit = torch.where(layout.present, y - layout.read(self.emulator(mean)), 0.0)
+        scale = torch.diagonal(noise if self.learnt is None else rest, dim1=1, dim2=2).sqrt()
+        misfit = torch.where(layout.present, y - layout.read(self.emulated(mean)[0]), 0.0)
         return Located(mean, factor, M.mT, G @ factor / scale[:, :, None], misfit / scale)
 
     def standardised(self, located: Located) -> Located:
@@ -208,14 +234,21 @@ class GaussianBase(Tensors):
     def _fit(self, rows: Tensor, mean: Tensor, factor: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of readings over N(mean, factor factorᵀ): slope by z (B, k, r), mean (B, k), covariance of the rest."""
         z = mean[:, None] + points @ factor.mT
-        c = self.emulator(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        c, scatter = (x.unflatten(0, z.shape[:2]) for x in self.emulated(z.flatten(0, 1)))
         readings = rows @ c.mT
         expected = readings.mean(2)
         slope = (readings - expected[:, :, None]) @ points / len(points)
         rest = readings - expected[:, :, None] - slope @ points.T
         # slope belongs to ξ = factor⁻¹ (z - mean).
         slope = torch.linalg.solve_triangular(factor, slope, upper=True, left=False)
-        return slope, expected, rest @ rest.mT / len(points)
+        return slope, expected, rest @ rest.mT / len(points) + scatter.mean(1)
+
+    def emulated(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, k) of coordinates given latents (B, r), and covariance (B, k, k) as far as it is learnt."""
+        if self.learnt is None:
+            return self.emulator(z), z.new_zeros(len(z), 1, 1)
+        shift, covariance = self.learnt.moments(z)
+        return self.emulator(z) + shift, covariance
 
 
 def cholesky(matrix: Tensor) -> Tensor:

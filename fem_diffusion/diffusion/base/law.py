@@ -1,4 +1,4 @@
-r"""Noise whose law the base does not hold as one covariance: with unknown levels, or with outliers.
+r"""Noise whose law the base does not hold as one covariance: relative, with unknown levels, or with outliers.
 
 Readings tell nothing of a level by their mean, so no joint Gaussian sees it; what they leave of themselves does. Around
 a linearisation :math:`y = e + G(z - \bar z) + \varepsilon`, the standard normal number :math:`\zeta` of a level has the

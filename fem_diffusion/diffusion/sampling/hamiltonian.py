@@ -5,7 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["hamiltonian_move"]
+__all__ = ["hamiltonian_move", "shorter"]
+
+# Share of the points that go less far, and by how many powers of ten at most.
+_SMALL, _POWERS = 0.25, 2.0
+
+
+def shorter(position: Tensor, generator: torch.Generator) -> Tensor:
+    """Factors (...) of the steps of points (..., r), below 1 for some: where a law is narrow others would be stuck."""
+    u = torch.rand(position.shape[:-1], generator=generator, dtype=position.dtype, device=position.device)
+    return torch.where(u < _SMALL, 10**(-_POWERS * u / _SMALL), 1.0)
 
 
 def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
@@ -23,7 +32,7 @@ def hamiltonian_move(position: Tensor, energy: Callable[[Tensor], Tensor], force
         Negative log density up to a constant, (..., r) to (...); points where it is not finite are refused. Its
         gradient or an approximation, (..., r) to (..., r).
     length, leaps : float or Tensor, int
-        Of a leapfrog step, of all or of each point (..., 1), and number of them.
+        Of a leapfrog step, of each point where it is of the shape (..., 1), and number of them.
     generator : torch.Generator
         Of momenta and acceptance, on the device of the points.
     """

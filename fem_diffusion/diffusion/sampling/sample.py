@@ -76,7 +76,8 @@ class Sampler:
         left out: "time" if a formulation is given, otherwise "spectrum".
     corrections : int, optional
         Hamiltonian moves at the end, under the density of the emulator, where there is one: they take samples to the
-        emulator's posterior, wherever base and network put them. 10 where there is one and this is left out.
+        emulator's posterior, wherever base and network put them. 10 where there is one and this is left out. Where the
+        noise depends on the latents and there is no network, samples are tempered first, from the base.
     formulation : Formulation, optional
         Path of noise levels and, in plain coordinates, the scaling; variance preserving where left out.
     """
@@ -217,11 +218,16 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
 
     def normal() -> Tensor:
         return torch.randn(n, *like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    moves = CORRECTIONS if sampler.corrections is None else sampler.corrections
+    if density is not None and density.base.bent and conditioned.network is None and moves:
+        w = density.draw(n, moves, generator)
+        report(sampler.steps, 0.0, w)
+        return conditioned.back(conditioned.located.colour(w))
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
     w = sampler.scheme.run(Run(conditioned, rows, normal, sampler.formulation or variance_preserving(),
                                sampler.angles(conditioned), rate, report))
     if density is not None:
-        for _ in range(CORRECTIONS if sampler.corrections is None else sampler.corrections):
+        for _ in range(moves):
             w = density.move(w, generator)[0]
     return conditioned.back(conditioned.located.colour(w))
 

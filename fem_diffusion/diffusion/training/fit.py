@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
@@ -37,6 +36,7 @@ from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
 from fem_diffusion.diffusion.tensors import mapped
+from fem_diffusion.diffusion.training.choice import advantage, even
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
@@ -51,6 +51,8 @@ _HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
 _SPECTRUM_ANGLES = 48
 # Held-out latents that are compared with samples, at least so many; samples of each, and what chance may do.
 _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
+# Held-out pairs by which network and emulator are compared.
+_JUDGES = 512
 # Latents that are drawn where few pairs are held out.
 _DRAWN = 512
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
@@ -66,10 +68,13 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
 
     A network for the emulator is kept where it helps on held-out pairs; then the base may follow the posterior, if it
     gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
-    by more than two standard errors. None is trained where there is nothing to learn: where the base is known to be
-    exact, and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 %
-    in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured
-    from which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
+    by more than two standard errors. Where the latents are standard normal and the law of the noise is not known, that
+    is learnt as a function of the latents where this helps, and the emulator with it takes the place of the network
+    where it gives held-out latents more density. None is trained where there is nothing to learn: where the base is
+    known to be exact, and where held-out latents are as samples of the base, moved under the emulator's density:
+    differences of 5 % in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the
+    spectrum is measured from which samplers place their steps, and collapse onto the training pairs, of which a
+    `CollapseWarning` tells. A
     warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
 
     All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
@@ -168,11 +173,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
         denoiser = Denoiser(bases[0], known=standard_prior and parts.constant)
         emulator = bases[0].emulator
-        alone = bases[0].law is None and emulator.affine
+        alone = bases[0].law is None and bases[0].affine
         if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
             return in_units(denoiser), History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
+        # A base that knows the noise costs much at every measurement, and the network learns what it knows.
+        learnt = [candidate for candidate in bases if candidate.learnt is not None]
+        bases = [candidate for candidate in bases if candidate.learnt is None]
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
@@ -181,10 +189,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             return in_units(task.denoiser), History()
         loop = Loop(task, options, checkpoint)
         trained = loop.run(progress)
-        if trained is None:
-            return in_units(task.denoiser), loop.history
-        denoiser = replace(task.denoiser, network=trained, spectrum=task.spectrum(trained))
-        task.collapse(denoiser, loop.history)
+        denoiser = task.denoiser
+        if trained is not None:
+            denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
+        emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt])
+        if emulated is not None:
+            return in_units(emulated), loop.history
+        if trained is not None:
+            task.collapse(denoiser, loop.history)
         return in_units(denoiser), loop.history
 
 
@@ -208,7 +220,7 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
     def __init__(self, z: Tensor, c: Tensor, parts: Measured, wanted: tuple[str, FieldGeometry | None],
                  denoiser: Denoiser, options: TrainingOptions):
         self.options, self.denoiser, self.source, self.wanted = options, denoiser, parts, wanted
-        shared = denoiser.base.emulator.affine and denoiser.base.law is None and not parts.family
+        shared = denoiser.base.affine and denoiser.base.law is None and not parts.family
         self.draws, self.chunk = (1, _SHARED_CHUNK) if shared else (_DRAWS, _CHUNK)
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
@@ -291,7 +303,7 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         index = torch.randint(len(self.z), (self.size,), generator=generator, device=self.z.device)
         # Under an affine emulator the base is all that moves could find.
         base = self.denoiser.base
-        alone = base.emulator.affine and base.law is None
+        alone = base.affine and base.law is None
         moves = self.draws - 1 if self.denoiser.known and not alone else 0
         self.bank, _ = self._see(self.z[index], self.c[index], generator, moves)
 
@@ -334,6 +346,28 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         layout, y = self.source.measure(c, generator)
         return denoiser.at(y, layout if self.source.family else None)
 
+    def surpassed(self, denoiser: Denoiser, learnt: list[Denoiser]) -> Denoiser | None:
+        """The best of those whose emulator knows its noise, where it knows more of held-out latents than a denoiser.
+
+        By a standard error: where both know as much either will do, and Gaussian noise that is none is off by many.
+        """
+        if not learnt:
+            return None
+        z, c = (x[:_JUDGES] for x in self.held_out)
+        generator = torch.Generator(z.device).manual_seed(self.options.seed + 4)
+        y = self.source.measure(c, generator)[1]
+
+        def surprise(conditioned: Conditioned) -> float:
+            located = conditioned.located
+            return float((located.whiten(z).square().sum(1) / 2 + located.log_determinant).mean())
+        found = [other.at(y) for other in learnt]
+        values = [surprise(one) for one in found]
+        best = values.index(min(values))
+        density = found[best].density
+        assert density is not None
+        gain = advantage(denoiser.at(y), density, z, self.options.seed)
+        return learnt[best] if float(gain.mean()) > float(gain.std()) / len(gain)**0.5 else None
+
     def collapse(self, denoiser: Denoiser, history: History) -> None:
         """Measure collapse, warn of it, and put it into the history."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
@@ -342,25 +376,6 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         found = measure_collapse(training, held_out, self.z, self.options.seed)
         found.warn()
         history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
-
-
-def even(found: Tensor, seen: Tensor, r: int) -> Tensor:
-    """p-values of a truth and samples of each of B posteriors (1 + n, B, r or more) being draws of one law.
-
-    Ranks are compared, and first and second moments of r coordinates, of each and of all: their means, and how they
-    go with what tells measurements apart, `seen` (B, m), of which a law that ignores its measurement knows nothing.
-    """
-    w = found[..., :r]
-    squares = torch.cat([w.square(), w.square().sum(2, keepdim=True)], 2)
-    found, moments = torch.cat([found, squares[..., -1:]], 2), torch.cat([w, w.sum(2, keepdim=True), squares], 2)
-    ranks = (found[1:] < found[0]).sum(0)
-    values = chisquare(torch.stack([(ranks == i).sum(0) for i in range(len(found))]).cpu().numpy()).pvalue
-    seen = ((seen - seen.mean(0)) / spread(seen - seen.mean(0))).clamp(-2, 2)
-    seen = torch.cat([torch.ones_like(seen[:, :1]), seen, seen.square() - seen.square().mean(0)], 1)
-    apart = moments[0] - moments[1:].mean(0)
-    mean, square = apart.T @ seen / len(seen), apart.square().T @ seen.square() / len(seen)
-    z = mean / ((square - mean**2).clamp(min=torch.finfo(w.dtype).tiny) / len(seen)).sqrt()
-    return torch.cat([torch.as_tensor(values), torch.erfc(z.abs().flatten() / math.sqrt(2)).cpu()])
 
 
 def noisy(w: Tensor, options: TrainingOptions, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

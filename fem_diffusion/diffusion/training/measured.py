@@ -13,6 +13,7 @@ from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.base.learnt import fit_noise
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 from fem_diffusion.diffusion.tensors import Tensors
@@ -87,6 +88,9 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior.
 
     A `curve` is the map that has made the latents, before which the emulator takes them.
+
+    Where the law of the noise is not known, and that of the latents is, their emulator knows the noise as held-out
+    pairs show it, if they do.
     """
     seen, of_noise = y, None
     if isinstance(parts.noise, Noise):
@@ -98,7 +102,10 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
     if parts.errors is None:
-        return [fit_base(z, centred, parts.covariance, standard_prior)]
+        base = fit_base(z, centred, parts.covariance, standard_prior)
+        learnt = fit_noise(z, y, base.emulator, lambda c, generator: parts.measure(c, generator)[1], options,
+                           None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
+        return [base] if learnt is None else [base, *(replace(base, learnt=learnt, updates=n) for n in (1, UPDATES))]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
     x, mean, std = z, z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
     if curve is not None:

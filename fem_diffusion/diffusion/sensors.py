@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion import Conditioned, Denoiser, GaussianNoise, Layout, Noise
+from fem_diffusion.diffusion.base.layouts import Layout, decorrelated
+from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
-from fem_diffusion.model.families import decorrelated
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 
 __all__ = ["EmulatedSensors"]
 
@@ -86,7 +87,7 @@ class EmulatedSensors:
 
     def read(self, z: Tensor) -> Tensor:
         """Readings without noise (..., k) at latents (..., r), both on the scale of the base."""
-        c = self.denoiser.base.emulator(z.flatten(0, -2)).unflatten(0, z.shape[:-1])
+        c = self.denoiser.base.emulated(z.flatten(0, -2))[0].unflatten(0, z.shape[:-1])
         return c if self.rows is None else self.offset + c @ self.rows.T
 
     @property
@@ -95,20 +96,20 @@ class EmulatedSensors:
         base = self.denoiser.base
         if self.rows is not None:
             return self.covariance + self.rows @ base.emulator.residual @ self.rows.T
-        return base.noise(Layout.readings(base.k, base.mean))[0]
+        return base.noise(Layout.readings(base.k, base.mean))[0] if base.learnt is None else base.scatter
 
     @property
     def constant(self) -> bool:
         """Whether `total` is all there is of the errors, whatever the readings."""
         law = carried(self.noise, self.denoiser.readings)
         given = law is None or self.family or isinstance(law, GaussianNoise) and law.constant
-        return given and self.denoiser.base.law is None
+        return given and self.denoiser.base.law is None and self.denoiser.base.learnt is None
 
     @property
     def exact(self) -> bool:
         """Whether latents and readings are jointly Gaussian to the model."""
         denoiser = self.denoiser
-        plain = denoiser.network is None and denoiser.support is None and denoiser.base.emulator.affine
+        plain = denoiser.network is None and denoiser.support is None and denoiser.base.affine
         plain = plain and denoiser.latents is None and denoiser.readings is None
         return plain and self.constant
 
@@ -128,6 +129,11 @@ class EmulatedSensors:
         """As `others`, all on the scale of the base."""
         clean, law, S = self.read(z), self.denoiser.base.law, self.total
         noise = carried(self.noise, self.denoiser.readings)
+        if self.denoiser.base.learnt is not None:
+            S = self.denoiser.base.emulated(z.flatten(0, 1))[1].unflatten(0, z.shape[:2])
+            gain = torch.linalg.solve(S[..., kept, :][..., kept], S[..., kept, :][..., left]).mT
+            mean = clean[..., left] + (gain @ (y[:, kept] - clean[..., kept])[..., None])[..., 0]
+            return mean + _normal(mean, S[..., left, :][..., left] - gain @ S[..., kept, :][..., left], generator)
         if law is not None and noise is not None:
             return noise.widened(S.diagonal()).sample(
                 law.clean(clean.flatten(0, 1), z.flatten(0, 1)), generator).view_as(clean)[..., left]
@@ -149,8 +155,8 @@ def _covariance(noise: Noise | None, scale: MonotoneMap | None, seen: Tensor, k:
 
 
 def _normal(like: Tensor, covariance: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws of a Gaussian of this covariance (l, l), which rounding may have made indefinite, of a shape (..., l)."""
-    scale = covariance.diagonal().clamp(min=1e-300).sqrt()
-    values, axes = torch.linalg.eigh(covariance / scale / scale[:, None])
-    root = scale[:, None] * axes * values.clamp(min=0).sqrt()
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype) @ root.T
+    """Draws of Gaussians of a covariance (l, l) or (..., l, l), which rounding may have made indefinite, (..., l)."""
+    scale = covariance.diagonal(dim1=-2, dim2=-1).clamp(min=1e-300).sqrt()
+    values, axes = torch.linalg.eigh(covariance / scale[..., None] / scale[..., None, :])
+    root = scale[..., None] * axes * values.clamp(min=0).sqrt()[..., None, :]
+    return (root @ torch.randn(like.shape, generator=generator, dtype=like.dtype)[..., None])[..., 0]

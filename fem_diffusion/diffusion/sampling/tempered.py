@@ -1,0 +1,120 @@
+r"""Draws of a law that moves alone do not reach: sequential Monte Carlo by adaptive tempering.
+
+Points begin as draws of a standard normal law and follow
+
+.. math:: \pi_\beta(w) \propto e^{-(1 - \beta) |w|^2 / 2 - \beta E(w)}, \qquad 0 = \beta_0 < \beta_1 < \dots = 1,
+
+to the law exp(-E) (Del Moral, Doucet and Jasra 2006). Each step to the next :math:`\beta` is as long as leaves half of
+the points effective; they are multiplied by their weights and move under the law of that :math:`\beta` (Hamiltonian
+moves). So several modes get the points that are due to them, and none is left behind where there is no density.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move, shorter
+from fem_diffusion.errors import SolveError
+
+__all__ = ["tempered"]
+
+# Share of the points that stay effective; halvings of an interval of beta; leaps of a move.
+_EFFECTIVE, _HALVINGS, _LEAPS = 0.5, 30, 5
+# Moves at each beta; first and longest leap, and acceptance that it is adapted to.
+_MOVES, _FIRST, _LONGEST, _ACCEPTED = 4, 0.4, 1.2, 0.75
+# Values of beta, at most.
+_MOST = 300
+
+
+def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor], moves: int,
+             generator: torch.Generator) -> Tensor:
+    """Points (n, B, r) of B laws exp(-energy), from draws w (n, B, r) of standard normal ones; n of 100 and more.
+
+    SolveError where no point has a density.
+
+    Parameters
+    ----------
+    energy, force : Callable[[Tensor], Tensor]
+        Negative log densities, (n, B, r) to (n, B), known up to constants and not finite where there is none; their
+        gradients, (n, B, r) to (n, B, r).
+    moves : int
+        At the end, under the laws themselves.
+    """
+    n, size, _ = w.shape
+    like = {"dtype": w.dtype, "device": w.device}
+    beta, leap = torch.zeros(size, **like), torch.full((size,), _FIRST, **like)
+    for step in range(_MOST):
+        change = w.square().sum(-1) / 2 - energy(w)
+        change = torch.where(torch.isfinite(change), change, -1e300)
+        if (change.amax(0) <= -1e300).any():
+            raise SolveError("The emulator's posterior has no density where the base is: simulate more pairs.")
+        ahead = _ahead(change, 1 - beta)
+        weights = torch.softmax(ahead * change, 0)
+        w = w.gather(0, _resampled(weights, generator)[..., None].expand_as(w))
+        # Rounding must not leave a rest.
+        beta = torch.where(ahead >= 1 - beta, 1.0, beta + ahead)
+        done = bool((beta == 1).all())
+        factor = _factor(w)
+        for _ in range(moves if done else _MOVES):
+            w, leap = _moved(w, factor, energy, force, beta, leap, generator)
+        if done:
+            return w
+    raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: simulate more pairs.")
+
+
+def _ahead(change: Tensor, most: Tensor) -> Tensor:
+    """The steps of beta (B,), up to `most`, that leave enough points effective, for log weights (n, B) of a step of 1.
+    """
+    def enough(step: Tensor) -> Tensor:
+        log = torch.log_softmax(step * change, 0)
+        return torch.exp(-torch.logsumexp(2 * log, 0)) >= _EFFECTIVE * len(change)
+    low, high, whole = torch.zeros_like(most), most, enough(most)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        good = enough(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return torch.where(whole, most, high)
+
+
+def _resampled(weights: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers (n, B) of points with weights (n, B), each as often as n times its weight, rounded up or down."""
+    n, size = weights.shape
+    shift = torch.rand(size, 1, generator=generator, dtype=weights.dtype, device=weights.device)
+    places = (torch.arange(n, dtype=weights.dtype, device=weights.device) + shift) / n
+    return torch.searchsorted(weights.T.cumsum(1).contiguous(), places).clamp(max=n - 1).T
+
+
+def _factor(w: Tensor) -> Tensor:
+    """Transposed factors (B, r, r) of covariances of points (n, B, r), with less weight on few points' correlations."""
+    n, _, r = w.shape
+    away = (w - w.mean(0)).transpose(0, 1)
+    covariance = away.mT @ away / n
+    diagonal = covariance.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(w.dtype).tiny)
+    covariance = (n * covariance + (r + 1e-6 * n) * torch.diag_embed(diagonal)) / (n + r)
+    return torch.linalg.cholesky(covariance).mT
+
+
+def _moved(w: Tensor, factor: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
+           beta: Tensor, leap: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Points (n, B, r) after one move each at beta (B,), and the leaps (B,) for the next one.
+
+    They move in coordinates in which they are spread evenly, by `_factor`.
+    """
+    def turned(x: Tensor, matrix: Tensor) -> Tensor:
+        return (x.transpose(0, 1) @ matrix).transpose(0, 1)
+    share = shorter(w, generator)
+    length = leap * share * (0.8 + 0.4 * torch.rand(share.shape, generator=generator, dtype=w.dtype, device=w.device))
+
+    def bridge(u: Tensor) -> Tensor:
+        x = turned(u, factor)
+        return (1 - beta) * x.square().sum(-1) / 2 + beta * energy(x)
+
+    def slope(u: Tensor) -> Tensor:
+        x = turned(u, factor)
+        return turned((1 - beta)[:, None] * x + beta[:, None] * force(x), factor.mT)
+    back = torch.linalg.solve_triangular(factor.mT, w.permute(1, 2, 0), upper=False).permute(2, 0, 1)
+    u, accept = hamiltonian_move(back, bridge, slope, length[..., None], _LEAPS, generator)
+    w = torch.where(accept[..., None], turned(u, factor), w)
+    rate = (accept & (share == 1)).sum(0) / (share == 1).sum(0).clamp(min=1)
+    return w, (leap * torch.exp(0.5 * (rate - _ACCEPTED))).clamp(max=_LONGEST)

@@ -1,0 +1,268 @@
+r"""What a monitor needs of a model, without Firedrake: the denoiser, and maps from latents to what operators ask.
+
+The parameter of latents z is :math:`m = T(\bar m + \sum_k \sqrt{\lambda_k} z_k \varphi_k + t)`, with a pointwise
+transform T as a table, and draws of the tail t past the modes where these are known. Quantities are linear functionals
+of m, or its largest value in a region; the map shows m at the corners of triangles.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from threading import RLock
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from scipy.stats import chi2
+from torch import Tensor
+
+from fem_diffusion.diffusion import Distance, Noise, Sampler, measure_distance, sample_latents
+from fem_diffusion.diffusion.sensors import EmulatedSensors
+from fem_diffusion.errors import InputError, SolveError
+from fem_diffusion.monitor.tail import Tail
+
+__all__ = ["Answer", "Area", "Bundle", "KeptNoise", "Quantity", "Sensor", "Table"]
+
+# One sampling at a time: recorded warnings belong to the process, and the cores to others as well.
+_ALONE = RLock()
+
+
+@dataclass(frozen=True)
+class Sensor:
+    """Name, unit and place in the plane of a sensor, None where it has none."""
+
+    name: str
+    unit: str = ""
+    point: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Name and unit of a number that rules speak of; the `largest` value in a region, or a linear functional."""
+
+    name: str
+    unit: str = ""
+    largest: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Values (g,) of a transform at equally spaced places from `low` to `high`, for coefficients start to stop."""
+
+    start: int
+    stop: int
+    low: float
+    high: float
+    values: np.ndarray
+
+    def at(self, fields: np.ndarray) -> np.ndarray:
+        """The transform of fields (n, stop - start), linear between places; NaN outside the table."""
+        place = (fields - self.low) * ((len(self.values) - 1) / (self.high - self.low))
+        with np.errstate(invalid="ignore"):
+            left = np.clip(place, 0, len(self.values) - 2).astype(np.int32)
+        steps = np.diff(self.values)
+        found = self.values[left] + (place - left) * steps[left]
+        return np.where((place >= 0) & (place <= len(self.values) - 1), found, np.nan).astype(np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Area:
+    """Triangles (t, 3) of corners (c, 2), the rows (c, n) that read the parameter there, and what they show."""
+
+    corners: np.ndarray
+    triangles: np.ndarray
+    rows: csr_matrix
+    name: str = "parameter"
+    unit: str = ""
+    length: str = ""
+
+
+@dataclass(frozen=True)
+class KeptNoise(Noise):
+    """The noise of readings that hold it already, of which its covariance (k, k) is known."""
+
+    matrix: Tensor
+
+    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """The readings as they are."""
+        return y
+
+    def covariance(self, y: Tensor) -> Tensor:
+        """The covariance, whatever the readings."""
+        return self.matrix
+
+    def select(self, sensors: Tensor) -> "KeptNoise":
+        """As `Noise.select`."""
+        return KeptNoise(self.matrix[sensors][:, sensors])
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What one reading tells.
+
+    Parameters
+    ----------
+    distance : Distance or None
+        From the readings of the training; None where no sensor reports.
+    failed : tuple of str
+        Sensors that report nothing.
+    doubts : tuple of str
+        Why there are no numbers, in sentences; empty where there are.
+    notes : tuple of str
+        What else a reader has to know.
+    values : numpy.ndarray or None
+        Samples of the quantities, shape (n, q).
+    parameters : numpy.ndarray or None
+        Samples of the parameter, shape (n, number of coefficients).
+    """
+
+    distance: Distance | None
+    failed: tuple[str, ...]
+    doubts: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    values: np.ndarray | None = None
+    parameters: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A model for a monitor; `export_monitor` makes one, `read_bundle` reads it.
+
+    Parameters
+    ----------
+    emulated : EmulatedSensors
+        The model of the sensors; its readings `seen`, shape (n, k), hold their noise, a `KeptNoise`.
+    sensors, quantities : tuple of Sensor, tuple of Quantity
+        What is measured, and what is told.
+    mean, modes : numpy.ndarray
+        The field of latents z is mean + z @ modes: single precision, shapes (n,) and (r, n).
+    weights : numpy.ndarray
+        Rows of linear quantities over the coefficients of the parameter, or ones in the region of a largest value,
+        shape (q, n).
+    tables : tuple of Table
+        Of the transform; none of an unchanged field.
+    tail : Tail or None
+        What is past the modes.
+    area : Area or None
+        The map.
+    draws, steps, moves : int
+        Samples of each reading, and how they are drawn: evaluations of the network, moves under the emulator's density.
+    constant : bool
+        Whether the noise is the same at all readings: then it is checked that samples explain them.
+    checksum : str
+        Of the file.
+    """
+
+    emulated: EmulatedSensors
+    sensors: tuple[Sensor, ...]
+    quantities: tuple[Quantity, ...]
+    mean: np.ndarray
+    modes: np.ndarray
+    weights: np.ndarray
+    tables: tuple[Table, ...] = ()
+    tail: Tail | None = None
+    area: Area | None = None
+    draws: int = 500
+    steps: int = 8
+    moves: int = 4
+    constant: bool = True
+    checksum: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sensors."""
+        return tuple(sensor.name for sensor in self.sensors)
+
+    def answer(self, y: np.ndarray, seed: int, unlike: float = 0.01) -> Answer:
+        """What a reading (k,) tells, NaN standing for a sensor that reports nothing; the same for the same seed.
+
+        A reading that is unlike the training, as no more than this share of good ones is, or whose samples fail, gets
+        no numbers, but the reasons in words.
+        """
+        there = np.flatnonzero(~np.isnan(y))
+        failed = tuple(self.names[i] for i in range(len(y)) if i not in set(there))
+        if not len(there):
+            return Answer(None, failed, ("No sensor reports anything.",))
+        emulated = self.emulated if not failed else self.emulated.some(there)
+        assert self.emulated.seen is not None
+        seen = self.emulated.seen[:, torch.from_numpy(there)]
+        distance = measure_distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there])
+        if distance.worst and (distance.far or distance.p <= unlike):
+            return Answer(distance, failed, (_unlike(distance),))
+        notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
+        if failed:
+            rougher = not self.emulated.family and self.emulated.denoiser.network is not None
+            notes = (*notes, f"Without {', '.join(failed)}, which report{'s' * (len(failed) == 1)} nothing"
+                     + (", the answer is a rougher one." if rougher else ", less is known."))
+        try:
+            with _noticed() as caught, torch.no_grad():
+                z = self._sample(emulated, y[there], seed)
+                explained = self._explained(emulated, y[there], z)
+                parameters = self._parameters(y, there, z.numpy())
+        except (InputError, SolveError) as error:
+            return Answer(distance, failed, (f"The model gives no answer: {error}",), notes)
+        doubts = tuple(str(warning.message) for warning in caught if warning.category in (UserWarning, RuntimeWarning))
+        if not np.isfinite(parameters).all():
+            doubts = (*doubts, "Samples are beyond all that the model knows.")
+        if explained < unlike / 2:
+            doubts = (*doubts, "The samples do not explain this reading: the model fails there. Ask its engineer.")
+        if doubts:
+            return Answer(distance, failed, doubts, notes)
+        return Answer(distance, failed, (), notes, self._values(parameters), parameters)
+
+    def picture(self, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation (c,) of the parameter at the corners of the map."""
+        assert self.area is not None and answer.parameters is not None
+        values = self.area.rows @ answer.parameters.T.astype(float)
+        return values.mean(axis=1), values.std(axis=1, ddof=1)
+
+    def _sample(self, emulated: EmulatedSensors, y: np.ndarray, seed: int) -> Tensor:
+        """Latents (n, r) given the readings of sensors that report."""
+        conditioned = emulated.locate(y[None])
+        moves = None if conditioned.density is None else self.moves
+        sampler = Sampler(steps=self.steps, corrections=moves)
+        return sample_latents(conditioned, self.draws, sampler, seed=seed, progress=False)[0]
+
+    def _explained(self, emulated: EmulatedSensors, y: np.ndarray, z: Tensor) -> float:
+        r"""Posterior predictive p-value of :math:`(y - h(z))^T S^{-1} (y - h(z))`, with S the covariance of errors.
+
+        One of a right posterior is below p at most twice as often as p says (Meng 1994).
+        """
+        if not self.constant:
+            return 1.0
+        root = torch.linalg.cholesky(emulated.total)
+        away = torch.linalg.solve_triangular(root, (torch.from_numpy(y) - emulated.read(z)).T, upper=False)
+        return float(chi2.sf(away.square().sum(0).numpy(), len(y)).mean())
+
+    def _parameters(self, y: np.ndarray, there: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Coefficients (n, ...) of the parameter with latents (n, r)."""
+        fields = z.astype(np.float32) @ self.modes + self.mean
+        if self.tail is not None:
+            fields += self.tail.given(y, there, z)
+        if not self.tables:
+            return fields
+        return np.hstack([table.at(fields[:, table.start:table.stop]) for table in self.tables])
+
+    def _values(self, parameters: np.ndarray) -> np.ndarray:
+        """Quantities (n, q) of parameters."""
+        found = parameters.astype(float) @ self.weights.T
+        for i, quantity in enumerate(self.quantities):
+            if quantity.largest:
+                found[:, i] = parameters[:, self.weights[i] > 0].max(axis=1)
+        return found
+
+
+def _unlike(distance: Distance) -> str:
+    """Why a measurement is not to be trusted."""
+    return (f"This reading is unlike the {distance.seen:,} simulated ones that the model knows, at "
+            f"{', '.join(distance.worst)}: look at {'that sensor' if len(distance.worst) == 1 else 'those sensors'}. "
+            "If what is measured is right, the model does not fit the site any more: ask its engineer.")
+
+
+@contextlib.contextmanager
+def _noticed() -> Iterator[list]:
+    """Warnings that are raised inside."""
+    with _ALONE, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield caught

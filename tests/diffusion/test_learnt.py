@@ -1,0 +1,199 @@
+"""Noise that is learnt from pairs which hold it: its density, what draws from it, and who is believed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fem_diffusion import files
+from fem_diffusion.diffusion import (
+    Denoiser, Emulator, GaussianBase, History, Sampler, TrainingOptions, emulator_density, fit_denoiser, linear_base,
+)
+from fem_diffusion.diffusion.base.emulator import affine_emulator
+from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.base.learnt import LearntNoise, fit_noise, numbers
+from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
+from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+from fem_diffusion.diffusion.sampling.tempered import tempered
+from fem_diffusion.diffusion.training.choice import advantage
+from fem_diffusion.errors import FileError
+from truths import draw, errors, random
+
+R, K = 3, 4
+QUICK = TrainingOptions(steps=1500, evaluate_every=100, width=32, depth=2, batch=128)
+
+
+def _learnt(r=R, k=K):
+    """Some noise, of a network that has not learnt it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Emulator(r, numbers(k), 16, 2)
+        torch.nn.init.normal_(network.head.weight, std=0.2)
+    network.scale = torch.eye(numbers(k)).double()
+    whitener = torch.eye(k).double() + torch.rand(k, k, generator=random()).double().tril(-1)
+    return LearntNoise(network.eval().requires_grad_(False), whitener, torch.arange(k))
+
+
+def _base(learnt, updates=1):
+    r, k = learnt.network.config["r"], len(learnt.sensors)
+    emulator = affine_emulator(torch.randn(k, r, generator=random(1)).double(), torch.ones(k), torch.eye(k).double())
+    return GaussianBase(torch.zeros(r).double(), torch.eye(r).double(), emulator, updates, learnt=learnt)
+
+
+Y = torch.randn(2, K, generator=random(2)).double()
+
+
+def test_its_density_is_that_of_its_moments():
+    learnt = _learnt()
+    z, rest = (torch.randn(6, n, generator=random(n)).double() for n in (R, K))
+    mean, covariance = learnt.moments(z)
+    exact = torch.distributions.MultivariateNormal(mean, covariance).log_prob(rest)
+    found = learnt.log_density(rest, z)
+    torch.testing.assert_close(found - found[0], exact - exact[0])
+    some = torch.tensor([2, 0])
+    part = learnt.select(some).log_density(rest[:, some], z)
+    exact = torch.distributions.MultivariateNormal(mean[:, some], covariance[:, some][:, :, some]).log_prob(
+        rest[:, some])
+    torch.testing.assert_close(part - part[0], exact - exact[0])
+    shift, pull = learnt.mean_with_pull(z)
+    torch.testing.assert_close(shift, mean)
+    at = z.clone().requires_grad_()
+    exact, = torch.autograd.grad(learnt.moments(at)[0], at, rest)
+    torch.testing.assert_close(pull(rest), exact, rtol=1e-4, atol=1e-4)
+    # Many readings have few columns, and are whitened by their axes.
+    assert numbers(40) < 40 * 15
+
+
+@pytest.mark.parametrize("some", [None, [2, 0]])
+def test_forces_are_gradients_of_energies(some):
+    denoiser, y = Denoiser(_base(_learnt(), 2), known=True), Y
+    if some is not None:
+        denoiser, y = denoiser.select(torch.tensor(some), torch.zeros(K, K), torch.zeros(2, 2), None), Y[:, some]
+    density = denoiser.at(y).density
+    w = torch.randn(5, 2, R, generator=random(4)).double().requires_grad_()
+    exact, = torch.autograd.grad(density.energy(w).sum(), w)
+    torch.testing.assert_close(density.force(w.detach()), exact, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_follows_the_noise():
+    """The first of two readings tells the first latent, and that how noisy the other reading of the other latent is."""
+    learnt = _learnt(2, 2)
+    for parameter in learnt.network.parameters():
+        torch.nn.init.zeros_(parameter)
+    # m, logarithms of the precision's root, and what they have in common.
+    learnt.network.offset = torch.tensor([0.0, 0, 4, 0, 0]).double()
+    learnt.network.matrix[3, 0] = -0.8
+    learnt = replace(learnt, whitener=torch.eye(2).double())
+    base = replace(_base(learnt), emulator=affine_emulator(torch.eye(2), torch.zeros(2), torch.eye(2).double()))
+    y = torch.tensor([[-1.5, 1.0], [1.5, 1.0]]).double()
+    variance = torch.exp(1.6 * y[:, 0])
+    joint, followed = (Denoiser(replace(base, updates=n), known=True).at(y).located for n in (1, 6))
+    torch.testing.assert_close(followed.mean[:, 1], 1 / (1 + variance), rtol=0.05, atol=0)
+    torch.testing.assert_close(followed.std[:, 1]**2, variance / (1 + variance), rtol=0.05, atol=0)
+    assert ((joint.mean[:, 1] * (1 + variance) - 1).abs() > 0.3).all()
+
+
+def _two_modes(w):
+    """Normal laws around -2 and 2 of width 0.2, with shares of 0.2 and 0.8, and a standard normal coordinate."""
+    parts = torch.stack([-(w[..., 0] + 2)**2 / 0.08 + np.log(0.2), -(w[..., 0] - 2)**2 / 0.08 + np.log(0.8)])
+    return w[..., 1]**2 / 2 - torch.logsumexp(parts, 0)
+
+
+def test_tempering_gives_modes_what_is_due_to_them():
+    def force(w):
+        with torch.enable_grad():
+            at = w.detach().requires_grad_()
+            return torch.autograd.grad(_two_modes(at).sum(), at)[0]
+    start = torch.randn(4000, 2, 2, generator=random()).double()
+    w = tempered(start, _two_modes, force, 5, random(1))
+    share = (w[..., 0] > 0).double().mean(0)
+    assert ((share - 0.8).abs() < 0.05).all()
+    away = (w[..., 0].abs() - 2) / 0.2
+    assert away.mean(0).abs().max() < 0.1 and (away.std(0) - 1).abs().max() < 0.1
+    assert w[..., 1].mean(0).abs().max() < 0.1 and (w[..., 1].std(0) - 1).abs().max() < 0.1
+    # Moves alone leave half of the points on each side.
+    for _ in range(50):
+        start, _ = hamiltonian_move(start, _two_modes, force, 0.1, 5, random(2))
+    assert ((start[..., 0] > 0).double().mean(0) - 0.5).abs().max() < 0.05
+
+
+def _grown(z, generator):
+    """Readings with noise that grows with them, and one latent that is seen through the noise alone."""
+    white = torch.randn(len(z), 2, generator=generator, dtype=z.dtype)
+    return torch.stack([z[:, 0], z[:, 0]], 1) + _std(z)[:, None] * white
+
+
+def _std(z):
+    return 0.5 * torch.exp(0.8 * z[:, 1])
+
+
+def _moments(y, line=torch.linspace(-5, 5, 401, dtype=torch.float64)):
+    z = torch.cartesian_prod(line, line)
+    std = _std(z)
+    log = -((y - z[:, :1])**2).sum(1) / (2 * std**2) - 2 * torch.log(std) - z.square().sum(1) / 2
+    density = torch.softmax(log, 0)
+    mean = density @ z
+    return mean.numpy(), ((z - mean).T * density @ (z - mean)).numpy()
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """Pairs that hold their noise, and a model that knows nothing else of it."""
+    z = torch.randn(4000, 2, generator=random(), dtype=torch.float64)
+    return fit_denoiser(z, _grown(z, random(1)), standard_prior=True, options=QUICK, progress=False)[0]
+
+
+PLACES = torch.tensor([[1.5, 1.4], [-0.5, 1.2]], dtype=torch.float64)
+
+
+def test_noise_that_pairs_hold_is_learnt(grown):
+    assert grown.known and grown.base.learnt is not None and grown.network is None
+    constant = Denoiser(replace(grown.base, learnt=None, updates=1))
+    for y in PLACES:
+        truth = _moments(y)
+        mean, covariance = errors(grown.at(y[None]), truth)
+        # Monte Carlo makes 0.05 and 0.1; the rest is what 4,000 pairs leave unknown of the noise.
+        assert mean < 0.2 and covariance < 0.35
+        wrong = errors(constant.at(y[None]), truth)
+        assert wrong[0] > 0.3 or wrong[1] > 0.6
+
+
+def test_what_is_learnt_is_saved(grown, tmp_path):
+    def written(change=lambda arrays: None):
+        arrays, values = pack_denoiser(grown, History())
+        change(arrays)
+        files.write(tmp_path / "model", "model", arrays, values)
+        return unpack_denoiser(files.read(tmp_path / "model", "model", REMEDY))[0]
+    again = written()
+    for some in (slice(2), slice(1)):
+        torch.testing.assert_close(draw(again.at(PLACES[some]), 50, Sampler()), draw(grown.at(PLACES[some]), 50,
+                                                                                     Sampler()), rtol=0, atol=0)
+    for name, value in (("sensors", np.array([0, 2])), ("sensors", np.array([1, 1])), ("whitener", np.eye(3)),
+                        ("whitener", np.zeros((2, 2)))):
+        with pytest.raises(FileError, match="noise that is none of its sensors"):
+            written(lambda arrays: arrays.update({f"noise.{name}": value}))
+
+
+def test_noise_that_is_the_same_everywhere_stays_so():
+    z = torch.randn(2000, 2, generator=random(), dtype=torch.float64)
+    y = z + 0.3 * torch.randn(2000, 2, generator=random(1), dtype=torch.float64)
+    emulator = affine_emulator(torch.eye(2), torch.zeros(2), 0.09 * torch.eye(2).double())
+    assert fit_noise(z, y, emulator, lambda y, generator: y, QUICK, None, False) is None
+    hold = fit_noise(z, z, emulator, lambda y, generator: _grown(y, generator), QUICK, None, False)
+    assert isinstance(hold, LearntNoise)
+
+
+def test_a_denoiser_is_surpassed_by_the_posterior_alone():
+    matrix = torch.tensor([[1.0, 0.5], [0.0, 1.0]]).double()
+    z = torch.randn(400, 2, generator=random(), dtype=torch.float64)
+    y = z @ matrix.T + 0.3 * torch.randn(400, 2, generator=random(1), dtype=torch.float64)
+    exact, wide = (linear_base(matrix, std**2 * torch.eye(2).double()) for std in (0.3, 0.6))
+    layout = Layout.readings(2, y)
+
+    def gain(base, other):
+        density = emulator_density(other, layout, y, other.locate(layout, y))
+        found = advantage(Denoiser(base).at(y), density, z, 0)
+        return float(found.mean()) / (float(found.std()) / 20 + 1e-9)
+    # In standard errors.
+    assert gain(wide, exact) > 4 and gain(exact, wide) < -4 and abs(gain(exact, exact)) < 1e-3

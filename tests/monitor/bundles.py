@@ -1,0 +1,55 @@
+"""A small monitor without a mesh of Firedrake: a linear-Gaussian problem, whose posterior is known."""
+
+import numpy as np
+import torch
+from scipy.sparse import identity
+from scipy.spatial import Delaunay
+
+from fem_diffusion.diffusion import Denoiser, linear_base
+from fem_diffusion.diffusion.sensors import EmulatedSensors
+from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
+
+R, K, SIDE, NOISE = 4, 5, 8, 0.1
+
+
+def operator():
+    """Readings of latents, (K, R)."""
+    return np.random.default_rng(3).standard_normal((K, R)) / 2
+
+
+def modes():
+    """Fields of latents on a grid of the unit square, (R, SIDE²), and its places (SIDE², 2)."""
+    x, y = (g.ravel() for g in np.meshgrid(np.linspace(0, 1, SIDE), np.linspace(0, 1, SIDE)))
+    fields = [np.ones_like(x), np.cos(np.pi * x), np.cos(np.pi * y), np.cos(np.pi * x) * np.cos(np.pi * y)]
+    return np.stack(fields) * [[0.5], [0.4], [0.3], [0.2]], np.stack([x, y], axis=1)
+
+
+def posterior(y, there=slice(None)):
+    """Mean (R,) and covariance of the latents given some of the readings (K,), by Bayes' formula."""
+    A = operator()[there]
+    precision = np.eye(R) + A.T @ A / NOISE**2
+    return np.linalg.solve(precision, A.T @ y[there] / NOISE**2), np.linalg.inv(precision)
+
+
+def reading(z, seed):
+    """A reading of latents (R,) with noise."""
+    return operator() @ z + NOISE * np.random.default_rng(seed).standard_normal(K)
+
+
+def make_bundle(exponential=False, draws=500):
+    """The monitor; the field, or its exponential, with its mean over the square and its largest value on the right."""
+    A, (fields, places) = torch.from_numpy(operator()), modes()
+    n, generator = SIDE**2, torch.Generator().manual_seed(0)
+    covariance = NOISE**2 * torch.eye(K, dtype=torch.float64)
+    seen = torch.randn(1000, R, generator=generator, dtype=torch.float64) @ A.T
+    seen += NOISE * torch.randn(1000, K, generator=generator, dtype=torch.float64)
+    weights = np.stack([np.full(n, 1 / n), (places[:, 0] > 0.5).astype(float)])
+    grid = np.linspace(-9.0, 9.0, 20001)
+    tables = (Table(0, n, -9.0, 9.0, np.exp(grid)),) if exponential else ()
+    sensors = tuple(Sensor(f"gauge {i}", "mg/m³", (0.15 + 0.17 * i, 0.3 + 0.1 * (i % 3))) for i in range(K))
+    area = Area(places, Delaunay(places).simplices, identity(n, format="csr"), "emission", "g/s", "km")
+    noise = KeptNoise(covariance)
+    emulated = EmulatedSensors(Denoiser(linear_base(A, covariance), known=True), noise, covariance, seen=seen)
+    return Bundle(emulated, sensors, (Quantity("mean emission", "g/s"), Quantity("highest emission", "g/s", True)),
+                  np.full(n, 1.0, dtype=np.float32), fields.astype(np.float32), weights, tables, None, area,
+                  draws=draws)
