@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
-from fem_diffusion.diffusion.base.emulator import roots, spread
+from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
