@@ -30,7 +30,7 @@ def _pairs(n=600):
 
 
 def _train(options=QUICK, noise=NOISE, **settings):
-    return fit_denoiser(*_pairs(), noise, standard_prior=True, options=options, progress=False, **settings)
+    return fit_denoiser(*_pairs(), noise, options=options, progress=False, **settings)
 
 
 def _weights(network):

@@ -35,8 +35,9 @@ def _hidden(std):
     return CallableNoise(lambda y, g: y + std * torch.randn(y.shape, generator=g, dtype=y.dtype))
 
 
-def _train(noise=_hidden(0.1), options=QUICK, **settings):
-    return fit_denoiser(*_pairs(), noise, standard_prior=True, options=options, **settings)
+def _train(noise=_hidden(0.1), options=QUICK, standard_prior=False, **settings):
+    """A network under the base; where the prior is known an emulator comes before, of readings or of the noise."""
+    return fit_denoiser(*_pairs(), noise, standard_prior=standard_prior, options=options, **settings)
 
 
 def _weights(denoiser):
@@ -59,10 +60,10 @@ def test_a_seed_reproduces_the_run():
     assert (_weights(other) - _weights(first[0])).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("interrupted", ["emulate", "train"])
+@pytest.mark.parametrize("interrupted", ["emulate", "noise", "train"])
 def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch, interrupted):
-    noise = NOISE if interrupted == "emulate" else _hidden(0.1)
-    whole = _train(noise)
+    given = {"noise": NOISE if interrupted == "emulate" else _hidden(0.1), "standard_prior": interrupted != "train"}
+    whole = _train(**given)
     save, names = Loop._save, []
 
     def interrupt(self, path):
@@ -71,10 +72,15 @@ def test_an_interrupted_run_resumes_to_the_same_result(tmp_path, monkeypatch, in
         raise KeyboardInterrupt
     monkeypatch.setattr(Loop, "_save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _train(noise, checkpoint=tmp_path / "state")
+        _train(**given, checkpoint=tmp_path / "state")
     assert names == [interrupted] and (tmp_path / "state").exists() == (interrupted == "train")
     monkeypatch.setattr(Loop, "_save", save)
-    _assert_same(whole, _train(noise, checkpoint=tmp_path / "state"))
+    again = _train(**given, checkpoint=tmp_path / "state")
+    if whole[0].network is None:
+        one, other = (list(x.base.learnt.network.parameters()) for x in (whole[0], again[0]))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    else:
+        _assert_same(whole, again)
 
 
 def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
@@ -82,7 +88,7 @@ def test_truncated_and_foreign_checkpoints_are_refused(tmp_path):
     _train(checkpoint=file)
     for other in ((z + 1, y, _hidden(0.1)), (z, y, _hidden(0.2))):
         with pytest.raises(FileError, match="other data, noise or options"):
-            fit_denoiser(*other, standard_prior=True, options=QUICK, checkpoint=file)
+            fit_denoiser(*other, options=QUICK, checkpoint=file)
     # Random numbers of another device are others; nothing else is compared before.
     state = files.read(file, "checkpoint", "")
     files.write(file, "checkpoint", state.arrays | {"marks": np.ones((1, 2))}, state.values | {"device": "cuda"})
