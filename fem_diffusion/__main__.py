@@ -55,7 +55,8 @@ def _monitor(given: argparse.Namespace) -> None:
     rules = read_rules(given.rules, bundle.quantities)
     with ExitStack() as stack:
         history = stack.enter_context(opened(given.history or given.folder / "history.sqlite"))
-        follower = None if given.readings is None else Follower(given.readings.absolute(), bundle.names, history)
+        follower = None if given.readings is None else Follower(
+            given.readings.absolute(), bundle.names, history, [sensor.unit for sensor in bundle.sensors])
         if follower is not None:
             follower.check()
         certificate = None if given.certificate is None else (str(given.certificate), str(given.key))

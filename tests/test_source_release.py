@@ -44,6 +44,19 @@ def test_rows_over_the_release_are_the_readings(demo):
     assert np.allclose(seen.rows @ release, reading, atol=1e-9 * reading.max())
 
 
+def test_a_day_of_operators_is_played(tmp_path):
+    pytest.importorskip("uvicorn", reason="the monitor's server is not installed: pip install 'fem_diffusion[monitor]'")
+    specification = importlib.util.spec_from_file_location("town_operators", FILE.with_name("operators.py"))
+    demo = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(demo)
+    options = TrainingOptions(steps=40, evaluate_every=20, width=16, depth=1)
+    found = demo.run(tmp_path, port=0, pause=0.0, pairs=300, modes=8, options=options)
+    assert set(found["share"]) == {"total emission [g/(m s)]", "concentration at the hospital [mg/m³]",
+                                   "highest emission [mg/(m³ s)]"}
+    assert found["trusted"] >= 60 and min(found["share"].values()) > 0.5
+    assert any(title == "Do not trust the page" and abs(seconds - 9 * 3600) < 1 for title, seconds in found["alarms"])
+
+
 @pytest.mark.slow
 def test_source_release_is_calibrated(demo, tmp_path):
     found = demo.run(tmp_path)

@@ -51,9 +51,11 @@ class BlockForward:
         """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
 
         A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
-        derivatives. InputError if m is not a Function in M, SolveError if the solver fails.
+        derivatives. InputError if m is not a Function in M or a coefficient
+        has changed since the problem was made, SolveError if the solver fails.
         """
         check_parameter(m, self.M)
+        self._stepper.kept.check()
         if not annotate_tape() or (self._stepper.e.steps is None and self._stepper.one):
             return self._alone(m)
         with stop_annotating():
@@ -86,6 +88,7 @@ class BlockForward:
         if on_failure not in ("raise", "nan") and not callable(on_failure):
             raise InputError(f"on_failure is {on_failure!r}: give 'raise', 'nan' or a function of number and reason.")
         out, lost = np.empty((len(ms), owned_size(self.U))), {}
+        self._stepper.kept.check()
         with stop_annotating():
             few = self._stepper.affine and ("_response" in vars(self) or self._pays(len(ms)))
             for first in range(0, len(ms), block):
@@ -168,6 +171,7 @@ class BlockForward:
         array = dense_rows(rows, self.U)
         if state is not None:
             check_function(state, self.U, "state", "pass problem(m)")
+        self._stepper.kept.check()
         array = array.reshape(len(array), owned_size(self.V), -1)
         return self._backward.rows(coefficients(m)[None], array, self._path(m, state))
 

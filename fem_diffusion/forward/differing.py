@@ -33,8 +33,10 @@ class Differing:
         self.most: int | None = max(1, MEMORY // V.mesh().comm.allreduce(held, MPI.MAX))
         self._residual = None if stepper.linear else get_assembler(stepper.R)
         self._stiffness, self._out = get_assembler(stepper.J, mat_type="aij"), Cofunction(V.dual())
-        # Firedrake has no diagonals of mixed forms.
-        self._diagonals = get_assembler(stepper.J, diagonal=True) if len(V) == 1 else None
+        # Firedrake has no diagonals of mixed forms, nor of integrals over interior facets.
+        facets = any(integral.integral_type().startswith("interior_facet") for integral in stepper.J.integrals())
+        self._diagonals = get_assembler(stepper.J, diagonal=True) if len(V) == 1 and not facets else None
+        self._scratch = self._stiffness.assemble() if facets and len(V) == 1 and not stepper.linear else None
         self._matrices: list = []   # of members, kept for the next ones
         self._vectors = (V.dof_dset.layout_vec.duplicate(), V.dof_dset.layout_vec.duplicate())
         self._centre: np.ndarray | None = None   # parameter (n_owned of M,) of the factorisation
@@ -115,6 +117,8 @@ class Differing:
     def _diagonal(self, i: int | None) -> np.ndarray:
         """Diagonal (n_owned of V,) of ∂F/∂u at the present parameter, that of member i, whose matrix is kept."""
         stepper = self.stepper
+        if self._scratch is not None:
+            return self._stiffness.assemble(tensor=self._scratch).petscmat.getDiagonal().array_r
         if not stepper.linear:
             return (np.zeros(owned_size(stepper.V)) if self._diagonals is None else
                     coefficients(self._diagonals.assemble(tensor=self._out)))

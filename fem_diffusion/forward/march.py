@@ -21,7 +21,7 @@ from fem_diffusion.forward.blocks import BlockForward
 from fem_diffusion.forward.physics import TimeSteps
 from fem_diffusion.forward.residual import of_residual
 from fem_diffusion.forward.solvers import linear_options
-from fem_diffusion.forward.stepper import Stepper
+from fem_diffusion.forward.stepper import Stepper, contains
 
 __all__ = ["March"]
 
@@ -39,8 +39,8 @@ class March(BlockForward):
     Parameters
     ----------
     F : ufl.Form
-        Residual of one step, linear in its test function, which is in the space of u; other coefficients keep their
-        values.
+        Residual of one step, linear in its test function, which is in the space of u; other coefficients have to keep
+        their values.
     u, u_old : Function
         States in F at the end and at the beginning of a step, in any space; neither is written to.
     m : Function
@@ -96,6 +96,9 @@ class March(BlockForward):
             raise InputError(f"times ends with {steps.times[-1]:g}, and T is {end:g}: let the last saved time be T.")
         _check(F, u, u_old, m)
         if isinstance(dt, Constant):
+            if not contains(F, [dt]):
+                raise InputError("F does not contain dt: write it with the Constant that is given as dt, or give the "
+                                 "number that it has as its step.")
             F = replace(F, {dt: Constant(step)})   # that of the user may change
         V = u.function_space()
         if initial is not None:

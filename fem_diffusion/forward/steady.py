@@ -30,7 +30,8 @@ class Steady(BlockForward):
     Parameters
     ----------
     F : ufl.Form
-        Residual, linear in its test function, which is in the space of u; other coefficients keep their values.
+        Residual, linear in its test function, which is in the space of u; other coefficients have to keep their
+        values.
     u : Function
         The state in F, in any space: scalar, vector-valued, mixed, H(div), discontinuous. Newton's method starts from
         what it holds now; it is not written to.

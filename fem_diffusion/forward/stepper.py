@@ -22,6 +22,7 @@ from ufl.core.expr import Expr
 from fem_diffusion.errors import SolveError
 from fem_diffusion.fields.coefficients import assign, coefficients, multiply, owned_size, solve
 from fem_diffusion.forward.equation import Equation, boundary_value
+from fem_diffusion.forward.kept import Kept
 from fem_diffusion.forward.solvers import Factorised, centre, chord, norms, variational_solver
 from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
 
@@ -56,6 +57,8 @@ class Stepper:
             self.t, self.times, self.saved = steps.t, steps.all, steps.saved
             # Forms are evaluated between two steps, boundary values at the later one.
             self.between = self.times[:-1] + steps.theta * steps.time_step
+        written = [self.new, self.old, self.t, *(x.value for x in e.unknowns)]
+        self.kept = Kept(e, written)
         self.one = all(x.space == M for x in e.unknowns)   # not a Function for each of several unknowns
         self.linear, self.R = self.N is None, self.A if self.N is None else self.A + self.N
         self.weights = {x: x.weights(self.times if x in e.lifted else self.between) for x in e.unknowns}

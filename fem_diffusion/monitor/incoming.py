@@ -21,6 +21,7 @@ import numpy as np
 
 from fem_diffusion.checks import LARGEST
 from fem_diffusion.errors import DataError, FileError
+from fem_diffusion.measurements.units import split_unit
 from fem_diffusion.monitor.history import History, Reading
 
 __all__ = ["Follower", "reading_of"]
@@ -91,11 +92,14 @@ class Follower:
     ----------
     path, names, history : Path, sequence of str, History
         The file, the sensors, and where readings and the place in the file are kept.
+    units : sequence of str
+        Of the sensors; the first row may repeat them, ``mill [mg/l]``.
     """
 
     path: Path
     names: Sequence[str]
     history: History
+    units: Sequence[str] = ()
     trouble: str = field(default="", init=False)   # why the file cannot be read at present
 
     def step(self) -> int:
@@ -148,13 +152,24 @@ class Follower:
         except UnicodeDecodeError as error:
             raise FileError(f"{self.path} is no UTF-8 text: save it as UTF-8.") from error
         separator = ";" if ";" in text and "," not in text else ","
-        names = [name.strip() for name in next(csv.reader([text], delimiter=separator), [])]
+        names = [self._named(cell.strip()) for cell in next(csv.reader([text], delimiter=separator), [])]
         unknown = [name for name in names if name != "time" and name not in self.names]
         if names.count("time") != 1 or unknown or len(set(names)) < len(names) or len(names) < 2:
             what = f"has {unknown[0]!r:.80}, which is no sensor" if unknown else "does not have each name once"
             raise FileError(f"The first row of {self.path.name} {what}: name the columns time and sensors of "
                             f"{_listed(self.names)}.")
         return separator, [-1 if name == "time" else list(self.names).index(name) for name in names]
+
+    def _named(self, cell: str) -> str:
+        """The sensor of a column, which may say the sensor's unit behind its name; another unit is refused."""
+        name, unit = (cell, None) if cell in self.names else split_unit(cell)
+        if unit is None or name not in self.names or not self.units:
+            return cell
+        wanted = self.units[list(self.names).index(name)]
+        if unit != wanted:
+            raise FileError(f"{self.path.name} has {name!r} in {unit!r}, and the model takes {wanted or 'no unit'!r}: "
+                            "write the readings in that unit.")
+        return name
 
     def _take(self, data: bytes, place: dict, separator: str, columns: list[int]) -> int:
         """Keep the rows of whole lines."""

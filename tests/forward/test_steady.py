@@ -110,6 +110,16 @@ def interior_penalty():
     return F, u, m, []
 
 
+def facets_bent():
+    """The Jacobian contains state and parameter, and integrals over interior facets."""
+    V = FunctionSpace(mesh(), "DG", 1)
+    u, m, v, n, h = Function(V), Function(FunctionSpace(mesh(), "CG", 1)), TestFunction(V), FacetNormal(mesh()), 1 / 6
+    k = exp(m)
+    F = (k * inner(grad(u), grad(v)) + (u**3 - 1) * v) * dx + 8 / h * (u - m) * v * ds
+    F += (-inner(jump(u, n), avg(k * grad(v))) - inner(avg(k * grad(u)), jump(v, n)) + 8 / h * jump(u) * jump(v)) * dS
+    return F, u, m, []
+
+
 def several():
     """A field and a number in one parameter."""
     V, u, _, v = scalar()
@@ -130,7 +140,8 @@ def several_affine():
 CASES = {source: (True, False), logistic: (False, False), in_one: (False, False), in_one_bent: (False, False),
          diffusivity: (True, True), conduction: (False, True),
          raised: (False, False), stokes: (True, False), navier_stokes: (False, False), elastic: (True, True),
-         mixed_poisson: (True, False), interior_penalty: (True, False), several: (True, False),
+         mixed_poisson: (True, False), interior_penalty: (True, False), facets_bent: (False, True),
+         several: (True, False),
          several_affine: (True, False)}
 
 
@@ -311,7 +322,7 @@ def viscous():
 
 
 @pytest.mark.parallel([1, 2])
-@pytest.mark.parametrize("case", [diffusivity, elastic, conduction, rotating, viscous])
+@pytest.mark.parametrize("case", [diffusivity, elastic, conduction, rotating, viscous, facets_bent])
 def test_operators_of_their_own_share_a_factorisation(case, monkeypatch):
     F, u, m, bcs = case()
     problem, rows = Steady(F, u, m, bcs), parameters(m.function_space(), 8)
@@ -325,6 +336,27 @@ def test_operators_of_their_own_share_a_factorisation(case, monkeypatch):
     problem.sensitivity(field(problem.M, rows[0]), np.ones((1, owned_size(problem.V))))   # factorises another operator
     again = problem.solve_many(rows)
     assert np.sqrt(problem.V.comm.allreduce(((again - right)**2).sum())) < 1e-8 * scale
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("kind", ["constant", "function", "condition"])
+def test_a_coefficient_that_changes_is_told(kind):
+    V, u, m, v = scalar()
+    x = Constant(2.0) if kind == "constant" else Function(V).assign(2.0)
+    c, g = (1.0, x) if kind == "condition" else (x, 0.0)
+    problem = Steady(c * inner(grad(u), grad(v)) * dx - m * v * dx, u, m, DirichletBC(V, g, "on_boundary"))
+    rows = parameters(problem.M, 2)
+    before = problem.solve_many(rows)
+    x.assign(2.0)   # written, but as it was
+    np.testing.assert_array_equal(problem.solve_many(rows), before)
+    x.assign(3.0)
+    parameter = field(problem.M, rows[0])
+    for ask in (lambda: problem(parameter), lambda: problem.solve_many(rows),
+                lambda: problem.sensitivity(parameter, np.ones((1, owned_size(V))))):
+        with pytest.raises(InputError, match="has changed since the forward problem was made.*make.*again"):
+            ask()
+    x.assign(2.0)
+    np.testing.assert_allclose(coefficients(problem(parameter)), before[0], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [diffusivity, conduction])

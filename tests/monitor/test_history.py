@@ -197,6 +197,16 @@ def test_first_rows_that_do_not_fit_are_refused(tmp_path, history, head):
         follower.check()
 
 
+def test_first_row_may_say_the_units_of_the_sensors(tmp_path, history):
+    path = tmp_path / "readings.csv"
+    path.write_text(f"time,gauge 1 [mg/l]\n{_stamp(0)},2\n")
+    follower = Follower(path, NAMES, history, ["mg/l"] * K)
+    follower.step()
+    assert history.next().y[1] == 2
+    with pytest.raises(FileError, match="write the readings in that unit"):
+        Follower(path, NAMES, history, ["kg/l"] * K).check()
+
+
 def test_long_lines_and_missing_files_stop_nothing(tmp_path, history):
     path, follower = _follow(tmp_path, history, "time,gauge 0\n" + "9" * 2**21 + f"\n{_stamp(0)},1\n")
     assert history.waiting() == 1 and "too long" in history.problems(5)[-1][1]

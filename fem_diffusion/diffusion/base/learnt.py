@@ -201,7 +201,8 @@ def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, 
 
     def white(z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         return ((draw(y, generator) - f[1] - z.double() @ f[0].T) @ across.T).float()
-    options = replace(options, members=1, batch=min(options.batch, len(training)))
+    # Noise that is the same everywhere is told soon, and is to cost little.
+    options = replace(options, members=1, batch=min(options.batch, len(training)), patience=-(-options.patience // 2))
     task = _Likelihood(((z - centre) / size).float().to(device), y.to(device), white, training, held_out, options)
     network = Loop(task, options, checkpoint).run(progress)
     if network is None:
