@@ -7,6 +7,7 @@ below the median, and the inverse of the survival function, :math:`(1 - F)^{-1}(
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from scipy.special import ndtr, ndtri_exp
 from scipy.stats import norm
 
@@ -95,6 +96,32 @@ class Marginal:
         rounding = 8 * np.spacing(np.abs(x)) / slope
         off = np.abs(ndtri_exp(np.minimum(logs, 0.0)) + np.abs(z))
         return ~(off < _SAME + rounding) | ~np.isfinite(x)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Name and parameters, from which `named` makes the law again; InputError if SciPy has none of that name."""
+        frozen = self.distribution
+        name = getattr(getattr(frozen, "dist", None), "name", "")
+        if not isinstance(getattr(stats, name, None), stats.rv_continuous):
+            raise InputError(f"{self} cannot be made again from a file: give one of SciPy's frozen distributions, such "
+                             "as scipy.stats.lognorm(0.5).")
+        shapes = {key: float(value) for key, value in frozen.kwds.items()}
+        return {"name": name, "args": [float(x) for x in frozen.args], "kwds": shapes}
+
+    @classmethod
+    def named(cls, settings: Any) -> "Marginal":
+        """What has these `settings`; InputError if they are of no distribution of SciPy, or parameters do not fit."""
+        known = isinstance(settings, dict) and set(settings) == {"name", "args", "kwds"}
+        family: Any = getattr(stats, str(settings["name"]), None) if known else None
+        if not isinstance(family, stats.rv_continuous) or not isinstance(settings["args"], list) or not isinstance(
+                settings["kwds"], dict) or not all(type(x) is float for x in (
+                    *settings["args"], *settings["kwds"].values())):
+            raise InputError(f"{settings!r:.200} is no distribution of SciPy: give name, args and kwds.")
+        try:
+            frozen = family(*settings["args"], **settings["kwds"])
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{settings!r:.200} is no distribution of SciPy: {error}.") from error
+        return cls(frozen)
 
     def __repr__(self) -> str:
         return _named(self.distribution)

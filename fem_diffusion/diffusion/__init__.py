@@ -9,6 +9,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.formulation import (
     Formulation, constant_moment, straight_line, sub_variance_preserving, variance_exploding, variance_preserving,
 )
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork
 from fem_diffusion.diffusion.network.mesh import FieldGeometry, FieldNetwork
 from fem_diffusion.diffusion.network.mlp import ResidualMLP
@@ -29,11 +30,12 @@ from fem_diffusion.diffusion.training.range import (
 
 __all__ = [
     "CallableNoise", "Collapse", "CollapseWarning", "Conditioned", "Denoiser", "Distance", "Emulator",
-    "EmulatorDensity", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase", "GaussianNoise",
-    "History", "JoinedNoise", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS", "MeanNetwork",
-    "MeasurementWarning", "NETWORKS", "Noise", "ResidualMLP", "Sampler", "ScoreModule", "ScoreNetwork", "SensorNetwork",
-    "Spectrum", "StudentNoise", "Support", "TrainingOptions", "TrainingRange", "as_noise", "churn", "constant_moment",
-    "emulator_density", "find_support", "fit_base", "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move",
-    "join_noise", "linear_base", "log_density", "measure_collapse", "measure_distance", "place_angles", "plain_base",
-    "sample_latents", "straight_line", "sub_variance_preserving", "variance_exploding", "variance_preserving",
+    "EmulatorDensity", "FamilyWarning", "FieldGeometry", "FieldNetwork", "Formulation", "GaussianBase",
+    "GaussianNoise", "History", "JoinedNoise", "Layout", "LayoutFamily", "LayoutKind", "Located", "METHODS",
+    "MeanNetwork", "MeasurementWarning", "MonotoneMap", "NETWORKS", "Noise", "ResidualMLP", "Sampler",
+    "ScoreModule", "ScoreNetwork", "SensorNetwork", "Spectrum", "StudentNoise", "Support", "TrainingOptions",
+    "TrainingRange", "as_noise", "churn", "constant_moment", "emulator_density", "find_support", "fit_base",
+    "fit_denoiser", "fit_emulator", "fit_spectrum", "hamiltonian_move", "join_noise", "linear_base", "log_density",
+    "measure_collapse", "measure_distance", "place_angles", "plain_base", "sample_latents", "straight_line",
+    "sub_variance_preserving", "variance_exploding", "variance_preserving",
 ]

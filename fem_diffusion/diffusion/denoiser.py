@@ -23,6 +23,8 @@ from fem_diffusion.diffusion.base.density import EmulatorDensity, emulator_densi
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.checks import check_near, check_tensor
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import ScoreNetwork
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum
@@ -47,6 +49,8 @@ class Conditioned(Tensors):
         As for `Denoiser`: samplers place their steps by the one and keep the other.
     density : EmulatorDensity or None
         Of the posterior by the emulator, with which samplers correct what base and network have missed.
+    latents, readings : MonotoneMap or None
+        From the users' latents and readings to those that all other parts are of.
     """
 
     located: Located
@@ -55,6 +59,8 @@ class Conditioned(Tensors):
     spectrum: Spectrum | None = None
     support: Support | None = None
     density: EmulatorDensity | None = None
+    latents: MonotoneMap | None = None
+    readings: MonotoneMap | None = None
 
     def __len__(self) -> int:
         return len(self.located.mean)
@@ -96,6 +102,14 @@ class Conditioned(Tensors):
                                            target=own(self.density.target))
         return replace(self, located=located, context=own(self.context), density=density)
 
+    def mapped(self, z: Tensor) -> Tensor:
+        """Latents (..., r) as base, network and density have them, of those of the users."""
+        return z if self.latents is None else self.latents.forward(z)
+
+    def back(self, z: Tensor) -> Tensor:
+        """Latents (..., r) of the users, of those that base, network and density have."""
+        return z if self.latents is None else self.latents.inverse(z)
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Denoiser(Tensors):
@@ -108,10 +122,12 @@ class Denoiser(Tensors):
     network : ScoreNetwork or None
         None where the base is the answer.
     spectrum, support : Spectrum or None, Support or None
-        Of the posterior covariance in base coordinates, over training measurements; hard bounds of the latents.
+        Of the posterior covariance in base coordinates, over training measurements; hard bounds of the users' latents.
     known : bool
         Whether latents are N(0, I) and the law of the noise is known, or learnt so well that nothing better is, so that
         the emulator gives the density of any posterior.
+    latents, readings : MonotoneMap or None
+        To the scale on which base and network have latents and readings; None where it is the users' own.
     """
 
     base: GaussianBase
@@ -119,39 +135,53 @@ class Denoiser(Tensors):
     spectrum: Spectrum | None = None
     support: Support | None = None
     known: bool = False
+    latents: MonotoneMap | None = None
+    readings: MonotoneMap | None = None
 
     def __post_init__(self) -> None:
         check_kind(self.base, "base", GaussianBase, "what fit_base or plain_base returns")
         check_flag(self.known, "known")
-        for name, kind in (("network", ScoreNetwork), ("spectrum", Spectrum), ("support", Support)):
+        for name, kind in (("network", ScoreNetwork), ("spectrum", Spectrum), ("support", Support),
+                           ("latents", MonotoneMap), ("readings", MonotoneMap)):
             part = getattr(self, name)
             if isinstance(part, type):   # which has all methods of its objects
                 raise InputError(f"{name} is the class {part.__name__}: give an object of it.")
             if part is not None:
                 check_kind(part, name, kind, f"a {kind.__name__} or None")
+        for name, part, size in (("latents", self.latents, self.base.r), ("readings", self.readings, self.base.k)):
+            if part is not None and len(part) != size:
+                raise InputError(f"The map of {name} is of {len(part)} numbers and the base of {size}: give one for "
+                                 "each.")
+
+    @property
+    def words(self) -> str:
+        """On which scales latents and readings are, in words that go on; empty where they are as they come."""
+        parts = [f"{name} on another scale ({part.words})" for name, part in (
+            ("latents", self.latents), ("readings", self.readings)) if part is not None]
+        return f", {' and '.join(parts)}" if parts else ""
 
     def select(self, sensors: Tensor, before: Tensor, after: Tensor, noise: Noise | None) -> "Denoiser":
         """For some of the fixed sensors, by their numbers, of which some may come again; without its network.
 
-        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement, whose `noise`
-        is that of these sensors.
+        The noise had the covariance `before` (k, k) in training, and `after` (m, m) in the measurement, both on the
+        scale of the base; `noise` is that of these sensors, in the users' units.
         """
-        emulator = self.base.emulator.select(sensors)
-        learnt = self.base.learnt
+        emulator, readings = self.base.emulator.select(sensors), self.readings and self.readings.select(sensors)
+        noise, law, learnt, known = carried(noise, readings), self.base.law, self.base.learnt, self.known
         if learnt is not None and len(sensors.unique()) == len(sensors):
-            base = replace(self.base, emulator=emulator, learnt=learnt.select(sensors))
-            return Denoiser(base, None, None, self.support, self.known)
-        if self.base.law is not None and noise is not None:
-            law = replace(self.base.law, noise=noise, covariance=after)
-            return Denoiser(replace(self.base, emulator=emulator, law=law), None, None, self.support, self.known)
-        # What is left beside the noise is the emulator's own error; rounding may make it negative.
-        unit = after.diagonal().clamp(min=1e-300).sqrt()
-        error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
-        values, axes = torch.linalg.eigh((error + error.T) / 2)
-        emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
-        # Of sensors that come again the noise is not learnt.
-        return Denoiser(replace(self.base, emulator=emulator, learnt=None), None, None, self.support,
-                        self.known and learnt is None)
+            learnt = learnt.select(sensors)
+        elif law is not None and noise is not None:
+            law = replace(law, noise=noise, covariance=after)
+        else:
+            # What is left beside the noise is the emulator's own error; rounding may make it negative.
+            unit = after.diagonal().clamp(min=1e-300).sqrt()
+            error = (emulator.residual - before[sensors][:, sensors]) / unit / unit[:, None]
+            values, axes = torch.linalg.eigh((error + error.T) / 2)
+            emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
+            # Of sensors that come again the noise is not learnt.
+            known, learnt = known and learnt is None, None
+        base = replace(self.base, emulator=emulator, law=law, learnt=learnt)
+        return replace(self, base=base, network=None, spectrum=None, known=known, readings=readings)
 
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:
         """The denoiser for measurements; its cost does not depend on the layouts of the training.
@@ -168,7 +198,9 @@ class Denoiser(Tensors):
         """
         base = self.base
         y = check_tensor(y, "The measurement", ("B", base.k if layout is None else "k"), "sensors").to(base.mean)
+        maps: dict[str, Any] = {"latents": self.latents, "readings": self.readings}
         if layout is None:
+            y = y if self.readings is None else self.readings.forward(y)
             check_near(base.features(y))
             layout = Layout.readings(base.k, base.mean)
         else:
@@ -177,14 +209,14 @@ class Denoiser(Tensors):
         located = base.locate(layout, y)
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
-            return Conditioned(located)
+            return Conditioned(located, **maps)
         moves = not base.affine or base.law is not None
         density = emulator_density(base, layout, y, located) if self.known and moves else None
         if self.network is None:
-            return Conditioned(located, None, (), None, self.support, density)
+            return Conditioned(located, None, (), None, self.support, density, **maps)
         with torch.no_grad():
             context = self.network.context(*self.network.see(base, layout, y, located))
-        return Conditioned(located, self.network, tuple(context), self.spectrum, self.support, density)
+        return Conditioned(located, self.network, tuple(context), self.spectrum, self.support, density, **maps)
 
 
 def _check_layout(layout: Layout, s: int, size: int, k: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_count
 from fem_diffusion.diffusion.checks import check_generator
+from fem_diffusion.diffusion.maps.laws import of_normal
 from fem_diffusion.errors import InputError
 from fem_diffusion.marginal import Marginal
 
@@ -57,7 +58,7 @@ class Noise:
         return self.each(y)
 
     def widened(self, variance: Tensor) -> "Noise":
-        """The noise with more variance (k,) of each sensor: an emulator's error counts so; only where it is a `law`."""
+        """The noise with more variance (k,) of each sensor, or (B, k), where an emulator's error counts so."""
         raise NotImplementedError
 
     def readings(self, clean: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class GaussianNoise(Noise):
         """As `Noise.known`."""
         part = copy(self)
         if self.levels:
-            part.std, part.levels = level_of(self.levels[0], normal[0]).double(), ()
+            part.std, part.levels = of_normal(self.levels[0], normal[0]).double(), ()
         return part
 
     def widened(self, variance: Tensor) -> "GaussianNoise":
@@ -184,7 +185,7 @@ class GaussianNoise(Noise):
         clean = self.readings(y)
         variance = self.std.to(y)**2 + (self.relative.to(y) * clean)**2
         if self.levels:
-            variance = variance + level_of(self.levels[0], y[..., -1:])**2
+            variance = variance + of_normal(self.levels[0], y[..., -1:])**2
         return variance if self._more is None else variance + self._more.to(y)
 
     def select(self, sensors: Tensor) -> "GaussianNoise":
@@ -224,25 +225,6 @@ class GaussianNoise(Noise):
     def _sizes(self) -> list[int]:
         """Numbers of sensors that the parts are for."""
         return sorted({len(x) for x in (self.std, self.relative, self.correlated) if x is not None and x.ndim})
-
-
-class _LevelOf(torch.autograd.Function):
-    """Numbers of a law for standard normal ones, with its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, level: Marginal) -> Tensor:   # pyright: ignore[reportIncompatibleMethodOverride]
-        flat = z.detach().cpu().double().reshape(-1).numpy()
-        ctx.save_for_backward(torch.from_numpy(level.slope(flat)).to(z).view(z.shape))
-        return torch.from_numpy(level.of_normal(flat)).to(z).view(z.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:   # pyright: ignore
-        return gradient * ctx.saved_tensors[0], None
-
-
-def level_of(level: Marginal, z: Tensor) -> Tensor:
-    """Standard deviations of a law for standard normal numbers `z` of any shape, differentiable."""
-    return _LevelOf.apply(z, level)   # pyright: ignore[reportReturnType]
 
 
 def as_levels(std: Any) -> tuple[tuple[Marginal, ...], Any]:

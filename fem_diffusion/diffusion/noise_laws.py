@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fem_diffusion.checks import LARGEST, check_array, check_callable, check_count, check_number
 from fem_diffusion.diffusion.checks import check_generator
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_levels, as_noise, level_of
+from fem_diffusion.diffusion.maps.laws import of_normal
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_levels, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.marginal import Marginal
 
@@ -76,7 +77,7 @@ class StudentNoise(Noise):
         """As `Noise.known`."""
         part = copy(self)
         if self.levels:
-            part.std, part.levels, part.constant = level_of(self.levels[0], normal[0]).double(), (), True
+            part.std, part.levels, part.constant = of_normal(self.levels[0], normal[0]).double(), (), True
         return part
 
     def widened(self, variance: Tensor) -> "StudentNoise":
@@ -88,7 +89,7 @@ class StudentNoise(Noise):
     def _scale(self, y: Tensor) -> Tensor:
         """The scale, of a shape that goes with noise-free readings (..., k)."""
         self.check(y.shape[-1] - len(self.levels))
-        scale = level_of(self.levels[0], y[..., -1:]) if self.levels else self.std.to(y)
+        scale = of_normal(self.levels[0], y[..., -1:]) if self.levels else self.std.to(y)
         return (scale**2 + self._more.to(y)).sqrt()
 
     def select(self, sensors: Tensor) -> "StudentNoise":
@@ -204,7 +205,7 @@ class JoinedNoise(Noise):
 
     def widened(self, variance: Tensor) -> "JoinedNoise":
         """As `Noise.widened`."""
-        shares = variance.split([k for k, _ in self.parts])
+        shares = variance.split([k for k, _ in self.parts], -1)
         part = JoinedNoise((k, noise.widened(share)) for share, (k, noise) in zip(shares, self.parts))
         part._keep(self.levels)
         return part

@@ -12,6 +12,7 @@ from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
 from fem_diffusion.diffusion.denoiser import Denoiser
+from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, name_of
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
@@ -112,6 +113,9 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
                          f"ScoreModule, which keeps sizes in `config`, and register it, NETWORKS['mine'] = {name}.")
     arrays, values = pack({"emulator": base.emulator, "network": network, "spectrum": denoiser.spectrum,
                            "support": denoiser.support, "learnt": base.learnt and base.learnt.network})
+    for name, part in (("latents", denoiser.latents), ("readings", denoiser.readings), ("curve", base.emulator.curve)):
+        more = pack_map(name, part)
+        arrays, values = arrays | more[0], values | more[1]
     if base.learnt is not None:
         arrays |= {"noise.whitener": base.learnt.whitener.numpy(), "noise.sensors": base.learnt.sensors.numpy()}
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
@@ -137,9 +141,11 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds no spectrum of variances")
     if support is not None and not (support.lower < support.upper).all():
         raise content.error("holds bounds of the latents without room between them")
+    emulator.curve = unpack_map(content, "curve", r)
+    latents, readings = unpack_map(content, "latents", r), unpack_map(content, "readings", k)
     base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, r, k))
     known = content.value("known", bool)
-    return Denoiser(base, network, spectrum, support, known), unpack_history(content)
+    return Denoiser(base, network, spectrum, support, known, latents, readings), unpack_history(content)
 
 
 def _unpack_learnt(content: Content, r: int, k: int) -> LearntNoise | None:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.layouts import Layout, decorrelated
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 
 __all__ = ["EmulatedSensors"]
@@ -32,7 +34,7 @@ class EmulatedSensors:
     noise : Noise or None
         Of these sensors; None where the pairs of fixed ones held noise already.
     covariance : Tensor
-        Of the noise, of fixed sensors averaged over training readings, shape (k, k).
+        Of the noise, of fixed sensors averaged over training readings, on the scale of the base, shape (k, k).
     rows, offset : Tensor or None
         Of a family, what the sensors see of the state coordinates, shape (k, s) and (k,).
     seen : Tensor or None
@@ -49,7 +51,7 @@ class EmulatedSensors:
     @classmethod
     def fixed(cls, denoiser: Denoiser, noise: Noise | None, seen: Tensor) -> "EmulatedSensors":
         """The fixed sensors of a denoiser, with readings over which their noise is averaged."""
-        return cls(denoiser, noise, _covariance(noise, seen, denoiser.base.k), seen=seen)
+        return cls(denoiser, noise, _covariance(noise, denoiser.readings, seen, denoiser.base.k), seen=seen)
 
     def __len__(self) -> int:
         return len(self.covariance)
@@ -72,7 +74,8 @@ class EmulatedSensors:
                            covariance=self.covariance[chosen][:, chosen])
         assert self.seen is not None
         seen = self.seen[:, torch.cat([chosen, torch.arange(len(self), self.seen.shape[1])])]   # and all levels
-        after = _covariance(noise, seen, len(index))
+        scale = self.denoiser.readings and self.denoiser.readings.select(chosen)
+        after = _covariance(noise, scale, seen, len(index))
         return EmulatedSensors(self.denoiser.select(chosen, self.covariance, after, noise), noise, after, seen=seen)
 
     def locate(self, y: np.ndarray) -> Conditioned:
@@ -83,7 +86,7 @@ class EmulatedSensors:
         return self.denoiser.at(mixed, layout)
 
     def read(self, z: Tensor) -> Tensor:
-        """Readings without noise (..., k) at latents (..., r)."""
+        """Readings without noise (..., k) at latents (..., r), both on the scale of the base."""
         c = self.denoiser.base.emulated(z.flatten(0, -2))[0].unflatten(0, z.shape[:-1])
         return c if self.rows is None else self.offset + c @ self.rows.T
 
@@ -98,7 +101,8 @@ class EmulatedSensors:
     @property
     def constant(self) -> bool:
         """Whether `total` is all there is of the errors, whatever the readings."""
-        given = self.noise is None or self.family or isinstance(self.noise, GaussianNoise) and self.noise.constant
+        law = carried(self.noise, self.denoiser.readings)
+        given = law is None or self.family or isinstance(law, GaussianNoise) and law.constant
         return given and self.denoiser.base.law is None and self.denoiser.base.learnt is None
 
     @property
@@ -106,6 +110,7 @@ class EmulatedSensors:
         """Whether latents and readings are jointly Gaussian to the model."""
         denoiser = self.denoiser
         plain = denoiser.network is None and denoiser.support is None and denoiser.base.affine
+        plain = plain and denoiser.latents is None and denoiser.readings is None
         return plain and self.constant
 
     def others(self, z: Tensor, y: Tensor, left: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,17 +118,27 @@ class EmulatedSensors:
 
         `y` (B, k) are the readings, of which those of sensors `kept` (m,) count.
         """
+        latents, scale = self.denoiser.latents, self.denoiser.readings
+        if latents is not None:
+            z = latents.forward(z)
+        if scale is None:
+            return self._others(z, y, left, kept, generator)
+        return scale.select(left).inverse(self._others(z, scale.forward(y), left, kept, generator))
+
+    def _others(self, z: Tensor, y: Tensor, left: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
+        """As `others`, all on the scale of the base."""
         clean, law, S = self.read(z), self.denoiser.base.law, self.total
+        noise = carried(self.noise, self.denoiser.readings)
         if self.denoiser.base.learnt is not None:
             S = self.denoiser.base.emulated(z.flatten(0, 1))[1].unflatten(0, z.shape[:2])
             gain = torch.linalg.solve(S[..., kept, :][..., kept], S[..., kept, :][..., left]).mT
             mean = clean[..., left] + (gain @ (y[:, kept] - clean[..., kept])[..., None])[..., 0]
             return mean + _normal(mean, S[..., left, :][..., left] - gain @ S[..., kept, :][..., left], generator)
-        if law is not None and self.noise is not None:
-            return self.noise.widened(S.diagonal()).sample(
+        if law is not None and noise is not None:
+            return noise.widened(S.diagonal()).sample(
                 law.clean(clean.flatten(0, 1), z.flatten(0, 1)), generator).view_as(clean)[..., left]
-        if not self.constant and self.noise is not None:
-            noisy = self.noise.sample(clean.flatten(0, 1), generator).view_as(clean)[..., left]
+        if not self.constant and noise is not None:
+            noisy = noise.sample(clean.flatten(0, 1), generator).view_as(clean)[..., left]
             error = (S - self.covariance)[left][:, left]
             return noisy + _normal(noisy, error, generator)
         gain = torch.linalg.solve(S[kept][:, kept], S[kept][:, left]).T
@@ -131,8 +146,12 @@ class EmulatedSensors:
         return mean + _normal(mean, S[left][:, left] - gain @ S[kept][:, left], generator)
 
 
-def _covariance(noise: Noise | None, seen: Tensor, k: int) -> Tensor:
-    return seen.new_zeros(k, k) if noise is None else noise.covariance(seen)
+def _covariance(noise: Noise | None, scale: MonotoneMap | None, seen: Tensor, k: int) -> Tensor:
+    """Covariance (k, k) of noise on a scale, over readings in the users' units with levels behind them (n, k + l)."""
+    law = carried(noise, scale)
+    if law is None:
+        return seen.new_zeros(k, k)
+    return law.covariance(seen if scale is None else torch.cat([scale.forward(seen[:, :k]), seen[:, k:]], 1))
 
 
 def _normal(like: Tensor, covariance: Tensor, generator: torch.Generator) -> Tensor:

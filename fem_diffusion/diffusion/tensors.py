@@ -30,7 +30,8 @@ class Tensors:
                 return str(tuple(part.shape))
             if isinstance(part, tuple):
                 return f"[{', '.join(map(short, part))}]"
-            return repr(part) if part is None or isinstance(part, (bool, int)) else type(part).__name__
+            own = isinstance(part, Tensors) and type(part).__repr__ is not Tensors.__repr__
+            return repr(part) if own or part is None or isinstance(part, (bool, int)) else type(part).__name__
         return f"{type(self).__name__}({', '.join(f'{f.name}: {short(getattr(self, f.name))}' for f in fields(self))})"
 
 

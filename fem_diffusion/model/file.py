@@ -9,8 +9,9 @@ import torch
 
 from fem_diffusion import files
 from fem_diffusion.checks import LARGEST
-from fem_diffusion.diffusion import Denoiser, GaussianBase, GaussianNoise, TrainingRange
+from fem_diffusion.diffusion import Denoiser, GaussianNoise, TrainingRange
 from fem_diffusion.diffusion.base.law import NoiseLaw
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
@@ -62,7 +63,7 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     denoiser, history = unpack_denoiser(content)
     basis = unpack_basis(content, "basis", problem.V, problem.prior)
     if "law.rows" in content.arrays:
-        denoiser = replace(denoiser, base=replace(denoiser.base, law=_law(content, problem, denoiser.base)))
+        denoiser = replace(denoiser, base=replace(denoiser.base, law=_law(content, problem, denoiser)))
     if basis.r != denoiser.base.r:
         raise content.error("holds a basis and a model of different sizes")
     same = content.value("names", list) == list(problem.names) and problem.k in (None, denoiser.base.k)
@@ -96,6 +97,7 @@ def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
     None of noise of the user's own; of outliers the density there as well.
     """
     noise, at = problem.noise, denoiser.base.emulator.offset[None]
+    at = at if denoiser.readings is None else denoiser.readings.inverse(at)
     if problem.family or not (isinstance(noise, GaussianNoise) or noise is not None and noise.law):
         return np.zeros(0)
     places = [torch.cat([at, at.new_full((1, len(noise.levels)), x)], 1) for x in (_LEVELS if noise.levels else [0.0])]
@@ -105,9 +107,9 @@ def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
     return np.concatenate(found)
 
 
-def _law(content: files.Content, problem: InverseProblem, base: GaussianBase) -> NoiseLaw:
+def _law(content: files.Content, problem: InverseProblem, denoiser: Denoiser) -> NoiseLaw:
     """The law of the problem's noise, and where the latents have its levels."""
-    noise, count = problem.noise, len(problem.levels)
+    noise, count, base = carried(problem.noise, denoiser.readings), len(problem.levels), denoiser.base
     if problem.family or noise is None or not noise.law or count != len(content.arrays["law.rows"]):
         raise FileError(f"{content.path} was trained for other noise: pass the problem of its training.")
     rows, offset, covariance = (torch.from_numpy(content.array(f"law.{name}", *shape)) for name, shape in (

@@ -15,6 +15,8 @@ from fem_diffusion.diffusion import (
     NETWORKS, Denoiser, GaussianNoise, History, LayoutFamily, Noise, TrainingOptions, TrainingRange, fit_denoiser,
 )
 from fem_diffusion.diffusion.base.visible import informed_turn, visible_modes
+from fem_diffusion.diffusion.maps.noise import carried
+from fem_diffusion.diffusion.training.scales import Scales, choose_scales
 from fem_diffusion.diffusion.training.loop import hold_out
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.basis import ModalBasis
@@ -40,6 +42,8 @@ _MOST_POD, _PAIRS_A_MODE = 128, 4
 _MISSED = 0.25
 # Share of a mode that may be outside of those that derivatives are in.
 _OUTSIDE = 1e-6
+# Leading modes by which a scale of the readings is chosen.
+_LOOKED_AT = 32
 # Pairs with which measurements are compared.
 _SEEN = 1000
 # Held-out pairs that tell an emulator's error wherever the prior is.
@@ -111,8 +115,6 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
-    if not problem.family:
-        _tell_outliers(problem, data)
     given, informed = basis is not None, _informed(problem, data, seen)
     if basis is not None:
         basis = check_basis(basis, problem)
@@ -135,6 +137,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     cite("Dasgupta2025")
     with event("train"):
         denoiser, history = on_root(problem.comm, run)
+    if not problem.family:
+        _tell_outliers(problem, data, denoiser)
     apart = len(hold_out(len(data), options)[1])
     if denoiser.base.emulator.head is not None and apart < _JUDGES:
         tell(f"fit: {apart} held-out pairs judge the emulator, too few to know its error in the tails of the prior: "
@@ -148,9 +152,14 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     return model
 
 
-def _tell_outliers(problem: InverseProblem, data: DataSet) -> None:
-    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone."""
-    squares = (data.readings - np.median(data.readings, axis=0))**2
+def _tell_outliers(problem: InverseProblem, data: DataSet, denoiser: Denoiser) -> None:
+    """Warn where one pair in hundreds holds much of the spread of a sensor's readings: regressions see that alone.
+
+    Readings are meant on the scale of the denoiser.
+    """
+    scale, readings = denoiser.readings, np.asarray(data.readings)
+    readings = readings if scale is None else scale.forward(torch.as_tensor(readings)).numpy()
+    squares = (readings - np.median(readings, axis=0))**2
     total = squares.sum(axis=0)
     share = np.divide(squares.max(axis=0), total, out=np.zeros_like(total), where=total > 0)
     wild = np.flatnonzero(share > _ONE) if len(data) >= _MANY else []
@@ -177,8 +186,8 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     nothing is known of the others: those come from the prior, whatever the readings say of them.
     """
     noise, base = problem.noise, denoiser.base
-    if problem.family or not (isinstance(noise, GaussianNoise) and base.emulator.head is None) or (
-            noise.levels or not basis.standard_prior):
+    if problem.family or not (isinstance(noise, GaussianNoise) and base.emulator.affine) or (
+            noise.levels or not basis.standard_prior or denoiser.readings is not None):
         return False, None
     if linear_tail(problem, basis, base, known=False) is not None:
         return True, None
@@ -210,7 +219,15 @@ def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> Mod
                       "are left out.", stacklevel=3)
         return None
     slopes = torch.from_numpy(_with_levels(problem, data))
-    return replace(data.basis, turn=on_root(problem.comm, lambda: informed_turn(slopes, covariance)).numpy())
+    z = torch.from_numpy(data.basis.encode(data.coefficients))
+
+    def turn() -> torch.Tensor:
+        scales = choose_scales(z, seen.double(), problem.noise, None, True)
+        _, mapped, turned = scales.pairs(z, seen.double(), slopes)
+        law = carried(problem.noise, scales.readings)
+        assert law is not None and turned is not None
+        return informed_turn(turned, _sharpest(law, mapped))
+    return replace(data.basis, turn=on_root(problem.comm, turn).numpy())
 
 
 def known_noise(noise: Noise | None, seen: torch.Tensor) -> torch.Tensor | None:
@@ -263,12 +280,16 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
     else:
         basis = replace(sample_basis(problem.V, data.coefficients, most=_MOST_POD), prior=problem.prior)
     basis = basis.leading(min(most, basis.r))
-    if isinstance(noise, LayoutFamily):
-        rows, std = noise.dense()
-        seen, covariance = seen @ rows.T, torch.diag(std**2)
-    else:
-        covariance = None if noise is None else _sharpest(noise, seen)
-    known = basis.standard_prior and (isinstance(noise, LayoutFamily) or noise is not None and (
-        noise.constant or noise.law))
     z = torch.from_numpy(basis.encode(data.coefficients))
-    return basis.leading(on_root(problem.comm, lambda: visible_modes(z, seen, covariance, known)))
+
+    def count() -> int:
+        if isinstance(noise, LayoutFamily):
+            rows, std = noise.dense()
+            return visible_modes(z, seen @ rows.T, torch.diag(std**2), basis.standard_prior)
+        scales = choose_scales(z[:, :_LOOKED_AT], seen.double(), noise, None, basis.standard_prior)
+        _, mapped, _ = Scales(None, scales.readings).pairs(z, seen.double())
+        law = carried(noise, scales.readings)
+        if law is None:
+            return visible_modes(z, mapped, None, False)
+        return visible_modes(z, mapped, _sharpest(law, mapped), basis.standard_prior and (law.constant or law.law))
+    return basis.leading(on_root(problem.comm, count))

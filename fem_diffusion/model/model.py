@@ -109,12 +109,15 @@ class Model:
     def tail(self) -> LinearTail | None:
         """What readings tell of modes past those of the basis, for a linear problem of fixed sensors (collective)."""
         base = self.denoiser.base
-        return None if self.problem.family else linear_tail(self.problem, self.basis, base, self.linear, self.rows)
+        if self.problem.family or self.denoiser.readings is not None:
+            return None
+        return linear_tail(self.problem, self.basis, base, self.linear, self.rows)
 
     @cached_property
     def sensors(self) -> EmulatedSensors:
         """The fixed sensors as the denoiser sees them."""
-        offset = self.denoiser.base.emulator.offset
+        offset, scale = self.denoiser.base.emulator.offset, self.denoiser.readings
+        offset = offset if scale is None else scale.inverse(offset)
         mean = torch.cat([offset, offset.new_zeros(len(self.problem.levels))])[None]
         return EmulatedSensors.fixed(self.denoiser, self.problem.noise, mean if self.seen is None else self.seen)
 
@@ -266,8 +269,10 @@ class Model:
         residual = sensors.total if sensors.family else sensors.denoiser.base.scatter
 
         def run() -> Distance:
-            found = measure_distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
-            exact = sensors.denoiser.network is None and emulator.head is None and isinstance(noise, GaussianNoise)
+            names = problem.names or [str(i) for i in range(len(y))]
+            found = measure_distance(seen, noise, torch.tensor(y), names, sensors.denoiser.readings)
+            exact = sensors.denoiser.network is None and emulator.affine and isinstance(noise, GaussianNoise)
+            exact = exact and sensors.denoiser.readings is None
             if isinstance(noise, GaussianNoise) and exact and found.far:
                 covariance = noise.covariance(seen)
                 unit = covariance.diagonal().clamp(min=1e-300).sqrt()
@@ -294,7 +299,7 @@ class Model:
         """What was trained, in words."""
         base, history = self.denoiser.base, self.history
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
-        emulator = "a linear emulator" if base.emulator.head is None else "a network as emulator"
+        emulator = "a linear emulator" if base.emulator.affine else "a network as emulator"
         emulator += " that knows its noise" * (base.learnt is not None)
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
@@ -308,12 +313,12 @@ class Model:
             network += ", whose noise is learnt and tells more of held-out pairs than a network"
         elif history.step:
             network += ", which none beats on held-out pairs"
-        elif base.emulator.head is None and base.law is None:
+        elif base.emulator.affine and base.law is None:
             network += ", which is exact as far as held-out pairs tell"
         else:
             network += ", from which, as far as held-out pairs tell, moves under the emulator's density reach it"
         return (f"{self.basis.r} modes with {self.basis.retained:.2%} of the prior variance, {sensors}, {emulator}, "
-                f"{network}" + ", refined for one measurement" * (self.near is not None))
+                f"{network}{self.denoiser.words}" + ", refined for one measurement" * (self.near is not None))
 
     def __repr__(self) -> str:
         return f"Model: {self.summary}\n{self.problem!r}"

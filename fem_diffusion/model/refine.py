@@ -275,7 +275,7 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
                                        options=replace(options, seed=options.seed + number), progress=show)
             emulator.residual = emulator.residual + covariance
             base = GaussianBase(*law(z[:pairs.drawn], True), emulator)
-            return check_base(base if emulator.head is None else replace(base, updates=UPDATES))
+            return check_base(base if emulator.affine else replace(base, updates=UPDATES))
         base = on_root(pairs.everyone, train)
         denoiser = Denoiser(base, known=True)
         error = _error(base, noise.covariance(pairs.c))

@@ -70,7 +70,7 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, 
     it takes a derivative of the solver.
     """
     prior, forward, noise, emulator = problem.prior, problem.forward, problem.noise, base.emulator
-    if not (isinstance(noise, GaussianNoise) and emulator.head is None and basis.standard_prior and is_gaussian(prior)
+    if not (isinstance(noise, GaussianNoise) and emulator.affine and basis.standard_prior and is_gaussian(prior)
             and prior.core is prior):
         return None
     # All ranks hold the same base, so they go on together.

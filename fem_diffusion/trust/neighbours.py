@@ -8,6 +8,8 @@ import torch
 from fem_diffusion.checks import check_array, check_kind, stream
 from fem_diffusion.diffusion import Sampler, sample_latents
 from fem_diffusion.diffusion.base.visible import learning_gain
+from fem_diffusion.diffusion.maps.noise import carried
+from fem_diffusion.diffusion.training.scales import Scales
 from fem_diffusion.errors import DataError, InputError
 from fem_diffusion.fields.coefficients import on_root
 from fem_diffusion.observation.linear import Observation
@@ -42,12 +44,15 @@ def local_calibration(posterior: "Posterior", data: DataSet, seed: int) -> tuple
     def run() -> tuple[float, str]:
         generator = torch.Generator().manual_seed(stream(seed, "neighbours"))
         noisy = torch.from_numpy(clean) if noise is None else noise.sample(_beside(clean, levels), generator)
-        read = noisy.numpy()
-        unit = read.std(axis=0).clip(min=1e-300)
-        centre, white = read.mean(axis=0), (read - read.mean(axis=0)) / unit
+        read, scale, at = noisy.numpy(), posterior.conditioned.readings, y
+        white = read
+        if scale is not None:
+            white, at = scale.forward(noisy).numpy(), scale.forward(torch.from_numpy(y)).numpy()
+        unit = white.std(axis=0).clip(min=1e-300)
+        centre, white = white.mean(axis=0), (white - white.mean(axis=0)) / unit
         values, axes = np.linalg.eigh(white.T @ white / len(white))
         axes = axes / np.sqrt(values.clip(min=1e-10 * values[-1]))
-        away = np.linalg.norm((white - (y - centre) / unit) @ axes, axis=1)
+        away = np.linalg.norm((white - (at - centre) / unit) @ axes, axis=1)
         near = np.argsort(away)[:min(_MOST, max(_LEAST, round(_SHARE * len(away))))]
         draws = sample_latents(sensors.locate(read[near]), _DRAWS, Sampler(), seed=stream(seed, "neighbours"),
                                progress=False)
@@ -67,8 +72,10 @@ def more_pairs(posterior: "Posterior", data: DataSet) -> str:
     levels = _levels(posterior, data)
 
     def run() -> str:
-        covariance = None if noise is None else noise.covariance(_beside(clean, levels))
-        found = learning_gain(torch.from_numpy(z), torch.from_numpy(clean), covariance)
+        scales = Scales(posterior.conditioned.latents, posterior.conditioned.readings)
+        latents, seen, _ = scales.pairs(torch.from_numpy(z), _beside(clean, levels))
+        law = carried(noise, scales.readings)
+        found = learning_gain(latents, seen[:, :clean.shape[1]], None if law is None else law.covariance(seen))
         if found is None:
             return "The pairs are too few to tell whether more would help."
         gain, missed = found

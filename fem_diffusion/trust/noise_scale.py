@@ -66,12 +66,14 @@ def noise_scale(sensors: EmulatedSensors, values: np.ndarray, use: np.ndarray,
                 groups: Sequence[np.ndarray]) -> NoiseScale | str:
     """The factor for measurements (n, k), of which readings `use` (n, k) count; columns of each sensor are a group.
 
-    Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, or there are less
-    than three sensors.
+    Where none is told, why, in a sentence: the law of the noise has levels or outliers of its own, readings are on
+    another scale, or there are less than three sensors.
     """
     law = sensors.denoiser.base.law
     if law is not None and (law.noise.levels or law.noise.heavy):
         return "The law of the noise has outliers or a level of its own, and no factor of it is told."
+    if sensors.denoiser.readings is not None:
+        return "Readings are on a scale of their own, where their noise has no factor, and none is told."
     squares, counts = np.zeros((len(groups), len(_FACTORS))), np.zeros(len(groups))
     patterns, which = np.unique(use, axis=0, return_inverse=True)
     for number, pattern in enumerate(patterns):

@@ -10,8 +10,7 @@ from firedrake import Ensemble
 from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
-from fem_diffusion.diffusion import Emulator, log_density, sample_latents
-from fem_diffusion.diffusion.base.law import NoiseLaw
+from fem_diffusion.diffusion import Conditioned, log_density, sample_latents
 from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
@@ -118,8 +117,8 @@ def known_readings(posterior: "Posterior") -> Base | None:
     density, noise = posterior.conditioned.density, posterior.problem.noise
     if density is None or noise is None:
         return None
-    if (law := density.base.law) is not None:
-        return _by_law(density.base.emulator, law, posterior.basis.r)
+    if density.base.law is not None or posterior.conditioned.readings is not None:
+        return _by_law(posterior.conditioned, posterior.basis.r)
     emulator, learnt, r = density.base.emulator, density.base.learnt, posterior.basis.r
     rows, y = density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
@@ -149,18 +148,23 @@ def known_readings(posterior: "Posterior") -> Base | None:
     return base
 
 
-def _by_law(emulator: Emulator, law: NoiseLaw, r: int) -> Base:
+def _by_law(conditioned: Conditioned, r: int) -> Base:
     """Readings as the emulator tells them, with the numbers of the levels behind them."""
+    assert conditioned.density is not None
+    emulator, law, scale = conditioned.density.base.emulator, conditioned.density.base.law, conditioned.readings
+
     def base(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
         x = torch.from_numpy(z[:, :r].copy())
         with torch.no_grad():
             c, back = emulator.with_pull(x)
-            found = law.clean(c, x).numpy()
+            k, levels = c.shape[1], c[:, :0] if law is None else x @ law.rows.mT + law.offset
+            readings = c if scale is None else scale.inverse(c)
+            slope = torch.ones_like(c) if scale is None else (-scale.log_slope(readings)).exp()
 
         def pull(covector: np.ndarray) -> np.ndarray:
-            k = c.shape[1]
             with torch.no_grad():
-                pulled = back(torch.from_numpy(covector[:, :k].copy())).numpy() + covector[:, k:] @ law.rows.numpy()
+                pulled = back(torch.from_numpy(covector[:, :k].copy()) * slope).numpy()
+            pulled = pulled if law is None else pulled + covector[:, k:] @ law.rows.numpy()
             return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
-        return found, pull
+        return torch.cat([readings, levels], 1).numpy(), pull
     return base

@@ -15,7 +15,7 @@ from fem_diffusion.diffusion import (
     constant_moment, fit_base, fit_denoiser, linear_base, measure_collapse, straight_line, sub_variance_preserving,
     variance_exploding, variance_preserving,
 )
-from fem_diffusion.diffusion.training.fit import even
+from fem_diffusion.diffusion.training.choice import even
 from fem_diffusion.diffusion.training.loop import Loop
 from fem_diffusion.errors import InputError, FileError, SolveError
 from truths import Known, draw, random

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fem_diffusion.checks import check_count, check_flag, check_options
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
@@ -51,8 +52,11 @@ class Emulator(nn.Module):
     offset: Tensor     # f_0, shape (s,)
     centre: Tensor     # what is taken from latents before the network sees them, shape (r,)
     unit: Tensor       # what they are divided by then, shape (r,)
+    curve_mean: Tensor   # of what the curve's inverse gives, shape (r,)
+    curve_std: Tensor
     scale: Tensor      # what the network's output is multiplied by, from the right, shape (s, s)
     residual: Tensor   # covariance of c - f(z) on held-out pairs, shape (s, s)
+    curve: MonotoneMap | None = None   # whose inverse takes latents to the scale on which f is this map
 
     def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
         super().__init__()
@@ -63,6 +67,8 @@ class Emulator(nn.Module):
                             ("centre", (r,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("unit", torch.ones(r, dtype=torch.float64))
+        self.register_buffer("curve_mean", torch.zeros(r, dtype=torch.float64))
+        self.register_buffer("curve_std", torch.ones(r, dtype=torch.float64))
         sizes = [r] + depth * [width]
         self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.head = nn.Linear(width, s, bias=False) if depth else None
@@ -75,6 +81,20 @@ class Emulator(nn.Module):
     def _input(self, z: Tensor) -> Tensor:
         """Latents (B, r) as the network sees them: centred before they lose precision."""
         return ((z.double() - self.centre) / self.unit).float()
+
+    @property
+    def affine(self) -> bool:
+        """Whether f is an affine map of the latents."""
+        return self.head is None and self.curve is None
+
+    def bent(self, curve: MonotoneMap, mean: Tensor, std: Tensor) -> "Emulator":
+        """The emulator of latents that a map has made, where it was one of ``(x - mean) / std``, x as they were."""
+        part = deepcopy(self)
+        part.curve, part.curve_mean, part.curve_std = curve, mean, std
+        return part
+
+    def _straight(self, z: Tensor) -> Tensor:
+        return z.double() if self.curve is None else (self.curve.inverse(z.double()) - self.curve_mean) / self.curve_std
 
     def correction(self, z: Tensor) -> Tensor:
         """The network's part, in units of `scale`: (B, r) to (B, s), in single precision."""
@@ -99,7 +119,8 @@ class Emulator(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """State coordinates (B, s) for latents (B, r), in double precision."""
-        affine = self.offset + z.double() @ self.matrix.T
+        z = self._straight(z)
+        affine = self.offset + z @ self.matrix.T
         return affine if self.head is None else affine + self.correction(z).double() @ self.scale
 
     def select(self, outputs: Tensor) -> "Emulator":
@@ -111,7 +132,14 @@ class Emulator(nn.Module):
 
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
-        affine = self.offset + z.double() @ self.matrix.T
+        if self.curve is not None:
+            slope = -self.curve.log_slope(self.curve.inverse(z)) - self.curve_std.log()
+            c, straight = self._with_pull(self._straight(z))
+            return c, lambda covector: straight(covector) * slope.exp()
+        return self._with_pull(z.double())
+
+    def _with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        affine = self.offset + z @ self.matrix.T
         head, x, slopes = self.head, self._input(z), []
         if head is None:
             return affine, lambda covector: covector @ self.matrix

@@ -126,7 +126,7 @@ class GaussianBase(Tensors):
     @property
     def affine(self) -> bool:
         """Whether readings are affine in the latents, with a noise that does not depend on them."""
-        return self.emulator.head is None and self.learnt is None
+        return self.emulator.affine and self.learnt is None
 
     @property
     def bent(self) -> bool:

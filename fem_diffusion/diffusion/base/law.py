@@ -57,7 +57,7 @@ class NoiseLaw(Tensors):
         own, zeta, square = base.noise(layout), y.new_zeros(len(y), len(self.rows)), torch.zeros_like(y)
         R, more = self._near(y, zeta, square), None
         located = base.update(layout, y, own + R)
-        curved = base.emulator.head is not None or self.noise.heavy
+        curved = not base.emulator.affine or self.noise.heavy
         for _ in range(_ROUNDS if curved else 1):
             scale = torch.diagonal(own + R, dim1=1, dim2=2).sqrt()
             # Of z, as `Located` has it of base coordinates and in units of the noise.

@@ -50,15 +50,15 @@ def visible_modes(z: Tensor, y: Tensor, noise_covariance: Tensor | None, known: 
         noise_covariance.double().cpu() / unit / unit[:, None])
     weights = torch.ones(z.shape[1], dtype=z.dtype)
     # Where least squares leaves nothing beside the noise, there is no more to learn.
-    flat = _Regression(z, y, noise, weights, curved=False)
+    flat = Regression(z, y, noise, weights, curved=False)
     curved = bool(len(unit) - torch.cholesky_solve(noise, flat.root).trace() > _FLAT)
     if known and not curved:
         return z.shape[1]
     for _ in range(_ROUNDS if curved else 0):
-        weights = _Regression(z, y, noise, weights).importance().sqrt()
+        weights = Regression(z, y, noise, weights).importance().sqrt()
     most = min(z.shape[1], len(z) // 2)
     counts = sorted({min(most, round(2**(i / 3))) for i in range(3 * most.bit_length() + 1)})
-    scores = torch.stack([_Regression(z[:, :n], y, noise, weights[:n], curved).scores.mean() for n in counts])
+    scores = torch.stack([Regression(z[:, :n], y, noise, weights[:n], curved).scores.mean() for n in counts])
     enough = counts[int((scores >= scores.max() - _LOSS).int().argmax())]
     return min(z.shape[1], round(_MARGIN * enough))
 
@@ -95,12 +95,12 @@ def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> tupl
         noise_covariance.double().cpu() / unit / unit[:, None])
     weights = torch.ones(z.shape[1], dtype=z.dtype)
     for _ in range(_ROUNDS):
-        weights = _Regression(z[:few // 2], y[:few // 2], noise, weights).importance().sqrt()
+        weights = Regression(z[:few // 2], y[:few // 2], noise, weights).importance().sqrt()
     held_out = round(_HELD_OUT * few)
     reached = []
     for size in (few // 4, few // 2, few):
         rows = torch.arange(held_out + round((1 - _HELD_OUT) * size))
-        found = _Regression(z[rows], y[rows], noise, weights, held_out=held_out)
+        found = Regression(z[rows], y[rows], noise, weights, held_out=held_out)
         reached.append(float(found.scores.mean()))
     first, second = (max(b - a, 0.0) for a, b in zip(reached, reached[1:]))
     falls = min(1.0, second / first) if first > 0 else 1.0
@@ -108,7 +108,7 @@ def learning_gain(z: Tensor, y: Tensor, noise_covariance: Tensor | None) -> tupl
     return second * falls**(1 + math.log2(n / few)), float(missed)
 
 
-class _Regression:
+class Regression:
     """Least squares and a kernel for what it leaves.
 
     `scores` holds the log density of each held-out measurement, `left` the mean square (k,) of what is missed of them.

@@ -5,7 +5,9 @@ Along :math:`dv/d\theta = -N` the density of v obeys
 al. 2021, eq. 39). At :math:`\theta = \pi/2` the law of v is standard normal, at :math:`\theta = 0` v is w, and
 :math:`z = \mu_y + P^{1/2} w`. So
 
-.. math:: \log p(z | y) = \log N(v(\pi/2); 0, I) - \int_0^{\pi/2} \nabla\cdot N\, d\theta - \log |P^{1/2}| .
+.. math:: \log p(z | y) = \log N(v(\pi/2); 0, I) - \int_0^{\pi/2} \nabla\cdot N\, d\theta - \log |P^{1/2}| ,
+
+and where latents are mapped, the logarithm of the map's slope is added.
 
 The trajectory needs many values of N, the integral few of its divergence, which cost r times as much: so the one is
 integrated first, and the other along it by Gauss's rule, with as few nodes as some of the rows need.
@@ -60,7 +62,10 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     z, chunk = z.to(located.mean), check_count(chunk, "chunk")
     probes = check_count((0 if r <= _EXACT else 8) if probes is None else probes, "probes", least=0)
     generator = torch.Generator(z.device).manual_seed(check_seed(seed))
-    w = located.whiten(z.transpose(0, 1)).transpose(0, 1)
+    inside = None if conditioned.latents is None else conditioned.latents.contains(z)
+    # Where no map leads, a stand-in.
+    at = z if inside is None else torch.where(inside[..., None], z, conditioned.back(torch.zeros_like(z)))
+    w = located.whiten(conditioned.mapped(at).transpose(0, 1)).transpose(0, 1)
     rows = torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1])
     nodes, parts = 0, []
     for index, part in zip(rows.split(chunk), w.flatten(0, 1).split(chunk)):
@@ -69,6 +74,8 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
         parts.append(flow.log_density(nodes))
     density = torch.cat([z.new_empty(0), *parts])
     density = density.view(z.shape[:2]) - located.log_determinant[:, None]
+    if conditioned.latents is not None and inside is not None:
+        density = torch.where(inside, density + conditioned.latents.log_slope(at).sum(-1), -math.inf)
     if conditioned.support is not None:
         density[~conditioned.support.contains(z)] = -math.inf
     return density

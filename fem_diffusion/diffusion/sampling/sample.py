@@ -204,7 +204,7 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
         def report(step: int, sigma: float, state: Tensor) -> None:
             shown.update(step - shown.n)
             if callback is not None:
-                callback(step, sigma, conditioned.located.colour(state).transpose(0, 1).contiguous())
+                callback(step, sigma, conditioned.back(conditioned.located.colour(state)).transpose(0, 1).contiguous())
         z = _draw(conditioned, n, sampler, generator, rows, report)
         if conditioned.support is not None:
             _redraw(z, conditioned, conditioned.support, sampler, generator, rows)
@@ -213,7 +213,7 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
 
 def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.Generator, rows: int,
           report: Callable[[int, float, Tensor], None]) -> Tensor:
-    """Latents (n, B, r)."""
+    """Latents (n, B, r) of the users."""
     like, alpha, density = conditioned.located.mean, sampler.alpha, conditioned.density
 
     def normal() -> Tensor:
@@ -222,14 +222,14 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
     if density is not None and density.base.bent and conditioned.network is None and moves:
         w = density.draw(n, moves, generator)
         report(sampler.steps, 0.0, w)
-        return conditioned.located.colour(w)
+        return conditioned.back(conditioned.located.colour(w))
     rate = alpha if callable(alpha) else lambda t: torch.full_like(t, alpha)
     w = sampler.scheme.run(Run(conditioned, rows, normal, sampler.formulation or variance_preserving(),
                                sampler.angles(conditioned), rate, report))
     if density is not None:
         for _ in range(moves):
             w = density.move(w, generator)[0]
-    return conditioned.located.colour(w)
+    return conditioned.back(conditioned.located.colour(w))
 
 
 def _redraw(z: Tensor, conditioned: Conditioned, support: Support, sampler: Sampler, generator: torch.Generator,

@@ -13,14 +13,16 @@ as K grows. So what p gains is what a denoiser gains whose samples are weighted 
 import math
 
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.density import EmulatorDensity
+from fem_diffusion.diffusion.base.emulator import spread
 from fem_diffusion.diffusion.denoiser import Conditioned
 from fem_diffusion.diffusion.sampling.likelihood import log_density
 from fem_diffusion.diffusion.sampling.sample import Sampler, sample_latents
 
-__all__ = ["advantage"]
+__all__ = ["advantage", "even"]
 
 _SAMPLES = 15
 
@@ -33,3 +35,22 @@ def advantage(conditioned: Conditioned, density: EmulatorDensity, z: Tensor, see
         energy = density.energy(density.located.whiten(found.transpose(0, 1))).T
     weights = -energy - log_density(conditioned, found)
     return math.log(1 + _SAMPLES) + weights[:, 0] - torch.logsumexp(weights, 1)
+
+
+def even(found: Tensor, seen: Tensor, r: int) -> Tensor:
+    """p-values of a truth and samples of each of B posteriors (1 + n, B, r or more) being draws of one law.
+
+    Ranks are compared, and first and second moments of r coordinates, of each and of all: their means, and how they
+    go with what tells measurements apart, `seen` (B, m), of which a law that ignores its measurement knows nothing.
+    """
+    w = found[..., :r]
+    squares = torch.cat([w.square(), w.square().sum(2, keepdim=True)], 2)
+    found, moments = torch.cat([found, squares[..., -1:]], 2), torch.cat([w, w.sum(2, keepdim=True), squares], 2)
+    ranks = (found[1:] < found[0]).sum(0)
+    values = chisquare(torch.stack([(ranks == i).sum(0) for i in range(len(found))]).cpu().numpy()).pvalue
+    seen = ((seen - seen.mean(0)) / spread(seen - seen.mean(0))).clamp(-2, 2)
+    seen = torch.cat([torch.ones_like(seen[:, :1]), seen, seen.square() - seen.square().mean(0)], 1)
+    apart = moments[0] - moments[1:].mean(0)
+    mean, square = apart.T @ seen / len(seen), apart.square().T @ seen.square() / len(seen)
+    z = mean / ((square - mean**2).clamp(min=torch.finfo(w.dtype).tiny) / len(seen)).sqrt()
+    return torch.cat([torch.as_tensor(values), torch.erfc(z.abs().flatten() / math.sqrt(2)).cpu()])

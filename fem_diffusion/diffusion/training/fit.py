@@ -13,31 +13,34 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from scipy.stats import chisquare
 from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
-from fem_diffusion.diffusion.base.emulator import roots, spread
+from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
+from fem_diffusion.diffusion.maps.laws import check_draws, marginals
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork, build
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
-from fem_diffusion.diffusion.noise import Noise
+from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
 from fem_diffusion.diffusion.sampling.support import find_support
 from fem_diffusion.diffusion.tensors import mapped
-from fem_diffusion.diffusion.training.choice import advantage
+from fem_diffusion.diffusion.training.choice import advantage, even
 from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
+from fem_diffusion.diffusion.training.scales import Scales, choose_scales
 from fem_diffusion.errors import InputError
 
 __all__ = ["fit_denoiser"]
@@ -58,7 +61,7 @@ _NEGLIGIBLE = 1e-2
 
 def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | None = None, *,
                  slopes: Tensor | None = None, network: str | None = None, base: str | GaussianBase = "gaussian",
-                 standard_prior: bool = False,
+                 standard_prior: bool = False, prior: Any = None, scales: str = "choose",
                  options: TrainingOptions = TrainingOptions(), checkpoint: str | os.PathLike | None = None,
                  geometry: FieldGeometry | None = None, progress: bool = True) -> tuple[Denoiser, History]:
     """Fit a conditional model to joint samples: emulator and base first, then the network under it.
@@ -73,6 +76,9 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     spectrum is measured from which samplers place their steps, and collapse onto the training pairs, of which a
     `CollapseWarning` tells. A
     warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
+
+    All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
+    the noise is carried: it is drawn in the users' units, in which measurements and samples stay.
 
     Returns the denoiser, on the CPU, its base in double and its network in single precision and evaluation mode, and
     the training curve of the network under the base. InputError if shapes disagree, an option is out of range, a value
@@ -97,6 +103,12 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         Gaussian of latents and measurements, or mere standardisation; or one that is there already.
     standard_prior : bool
         Whether the latents are known to be N(0, I), as for a Karhunen-Loeve basis.
+    prior : distribution of SciPy or torch, or list of them, optional
+        Law of independent latents, of all or one for each: ``scipy.stats.uniform(-1, 2)``. They are mapped to standard
+        normal ones, so that no sample leaves the bounds.
+    scales : {"choose", "identity"}
+        Whether scales are chosen, or left as they are but for those of a known prior. An own base is of latents and
+        readings as they are.
     options : TrainingOptions
         Of all networks; one with attention learns at a quarter of the rate.
     checkpoint : path, optional
@@ -110,6 +122,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     if not isinstance(base, GaussianBase):
         check_choice(base, "base", ("gaussian", "plain"))
     check_flag(standard_prior, "standard_prior")
+    check_choice(scales, "scales", ("choose", "identity"))
     check_flag(progress, "progress")
     check_options(options, TrainingOptions).check()
     # Before any work: the emulator writes to a name made from it.
@@ -127,25 +140,42 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     if kind.mesh != (geometry is not None):
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
-    z, y = z.double().cpu(), y.double().cpu()
+    z, seen = z.double().cpu(), y.double().cpu()
+    law = None
+    if prior is not None:
+        if standard_prior or isinstance(base, GaussianBase):
+            raise InputError("A known prior makes a map of the latents: leave standard_prior and a base out.")
+        law = MonotoneMap.of(("law",) * z.shape[1], laws=marginals(prior, z.shape[1]))
+        check_draws(z, law.laws)   # pyright: ignore[reportArgumentType]
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
-    seen, y = y, y if family or not isinstance(noise, Noise) else noise.readings(y)
-    parts = of_family(y, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
+    if not isinstance(noise, LayoutFamily):
+        noise = as_noise(noise, seen.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
+    standard_prior, users = standard_prior or prior is not None, z
+    found = Scales(law)
+    if scales == "choose" and base == "gaussian":
+        found = choose_scales(z, seen, noise, law, standard_prior, options.seed)
+    given, (z, seen, _) = seen, found.pairs(z, seen)
+    noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
+    parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
+    support = None if standard_prior else find_support(users)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
         raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
     if slopes is not None:
         check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
+        slopes = found.pairs(users, given, slopes.double().cpu())[2]
+
+    def in_units(denoiser: Denoiser) -> Denoiser:
+        return replace(denoiser.to("cpu"), support=support, latents=found.latents, readings=found.readings)
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else candidates(
-            z, seen, slopes, parts, base, standard_prior, options, checkpoint, progress)
+            z, seen, slopes, parts, base, standard_prior, found.curve, options, checkpoint, progress)
         if base == "gaussian" and not family and bases[0].law is None:
             tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
-        denoiser = Denoiser(bases[0], support=None if standard_prior else find_support(z),
-                            known=standard_prior and parts.constant)
+        denoiser = Denoiser(bases[0], known=standard_prior and parts.constant)
         emulator = bases[0].emulator
         alone = bases[0].law is None and bases[0].affine
         if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:
-            return denoiser, History()
+            return in_units(denoiser), History()
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
         # A base that knows the noise costs much at every measurement, and the network learns what it knows.
@@ -156,7 +186,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
         task = min(tasks, key=lambda task: task.surprise)
         if task.settled():
-            return task.denoiser.to("cpu"), History()
+            return in_units(task.denoiser), History()
         loop = Loop(task, options, checkpoint)
         trained = loop.run(progress)
         denoiser = task.denoiser
@@ -164,10 +194,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
         emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt])
         if emulated is not None:
-            return emulated.to("cpu"), loop.history
+            return in_units(emulated), loop.history
         if trained is not None:
             task.collapse(denoiser, loop.history)
-        return denoiser.to("cpu"), loop.history
+        return in_units(denoiser), loop.history
 
 
 @dataclass(frozen=True)
@@ -253,6 +283,8 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
             z, white = (torch.randn(_DRAWN, n, generator=generator, dtype=z.dtype, device=z.device)
                         for n in (base.r, base.k))
             c = base.emulator(z) + white @ roots(base.emulator.residual)[1].T
+            if base.law is not None:
+                c = base.law.noise.sample(base.law.clean(c, z), generator)
         found, seen = [], []
         for latents, coordinates in zip(z.split(_CHUNK), c.split(_CHUNK)):
             conditioned = self.denoiser.at(coordinates) if drawn else self._conditioned(
@@ -344,25 +376,6 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         found = measure_collapse(training, held_out, self.z, self.options.seed)
         found.warn()
         history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
-
-
-def even(found: Tensor, seen: Tensor, r: int) -> Tensor:
-    """p-values of a truth and samples of each of B posteriors (1 + n, B, r or more) being draws of one law.
-
-    Ranks are compared, and first and second moments of r coordinates, of each and of all: their means, and how they
-    go with what tells measurements apart, `seen` (B, m), of which a law that ignores its measurement knows nothing.
-    """
-    w = found[..., :r]
-    squares = torch.cat([w.square(), w.square().sum(2, keepdim=True)], 2)
-    found, moments = torch.cat([found, squares[..., -1:]], 2), torch.cat([w, w.sum(2, keepdim=True), squares], 2)
-    ranks = (found[1:] < found[0]).sum(0)
-    values = chisquare(torch.stack([(ranks == i).sum(0) for i in range(len(found))]).cpu().numpy()).pvalue
-    seen = ((seen - seen.mean(0)) / spread(seen - seen.mean(0))).clamp(-2, 2)
-    seen = torch.cat([torch.ones_like(seen[:, :1]), seen, seen.square() - seen.square().mean(0)], 1)
-    apart = moments[0] - moments[1:].mean(0)
-    mean, square = apart.T @ seen / len(seen), apart.square().T @ seen.square() / len(seen)
-    z = mean / ((square - mean**2).clamp(min=torch.finfo(w.dtype).tiny) / len(seen)).sqrt()
-    return torch.cat([torch.as_tensor(values), torch.erfc(z.abs().flatten() / math.sqrt(2)).cpu()])
 
 
 def noisy(w: Tensor, options: TrainingOptions, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots
+from fem_diffusion.diffusion.base.emulator import fit_emulator, regress, roots, spread
 from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain_base
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.base.learnt import fit_noise
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_noise
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import TrainingOptions
 from fem_diffusion.errors import InputError
@@ -65,9 +66,8 @@ def of_family(c: Tensor, family: LayoutFamily) -> Measured:
     return Measured(family, c.new_zeros(s, s), 1 / family.weights, share, True)
 
 
-def of_fixed(y: Tensor, noise: Noise | float | None) -> Measured:
+def of_fixed(y: Tensor, noise: Noise | None) -> Measured:
     """Of fixed sensors, whose pairs hold readings (n, k) with the numbers of levels behind them."""
-    noise = as_noise(noise, y.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
     k = y.shape[1] - (0 if noise is None else len(noise.levels))
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
     told = isinstance(noise, GaussianNoise) or noise is not None and noise.law
@@ -83,9 +83,11 @@ def of_fixed(y: Tensor, noise: Noise | float | None) -> Measured:
 
 
 def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kind: str, standard_prior: bool,
-               options: TrainingOptions, checkpoint: str | os.PathLike | None,
+               curve: MonotoneMap | None, options: TrainingOptions, checkpoint: str | os.PathLike | None,
                progress: bool) -> list[GaussianBase]:
     """Candidates for the base, on the CPU: the joint Gaussian, and one that follows the posterior.
+
+    A `curve` is the map that has made the latents, before which the emulator takes them.
 
     Where the law of the noise is not known, and that of the latents is, their emulator knows the noise as held-out
     pairs show it, if they do.
@@ -105,11 +107,18 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
                            None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
         return [base] if learnt is None else [base, *(replace(base, learnt=learnt, updates=n) for n in (1, UPDATES))]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    emulator, _ = fit_emulator(z, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
+    x, mean, std = z, z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
+    if curve is not None:
+        x = curve.inverse(z)
+        mean, std = x.mean(0), spread(x - x.mean(0))
+        x = (x - mean) / std
+        slopes = None if slopes is None else slopes * (curve.log_slope(curve.inverse(z)).exp() * std)[:, None]
+    emulator, _ = fit_emulator(x, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
                                options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")
+    emulator = emulator if curve is None else emulator.bent(curve, mean, std)
     if of_noise is None:
         emulator.residual = emulator.residual + parts.covariance
     base = GaussianBase(*moments, emulator, law=of_noise)
     base = check_base(base) if of_noise is None else base
-    return [base] if emulator.head is None else [base, replace(base, updates=UPDATES)]
+    return [base] if emulator.affine else [base, replace(base, updates=UPDATES)]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.noise import Noise
 
 __all__ = ["Distance", "FamilyWarning", "MeasurementWarning", "TrainingRange", "measure_distance", "upper_tail"]
@@ -147,10 +149,13 @@ class Distance:
             warnings.warn(self.message, MeasurementWarning, stacklevel=3)
 
 
-def measure_distance(clean: Tensor, noise: Noise | None, y: Tensor,
-                     names: Sequence[str]) -> Distance:
-    """Distance of a measurement `y` (k,) from training readings without noise (n, k), n > 2, k > 0."""
-    n, k = len(clean), len(y)
+def measure_distance(clean: Tensor, noise: Noise | None, y: Tensor, names: Sequence[str],
+                     scale: MonotoneMap | None = None) -> Distance:
+    """Distance of a measurement `y` (k,) from training readings without noise (n, k), n > 2, k > 0, on a scale."""
+    n, k, read = len(clean), len(y), y
+    if scale is not None:
+        clean, y = torch.cat([scale.forward(clean[:, :k]), clean[:, k:]], 1), scale.forward(y)
+    noise = carried(noise, scale)
     x, covariance = clean, clean.new_zeros(k, k)
     if noise is not None:
         x, covariance = noise.sample(clean, torch.Generator().manual_seed(0)), noise.covariance(clean)
@@ -173,8 +178,12 @@ def measure_distance(clean: Tensor, noise: Noise | None, y: Tensor,
     words = ""
     if worst:
         beyond = f", farther away than any of them by a factor of {math.exp(float((apart - seen.amax(0)).max())):.2g}"
-        reads = [f"sensor {names[i]} reads {float(y[i] * unit[i]):.4g}, where {float(found.expected[i] * unit[i]):.4g} "
-                 f"± {float(found.spread[i] * unit[i]):.2g} is expected"
+        low, middle, high = (unit * (found.expected + side * found.spread) for side in (-1, 0, 1))
+        if scale is None:
+            ranges = [f"{float(m):.4g} ± {float(h - m):.2g}" for m, h in zip(middle, high)]
+        else:
+            ranges = [f"{float(a):.3g} to {float(b):.3g}" for a, b in zip(scale.inverse(low), scale.inverse(high))]
+        reads = [f"sensor {names[i]} reads {float(read[i]):.4g}, where {ranges[i]} is expected"
                  + " beside the others" * (k > 1) for i in worst]
         words = (f"This measurement is unlike the {n:,} simulated ones that it is compared with (p = {found.p:.1g}"
                  f"{beyond if (apart > seen.amax(0)).any() else ''}): {'; '.join(reads)}"

@@ -1,0 +1,1 @@
+"""Monotone maps of single latents and readings, known laws behind them, and noise carried through."""

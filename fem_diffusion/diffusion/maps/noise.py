@@ -1,0 +1,122 @@
+r"""Noise of readings that are mapped to another scale: drawn on the users' own, and mapped then.
+
+With :math:`\eta = T(y)` and clean readings :math:`c = T(x)` the density is that of the noise itself,
+:math:`p(\eta | c) = p(y | x) / T'(y)`. Its covariance at c is that of the noise times the slopes there, to first order,
+and an error of the emulator, of variance v on the mapped scale, counts as :math:`v / T'(x)^2` beside the noise.
+"""
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
+from fem_diffusion.diffusion.noise_laws import JoinedNoise
+
+__all__ = ["MappedNoise", "carried", "is_told"]
+
+# Draws, at least, by which a covariance is told, and for each sensor.
+_DRAWS, _EACH = 4000, 50
+
+
+def carried(noise: Noise | None, scale: MonotoneMap | None) -> Noise | None:
+    """Noise of readings on a map's scale; itself where there is none."""
+    return noise if noise is None or scale is None else MappedNoise(noise, scale)
+
+
+def is_told(noise: Noise) -> bool:
+    """Whether the density of noise is known, with its covariance at each reading."""
+    if isinstance(noise, JoinedNoise):
+        return all(is_told(part) for _, part in noise.parts)
+    return noise.law or isinstance(noise, GaussianNoise)
+
+
+class MappedNoise(Noise):
+    """The noise of readings on a map's scale.
+
+    Parameters
+    ----------
+    noise : Noise
+        On the users' scale.
+    scale : MonotoneMap
+        Of its k readings.
+    """
+
+    def __init__(self, noise: Noise, scale: MonotoneMap):
+        self.inner, self.scale, self.levels, self.heavy = noise, scale, noise.levels, noise.heavy
+        self.law, self._more = is_told(noise), None
+        if noise.log_density is None:
+            self.log_density = None   # pyright: ignore[reportAttributeAccessIssue]
+
+    def _clean(self, c: Tensor) -> Tensor:
+        """Noise-free readings as the noise itself takes them, of mapped ones with levels behind them."""
+        k = c.shape[-1] - len(self.levels)
+        return torch.cat([self.scale.inverse(c[..., :k]), c[..., k:]], -1)
+
+    def _slopes(self, clean: Tensor) -> Tensor:
+        """dT/dx at noise-free readings (..., k), with levels behind them or without."""
+        return self.scale.log_slope(self.inner.readings(clean)).exp()
+
+    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
+        """As `Noise.sample`."""
+        x = self._clean(y)
+        return self.scale.forward(self._whole(x).sample(x, generator))
+
+    def _whole(self, x: Tensor) -> Noise:
+        """The noise itself with the emulator's error, at clean readings (B, k) of the users."""
+        return self.inner if self._more is None else self.inner.widened(self._more / self._slopes(x).square())
+
+    def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
+        """As `GaussianNoise.log_density`."""
+        x, reading = self._clean(clean), self.scale.inverse(y)
+        inner = self._whole(x)
+        assert inner.log_density is not None
+        return inner.log_density(reading, x) - self.scale.log_slope(reading).sum(-1)
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
+        return self._errors(y).mean(0)
+
+    def covariance(self, y: Tensor) -> Tensor:
+        """Covariance (k, k) of the noise averaged over `y` (B, k), from draws for each row."""
+        error = self._errors(y)
+        error = error - error.mean(0)
+        return error.T @ error / len(error)
+
+    def _errors(self, y: Tensor) -> Tensor:
+        """Draws of the noise, the same in every call."""
+        times = -(-max(_DRAWS, _EACH * y.shape[-1]) // len(y))
+        many = y.repeat(times, 1)
+        return self.sample(many, torch.Generator(y.device).manual_seed(0)) - self.readings(many)
+
+    def each(self, y: Tensor) -> Tensor:
+        """As `Noise.each`, to first order."""
+        return self._beside(y, self.inner.each(self._clean(y)))
+
+    def near(self, y: Tensor, square: Tensor) -> Tensor:
+        """As `Noise.near`, to first order."""
+        x = self._clean(y)
+        return self._beside(y, self.inner.near(x, square / self._slopes(x).square()))
+
+    def _beside(self, y: Tensor, covariance: Tensor) -> Tensor:
+        slopes = self._slopes(self._clean(y))
+        return slopes[..., :, None] * covariance * slopes[..., None, :]
+
+    def widened(self, variance: Tensor) -> "MappedNoise":
+        """As `Noise.widened`, to first order."""
+        part = copy(self)
+        part._more = variance
+        return part
+
+    def select(self, sensors: Tensor) -> "MappedNoise":
+        """As `Noise.select`."""
+        return MappedNoise(self.inner.select(sensors), self.scale.select(sensors))
+
+    def known(self, normal: Tensor) -> "MappedNoise":
+        """As `Noise.known`."""
+        return MappedNoise(self.inner.known(normal), self.scale)
+
+    def check(self, k: int) -> None:
+        """As `Noise.check`."""
+        self.inner.check(k)

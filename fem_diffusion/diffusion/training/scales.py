@@ -1,0 +1,149 @@
+r"""On which scales latents and readings are learned: chosen by held-out pairs.
+
+Candidates are the users' own scales, the likeliest scale of each number, and splines that make each Gaussian, of
+latents, of readings, or of both. Each makes a joint Gaussian of latents and readings with noise, whose density of
+held-out latents, in the users' coordinates, is its score. Where the law of the latents is known and that of the noise,
+the posterior has the density of an emulator, so what counts is how well readings can be told from latents, on either
+side of their map: the score is the density of held-out readings, in the users' coordinates, by the regression of
+`visible_modes`. Another scale is taken where it beats the one before by more than two standard errors.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fem_diffusion.diffusion.base.emulator import regress, spread
+from fem_diffusion.diffusion.base.layouts import LayoutFamily
+from fem_diffusion.diffusion.base.visible import Regression
+from fem_diffusion.diffusion.maps.fitted import fit_scales, gaussianised
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.maps.noise import carried, is_told
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
+from fem_diffusion.diffusion.tensors import Tensors
+
+__all__ = ["Scales", "choose_scales"]
+
+# Pairs that are looked at, share held out, pairs that each number wants, and the least.
+_LOOKED_AT, _HELD_OUT, _EACH, _FEWEST = 10000, 0.25, 4, 200
+# Pairs of which a kernel learns, and rounds in which it learns its weights.
+_LEARNED, _ROUNDS = 1200, 2
+# Standard errors, and nats, by which another scale has to be better.
+_ERRORS, _WORTH = 2.0, 0.05
+# Share of the noise's variance that least squares leave of what is linear.
+_FLAT = 1e-3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scales(Tensors):
+    """Maps of latents and of readings; None for the users' own scale.
+
+    Where latents of a known law are mapped, but readings are more nearly linear in what they were, `curve` is that map.
+    """
+
+    latents: MonotoneMap | None = None
+    readings: MonotoneMap | None = None
+    curve: MonotoneMap | None = None
+
+    def pairs(self, z: Tensor, y: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents (n, r), noise-free readings with levels behind (n, k + l), their slopes (n, k + l, r), all mapped."""
+        if self.readings is not None:
+            k = len(self.readings)
+            if slopes is not None:
+                own = self.readings.log_slope(y[:, :k]).exp()[:, :, None] * slopes[:, :k]
+                slopes = torch.cat([own, slopes[:, k:]], 1)
+            y = torch.cat([self.readings.forward(y[:, :k]), y[:, k:]], 1)
+        if self.latents is not None:
+            if slopes is not None:
+                slopes = slopes / self.latents.log_slope(z).exp()[:, None]
+            z = self.latents.forward(z)
+        return z, y, slopes
+
+
+def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, latents: MonotoneMap | None,
+                  fixed: bool, seed: int = 0) -> Scales:
+    """The scales with which the joint Gaussian tells most of held-out latents.
+
+    Takes latents (n, r), of which a map is known, or which are as they should be, where `fixed`, and readings without
+    noise, with levels behind them (n, k + l); of a family, coordinates of the state, which stay as they are.
+    """
+    z, y = z[:_LOOKED_AT], y[:_LOOKED_AT]
+    n, r = z.shape
+    generator, family = torch.Generator().manual_seed(seed), isinstance(noise, LayoutFamily)
+    apart = round(_HELD_OUT * n)
+    if n < _FEWEST or n - apart < _EACH * (r + y.shape[1]):
+        return Scales(latents, curve=latents)
+    if isinstance(noise, LayoutFamily):
+        noise = GaussianNoise(std=(1 / noise.weights).numpy())
+    k = y.shape[1] - (0 if noise is None else len(noise.levels))
+    seen = y if noise is None else noise.sample(y, generator)
+    read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
+    if fixed and noise is not None and is_told(noise):
+        n = min(n, _LEARNED)
+        apart, many = round(_HELD_OUT * n), [latents] if latents is None else [None, latents]
+        if len(many) == 1 and (len(read) == 1 or _linear(z, y[:, :k], noise.covariance(y))):
+            return Scales(latents)
+        score = partial(_by_emulator, z[:n], y[:n], seen[:n], noise, apart)
+    else:
+        many = [latents] if fixed else [None, *_maps(z[apart:], True)]
+        if family:
+            # Layouts see less of the state than all of its coordinates tell here: only logarithms are sure to gain.
+            many = [part for part in many if part is None or part is latents or (
+                not part.knots.numel() and "asinh" not in part.kinds)]
+        score = partial(_by_base, z, seen, apart)
+    best, scores = None, None
+    for i, j in sorted(((i, j) for i in range(len(many)) for j in range(len(read))), key=sum):
+        found = Scales(many[i], read[j])
+        new = score(found)
+        if scores is None:
+            best, scores = found, new
+        elif torch.isfinite(new).all():
+            gain = new - scores
+            if float(gain.mean()) > max(_WORTH, _ERRORS * float(gain.std()) / math.sqrt(len(gain))):
+                best, scores = found, new
+    assert best is not None
+    return best if latents is None else Scales(latents, best.readings, latents if best.latents is None else None)
+
+
+def _maps(x: Tensor, positive: bool, clean: Tensor | None = None) -> list[MonotoneMap]:
+    """The likeliest scale, where it is another one, and splines on it, of numbers (N, n)."""
+    scale = fit_scales(x, positive)
+    spline = gaussianised(x, scale)
+    return [part for part in (scale, spline) if part is not None and (
+        clean is None or bool(torch.isfinite(part.forward(clean)).all()))]
+
+
+def _linear(z: Tensor, y: Tensor, R: Tensor) -> bool:
+    """Whether least squares leave of readings next to nothing beside their noise, of covariance R (k, k)."""
+    return bool((regress(z, y)[2].diagonal() <= _FLAT * R.diagonal()).all())
+
+
+def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise, apart: int, scales: Scales) -> Tensor:
+    """Log density (apart,) of the first readings, in the users' coordinates, by a regression of the rest on latents."""
+    u, v, _ = scales.pairs(z, y)
+    law = carried(noise, scales.readings)
+    assert law is not None
+    R, v = law.covariance(v), law.readings(v)
+    unit = spread(v - v.mean(0))
+    u, v, R = (u - u.mean(0)) / spread(u - u.mean(0)), (v - v.mean(0)) / unit, R / unit / unit[:, None]
+    weights = torch.ones(u.shape[1], dtype=u.dtype)
+    for _ in range(_ROUNDS):
+        weights = Regression(u, v, R, weights, held_out=apart).importance().sqrt()
+    found = Regression(u, v, R, weights, held_out=apart).scores - unit.log().sum()
+    return found if scales.readings is None else found + scales.readings.log_slope(seen[:apart]).sum(1)
+
+
+def _by_base(z: Tensor, y: Tensor, apart: int, scales: Scales) -> Tensor:
+    """Log density (apart,) of the first latents, in the users' coordinates, by a regression of the rest on readings."""
+    u, v, _ = scales.pairs(z, y)
+    matrix, offset, residual = regress(v[apart:], u[apart:])
+    rest = u[:apart] - offset - v[:apart] @ matrix.T
+    unit = residual.diagonal().clamp(min=1e-300).sqrt()
+    root, failed = torch.linalg.cholesky_ex(residual / unit / unit[:, None])
+    if failed.any():
+        return rest.new_full((apart,), -math.inf)
+    white = torch.linalg.solve_triangular(root, (rest / unit).T, upper=False).square().sum(0)
+    found = -white / 2 - (unit.log() + root.diagonal().log()).sum() - math.log(2 * math.pi) / 2 * z.shape[1]
+    return found if scales.latents is None else found + scales.latents.log_slope(z[:apart]).sum(1)

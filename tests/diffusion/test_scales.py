@@ -1,0 +1,193 @@
+"""Scales of latents and readings are chosen where they gain, and posteriors on them are exact where these are known."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fem_diffusion.comparison import c2st
+from fem_diffusion.diffusion import (
+    CallableNoise, GaussianNoise, LayoutFamily, LayoutKind, Sampler, TrainingOptions, fit_denoiser, measure_distance,
+    sample_latents,
+)
+from fem_diffusion.diffusion.training.scales import choose_scales
+from fem_diffusion.errors import InputError
+from truths import random
+
+QUICK = TrainingOptions(steps=300, evaluate_every=100, width=16, depth=1)
+
+
+def _decades(k, n=4000):
+    """log10 of a concentration between 1e-9 and 1e-3, and k readings of it."""
+    z = -9 + 6 * torch.rand(n, 1, generator=random(0), dtype=torch.float64)
+    return z, 10**z * torch.linspace(1, 2, k, dtype=torch.float64)
+
+
+def _moments(y, k):
+    """Exact mean and standard deviation of log10 c for relative noise of a tenth, by quadrature."""
+    x = np.linspace(-9, -3, 400_001)
+    c = 10**x[:, None] * np.linspace(1, 2, k)
+    log = -((y - c)**2 / (2 * (0.1 * c)**2) + np.log(c)).sum(axis=1)
+    p = np.exp(log - log.max())
+    p /= p.sum()
+    mean = (p * x).sum()
+    return mean, np.sqrt((p * (x - mean)**2).sum())
+
+
+def _errors(denoiser, k, places, n=4000):
+    """Errors of mean, in posterior standard deviations, and of standard deviation, as a ratio, at some truths."""
+    found = []
+    for i, place in enumerate(places):
+        y = 10**place * np.linspace(1, 2, k) * (1 + 0.1 * np.random.default_rng(i).standard_normal(k))
+        z = sample_latents(denoiser.at(torch.tensor(y)[None]), n, seed=i, progress=False)[0, :, 0].numpy()
+        mean, std = _moments(y, k)
+        found.append(((z.mean() - mean) / std, z.std() / std))
+    return np.array(found).T
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_six_decades_of_a_known_prior_are_exact(k):
+    z, y = _decades(k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        denoiser, history = fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=stats.uniform(-9, 6), progress=False)
+        off, ratio = _errors(denoiser, k, [-8.9, -8, -7, -6, -5, -4, -3.3, -3.1])
+        drawn = sample_latents(denoiser.at(y[:200]), 20, seed=0, progress=False)
+    assert denoiser.known and not history.step and denoiser.readings.kinds == ("asinh",) * k
+    assert ((drawn > -9) & (drawn < -3)).all()
+    # Of 4,000 nearly independent samples a mean is known to 0.016, a standard deviation to 1.1 %.
+    assert np.abs(off).max() < 0.07 and np.abs(ratio - 1).max() < 0.05
+
+
+def test_six_decades_of_an_unknown_prior_are_within_five_percent_inside():
+    z, y = _decades(1)
+    denoiser, _ = fit_denoiser(z, y, GaussianNoise(relative=0.1), options=QUICK, progress=False)
+    off, ratio = _errors(denoiser, 1, [-8.5, -8, -7, -6, -5, -4, -3.5])
+    assert denoiser.latents is None and np.abs(off).max() < 0.25 and np.abs(ratio - 1).max() < 0.08
+
+
+def test_without_scales_six_decades_are_far_off():
+    z, y = _decades(1)
+    denoiser, _ = fit_denoiser(z, y, GaussianNoise(relative=0.1), options=QUICK, scales="identity", progress=False)
+    _, ratio = _errors(denoiser, 1, [-8, -7, -6])
+    assert denoiser.readings is None and ratio.min() > 3
+
+
+def _truncated(known, r=10, n=10_000):
+    """A denoiser of uniform latents, each read with noise; their c2st to the exact posterior, and samples outside."""
+    z = 2 * torch.rand(n, r, generator=random(0), dtype=torch.float64) - 1
+    std = 0.1**0.5
+    denoiser, _ = fit_denoiser(z, z.clone(), GaussianNoise(std=std), progress=False,
+                               prior=stats.uniform(-1, 2) if known else None, options=QUICK)
+    rng, found, outside = np.random.default_rng(5), [], 0
+    for i in range(3):
+        y = rng.uniform(-1, 1, r) + std * rng.standard_normal(r)
+        x = sample_latents(denoiser.at(torch.tensor(y)[None]), 1000, seed=i, progress=False)[0].numpy()
+        exact = stats.truncnorm((-1 - y) / std, (1 - y) / std, loc=y, scale=std).rvs((1000, r), random_state=rng)
+        found.append(c2st(exact, x))
+        outside += int((np.abs(x) > 1).any(axis=1).sum())
+    return denoiser, np.mean(found), outside
+
+
+@pytest.mark.slow
+def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor():
+    denoiser, found, outside = _truncated(True)
+    assert denoiser.known and denoiser.readings is None and denoiser.base.emulator.curve is not None
+    assert denoiser.base.emulator.head is None and found < 0.53 and not outside
+
+
+@pytest.mark.slow
+def test_the_same_problem_without_its_prior_is_not():
+    assert _truncated(False)[1] > 0.55
+
+
+def _gaussian(n=3000):
+    z = torch.randn(n, 3, generator=random(0), dtype=torch.float64)
+    return z, z @ torch.randn(3, 5, generator=random(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("noise", [None, GaussianNoise(std=0.3), CallableNoise(
+    lambda y, g: y + 0.3 * torch.randn(y.shape, generator=g, dtype=y.dtype))], ids=["held", "known", "callable"])
+@pytest.mark.parametrize("standard", [True, False])
+def test_where_nothing_is_gained_nothing_is_changed(noise, standard):
+    z, y = _gaussian()
+    y = y if noise is not None else y + 0.3 * torch.randn(y.shape, generator=random(2), dtype=y.dtype)
+    for seed in range(5):
+        found = choose_scales(z, y, noise, None, standard, seed)
+        assert found.latents is None and found.readings is None
+
+
+@pytest.mark.parametrize("kind", ["latents", "readings", "both"])
+def test_logarithms_are_found_where_they_are(kind):
+    z, y = _gaussian()
+    y = y + 0.1 * torch.randn(y.shape, generator=random(2), dtype=y.dtype)
+    found = choose_scales(z if kind == "readings" else z.exp(), y if kind == "latents" else (2 * y).exp(), None, None,
+                          False)
+    assert (found.latents is None) == (kind == "readings") and (found.readings is None) == (kind == "latents")
+    if found.latents is not None:
+        assert set(found.latents.kinds) == {"log"}
+
+
+def test_a_family_has_a_scale_of_its_latents_alone():
+    z = torch.randn(3000, 2, generator=random(0), dtype=torch.float64)
+    kind = LayoutKind(torch.randn(6, 1, 2, generator=random(1), dtype=torch.float64), torch.zeros(6, 1).double(),
+                      torch.full((2, 6, 1), 0.2).double(), (1, 3))
+    denoiser, _ = fit_denoiser(z.exp(), z, LayoutFamily((kind,)), options=QUICK, progress=False)
+    assert denoiser.latents.kinds == ("log", "log") and denoiser.readings is None
+    layout = LayoutFamily((kind,)).draw(4, random(3))
+    drawn = sample_latents(denoiser.at(layout.measure(z[:4], random(4)), layout), 50, seed=0, progress=False)
+    assert (drawn > 0).all()
+
+
+def test_slopes_follow_the_scale():
+    """With derivatives a handful of pairs serves, on a scale that many pairs have chosen."""
+    z = torch.randn(400, 2, generator=random(0), dtype=torch.float64)
+    operator = torch.tensor([[2.0, 1], [0, 2], [1, -1]], dtype=torch.float64)
+    y = (z @ operator.T).exp()
+    slopes = y[:, :, None] * operator
+    denoiser, _ = fit_denoiser(z, y, GaussianNoise(relative=0.1), slopes=slopes, standard_prior=True, progress=False)
+    assert denoiser.readings is not None and denoiser.known
+    truth = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
+    drawn = sample_latents(denoiser.at((truth @ operator.T).exp()), 4000, seed=0, progress=False)[0]
+    precision = torch.eye(2, dtype=torch.float64) + operator.T @ operator / 0.1**2
+    exact = torch.linalg.inv(precision).diagonal().sqrt()
+    assert ((drawn.std(0) / exact - 1).abs() < 0.06).all() and ((drawn.mean(0) - truth[0]).abs() < 0.25 * exact).all()
+
+
+def test_priors_that_are_not_those_of_the_pairs_are_refused():
+    z, y = _decades(1, 500)
+    for prior, message in ((stats.uniform(-8, 5), "beyond the bounds"),
+                           (stats.uniform(-20, 30), "no draw of its prior"),
+                           (stats.norm(-6, 1), "no draw of its prior")):
+        with pytest.raises(InputError, match=message):
+            fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=prior)
+    with pytest.raises(InputError, match="leave standard_prior"):
+        fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=stats.uniform(-9, 6), standard_prior=True)
+    with pytest.raises(InputError, match="scales"):
+        fit_denoiser(z, y, GaussianNoise(relative=0.1), scales="log")
+
+
+def test_distances_of_readings_over_decades_are_told_on_their_scale():
+    z, y = _decades(2, 1000)
+    noise = GaussianNoise(relative=0.1)
+    scale = choose_scales(z, y, noise, None, False).readings
+    for place in (1e-9, 1e-6, 1e-3):
+        assert not measure_distance(y, noise, place * torch.tensor([1.0, 2.0]).double(), "ab", scale).worst
+    wrong = 1e-8 * torch.tensor([1.0, 8.0]).double()
+    assert not measure_distance(y, noise, wrong, "ab").worst
+    found = measure_distance(y, noise, wrong, "ab", scale)
+    assert found.worst
+    assert " to " in found.message and "is expected beside" in found.message
+
+
+def test_moves_are_what_the_edges_need():
+    """The base alone is no posterior next to a bound: the density is, to which samples are moved."""
+    z, y = _decades(1)
+    denoiser, _ = fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=stats.uniform(-9, 6), progress=False)
+    at = denoiser.at(torch.tensor([[1.05e-9]]).double())
+    std = _moments(np.array([1.05e-9]), 1)[1]
+    base, moved = (float(sample_latents(at, 4000, Sampler(corrections=n), seed=0, progress=False).std())
+                   for n in (0, None))
+    assert abs(moved / std - 1) < 0.05 < abs(base / std - 1)

@@ -1,0 +1,92 @@
+"""A model of readings over many decades: on a scale of its own, from the problem's noise to corrections and files."""
+
+import warnings
+
+import numpy as np
+import pytest
+from firedrake import FunctionSpace, UnitIntervalMesh
+from scipy import stats
+
+from fem_diffusion import GaussianNoise, InverseProblem, ScalarPrior, fit, load_model, simulate
+from fem_diffusion.diffusion import MeasurementWarning
+
+FACTORS = np.array([1.0, 3.0, 0.2])
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """log10 of a concentration is normal, three sensors read it over six decades, with a tenth of noise."""
+    V = FunctionSpace(UnitIntervalMesh(1), "R", 0)
+    prior = ScalarPrior(V, stats.norm(-6, 1.5))
+    problem = InverseProblem(prior, lambda m: m, lambda m: 10.0**m.dat.data_ro[0] * FACTORS,
+                             GaussianNoise(relative=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = fit(problem, simulate(problem, 1000, seed=1, progress=False), progress=False)
+    return problem, model
+
+
+def _exact(y, factors):
+    """Mean and standard deviation of log10 c, by quadrature."""
+    x = np.linspace(-13, 1, 400_001)
+    c = 10**x[:, None] * factors
+    log = -((y - c)**2 / (2 * (0.1 * c)**2) + np.log(c)).sum(axis=1) + stats.norm(-6, 1.5).logpdf(x)
+    p = np.exp(log - log.max())
+    p /= p.sum()
+    mean = (p * x).sum()
+    return mean, np.sqrt((p * (x - mean)**2).sum())
+
+
+def _close(samples, exact):
+    x = samples.values[:, 0]
+    assert abs(x.mean() - exact[0]) < 0.1 * exact[1] and abs(x.std() / exact[1] - 1) < 0.05
+
+
+@pytest.mark.parametrize("place", [-8.5, -6, -3.5])
+def test_six_decades_are_exact_everywhere(trained, place):
+    problem, model = trained
+    assert model.denoiser.readings is not None and model.denoiser.known and "readings on another scale" in model.summary
+    y = 10**place * FACTORS * np.array([1.05, 0.9, 1.1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        posterior = model.condition(y)
+        _close(posterior.sample(4000, seed=1, progress=False), _exact(y, FACTORS))
+
+
+def test_a_failed_sensor_and_repeats_are_those_of_the_same_scale(trained):
+    problem, model = trained
+    y = 1e-5 * FACTORS * np.array([1.05, 0.9, 1.1])
+    _close(model.condition([y[0], np.nan, y[2]]).sample(4000, seed=1, progress=False),
+           _exact(y[[0, 2]], FACTORS[[0, 2]]))
+    twice = np.stack([y, 1.1 * y])
+    _close(model.condition(twice).sample(4000, seed=1, progress=False), _exact(twice.ravel(), np.tile(FACTORS, 2)))
+
+
+def test_a_file_keeps_the_scale(trained, tmp_path):
+    problem, model = trained
+    model.save(tmp_path / "model")
+    again = load_model(tmp_path / "model", problem)
+    y = 1e-7 * FACTORS
+    one, other = (x.condition(y).sample(50, seed=3, progress=False).values for x in (model, again))
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+def test_a_reading_that_is_wrong_by_a_factor_is_told(trained):
+    problem, model = trained
+    with pytest.warns(MeasurementWarning, match=" to .* is expected beside the others"):
+        model.condition(1e-8 * FACTORS * np.array([1, 8, 1]))
+
+
+def test_check_correction_and_refinement_know_the_scale(trained):
+    problem, model = trained
+    y = 1e-7 * FACTORS * np.array([1.05, 0.9, 1.1])
+    posterior = model.condition(y)
+    assert posterior.check(40).verdict == "trustworthy"
+    corrected = posterior.correct(400, seed=1, progress=False)
+    _close_enough(corrected, _exact(y, FACTORS))
+    assert posterior.cross_validate(draws=200, seed=1).verdict == "consistent"
+
+
+def _close_enough(samples, exact):
+    x = samples.values[:, 0]
+    assert abs(x.mean() - exact[0]) < 0.2 * exact[1] and abs(x.std() / exact[1] - 1) < 0.12
