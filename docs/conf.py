@@ -112,8 +112,8 @@ def write_api():
         lines += ["", "```{toctree}", ":hidden:", "", pages, "```", ""]
         write(GENERATED / "api" / f"{room}.md", "\n".join(lines))
     chapters = "\n".join(CHAPTERS)
-    write(GENERATED / "api" / "index.md", "# Every public name\n\nThe rooms of the package, in the order in which a job "
-          f"goes through them.\n\n```{{toctree}}\n:maxdepth: 1\n\n{chapters}\n```\n")
+    write(GENERATED / "api" / "index.md", "# Every public name\n\nThe rooms of the package, in the order in which a "
+          f"job goes through them.\n\n```{{toctree}}\n:maxdepth: 1\n\n{chapters}\n```\n")
 
 
 def write_gallery():

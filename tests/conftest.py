@@ -68,7 +68,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """A headless Chromium with a profile of its own; a test is skipped where Playwright or the browser is missing."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is missing: pip install playwright")
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if found is None:
         pytest.skip("no Chromium or Chrome is installed: apt-get install chromium")

@@ -74,4 +74,4 @@ def test_where_petsc_lacks_hypre_the_error_names_gamg():
 def _has_hypre():
     from firedrake.petsc import PETSc
 
-    return "hypre" in PETSc.Sys.getConfig() if hasattr(PETSc.Sys, "getConfig") else PETSc.Sys.hasExternalPackage("hypre")
+    return PETSc.Sys.hasExternalPackage("hypre")

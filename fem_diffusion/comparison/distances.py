@@ -89,8 +89,8 @@ def sinkhorn(reference: np.ndarray, samples: np.ndarray, *, regularisation: floa
 def mmd(reference: np.ndarray, samples: np.ndarray) -> float:
     """Maximum mean discrepancy with a Gaussian kernel, the root of the biased estimate (Gretton et al. 2012, eq. 5).
 
-    The kernel is ``exp(-|x - y|² / (2 h²))`` with h the median distance within the reference. For two sets of one law the
-    square has the expectation (1/n + 1/m) (1 - E k(x, x')), the floor that chance alone gives; at most 2.
+    The kernel is ``exp(-|x - y|² / (2 h²))`` with h the median distance within the reference. For two sets of one law
+    the square has the expectation (1/n + 1/m) (1 - E k(x, x')), the floor that chance alone gives; at most 2.
     """
     reference, samples = _pair(reference, samples)
     width = 2 * _median_square(reference)
