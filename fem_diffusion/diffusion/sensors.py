@@ -88,7 +88,7 @@ class EmulatedSensors:
     def read(self, z: Tensor) -> Tensor:
         """Readings without noise (..., k) at latents (..., r), both on the scale of the base."""
         c = self.denoiser.base.emulated(z.flatten(0, -2))[0].unflatten(0, z.shape[:-1])
-        return c if self.rows is None else self.offset + c @ self.rows.T
+        return c if self.rows is None or self.offset is None else self.offset + c @ self.rows.T
 
     @property
     def total(self) -> Tensor:
