@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from scipy.stats import uniform
 
 from fem_diffusion.checks import read_arguments
 from fem_diffusion.comparison import c2st, write_csv
@@ -39,14 +40,16 @@ class Case:
 # Standard normal priors, an unknown one, readings over decades, bounds, and noise that depends on the latents.
 CASES = {case.problem.name: case for case in (
     Case(PROBLEMS["bimodal"], {"standard_prior": True}), Case(PROBLEMS["banana"], {"standard_prior": True}),
-    Case(PROBLEMS["spiral"], {}), Case(SCALED["decades"], {}), Case(SCALED["bounded"], {}),
+    Case(PROBLEMS["spiral"], {}), Case(SCALED["decades"], {"prior": uniform(-9, 6)}),
+    Case(SCALED["bounded"], {"prior": uniform(-1, 2)}),
     Case(SCALED["unknown-spread"], {"standard_prior": True}))}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What is changed: arguments of `TrainingOptions` or `Sampler`, or a function that finds nothing in training."""
+    """What is changed: arguments of `fit_denoiser`, its options or the sampler; a function that finds nothing."""
 
+    call: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
     sampler: dict = field(default_factory=dict)
     left_out: str | None = None
@@ -61,8 +64,9 @@ class Change:
                 yield
 
 
-CHANGES = {"default": Change(), "constant noise": Change(left_out="fit_noise"),
-           "three networks": Change(options={"members": 3}), "no corrections": Change(sampler={"corrections": 0})}
+CHANGES = {"default": Change(), "no scales": Change(call={"scales": "identity"}),
+           "constant noise": Change(left_out="fit_noise"), "three networks": Change(options={"members": 3}),
+           "no corrections": Change(sampler={"corrections": 0})}
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def rows_of(case: Case, name: str, seed: int, size: Size) -> list[dict]:
     options = TrainingOptions(seed=seed, steps=size.steps, **change.options)
     start = time.process_time()
     with change.training():
-        denoiser, _ = fit_denoiser(z, y, options=options, progress=False, **case.told)
+        denoiser, _ = fit_denoiser(z, y, options=options, progress=False, **case.told, **change.call)
     training = time.process_time() - start
     found = []
     for number, observation in enumerate(case.problem.observations):

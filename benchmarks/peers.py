@@ -69,8 +69,8 @@ class Trained:
 
 
 def ours(prior, theta: Tensor, x: Tensor, seed: int, size: Size) -> Trained:
-    """The default call."""
-    denoiser, _ = fit_denoiser(theta, x, options=TrainingOptions(seed=seed), progress=False)
+    """The default call, told the prior as sbi is."""
+    denoiser, _ = fit_denoiser(theta, x, prior=prior, options=TrainingOptions(seed=seed), progress=False)
     return Trained(lambda y, n: sample_latents(denoiser.at(y), n, seed=seed, progress=False)[0],
                    lambda z, y: log_density(denoiser.at(y), z[:, None])[:, 0])
 

@@ -171,7 +171,7 @@ def test_settings_run_in_the_same_time_and_a_second_command_runs_what_is_missing
 
 def test_solves_makes_its_table_once_and_corrects_what_it_has_trained(tmp_path, monkeypatch, capsys):
     """Tiny, with Laplace as reference: that corrections help is measured elsewhere."""
-    for name, value in {"LEVEL": 40, "SAMPLES": 200, "SOLVES": 200, "SLOPES": 40}.items():
+    for name, value in {"LEVEL": 40, "SAMPLES": 200, "SOLVES": 1000, "SLOPES": 40}.items():
         monkeypatch.setattr(solves, name, value)
     monkeypatch.setattr(solves.demo, "hmc_reference", lambda problem, y, seed, progress: {
         name: coefficients(f) for name, f in zip(("mean", "std"), _moments(problem, y))})

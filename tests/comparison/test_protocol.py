@@ -105,7 +105,8 @@ def test_a_hard_support_costs_nothing(tmp_path):
 def test_the_emulator_corrects_nothing(tmp_path):
     def fit(checkpoint):
         # A density that cannot move anything.
-        return SimpleNamespace(at=lambda y: replace(Fit()(None).at(y), density=object()))
+        density = SimpleNamespace(base=SimpleNamespace(bent=False))
+        return SimpleNamespace(at=lambda y: replace(Fit()(None).at(y), density=density))
     rows, free = (_run([_training(f, samplers=few("adaptive"))], tmp_path / name)
                   for name, f in (("known", fit), ("free", Fit())))
     assert rows[0]["mean"] == free[0]["mean"]

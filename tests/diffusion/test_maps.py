@@ -138,11 +138,12 @@ def test_laws_are_exact_and_keep_their_bounds():
 
 @pytest.mark.parametrize("law, theirs", [
     (torch.distributions.Uniform(torch.tensor([-1.0, 0]), torch.tensor([1.0, 3])), ("uniform", "uniform")),
+    (type("Theirs", (torch.distributions.Uniform,), {})(torch.zeros(2), torch.ones(2)), ("uniform", "uniform")),
     (torch.distributions.Independent(torch.distributions.LogNormal(torch.zeros(2), torch.ones(2)), 1),
      ("lognorm", "lognorm")),
     (torch.distributions.MultivariateNormal(torch.zeros(2), torch.diag(torch.tensor([1.0, 4]))), ("norm", "norm")),
     ([torch.distributions.Gamma(2.0, 3.0), stats.expon()], ("gamma", "expon")),
-], ids=["uniform", "lognormal", "normal", "list"])
+], ids=["uniform", "subclass", "lognormal", "normal", "list"])
 def test_laws_of_torch_are_those_of_scipy(law, theirs):
     found = marginals(law, 2)
     assert tuple(x.distribution.dist.name for x in found) == theirs

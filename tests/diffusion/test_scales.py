@@ -75,11 +75,15 @@ def test_without_scales_six_decades_are_far_off():
     assert denoiser.readings is None and ratio.min() > 3
 
 
-def _truncated(known, r=10, n=10_000):
-    """A denoiser of uniform latents, each read with noise; their c2st to the exact posterior, and samples outside."""
+def _truncated(known, held=False, r=10, n=10_000):
+    """A denoiser of uniform latents, each read with noise; their c2st to the exact posterior, and samples outside.
+
+    Pairs without noise, which is known, or pairs that hold it.
+    """
     z = 2 * torch.rand(n, r, generator=random(0), dtype=torch.float64) - 1
     std = 0.1**0.5
-    denoiser, _ = fit_denoiser(z, z.clone(), GaussianNoise(std=std), progress=False,
+    y = z + std * torch.randn(z.shape, generator=random(1), dtype=z.dtype) if held else z.clone()
+    denoiser, _ = fit_denoiser(z, y, None if held else GaussianNoise(std=std), progress=False,
                                prior=stats.uniform(-1, 2) if known else None, options=QUICK)
     rng, found, outside = np.random.default_rng(5), [], 0
     for i in range(3):
@@ -92,8 +96,9 @@ def _truncated(known, r=10, n=10_000):
 
 
 @pytest.mark.slow
-def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor():
-    denoiser, found, outside = _truncated(True)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor(held):
+    denoiser, found, outside = _truncated(True, held)
     assert denoiser.known and denoiser.readings is None and denoiser.base.emulator.curve is not None
     assert denoiser.base.emulator.head is None and found < 0.53 and not outside
 

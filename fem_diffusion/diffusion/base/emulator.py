@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fem_diffusion.checks import check_count, check_flag, check_options
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.errors import InputError
 
@@ -74,6 +75,11 @@ class Emulator(nn.Module):
         self.head = nn.Linear(width, s, bias=False) if depth else None
         if self.head is not None:
             nn.init.zeros_(self.head.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Emulator":
+        super()._apply(fn, recurse)   # which knows buffers, but no map
+        self.curve = mapped(self.curve, fn)
+        return self
 
     def __repr__(self) -> str:
         return f"Emulator({', '.join(f'{name}={size}' for name, size in self.config.items())})"

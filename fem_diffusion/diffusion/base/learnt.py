@@ -13,6 +13,7 @@ readings W are principal axes, the widest first, and O has few columns: what the
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -171,7 +172,7 @@ class _Likelihood(Task[Emulator]):
 
 def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, torch.Generator], Tensor],
               options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> LearntNoise | None:
-    """The scatter of readings around an affine emulator, whose residual is their constant covariance.
+    """The scatter of readings around an emulator, whose residual is their constant covariance.
 
     None where held-out pairs do not get more density by it than by that one, by more than two standard errors; errors
     are those of `fit_emulator`.
@@ -196,11 +197,10 @@ def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, 
     centre = z[training].mean(0)
     size = spread(z[training] - centre)
     device = torch.device(options.device)
-    f = (emulator.matrix * size).to(device), (emulator.offset + emulator.matrix @ centre).to(device)
-    across = whitener.to(device)
+    f, across, middle, wide = deepcopy(emulator).to(device), whitener.to(device), centre.to(device), size.to(device)
 
     def white(z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return ((draw(y, generator) - f[1] - z.double() @ f[0].T) @ across.T).float()
+        return ((draw(y, generator) - f(middle + wide * z.double())) @ across.T).float()
     # Noise that is the same everywhere is told soon, and is to cost little.
     options = replace(options, members=1, batch=min(options.batch, len(training)), patience=-(-options.patience // 2))
     task = _Likelihood(((z - centre) / size).float().to(device), y.to(device), white, training, held_out, options)

@@ -101,7 +101,8 @@ def _of_torch(prior: distributions.Distribution) -> list[Any]:
             raise InputError("prior is a normal law of latents that depend on each other: give the pairs with latents "
                              "whitened by its Cholesky factor, and standard_prior=True.")
         prior = distributions.Normal(prior.loc, prior.stddev)
-    make = _SCIPY.get(type(prior))
+    # Others' distributions, as Pyro's, are subclasses of torch's.
+    make = next((_SCIPY[kind] for kind in type(prior).__mro__ if kind in _SCIPY), None)
     if make is None:
         raise InputError(f"prior is torch's {type(prior).__name__}: give the distribution of SciPy, one for each "
                          "latent.")

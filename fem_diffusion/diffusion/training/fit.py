@@ -179,8 +179,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         options = replace(options, learning_rate=kind.rate * options.learning_rate)
         device = torch.device(options.device)
         # A base that knows the noise costs much at every measurement, and the network learns what it knows.
-        learnt = [candidate for candidate in bases if candidate.learnt is not None]
-        bases = [candidate for candidate in bases if candidate.learnt is None]
+        bases, learnt = (bases[:1], bases[1:]) if parts.errors is None else (bases, [])
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]

@@ -89,8 +89,8 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
 
     A `curve` is the map that has made the latents, before which the emulator takes them.
 
-    Where the law of the noise is not known, and that of the latents is, their emulator knows the noise as held-out
-    pairs show it, if they do.
+    Where the law of the noise is not known, the first is a joint Gaussian; emulators that are more than that, and may
+    stand for a network, follow where the law of the latents is known: they know the noise as held-out pairs show it.
     """
     seen, of_noise = y, None
     if isinstance(parts.noise, Noise):
@@ -101,17 +101,23 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
     centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
-    if parts.errors is None:
-        base = fit_base(z, centred, parts.covariance, standard_prior)
-        learnt = fit_noise(z, y, base.emulator, lambda c, generator: parts.measure(c, generator)[1], options,
-                           None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
-        return [base] if learnt is None else [base, *(replace(base, learnt=learnt, updates=n) for n in (1, UPDATES))]
-    moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
     x, mean, std = z, z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
     if curve is not None:
         x = curve.inverse(z)
         mean, std = x.mean(0), spread(x - x.mean(0))
         x = (x - mean) / std
+    if parts.errors is None:
+        base = own = fit_base(z, centred, parts.covariance, standard_prior)
+        if curve is not None:
+            emulator = fit_base(x, centred, parts.covariance).emulator
+            own = replace(base, emulator=emulator.bent(curve, mean, std))
+        learnt = fit_noise(z, y, own.emulator, lambda c, generator: parts.measure(c, generator)[1], options,
+                           None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
+        if learnt is None and curve is None:
+            return [base]
+        return [base, *(replace(own, learnt=learnt, updates=n) for n in (1, UPDATES))]
+    moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
+    if curve is not None:
         slopes = None if slopes is None else slopes * (curve.log_slope(curve.inverse(z)).exp() * std)[:, None]
     emulator, _ = fit_emulator(x, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
                                options=options, progress=progress,

@@ -81,11 +81,10 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     seen = y if noise is None else noise.sample(y, generator)
     read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
     if fixed and noise is not None and is_told(noise):
-        n = min(n, _LEARNED)
-        apart, many = round(_HELD_OUT * n), [latents] if latents is None else [None, latents]
+        many = [latents] if latents is None else [None, latents]
         if len(many) == 1 and (len(read) == 1 or _linear(z, y[:, :k], noise.covariance(y))):
             return Scales(latents)
-        score = partial(_by_emulator, z[:n], y[:n], seen[:n], noise, apart)
+        score = partial(_by_emulator, z, y, seen, noise, apart)
     else:
         many = [latents] if fixed else [None, *_maps(z[apart:], True)]
         if family:
@@ -97,14 +96,22 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     for i, j in sorted(((i, j) for i in range(len(many)) for j in range(len(read))), key=sum):
         found = Scales(many[i], read[j])
         new = score(found)
-        if scores is None:
+        if scores is None or _gains(new, scores):
             best, scores = found, new
-        elif torch.isfinite(new).all():
-            gain = new - scores
-            if float(gain.mean()) > max(_WORTH, _ERRORS * float(gain.std()) / math.sqrt(len(gain))):
-                best, scores = found, new
     assert best is not None
-    return best if latents is None else Scales(latents, best.readings, latents if best.latents is None else None)
+    if latents is None:
+        return best
+    if noise is None:   # an emulator of its own has to tell readings from latents
+        curved, straight = (_by_emulator(z, y, y, None, apart, Scales(part, best.readings)) for part in (latents, None))
+        best = Scales(latents if not _gains(straight, curved) else None, best.readings)
+    return Scales(latents, best.readings, latents if best.latents is None else None)
+
+
+def _gains(new: Tensor, old: Tensor) -> bool:
+    """Whether log densities (n,) of one scale are surely larger than those of another."""
+    gain = new - old
+    return bool(torch.isfinite(new).all()) and float(gain.mean()) > max(
+        _WORTH, _ERRORS * float(gain.std()) / math.sqrt(len(gain)))
 
 
 def _maps(x: Tensor, positive: bool, clean: Tensor | None = None) -> list[MonotoneMap]:
@@ -120,12 +127,17 @@ def _linear(z: Tensor, y: Tensor, R: Tensor) -> bool:
     return bool((regress(z, y)[2].diagonal() <= _FLAT * R.diagonal()).all())
 
 
-def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise, apart: int, scales: Scales) -> Tensor:
-    """Log density (apart,) of the first readings, in the users' coordinates, by a regression of the rest on latents."""
+def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise | None, apart: int, scales: Scales) -> Tensor:
+    """Log density (apart,) of the first readings, in the users' coordinates, by a regression of the rest on latents.
+
+    Those who look at more pairs than a kernel learns of get the first of these.
+    """
+    if len(z) > _LEARNED:
+        z, y, seen, apart = z[:_LEARNED], y[:_LEARNED], seen[:_LEARNED], round(_HELD_OUT * _LEARNED)
     u, v, _ = scales.pairs(z, y)
     law = carried(noise, scales.readings)
-    assert law is not None
-    R, v = law.covariance(v), law.readings(v)
+    R = v.new_zeros(v.shape[1], v.shape[1]) if law is None else law.covariance(v)
+    v = v if law is None else law.readings(v)
     unit = spread(v - v.mean(0))
     u, v, R = (u - u.mean(0)) / spread(u - u.mean(0)), (v - v.mean(0)) / unit, R / unit / unit[:, None]
     weights = torch.ones(u.shape[1], dtype=u.dtype)
