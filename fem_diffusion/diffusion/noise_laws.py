@@ -17,7 +17,7 @@ from fem_diffusion.diffusion.noise import GaussianNoise, Noise, as_levels, as_no
 from fem_diffusion.errors import InputError
 from fem_diffusion.marginal import Marginal
 
-__all__ = ["CallableNoise", "JoinedNoise", "StudentNoise", "join_noise"]
+__all__ = ["CallableNoise", "DrawnNoise", "JoinedNoise", "StudentNoise", "join_noise"]
 
 
 class StudentNoise(Noise):
@@ -105,8 +105,26 @@ class StudentNoise(Noise):
                              "number for all, or one for each.")
 
 
+class DrawnNoise(Noise):
+    """Noise whose moments are those of draws, which are the same in every call."""
+
+    def mean(self, y: Tensor) -> Tensor:
+        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
+        return self._errors(y).mean(0)
+
+    def covariance(self, y: Tensor) -> Tensor:
+        """Covariance (k, k) of the noise averaged over `y` (B, k), from draws for each row."""
+        error = self._errors(y)
+        error = error - error.mean(0)
+        return error.T @ error / len(error)
+
+    def _errors(self, y: Tensor) -> Tensor:
+        """One draw of the noise for each row, the same in every call, shape (B, k)."""
+        return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
+
+
 @dataclass(frozen=True)
-class CallableNoise(Noise):
+class CallableNoise(DrawnNoise):
     """Noise of the user's own making. InputError if one of its parts cannot be called.
 
     Parameters
@@ -135,20 +153,6 @@ class CallableNoise(Noise):
         if not real or noisy.shape != y.shape or not torch.isfinite(noisy).all():
             raise InputError(f"The noise callable must return a finite real tensor of shape {tuple(y.shape)}: mend it.")
         return noisy.detach().to(y, copy=True)
-
-    def mean(self, y: Tensor) -> Tensor:
-        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
-        return self._errors(y).mean(0)
-
-    def covariance(self, y: Tensor) -> Tensor:
-        """Covariance (k, k) of the noise averaged over `y` (B, k), estimated from one draw for each row."""
-        error = self._errors(y)
-        error = error - error.mean(0)
-        return error.T @ error / len(error)
-
-    def _errors(self, y: Tensor) -> Tensor:
-        """One draw of the noise for each row, the same in every call, shape (B, k)."""
-        return self.sample(y, torch.Generator(y.device).manual_seed(0)) - y
 
 
 class JoinedNoise(Noise):

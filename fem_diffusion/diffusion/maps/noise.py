@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
-from fem_diffusion.diffusion.noise_laws import JoinedNoise
+from fem_diffusion.diffusion.noise_laws import DrawnNoise, JoinedNoise
 
 __all__ = ["MappedNoise", "carried", "is_told"]
 
@@ -32,7 +32,7 @@ def is_told(noise: Noise) -> bool:
     return noise.law or isinstance(noise, GaussianNoise)
 
 
-class MappedNoise(Noise):
+class MappedNoise(DrawnNoise):
     """The noise of readings on a map's scale.
 
     Parameters
@@ -74,18 +74,8 @@ class MappedNoise(Noise):
         assert inner.log_density is not None
         return inner.log_density(reading, x) - self.scale.log_slope(reading).sum(-1)
 
-    def mean(self, y: Tensor) -> Tensor:
-        """Mean of the noise over `y` (B, k), shape (k,), from the same draws as `covariance`."""
-        return self._errors(y).mean(0)
-
-    def covariance(self, y: Tensor) -> Tensor:
-        """Covariance (k, k) of the noise averaged over `y` (B, k), from draws for each row."""
-        error = self._errors(y)
-        error = error - error.mean(0)
-        return error.T @ error / len(error)
-
     def _errors(self, y: Tensor) -> Tensor:
-        """Draws of the noise, the same in every call."""
+        """Draws of the noise for each row, the same in every call, shape (B, k) with B larger than that of `y`."""
         times = -(-max(_DRAWS, _EACH * y.shape[-1]) // len(y))
         many = y.repeat(times, 1)
         return self.sample(many, torch.Generator(y.device).manual_seed(0)) - self.readings(many)
