@@ -20,7 +20,8 @@ from fem_diffusion.trust.weights import mixture, resample, smoothed
 class Target:
     """A problem in latents with standard normal prior and Gaussian noise, without a mesh."""
 
-    everyone, differentiable, failure, pulls, solves = MPI.COMM_SELF, False, "no solution", 0, 0
+    everyone, differentiable, unrestricted = MPI.COMM_SELF, False, False
+    failure, pulls, solves = "no solution", 0, 0
 
     def __init__(self, f, y, std):
         self.f, self.y, self.std = f, np.array(y, dtype=float), np.broadcast_to(np.array(std, float), np.shape(y))
