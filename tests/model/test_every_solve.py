@@ -141,7 +141,7 @@ def test_refine_learns_from_derivatives_where_the_pairs_have_them(bent):
 
 
 def test_readings_with_tails_so_heavy_that_one_pair_hides_the_others_are_told():
-    """Of a Cauchy prior, least squares sees the outermost draw; of a lognormal one it does not come to that."""
+    """Of a Cauchy prior, least squares sees the outermost draw, where pairs are too few to choose a scale by."""
     V = FunctionSpace(UnitSquareMesh(2, 2, comm=MPI.COMM_SELF), "CG", 1)
     R = FunctionSpace(V.mesh(), "R", 0)
     u, m, v = Function(V), Function(R), TestFunction(V)
@@ -150,7 +150,7 @@ def test_readings_with_tails_so_heavy_that_one_pair_hides_the_others_are_told():
     def model(law):
         sensors = point_sensors(V, [[0.5, 0.5]])
         problem = InverseProblem(ScalarPrior(R, law), Steady((u - m) * v * dx, u, m), sensors, 0.5)
-        return fit(problem, simulate(problem, 200, seed=1, **QUIET), options=few, **QUIET)
-    with pytest.warns(UserWarning, match="One of 200 pairs holds .* hmc, which needs no training"):
+        return fit(problem, simulate(problem, 150, seed=1, **QUIET), options=few, **QUIET)
+    with pytest.warns(UserWarning, match="One of 150 pairs holds .* hmc, which needs no training"):
         model(cauchy())
-    model(lognorm(1.0))
+    model(lognorm(0.5))

@@ -120,14 +120,16 @@ def test_the_readings_of_the_training_are_saved_and_checked(job, many, tmp_path)
 
 
 def test_a_cube_is_not_extrapolated():
-    """y = θ³ + e reads up to about 50 in training, and then 200."""
+    """y = θ³ + e reads up to about 50 in training, and then 200, and a million: too far on any scale."""
     V = FunctionSpace(UnitIntervalMesh(1, comm=MPI.COMM_SELF), "R", 0)
     prior = CallablePrior(V, lambda seed: Function(V).assign(np.random.default_rng(seed).normal()))
     problem = InverseProblem(prior, lambda m: Function(V).assign(float(m)**3), lambda u: [float(u)], 0.5)
     model, data = _fitted(problem, 1000)
     assert 15 < np.abs(data.readings).max() < 100
     with pytest.warns(MeasurementWarning, match="unlike the 1,000 simulated ones.*sensor 0 reads 200"):
-        posterior = model.condition([200.0])
+        model.condition([200.0])
+    with pytest.warns(MeasurementWarning, match="farther away than any of them"):
+        posterior = model.condition([1e6])
     assert posterior.distance.far
     with pytest.raises(InputError, match=r"does not extrapolate.*laplace\(problem, y\).*posterior.correct"):
         posterior.sample(10, seed=0)

@@ -30,6 +30,9 @@ class Target:
         self.solves += len(z)
         return self.f(z)
 
+    def allowed(self, z):
+        return np.ones(len(z), dtype=bool)
+
     def log_prior(self, z):
         return -(z**2).sum(axis=1) / 2
 

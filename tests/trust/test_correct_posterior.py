@@ -148,7 +148,7 @@ def test_latents_without_a_density_need_one():
     posterior = model.condition(y)
     with pytest.raises(InputError, match="give correct a log_prior"):
         posterior.correct(seed=1, progress=False)
-    samples = posterior.correct(solves=800, seed=1, log_prior=lambda z: -(z**2).sum(axis=1) / 2, progress=False)
+    samples = posterior.correct(solves=2500, seed=1, log_prior=lambda z: -(z**2).sum(axis=1) / 2, progress=False)
     assert np.isnan(samples.certificate.unseen) and samples.certificate.ess > 100
 
 
