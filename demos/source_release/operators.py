@@ -129,7 +129,8 @@ def prepare(folder, pairs=1500, modes=24, options=OPTIONS, progress=False):
     problem = site()
     if not (folder / "monitor" / "monitor.safetensors").exists():
         data = simulate(problem, pairs, seed=1, path=folder / "operators_pairs", progress=progress)
-        model = fit(problem, data, basis=karhunen_loeve(problem.prior, modes), options=options, progress=progress)
+        model = fit(problem, data, basis=karhunen_loeve(problem.prior, modes), scales="identity", options=options,
+                    progress=progress)
         print(model, flush=True)
         model.export_monitor(folder / "monitor", quantities(problem), name="emission [mg/(m³ s)]", mesh_units="m")
     (folder / "monitor" / "rules.toml").write_text(RULES)

@@ -48,15 +48,15 @@ _LOOKED_AT = 32
 _SEEN = 1000
 # Held-out pairs that tell an emulator's error wherever the prior is.
 _JUDGES = 20
-# Pairs of which one may not hold so much of the spread of a reading: of a lognormal law of unit scale it has a tenth.
-_MANY, _ONE = 100, 0.25
+# Pairs of which one may not hold so much of the spread of a reading: a lognormal law has a tenth to a half in one.
+_MANY, _ONE = 100, 0.5
 # The normal number of small noise, and a variance beside which the level itself is seen.
 _LOW, _SHARP = -1.3, 1e-2
 
 
 def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = None, network: str = "latents",
         options: TrainingOptions = TrainingOptions(), state_modes: int | None = None,
-        checkpoint: str | os.PathLike | None = None, progress: bool = True) -> Model:
+        scales: str = "choose", checkpoint: str | os.PathLike | None = None, progress: bool = True) -> Model:
     """Train a conditional diffusion model on simulated pairs.
 
     Parameters
@@ -77,7 +77,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     state_modes : int, optional
         For a family, number of POD modes that states are written in; where left out, as many as keep all but 1e-8 of
         the variance, at most 256.
-    options, checkpoint, progress
+    scales, options, checkpoint, progress
         As for `fit_denoiser`; rank 0 trains.
 
     Raises
@@ -132,8 +132,8 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     def run() -> tuple[Denoiser, History]:
         return fit_denoiser(torch.from_numpy(z), seen, noise, slopes=slopes,
                             network=None if problem.family else network,
-                            standard_prior=standard_prior, options=options, checkpoint=checkpoint, geometry=geometry,
-                            progress=progress)
+                            standard_prior=standard_prior, scales=scales, options=options, checkpoint=checkpoint,
+                            geometry=geometry, progress=progress)
     cite("Dasgupta2025")
     with event("train"):
         denoiser, history = on_root(problem.comm, run)

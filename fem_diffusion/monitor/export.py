@@ -97,6 +97,9 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
         raise InputError("A monitor is exported by one process: load the model without mpiexec, and export it there.")
     if model.near is not None:
         raise InputError("The model is refined for one measurement: export the model that was refined.")
+    if model.denoiser.readings is not None:
+        raise InputError("The monitor knows readings on the users' own scale alone, and this model has learnt them on "
+                         "another one: fit(..., scales='identity').")
     if model.denoiser.base.law is not None:
         raise InputError("The monitor knows Gaussian noise of known size, and this model has unknown levels or "
                          "outliers: train it with GaussianNoise(std=...) of the level that was found.")
