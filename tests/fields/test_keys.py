@@ -36,7 +36,8 @@ def far(comm):
 def place(mesh):
     """Not the same at any two places; periodic with the meshes."""
     x = SpatialCoordinate(mesh)
-    return sum((1 + 0.3 * j) * sin(2 * pi * c + 0.4) + cos(2 * pi * c) for j, c in enumerate(x)) + sin(2e6 * x[1])
+    waves = sum((1 + 0.3 * j) * sin(2 * pi * c + 0.4) + cos(2 * pi * c) for j, c in enumerate(x))
+    return waves + sin(2 * pi * 318311 * x[1])
 
 
 def cell(mesh):
