@@ -37,6 +37,11 @@ class Noise:
     heavy: bool = False      # whether it has outliers
     log_density: Callable[[Tensor, Tensor], Tensor] | None
 
+    @property
+    def told(self) -> bool:
+        """Whether its density is known, with its covariance at each reading."""
+        return self.law
+
     def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
         """Noisy measurements (B, k) for noise-free ones (B, k), of their dtype and on their device."""
         raise NotImplementedError
@@ -203,6 +208,11 @@ class GaussianNoise(Noise):
     def constant(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether the noise does not depend on the readings or on a level."""
         return not self.levels and not bool(self.relative.any())
+
+    @property
+    def told(self) -> bool:
+        """As `Noise.told`."""
+        return True
 
     @property
     def law(self) -> bool:   # pyright: ignore[reportIncompatibleVariableOverride]

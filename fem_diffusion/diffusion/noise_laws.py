@@ -164,7 +164,7 @@ class JoinedNoise(Noise):
     def __init__(self, parts: Iterable[tuple[int, Noise]]):
         self.parts = tuple(parts)
         self.constant = all(noise.constant for _, noise in self.parts)
-        self.law = all(noise.law or isinstance(noise, GaussianNoise) for _, noise in self.parts)
+        self.law = all(noise.told for _, noise in self.parts)
         # A level is itself alone, whatever others are of the same law.
         self.heavy = any(noise.heavy for _, noise in self.parts)
         self._keep(tuple({id(level): level for _, noise in self.parts for level in noise.levels}.values()))

@@ -51,8 +51,8 @@ class BlockForward:
         """The state, a new Function in `U`, for a parameter in `M`; recorded if a tape of firedrake.adjoint is running.
 
         A steady problem with one unknown is recorded as Firedrake's own solve, any other as one block without second
-        derivatives. InputError if m is not a Function in M or a coefficient
-        has changed since the problem was made, SolveError if the solver fails.
+        derivatives. InputError if m is not a Function in M or a coefficient has changed since the problem was made,
+        SolveError if the solver fails.
         """
         check_parameter(m, self.M)
         self._stepper.kept.check()

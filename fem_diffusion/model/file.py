@@ -9,7 +9,7 @@ import torch
 
 from fem_diffusion import files
 from fem_diffusion.checks import LARGEST
-from fem_diffusion.diffusion import Denoiser, GaussianNoise, TrainingRange
+from fem_diffusion.diffusion import Denoiser, TrainingRange
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
@@ -98,7 +98,7 @@ def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
     """
     noise, at = problem.noise, denoiser.base.emulator.offset[None]
     at = at if denoiser.readings is None else denoiser.readings.inverse(at)
-    if problem.family or not (isinstance(noise, GaussianNoise) or noise is not None and noise.law):
+    if problem.family or noise is None or not noise.told:
         return np.zeros(0)
     places = [torch.cat([at, at.new_full((1, len(noise.levels)), x)], 1) for x in (_LEVELS if noise.levels else [0.0])]
     found = [noise.covariance(x).diagonal().sqrt().numpy() for x in places]

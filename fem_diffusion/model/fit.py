@@ -232,7 +232,7 @@ def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> Mod
 
 def known_noise(noise: Noise | None, seen: torch.Tensor) -> torch.Tensor | None:
     """As `_sharpest`, of noise whose law is known and that all sensors have; None of another."""
-    if noise is None or not (isinstance(noise, GaussianNoise) or noise.law):
+    if noise is None or not noise.told:
         return None
     covariance = _sharpest(noise, seen)
     return covariance if bool((covariance.diagonal() > 0).all()) else None

@@ -53,7 +53,7 @@ def filled(prior: Prior, basis: ModalBasis, z: np.ndarray, seed: int, constraine
 
 def restricted(allows: Callable[[np.ndarray], np.ndarray], n: int, draw: Callable[[int], tuple[np.ndarray, ...]],
                remedy: str) -> list[np.ndarray]:
-    """The first n rows that are allowed of what `draw` gives by number of the round: fields, and what goes with them.
+    """The first n rows that are allowed of what `draw` gives by number of the round, by the first of its parts.
 
     SolveError with a remedy where hardly any are (collective).
     """

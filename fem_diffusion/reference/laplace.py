@@ -64,14 +64,11 @@ class LaplacePosterior:
     def sample(self, n: int, *, seed: int) -> Samples:
         """Draws of the Gaussian, transformed; SolveError if a constrained prior allows hardly any."""
         n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
-        rng, allows = np.random.default_rng(stream(seed, "laplace")), self.problem.prior.allows
+        rng = np.random.default_rng(stream(seed, "laplace"))
 
-        def draw() -> np.ndarray:
-            return self.centre + rng.standard_normal((n, len(self.centre))) @ self.factor.T
-
-        def fields(number: int) -> tuple[np.ndarray, np.ndarray]:
-            return self.basis.decode(z := draw()), z
-        z = draw() if allows is None else restricted(allows, n, fields, "take hmc, which keeps to the constraint")[1]
+        def draw(number: int) -> tuple[np.ndarray]:
+            return self.centre + rng.standard_normal((n, len(self.centre))) @ self.factor.T,
+        z, = restricted(self.latent.allowed, n, draw, "take hmc, which keeps to the constraint")
         return self.latent.samples(z, seed)
 
     @cached_property

@@ -107,11 +107,9 @@ def pcn(problem: InverseProblem, y: np.ndarray, *, basis: ModalBasis | None = No
         try:
             return around_points(latent, chains, seed)
         except SolveError:
-            rng, allows = np.random.default_rng(stream(seed, "starts")), problem.prior.allows
-
-            def draw(number: int) -> tuple[np.ndarray, np.ndarray]:
-                return latent.basis.decode(x := rng.standard_normal((chains, latent.r))), x
-            x = draw(0)[1] if allows is None else restricted(allows, chains, draw, "mend the constraint")[1]
+            rng = np.random.default_rng(stream(seed, "starts"))
+            x, = restricted(latent.allowed, chains, lambda number: (rng.standard_normal((chains, latent.r)),),
+                            "mend the constraint")
             return x, np.zeros(latent.r), np.eye(latent.r)
     found = walk(latent, _CrankNicolson(latent, begin), chains, seed=seed, warmup=_WARMUP, draws=draws, most=most,
                  budget=None, path=path, progress=progress, name="pcn")

@@ -250,14 +250,10 @@ def around_points(latent: LatentProblem, n: int, seed: int) -> tuple[np.ndarray,
     others = rng.standard_normal((_SEARCHES - 1 if len(latent.y) <= _CHEAP else 0, latent.r))
     places = find_points(latent, np.vstack([aside(latent.r), others]))
     z = np.stack([centre + factor @ row for row, (centre, factor) in zip(x, itertools.cycle(places))])
-    allows = latent.problem.prior.allows
-    if allows is None:
-        return z, *places[0]
     centre, factor = places[0]
 
-    def wider(number: int) -> tuple[np.ndarray, np.ndarray]:
+    def wider(number: int) -> tuple[np.ndarray]:
         # The posterior may be in the tails of the Gaussian there.
-        new = z if not number else centre + (1 + number / 10) * rng.standard_normal(z.shape) @ factor.T
-        return latent.basis.decode(new), new
-    return restricted(allows, n, wider, "the data put the parameter where the constraint forbids it; check both")[1], \
-        centre, factor
+        return z if not number else centre + (1 + number / 10) * rng.standard_normal(z.shape) @ factor.T,
+    x, = restricted(latent.allowed, n, wider, "the data put the parameter where the constraint forbids it; check both")
+    return x, centre, factor

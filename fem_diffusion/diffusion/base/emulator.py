@@ -139,9 +139,10 @@ class Emulator(nn.Module):
     def with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """State coordinates (B, s) at latents (B, r), and the map of covectors (B, s) to their pull-back (B, r)."""
         if self.curve is not None:
-            slope = -self.curve.log_slope(self.curve.inverse(z)) - self.curve_std.log()
-            c, straight = self._with_pull(self._straight(z))
-            return c, lambda covector: straight(covector) * slope.exp()
+            x = self.curve.inverse(z.double())
+            slope = (-self.curve.log_slope(x)).exp() / self.curve_std
+            c, straight = self._with_pull((x - self.curve_mean) / self.curve_std)
+            return c, lambda covector: straight(covector) * slope
         return self._with_pull(z.double())
 
     def _with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

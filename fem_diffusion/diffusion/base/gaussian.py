@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator, roots
 from fem_diffusion.diffusion.base.law import NoiseLaw
-from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.base.layouts import FLOOR, Layout
 from fem_diffusion.diffusion.base.learnt import LearntNoise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.errors import SolveError
@@ -37,8 +37,6 @@ __all__ = ["UPDATES", "GaussianBase", "Located", "apply", "cholesky", "solve_low
 UPDATES = 6
 # Below so many latents points lie on two shells; there are at least so many points.
 _FEW, _FEWEST_POINTS = 16, 48
-# Smallest variance of noise, in units of the prior variance of the reading.
-_FLOOR = 1e-12
 # Measurements whose points are emulated at once, and numbers in the covariances at their points.
 _TOGETHER, _NUMBERS = 256, 2**23
 
@@ -152,7 +150,7 @@ class GaussianBase(Tensors):
     def _seen(self) -> tuple[Tensor, Tensor]:
         """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
-        covariance = signal @ signal.T + self.scatter + torch.diag(_FLOOR * signal.square().sum(1))
+        covariance = signal @ signal.T + self.scatter + torch.diag(FLOOR * signal.square().sum(1))
         return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
@@ -170,7 +168,7 @@ class GaussianBase(Tensors):
             covariance = covariance + layout.rows @ self.emulator.residual @ layout.rows.mT
         # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
         signal = (layout.rows @ (self.emulator.matrix @ self.factor)).square().sum(2)
-        return covariance + torch.diag_embed(_FLOOR * signal)
+        return covariance + torch.diag_embed(FLOOR * signal)
 
     def locate(self, layout: Layout, y: Tensor) -> Located:
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""

@@ -15,10 +15,10 @@ from fem_diffusion.diffusion.checks import check_tensor
 from fem_diffusion.diffusion.tensors import Tensors, mapped
 from fem_diffusion.errors import InputError
 
-__all__ = ["Layout", "LayoutFamily", "LayoutKind", "decorrelated"]
+__all__ = ["FLOOR", "Layout", "LayoutFamily", "LayoutKind", "decorrelated"]
 
 # Smallest variance of noise, in units of the prior variance of the reading.
-_FLOOR = 1e-12
+FLOOR = 1e-12
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -170,12 +170,12 @@ def decorrelated(rows: Tensor, offset: Tensor, covariance: Tensor,
                  y: Tensor) -> tuple[Layout, Tensor]:
     """The same measurements (..., k) with independent noise: as they are, or in the principal axes of the noise."""
     # A reading without noise would leave no density: it gets a millionth of its prior standard deviation.
-    variance = torch.maximum(covariance.diagonal(), _FLOOR * rows.square().sum(1) + 1e-300)
+    variance = torch.maximum(covariance.diagonal(), FLOOR * rows.square().sum(1) + 1e-300)
     if len(rows) and not torch.equal(covariance, torch.diag(covariance.diagonal())):
         # Each sensor in units of its own noise first: pascals beside mole fractions lose nothing.
         scale = variance.sqrt()
         values, axes = torch.linalg.eigh((covariance + torch.diag(variance - covariance.diagonal())) / scale
                                          / scale[:, None])
         rows, offset, y = axes.T @ (rows / scale[:, None]), axes.T @ (offset / scale), (y / scale) @ axes
-        variance = torch.maximum(values, _FLOOR * rows.square().sum(1) + 1e-14)
+        variance = torch.maximum(values, FLOOR * rows.square().sum(1) + 1e-14)
     return Layout(rows[None], offset[None], variance[None], torch.ones(1, len(rows), dtype=torch.bool)), y

@@ -13,7 +13,6 @@ readings W are principal axes, the widest first, and O has few columns: what the
 
 import os
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
@@ -141,11 +140,11 @@ class _Likelihood(Task[Emulator]):
 
     name = "noise"
 
-    def __init__(self, z: Tensor, y: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+    def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
                  training: Tensor, held_out: Tensor, options: TrainingOptions):
         self.options, self.size, self.white = options, len(training), white
-        self.z, self.y = z[training], y[training]
-        x = white(z[held_out], y[held_out], torch.Generator().manual_seed(options.seed + 1))
+        self.z, self.y, self.f = z[training], y[training], f[training]
+        x = white(y[held_out], f[held_out], torch.Generator().manual_seed(options.seed + 1))
         self.validation = z[held_out], x
         self.parts = [z, y]
         self.base_losses = x.square().sum(1) / 2
@@ -160,8 +159,7 @@ class _Likelihood(Task[Emulator]):
         return white.square().sum(1) / 2 - d.sum(1)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        z = self.z[index]
-        return z, self.white(z, self.y[index], generator)
+        return self.z[index], self.white(self.y[index], self.f[index], generator)
 
     def loss(self, network: Emulator, *batch: Tensor) -> Tensor:
         return self._losses(network, *batch).mean()
@@ -197,13 +195,13 @@ def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, 
     centre = z[training].mean(0)
     size = spread(z[training] - centre)
     device = torch.device(options.device)
-    f, across, middle, wide = deepcopy(emulator).to(device), whitener.to(device), centre.to(device), size.to(device)
+    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, emulator(z)))
 
-    def white(z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        return ((draw(y, generator) - f(middle + wide * z.double())) @ across.T).float()
+    def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
+        return ((draw(y, generator) - f) @ across.T).float()
     # Noise that is the same everywhere is told soon, and is to cost little.
     options = replace(options, members=1, batch=min(options.batch, len(training)), patience=-(-options.patience // 2))
-    task = _Likelihood(((z - centre) / size).float().to(device), y.to(device), white, training, held_out, options)
+    task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
     network = Loop(task, options, checkpoint).run(progress)
     if network is None:
         return None

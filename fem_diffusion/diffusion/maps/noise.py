@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise
-from fem_diffusion.diffusion.noise_laws import DrawnNoise, JoinedNoise
+from fem_diffusion.diffusion.noise import Noise
+from fem_diffusion.diffusion.noise_laws import DrawnNoise
 
-__all__ = ["MappedNoise", "carried", "is_told"]
+__all__ = ["MappedNoise", "carried"]
 
 # Draws, at least, by which a covariance is told, and for each sensor.
 _DRAWS, _EACH = 4000, 50
@@ -23,13 +23,6 @@ _DRAWS, _EACH = 4000, 50
 def carried(noise: Noise | None, scale: MonotoneMap | None) -> Noise | None:
     """Noise of readings on a map's scale; itself where there is none."""
     return noise if noise is None or scale is None else MappedNoise(noise, scale)
-
-
-def is_told(noise: Noise) -> bool:
-    """Whether the density of noise is known, with its covariance at each reading."""
-    if isinstance(noise, JoinedNoise):
-        return all(is_told(part) for _, part in noise.parts)
-    return noise.law or isinstance(noise, GaussianNoise)
 
 
 class MappedNoise(DrawnNoise):
@@ -45,7 +38,7 @@ class MappedNoise(DrawnNoise):
 
     def __init__(self, noise: Noise, scale: MonotoneMap):
         self.inner, self.scale, self.levels, self.heavy = noise, scale, noise.levels, noise.heavy
-        self.law, self._more = is_told(noise), None
+        self.law, self._more = noise.told, None
         if noise.log_density is None:
             self.log_density = None   # pyright: ignore[reportAttributeAccessIssue]
 

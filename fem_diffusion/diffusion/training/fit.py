@@ -74,8 +74,8 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     known to be exact, and where held-out latents are as samples of the base, moved under the emulator's density:
     differences of 5 % in the spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the
     spectrum is measured from which samplers place their steps, and collapse onto the training pairs, of which a
-    `CollapseWarning` tells. A
-    warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
+    `CollapseWarning` tells. A warning tells, too, where the pairs are so few that the Gaussian base itself is
+    uncertain, and by how much.
 
     All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
     the noise is carried: it is drawn in the users' units, in which measurements and samples stay.
@@ -171,7 +171,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
             z, seen, slopes, parts, base, standard_prior, found.curve, options, checkpoint, progress)
         if base == "gaussian" and not family and bases[0].law is None:
             tell_uncertain(bases[0], len(z), parts.covariance, slopes is not None)
-        denoiser = Denoiser(bases[0], known=standard_prior and parts.constant)
+        denoiser = Denoiser(bases[0], known=standard_prior and parts.errors is not None)
         emulator = bases[0].emulator
         alone = bases[0].law is None and bases[0].affine
         if denoiser.known and alone and parts.share(emulator.residual - parts.covariance) < _NEGLIGIBLE:

@@ -15,7 +15,7 @@ from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.base.learnt import fit_noise
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
-from fem_diffusion.diffusion.noise import GaussianNoise, Noise
+from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import TrainingOptions
 from fem_diffusion.errors import InputError
@@ -28,15 +28,14 @@ class Measured(Tensors):
     """What fixed sensors and families have different: how a reading is drawn, and what its noise is.
 
     `covariance` (s, s) is the noise that the base's residual has to hold, where its law does not, `errors` what errors
-    of coordinates count alike, as `fit_emulator` takes them, `share` how much an emulator's error makes of the noise,
-    `constant` whether the law of the noise is known and one for all readings.
+    of coordinates count alike, as `fit_emulator` takes them, None where the law of the noise is not known, and `share`
+    how much an emulator's error makes of the noise.
     """
 
     noise: Noise | LayoutFamily | None
     covariance: Tensor
     errors: Tensor | None
     share: Callable[[Tensor], float]
-    constant: bool
 
     @property
     def family(self) -> bool:
@@ -63,23 +62,21 @@ def of_family(c: Tensor, family: LayoutFamily) -> Measured:
     def share(residual: Tensor) -> float:
         return float((((rows @ residual) * rows).sum(1) / std**2).max())
     family = family.to("cpu", torch.float64)
-    return Measured(family, c.new_zeros(s, s), 1 / family.weights, share, True)
+    return Measured(family, c.new_zeros(s, s), 1 / family.weights, share)
 
 
 def of_fixed(y: Tensor, noise: Noise | None) -> Measured:
     """Of fixed sensors, whose pairs hold readings (n, k) with the numbers of levels behind them."""
     k = y.shape[1] - (0 if noise is None else len(noise.levels))
     covariance = y.new_zeros(k, k) if noise is None else noise.covariance(y)
-    told = isinstance(noise, GaussianNoise) or noise is not None and noise.law
-    known = told and bool((covariance.diagonal() > 0).all())
+    known = noise is not None and noise.told and bool((covariance.diagonal() > 0).all())
 
     def share(residual: Tensor) -> float:
         if not known:
             return math.inf
         whitener, _ = roots(covariance)
         return float(torch.linalg.eigvalsh(whitener @ residual @ whitener.T)[-1])
-    constant = known and noise is not None and (noise.constant or noise.law)
-    return Measured(noise, covariance, covariance if known else None, share, constant)
+    return Measured(noise, covariance, covariance if known else None, share)
 
 
 def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kind: str, standard_prior: bool,
@@ -103,9 +100,10 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         return [plain_base(z, centred, parts.covariance)]
     x, mean, std = z, z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])
     if curve is not None:
-        x = curve.inverse(z)
-        mean, std = x.mean(0), spread(x - x.mean(0))
-        x = (x - mean) / std
+        given = curve.inverse(z)
+        mean, std = given.mean(0), spread(given - given.mean(0))
+        x = (given - mean) / std
+        slopes = None if slopes is None else slopes * (curve.log_slope(given).exp() * std)[:, None]
     if parts.errors is None:
         base = own = fit_base(z, centred, parts.covariance, standard_prior)
         if curve is not None:
@@ -117,8 +115,6 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
             return [base]
         return [base, *(replace(own, learnt=learnt, updates=n) for n in (1, UPDATES))]
     moments = law(z, standard_prior)  # refuses latents that depend on each other, before anything is trained
-    if curve is not None:
-        slopes = None if slopes is None else slopes * (curve.log_slope(curve.inverse(z)).exp() * std)[:, None]
     emulator, _ = fit_emulator(x, y, parts.errors, slopes=None if slopes is None else slopes[:, :y.shape[1]],
                                options=options, progress=progress,
                                checkpoint=None if checkpoint is None else f"{checkpoint}.emulator")

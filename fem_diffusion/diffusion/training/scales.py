@@ -20,7 +20,7 @@ from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.base.visible import Regression
 from fem_diffusion.diffusion.maps.fitted import fit_scales, gaussianised
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
-from fem_diffusion.diffusion.maps.noise import carried, is_told
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 from fem_diffusion.diffusion.tensors import Tensors
 
@@ -80,7 +80,7 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     k = y.shape[1] - (0 if noise is None else len(noise.levels))
     seen = y if noise is None else noise.sample(y, generator)
     read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
-    if fixed and noise is not None and is_told(noise):
+    if fixed and noise is not None and noise.told:
         many = [latents] if latents is None else [None, latents]
         if len(many) == 1 and (len(read) == 1 or _linear(z, y[:, :k], noise.covariance(y))):
             return Scales(latents)
