@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -93,6 +94,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
     check_kind(problem, "problem", InverseProblem, "InverseProblem(prior, forward, observation, noise)")
     check_kind(data, "data", DataSet, "what simulate or load_pairs returned")
     check_options(options, TrainingOptions)
+    check_choice(scales, "scales", ("choose", "identity"))
     check_choice(network, "network", [name for name, kind in NETWORKS.items() if not kind.families])
     if problem.family and network != "latents":
         raise InputError("A family has a network over its sensors: leave network out.")
@@ -115,13 +117,14 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         shown = TrainingRange.of(noise)
     elif state_modes is not None:
         raise InputError("state_modes is for families: leave it out.")
-    given, informed = basis is not None, _informed(problem, data, seen)
+    choose = choose_scales if scales == "choose" else _as_they_are
+    given, informed = basis is not None, _informed(problem, data, seen, choose)
     if basis is not None:
         basis = check_basis(basis, problem)
     elif informed is not None and not NETWORKS[network].mesh:
         basis = informed
     else:
-        basis = _visible(problem, data, seen, noise)
+        basis = _visible(problem, data, seen, noise, choose)
     slopes = None if informed is None else sloped(problem, data, basis)
     with event("encode"):
         z = basis.encode(data.coefficients)
@@ -209,7 +212,13 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     return False, None
 
 
-def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> ModalBasis | None:
+def _as_they_are(*pairs: object) -> Scales:
+    """In place of `choose_scales`: the users' own."""
+    return Scales()
+
+
+def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
+              choose: Callable[..., Scales]) -> ModalBasis | None:
     """The modes of the data's derivatives, turned to what readings tell of; None where derivatives are of no use."""
     if data.derivatives is None or data.basis is None:
         return None
@@ -222,7 +231,7 @@ def _informed(problem: InverseProblem, data: DataSet, seen: torch.Tensor) -> Mod
     z = torch.from_numpy(data.basis.encode(data.coefficients))
 
     def turn() -> torch.Tensor:
-        scales = choose_scales(z, seen.double(), problem.noise, None, True)
+        scales = choose(z, seen.double(), problem.noise, None, True)
         _, mapped, turned = scales.pairs(z, seen.double(), slopes)
         law = carried(problem.noise, scales.readings)
         assert law is not None and turned is not None
@@ -272,7 +281,7 @@ def sloped(problem: InverseProblem, data: DataSet, basis: ModalBasis) -> torch.T
 
 
 def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
-             noise: LayoutFamily | Noise | None) -> ModalBasis:
+             noise: LayoutFamily | Noise | None, choose: Callable[..., Scales]) -> ModalBasis:
     """As many leading modes of the prior as readings, of a family those of many sensors, can tell from their noise."""
     most = max(1, len(data) // _PAIRS_A_MODE)
     if is_gaussian(problem.prior.core):
@@ -286,7 +295,7 @@ def _visible(problem: InverseProblem, data: DataSet, seen: torch.Tensor,
         if isinstance(noise, LayoutFamily):
             rows, std = noise.dense()
             return visible_modes(z, seen @ rows.T, torch.diag(std**2), basis.standard_prior)
-        scales = choose_scales(z[:, :_LOOKED_AT], seen.double(), noise, None, basis.standard_prior)
+        scales = choose(z[:, :_LOOKED_AT], seen.double(), noise, None, basis.standard_prior)
         _, mapped, _ = Scales(None, scales.readings).pairs(z, seen.double())
         law = carried(noise, scales.readings)
         if law is None:

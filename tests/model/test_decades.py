@@ -7,7 +7,9 @@ import pytest
 from firedrake import FunctionSpace, UnitIntervalMesh
 from scipy import stats
 
-from fem_diffusion import GaussianNoise, InverseProblem, ScalarPrior, fit, load_model, simulate
+from fem_diffusion import (
+    GaussianNoise, InputError, InverseProblem, ScalarPrior, TrainingOptions, fit, load_model, simulate,
+)
 from fem_diffusion.diffusion import MeasurementWarning
 
 FACTORS = np.array([1.0, 3.0, 0.2])
@@ -90,3 +92,13 @@ def test_check_correction_and_refinement_know_the_scale(trained):
 def _close_enough(samples, exact):
     x = samples.values[:, 0]
     assert abs(x.mean() - exact[0]) < 0.2 * exact[1] and abs(x.std() / exact[1] - 1) < 0.12
+
+
+def test_no_scale_is_chosen_where_none_is_wanted(trained, monkeypatch):
+    problem, data = trained[0], simulate(trained[0], 300, seed=2, progress=False)
+    for room in ("model", "diffusion.training"):   # modes, and what is trained in them
+        monkeypatch.setattr(f"fem_diffusion.{room}.fit.choose_scales", lambda *_: pytest.fail("a scale is chosen"))
+    few = TrainingOptions(steps=10, evaluate_every=10, width=8, depth=1)
+    assert fit(problem, data, scales="identity", options=few, progress=False).denoiser.readings is None
+    with pytest.raises(InputError, match="scales"):
+        fit(problem, data, scales="mine", options=few, progress=False)
