@@ -21,7 +21,7 @@ PICTURES = {"logistic_reaction": ("setup", "source", "check"), "stokes_inflow": 
             "field_readings": ("readings", "sensors", "inflow", "zone")}
 
 # Standard deviations at which few solves correct what a model of the tiny run knows.
-NOISY = {"heat_conduction": 5.0, "elastic_stiffness": 0.5}
+NOISY = {"logistic_reaction": 0.1, "heat_conduction": 5.0, "elastic_stiffness": 0.5}
 
 
 def _load(name):
