@@ -15,7 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")   # before Firedrake
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+given, sys.argv = sys.argv, sys.argv[:1]     # PETSc would take Sphinx's options for its own
 import firedrake  # noqa: E402, F401  before torch
+sys.argv = given
 import jupytext  # noqa: E402
 
 import fem_diffusion  # noqa: E402

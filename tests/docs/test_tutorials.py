@@ -2,17 +2,15 @@
 
 import numpy as np
 import pytest
-from blocks import ROOT, run_page
+from blocks import TUTORIALS, run_page
 from matplotlib import pyplot as plt
-
-TUTORIALS = ROOT / "docs" / "tutorials"
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs a tutorial by name in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    yield lambda name: run_page(TUTORIALS / f"{name}.md", tmp_path)
+    yield lambda name: run_page(TUTORIALS / f"{name}.md")
     plt.close("all")
 
 
