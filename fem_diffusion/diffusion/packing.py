@@ -143,16 +143,17 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds bounds of the latents without room between them")
     emulator.curve = unpack_map(content, "curve", r)
     latents, readings = unpack_map(content, "latents", r), unpack_map(content, "readings", k)
-    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, r, k))
+    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, emulator, k))
     known = content.value("known", bool)
     return Denoiser(base, network, spectrum, support, known, latents, readings), unpack_history(content)
 
 
-def _unpack_learnt(content: Content, r: int, k: int) -> LearntNoise | None:
-    """Noise that is learnt, or None; FileError if its parts do not fit k readings of r latents."""
-    network = _unpack_network(content, "learnt", {"emulator": Emulator}, {"r": r})
+def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise | None:
+    """Noise that is learnt on the emulator's scale, or None; FileError if its parts do not fit k readings."""
+    network = _unpack_network(content, "learnt", {"emulator": Emulator}, {"r": emulator.config["r"]})
     if network is None:
         return None
+    network.curve = emulator.curve
     sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
     whitener = torch.from_numpy(content.array("noise.whitener", None, None))
     most = len(whitener)

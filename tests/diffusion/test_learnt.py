@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import uniform
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import (
     Denoiser, Emulator, GaussianBase, History, Sampler, TrainingOptions, emulator_density, fit_denoiser, linear_base,
+    sample_latents,
 )
 from fem_diffusion.diffusion.base.emulator import affine_emulator
 from fem_diffusion.diffusion.base.layouts import Layout
@@ -128,10 +130,10 @@ def _std(z):
     return 0.5 * torch.exp(0.8 * z[:, 1])
 
 
-def _moments(y, line=torch.linspace(-5, 5, 401, dtype=torch.float64)):
+def _moments(y, line=torch.linspace(-5, 5, 401, dtype=torch.float64), flat=False):
     z = torch.cartesian_prod(line, line)
     std = _std(z)
-    log = -((y - z[:, :1])**2).sum(1) / (2 * std**2) - 2 * torch.log(std) - z.square().sum(1) / 2
+    log = -((y - z[:, :1])**2).sum(1) / (2 * std**2) - 2 * torch.log(std) - (0 if flat else z.square().sum(1) / 2)
     density = torch.softmax(log, 0)
     mean = density @ z
     return mean.numpy(), ((z - mean).T * density @ (z - mean)).numpy()
@@ -175,12 +177,32 @@ def test_what_is_learnt_is_saved(grown, tmp_path):
             written(lambda arrays: arrays.update({f"noise.{name}": value}))
 
 
+def test_noise_of_bounded_parameters_is_learnt_on_their_own_scale(tmp_path):
+    """Uniform on (-2, 2), told by its quantiles: the noise is a curve of the latents, and a line of the parameters."""
+    theta = 4 * torch.rand(4000, 2, generator=random(), dtype=torch.float64) - 2
+    denoiser, history = fit_denoiser(theta, _grown(theta, random(1)), prior=uniform(-2, 4), options=QUICK,
+                                     progress=False)
+    assert denoiser.known and denoiser.base.learnt is not None and denoiser.base.learnt.network.curve is not None
+    files.write(tmp_path / "model", "model", *pack_denoiser(denoiser, history))
+    again = unpack_denoiser(files.read(tmp_path / "model", "model", REMEDY))[0]
+    density, w = again.at(PLACES).density, torch.randn(5, 2, 2, generator=random(4)).double().requires_grad_()
+    exact, = torch.autograd.grad(density.energy(w).sum(), w)
+    torch.testing.assert_close(density.force(w.detach()), exact, rtol=1e-4, atol=1e-4)
+    for y in PLACES:
+        mean, covariance = _moments(y, torch.linspace(-2, 2, 401, dtype=torch.float64), flat=True)
+        found = sample_latents(again.at(y[None]), 4000, seed=0, progress=False)[0].numpy()
+        assert np.abs(found).max() <= 2
+        # As of the unbounded ones: what 4,000 pairs leave unknown.
+        assert (np.abs(found.mean(0) - mean) < 0.2 * covariance.diagonal()**0.5).all()
+        assert (np.abs(found.std(0) / covariance.diagonal()**0.5 - 1) < 0.15).all()
+
+
 def test_noise_that_is_the_same_everywhere_stays_so():
     z = torch.randn(2000, 2, generator=random(), dtype=torch.float64)
     y = z + 0.3 * torch.randn(2000, 2, generator=random(1), dtype=torch.float64)
-    emulator = affine_emulator(torch.eye(2), torch.zeros(2), 0.09 * torch.eye(2).double())
-    assert fit_noise(z, y, emulator, lambda y, generator: y, QUICK, None, False) is None
-    hold = fit_noise(z, z, emulator, lambda y, generator: _grown(y, generator), QUICK, None, False)
+    residual = 0.09 * torch.eye(2).double()
+    assert fit_noise(z, y, z, residual, lambda y, generator: y, QUICK, None, False) is None
+    hold = fit_noise(z, z, z, residual, lambda y, generator: _grown(y, generator), QUICK, None, False)
     assert isinstance(hold, LearntNoise)
 
 

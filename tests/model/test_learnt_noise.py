@@ -36,7 +36,7 @@ def test_noise_that_pairs_hold_is_learnt_as_if_it_were_known(tmp_path):
     assert known.denoiser.known and known.denoiser.base.law is not None
     z, base = torch.from_numpy(basis.encode(data.coefficients)), fit_base(
         torch.from_numpy(basis.encode(data.coefficients)), noisy, torch.zeros(8, 8), True)
-    noise = fit_noise(z, noisy, base.emulator, lambda y, generator: y, OPTIONS, None, False)
+    noise = fit_noise(z, noisy, base.emulator(z), base.emulator.residual, lambda y, generator: y, OPTIONS, None, False)
     assert noise is not None
     learnt, constant = (replace(known, problem=held, seen=noisy[:1000],
                                 denoiser=Denoiser(replace(base, learnt=some), known=True)) for some in (noise, None))

@@ -26,6 +26,8 @@ __all__ = ["LearntNoise", "fit_noise"]
 
 # Readings up to which O is full, and columns that it has beyond.
 _FULL, _COLUMNS = 24, 12
+# Layers more than of other networks.
+_DEEPER = 2
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -168,24 +170,27 @@ class _Likelihood(Task[Emulator]):
         return self._losses(network, *self.validation)
 
 
-def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, torch.Generator], Tensor],
+def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
               options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> LearntNoise | None:
-    """The scatter of readings around an emulator, whose residual is their constant covariance.
+    """The scatter of readings around what an emulator says of them.
 
-    None where held-out pairs do not get more density by it than by that one, by more than two standard errors; errors
+    None where held-out pairs do not get more density by it than by their constant covariance, by more than two standard
+    errors; errors
     are those of `fit_emulator`.
 
     Parameters
     ----------
-    z, y : Tensor
-        Latents (n, r), and what readings are drawn of, (n, k).
+    z, y, f : Tensor
+        Latents (n, r), what readings are drawn of, and the emulator's values, (n, k) each.
+    residual : Tensor
+        Constant covariance (k, k) of readings minus the emulator's.
     draw : Callable
         Readings (B, k) of some y (B, k) by a generator.
     """
     k = y.shape[1]
     training, held_out = hold_out(len(z), options)
-    unit = emulator.residual.diagonal().sqrt()
-    scaled = emulator.residual / unit / unit[:, None]
+    unit = residual.diagonal().sqrt()
+    scaled = residual / unit / unit[:, None]
     if k <= _FULL:
         identity = torch.eye(k, dtype=y.dtype)
         whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), identity, upper=False) / unit
@@ -195,12 +200,13 @@ def fit_noise(z: Tensor, y: Tensor, emulator: Emulator, draw: Callable[[Tensor, 
     centre = z[training].mean(0)
     size = spread(z[training] - centre)
     device = torch.device(options.device)
-    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, emulator(z)))
+    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, f))
 
     def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
         return ((draw(y, generator) - f) @ across.T).float()
-    # Noise that is the same everywhere is told soon, and is to cost little.
-    options = replace(options, members=1, batch=min(options.batch, len(training)), patience=-(-options.patience // 2))
+    # Noise that is the same everywhere is told soon, and is to cost little; logarithms of spreads bend more than means.
+    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER,
+                      patience=-(-options.patience // 2))
     task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
     network = Loop(task, options, checkpoint).run(progress)
     if network is None:

@@ -138,6 +138,10 @@ class Regression:
                 self.scores, self.root, self.dual = scores, root, vectors @ fit
                 self.left = (rest[:held_out] - seen @ fit).square().mean(0)
 
+    def __call__(self, z: Tensor) -> Tensor:
+        """What it says of measurements at latents (n, r), shape (n, k)."""
+        return z @ self.matrix.T + (1 + z * self.weights @ self.train.T)**3 @ self.dual
+
     def importance(self) -> Tensor:
         """Mean square of the derivative of the readings by each latent, in units of what is noise to them."""
         at = self.train[:_POINTS]

@@ -109,8 +109,11 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         if curve is not None:
             emulator = fit_base(x, centred, parts.covariance).emulator
             own = replace(base, emulator=emulator.bent(curve, mean, std))
-        learnt = fit_noise(z, y, own.emulator, lambda c, generator: parts.measure(c, generator)[1], options,
+        learnt = fit_noise(x, y, own.emulator(z), own.emulator.residual,
+                           lambda c, generator: parts.measure(c, generator)[1], options,
                            None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
+        if learnt is not None and curve is not None:
+            learnt = replace(learnt, network=learnt.network.bent(curve, mean, std))
         if learnt is None and curve is None:
             return [base]
         return [base, *(replace(own, learnt=learnt, updates=n) for n in (1, UPDATES))]

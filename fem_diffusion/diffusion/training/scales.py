@@ -5,7 +5,9 @@ latents, of readings, or of both. Each makes a joint Gaussian of latents and rea
 held-out latents, in the users' coordinates, is its score. Where the law of the latents is known and that of the noise,
 the posterior has the density of an emulator, so what counts is how well readings can be told from latents, on either
 side of their map: the score is the density of held-out readings, in the users' coordinates, by the regression of
-`visible_modes`. Another scale is taken where it beats the one before by more than two standard errors.
+`visible_modes`. Where the noise has to be learnt, a second regression, of the logarithms of what the first leaves,
+tells how wide it is: noise that depends on the latents shall not be taken for a scale of the readings. Another scale is
+taken where it beats the one before by more than two standard errors.
 """
 
 import math
@@ -32,8 +34,8 @@ _LOOKED_AT, _HELD_OUT, _EACH, _FEWEST = 10000, 0.25, 4, 200
 _LEARNED, _ROUNDS = 1200, 2
 # Standard errors, and nats, by which another scale has to be better.
 _ERRORS, _WORTH = 2.0, 0.05
-# Share of the noise's variance that least squares leave of what is linear.
-_FLAT = 1e-3
+# Share of the noise's variance that least squares leave of what is linear, and of a mean square that is nothing.
+_FLAT, _NOTHING = 1e-3, 1e-6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,17 +82,17 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     k = y.shape[1] - (0 if noise is None else len(noise.levels))
     seen = y if noise is None else noise.sample(y, generator)
     read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
-    if fixed and noise is not None and noise.told:
+    if fixed:
         many = [latents] if latents is None else [None, latents]
-        if len(many) == 1 and (len(read) == 1 or _linear(z, y[:, :k], noise.covariance(y))):
+        told = noise is not None and noise.told
+        if len(many) == 1 and (len(read) == 1 or told and _linear(z, y[:, :k], noise.covariance(y))):
             return Scales(latents)
-        score = partial(_by_emulator, z, y, seen, noise, apart)
+        score = partial(_by_emulator, z, y, seen, noise) if told else partial(_by_spread, z, seen)
     else:
-        many = [latents] if fixed else [None, *_maps(z[apart:], True)]
+        many = [None, *_maps(z[apart:], True)]
         if family:
             # Layouts see less of the state than all of its coordinates tell here: only logarithms are sure to gain.
-            many = [part for part in many if part is None or part is latents or (
-                not part.knots.numel() and "asinh" not in part.kinds)]
+            many = [part for part in many if part is None or not part.knots.numel() and "asinh" not in part.kinds]
         score = partial(_by_base, z, seen, apart)
     best, scores = None, None
     for i, j in sorted(((i, j) for i in range(len(many)) for j in range(len(read))), key=sum):
@@ -101,9 +103,6 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     assert best is not None
     if latents is None:
         return best
-    if noise is None:   # an emulator of its own has to tell readings from latents
-        curved, straight = (_by_emulator(z, y, y, None, apart, Scales(part, best.readings)) for part in (latents, None))
-        best = Scales(latents if not _gains(straight, curved) else None, best.readings)
     return Scales(latents, best.readings, latents if best.latents is None else None)
 
 
@@ -127,24 +126,53 @@ def _linear(z: Tensor, y: Tensor, R: Tensor) -> bool:
     return bool((regress(z, y)[2].diagonal() <= _FLAT * R.diagonal()).all())
 
 
-def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise | None, apart: int, scales: Scales) -> Tensor:
-    """Log density (apart,) of the first readings, in the users' coordinates, by a regression of the rest on latents.
+def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise | None, scales: Scales) -> Tensor:
+    """Log density of the first readings, in the users' coordinates, by a regression of the rest on latents.
 
     Those who look at more pairs than a kernel learns of get the first of these.
     """
-    if len(z) > _LEARNED:
-        z, y, seen, apart = z[:_LEARNED], y[:_LEARNED], seen[:_LEARNED], round(_HELD_OUT * _LEARNED)
+    z, y, seen = z[:_LEARNED], y[:_LEARNED], seen[:_LEARNED]
+    apart = round(_HELD_OUT * len(z))
     u, v, _ = scales.pairs(z, y)
     law = carried(noise, scales.readings)
     R = v.new_zeros(v.shape[1], v.shape[1]) if law is None else law.covariance(v)
     v = v if law is None else law.readings(v)
     unit = spread(v - v.mean(0))
-    u, v, R = (u - u.mean(0)) / spread(u - u.mean(0)), (v - v.mean(0)) / unit, R / unit / unit[:, None]
+    found = _learned(_unit(u), (v - v.mean(0)) / unit, R / unit / unit[:, None], apart).scores - unit.log().sum()
+    return found if scales.readings is None else found + scales.readings.log_slope(seen[:apart]).sum(1)
+
+
+def _by_spread(z: Tensor, y: Tensor, scales: Scales) -> Tensor:
+    """As `_by_emulator` of readings that hold their noise, whose width is learned as well."""
+    z, y = z[:_LEARNED], y[:_LEARNED]
+    apart = round(_HELD_OUT * len(z))
+    u, v, _ = scales.pairs(z, y)
+    u, none = _unit(u), v.new_zeros(v.shape[1], v.shape[1])
+    unit = spread(v - v.mean(0))
+    v = (v - v.mean(0)) / unit
+    rest = v - _learned(u, v, none, apart)(u)
+    logs = torch.log(rest.square() + _NOTHING * rest.square().mean(0))
+    middle = logs.mean(0)
+    logs = middle + _learned(u, logs - middle, none, apart)(u)
+    white = rest * torch.exp(-logs / 2)
+    covariance = white[apart:].T @ white[apart:] / len(white[apart:])
+    root = torch.linalg.cholesky(covariance + _NOTHING * torch.diag(covariance.diagonal()))
+    white = torch.linalg.solve_triangular(root, white[:apart].T, upper=False).square().sum(0)
+    found = -(white + logs[:apart].sum(1)) / 2 - root.diagonal().log().sum() - unit.log().sum()
+    return found if scales.readings is None else found + scales.readings.log_slope(y[:apart]).sum(1)
+
+
+def _unit(u: Tensor) -> Tensor:
+    """Columns of mean zero and size one."""
+    return (u - u.mean(0)) / spread(u - u.mean(0))
+
+
+def _learned(u: Tensor, v: Tensor, R: Tensor, apart: int) -> Regression:
+    """Regression of centred numbers (n, k) with noise R (k, k) on latents (n, r), with `apart` held out."""
     weights = torch.ones(u.shape[1], dtype=u.dtype)
     for _ in range(_ROUNDS):
         weights = Regression(u, v, R, weights, held_out=apart).importance().sqrt()
-    found = Regression(u, v, R, weights, held_out=apart).scores - unit.log().sum()
-    return found if scales.readings is None else found + scales.readings.log_slope(seen[:apart]).sum(1)
+    return Regression(u, v, R, weights, held_out=apart)
 
 
 def _by_base(z: Tensor, y: Tensor, apart: int, scales: Scales) -> Tensor:
