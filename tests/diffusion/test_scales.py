@@ -135,6 +135,19 @@ def test_logarithms_are_found_where_they_are(kind):
         assert set(found.latents.kinds) == {"log"}
 
 
+@pytest.mark.parametrize("place", ["own", "logarithm"])
+def test_noise_that_depends_on_latents_is_not_taken_for_a_scale(place):
+    """Each latent is read three times, with a spread that the next one tells: heavy tails that are none."""
+    z = torch.randn(3000, 3, generator=random(0), dtype=torch.float64)
+    e = torch.randn(3000, 9, generator=random(1), dtype=torch.float64)
+    y = z.repeat(1, 3) + torch.exp((1.5 if place == "own" else 0.3) * z.roll(1, 1)).repeat(1, 3) * e
+    found = choose_scales(z, y if place == "own" else y.exp(), None, None, True).readings
+    if place == "own":
+        assert found is None
+    else:
+        assert found is not None and set(found.kinds) <= {"log", "asinh"} and not found.knots.numel()
+
+
 def test_a_family_has_a_scale_of_its_latents_alone():
     z = torch.randn(3000, 2, generator=random(0), dtype=torch.float64)
     kind = LayoutKind(torch.randn(6, 1, 2, generator=random(1), dtype=torch.float64), torch.zeros(6, 1).double(),

@@ -175,8 +175,7 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     """The scatter of readings around what an emulator says of them.
 
     None where held-out pairs do not get more density by it than by their constant covariance, by more than two standard
-    errors; errors
-    are those of `fit_emulator`.
+    errors; errors are those of `fit_emulator`.
 
     Parameters
     ----------

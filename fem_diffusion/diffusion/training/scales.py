@@ -84,10 +84,10 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
     if fixed:
         many = [latents] if latents is None else [None, latents]
-        told = noise is not None and noise.told
-        if len(many) == 1 and (len(read) == 1 or told and _linear(z, y[:, :k], noise.covariance(y))):
+        told = noise if noise is not None and noise.told else None
+        if len(many) == 1 and (len(read) == 1 or told is not None and _linear(z, y[:, :k], told.covariance(y))):
             return Scales(latents)
-        score = partial(_by_emulator, z, y, seen, noise) if told else partial(_by_spread, z, seen)
+        score = partial(_by_spread, z, seen) if told is None else partial(_by_emulator, z, y, seen, told)
     else:
         many = [None, *_maps(z[apart:], True)]
         if family:
@@ -126,7 +126,7 @@ def _linear(z: Tensor, y: Tensor, R: Tensor) -> bool:
     return bool((regress(z, y)[2].diagonal() <= _FLAT * R.diagonal()).all())
 
 
-def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise | None, scales: Scales) -> Tensor:
+def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise, scales: Scales) -> Tensor:
     """Log density of the first readings, in the users' coordinates, by a regression of the rest on latents.
 
     Those who look at more pairs than a kernel learns of get the first of these.
@@ -135,8 +135,8 @@ def _by_emulator(z: Tensor, y: Tensor, seen: Tensor, noise: Noise | None, scales
     apart = round(_HELD_OUT * len(z))
     u, v, _ = scales.pairs(z, y)
     law = carried(noise, scales.readings)
-    R = v.new_zeros(v.shape[1], v.shape[1]) if law is None else law.covariance(v)
-    v = v if law is None else law.readings(v)
+    assert law is not None
+    R, v = law.covariance(v), law.readings(v)
     unit = spread(v - v.mean(0))
     found = _learned(_unit(u), (v - v.mean(0)) / unit, R / unit / unit[:, None], apart).scores - unit.log().sum()
     return found if scales.readings is None else found + scales.readings.log_slope(seen[:apart]).sum(1)
