@@ -264,8 +264,8 @@ def matern_space(V: WithGeometry) -> WithGeometry:
         raise InputError(f"a Gaussian prior on {element} is not there: use CG, or CG with vfamily=\"R\" for a field "
                          "that is constant along the extrusion, or CallablePrior.")
     if element not in H1 or not V.finat_element.has_pointwise_dual_basis:
-        raise InputError(f"a Gaussian prior needs a space of CG elements, got {element}: use CG, and "
-                         "TransformedPrior to map its samples into another space.")
+        raise InputError(f"a Gaussian prior needs a space of CG elements, got {element}: take one, and "
+                         "TransformedPrior(GaussianPrior(...), lambda g: g, V) brings its samples into this space.")
     return V
 
 

@@ -4,6 +4,7 @@ Pages that take things as given get a small problem, and numbers with which a te
 tests of their own. A kind of block that is not known here fails.
 """
 
+import configparser
 import re
 import shlex
 from dataclasses import replace
@@ -150,7 +151,7 @@ class Reader:
                     assert f"$({name}" in MAKEFILE if given else f"\n{name}:" in MAKEFILE, line
             elif words[:3] == ["python", "-m", "fem_diffusion"]:
                 self.names.setdefault("commands", []).append(words[3:])
-            else:
+            elif words != ["pip", "install", "."]:
                 assert words[:1] == ["python"], f"{line!r} is no command that is tested."
                 script = (ROOT / words[1]).read_text()
                 for word in words[2:]:
@@ -181,10 +182,15 @@ class Reader:
             assert served.pop() == int(words[words.index("--port") + 1])
 
 
-def test_targets_of_make_that_pages_name_are_there():
+def test_targets_of_make_and_extras_that_pages_name_are_there():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
     for page in [*PAGES, ROOT / ".github" / "workflows" / "tests.yml"]:
-        for name in re.findall(r"(?:`|run: )make ([a-z][\w-]*)", page.read_text()):
+        text = page.read_text()
+        for name in re.findall(r"(?:`|run: )make ([a-z][\w-]*)", text):
             assert f"\n{name}:" in MAKEFILE, f"{page.name}: make {name}"
+        for name in ",".join(re.findall(r"pip install '?[\w.]*\[([\w,]*)\]", text)).split(","):
+            assert not name or name in setup["options.extras_require"], f"{page.name}: the extra {name}"
 
 
 def test_every_tutorial_has_a_test():
