@@ -47,8 +47,8 @@ class Noise:
         raise NotImplementedError
 
     def mean(self, y: Tensor) -> Tensor:
-        """Mean of the noise over `y` (B, k), shape (k,); zero unless a model says otherwise."""
-        return y.new_zeros(y.shape[-1])
+        """Mean of the noise over noise-free readings `y` (B, k), shape (k,); zero unless a model says otherwise."""
+        return y.new_zeros(self.readings(y).shape[-1])
 
     def covariance(self, y: Tensor) -> Tensor:
         """Covariance (k, k) averaged over noise-free readings `y` (B, k)."""

@@ -192,7 +192,7 @@ class JoinedNoise(Noise):
 
     def mean(self, y: Tensor) -> Tensor:
         """As `Noise.mean`."""
-        return torch.cat([noise.mean(x) for x, (_, noise) in zip(self._split(y, False), self.parts)])
+        return torch.cat([noise.mean(x) for x, (_, noise) in zip(self._split(y), self.parts)])
 
     def each(self, y: Tensor) -> Tensor:
         """As `Noise.each`."""

@@ -1,7 +1,7 @@
 """Trained models in files: tensors and settings, and checks at the door that they make up a model."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
+from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, name_of
+from fem_diffusion.diffusion.noise import GaussianNoise, Noise
+from fem_diffusion.diffusion.noise_laws import JoinedNoise, StudentNoise
 from fem_diffusion.diffusion.sampling.placement import Spectrum
 from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.diffusion.training.loop import History, unpack_history
-from fem_diffusion.errors import InputError
+from fem_diffusion.errors import FileError, InputError
 from fem_diffusion.files import Content
+from fem_diffusion.marginal import Marginal
 
-__all__ = ["REMEDY", "pack", "pack_denoiser", "unpack", "unpack_denoiser"]
+__all__ = ["REMEDY", "pack", "pack_denoiser", "pack_noise", "unpack", "unpack_denoiser", "unpack_law", "unpack_noise"]
 
 REMEDY = "Copy it again, or train anew."
 # A network of a user's own may make no use of a size, which its tensors do not bound then.
@@ -101,7 +106,8 @@ def _unpack_network(content: Content, name: str, kinds: Mapping[str, Any], sizes
 
 
 def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
-    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh.
+    """Arrays and values of a file that holds a denoiser, of a network on fields the weights without the mesh, of a law
+    of noise where the latents have its levels.
 
     InputError unless its network is of the registry and has its sizes in `config`.
     """
@@ -116,6 +122,8 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     for name, part in (("latents", denoiser.latents), ("readings", denoiser.readings), ("curve", base.emulator.curve)):
         more = pack_map(name, part)
         arrays, values = arrays | more[0], values | more[1]
+    if base.law is not None:
+        arrays |= {f"law.{name}": getattr(base.law, name).numpy() for name in ("rows", "offset", "covariance")}
     if base.learnt is not None:
         arrays |= {"noise.whitener": base.learnt.whitener.numpy(), "noise.sensors": base.learnt.sensors.numpy()}
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
@@ -123,7 +131,10 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
 
 
 def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
-    """What `pack_denoiser` put into a file, but for the mesh; FileError if the parts do not make up a denoiser."""
+    """What `pack_denoiser` put into a file, but for the mesh and the law, which `unpack_law` puts in.
+
+    FileError if the parts do not make up a denoiser.
+    """
     k, r = content.array("emulator.matrix", None, None).shape
     mean, factor = (torch.from_numpy(content.array(f"base.{name}", *shape)) for name, shape in (
         ("mean", (r,)), ("factor", (r, r))))
@@ -161,3 +172,83 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
             (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not torch.linalg.det(whitener) > 0:
         raise content.error("holds noise that is none of its sensors")
     return LearntNoise(network, whitener, sensors)
+
+
+def unpack_law(content: Content, denoiser: Denoiser, noise: Noise | None) -> Denoiser:
+    """The denoiser of a file with the law of the noise, of sensors in the users' units, where the file holds one.
+
+    FileError if it is of other noise.
+    """
+    if "law.rows" not in content.arrays:
+        return denoiser
+    base, noise = denoiser.base, carried(noise, denoiser.readings)
+    if noise is None or not noise.law or len(noise.levels) != len(content.arrays["law.rows"]):
+        raise FileError(f"{content.path} was trained for other noise: pass the problem of its training.")
+    count = len(noise.levels)
+    parts = (torch.from_numpy(content.array(f"law.{name}", *shape)) for name, shape in (
+        ("rows", (count, base.r)), ("offset", (count,)), ("covariance", (base.k, base.k))))
+    return replace(denoiser, base=replace(base, law=NoiseLaw(noise, *parts)))
+
+
+def pack_noise(noise: Noise | None, k: int) -> tuple[dict, dict]:
+    """Arrays and values of a file that holds noise of k sensors, or none.
+
+    InputError of noise of the user's own, or a level of a law without a name in SciPy.
+    """
+    if noise is None:
+        return {}, {"noise": None}
+    levels, arrays, parts = list(noise.levels), {}, []
+    for i, (size, part) in enumerate(_flat(noise, k)):
+        if not isinstance(part, (GaussianNoise, StudentNoise)):
+            raise InputError(f"Noise of type {type(part).__name__} cannot be made again from a file: take "
+                             "GaussianNoise, StudentNoise, or a join_noise of these.")
+        arrays[f"noise.{i}.std"] = part.std.expand(size).numpy().copy()
+        level = next((j for j, one in enumerate(levels) if part.levels and one is part.levels[0]), None)
+        found: dict[str, Any] = {"sensors": size, "level": level, "df": getattr(part, "df", None)}
+        if isinstance(part, GaussianNoise):
+            arrays[f"noise.{i}.relative"] = part.relative.expand(size).numpy().copy()
+            if part.correlated is not None:
+                arrays[f"noise.{i}.covariance"] = part.correlated.numpy()
+        parts.append(found)
+    return arrays, {"noise": {"levels": [level.settings for level in levels], "parts": parts}}
+
+
+def _flat(noise: Noise, k: int) -> list[tuple[int, Noise]]:
+    """The parts of joined noise, however they were joined."""
+    return [one for size, part in noise.parts for one in _flat(part, size)] if isinstance(noise, JoinedNoise) else [
+        (k, noise)]
+
+
+def unpack_noise(content: Content, k: int) -> Noise | None:
+    """What `pack_noise` put into a file, of k sensors; FileError if it is none."""
+    found = content.value("noise", dict, type(None))
+    if found is None:
+        return None
+    levels, parts = found.get("levels"), found.get("parts")
+    if not isinstance(levels, list) or not isinstance(parts, list) or not parts or not all(
+            isinstance(x, dict) for x in parts):
+        raise content.error("holds no noise")
+    try:
+        laws = [Marginal.named(level) for level in levels]
+        made = [_unpack_part(content, i, part, laws) for i, part in enumerate(parts)]
+    except InputError as error:
+        raise content.error(f"holds noise that cannot be made ({error})") from error
+    noise = made[0][1] if len(made) == 1 else JoinedNoise(made)
+    if sum(size for size, _ in made) != k or [id(x) for x in noise.levels] != [id(x) for x in laws]:
+        raise content.error("holds noise of other sensors or levels")
+    return noise
+
+
+def _unpack_part(content: Content, i: int, part: dict, laws: list[Marginal]) -> tuple[int, Noise]:
+    size, level, df = part.get("sensors"), part.get("level"), part.get("df")
+    known = type(size) is int and size > 0 and (
+        level is None or type(level) is int and 0 <= level < len(laws)) and type(df) in (float, type(None))
+    if not known or set(part) != {"sensors", "level", "df"}:
+        raise content.error(f"holds noise of unknown settings ({part!r:.200})")
+    std = content.array(f"noise.{i}.std", size)
+    std = std if level is None else laws[level]
+    if df is not None:
+        return size, StudentNoise(std, df)
+    name = f"noise.{i}.covariance"
+    correlated = content.array(name, size, size) if name in content.arrays else None
+    return size, GaussianNoise(std, content.array(f"noise.{i}.relative", size), correlated)

@@ -10,9 +10,7 @@ import torch
 from fem_diffusion import files
 from fem_diffusion.checks import LARGEST
 from fem_diffusion.diffusion import Denoiser, TrainingRange
-from fem_diffusion.diffusion.base.law import NoiseLaw
-from fem_diffusion.diffusion.maps.noise import carried
-from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser
+from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser, unpack_law
 from fem_diffusion.errors import FileError
 from fem_diffusion.fields.basis import pack_basis, unpack_basis
 from fem_diffusion.fields.coefficients import on_root
@@ -41,10 +39,6 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     if model.seen is not None:
         arrays = arrays | {"seen": model.seen.numpy()}
 
-    if model.denoiser.base.law is not None:
-        law = model.denoiser.base.law
-        arrays = arrays | {f"law.{name}": getattr(law, name).numpy() for name in ("rows", "offset", "covariance")}
-
     if model.near is not None:
         arrays = arrays | {"near": model.near}
 
@@ -62,8 +56,7 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     content = read_everywhere(problem.comm, path, "model", REMEDY)
     denoiser, history = unpack_denoiser(content)
     basis = unpack_basis(content, "basis", problem.V, problem.prior)
-    if "law.rows" in content.arrays:
-        denoiser = replace(denoiser, base=replace(denoiser.base, law=_law(content, problem, denoiser)))
+    denoiser = unpack_law(content, denoiser, problem.noise)
     if basis.r != denoiser.base.r:
         raise content.error("holds a basis and a model of different sizes")
     same = content.value("names", list) == list(problem.names) and problem.k in (None, denoiser.base.k)
@@ -105,16 +98,6 @@ def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:
     if noise.heavy and noise.log_density is not None:
         found += [noise.log_density(at[0], x).numpy() for x in places]
     return np.concatenate(found)
-
-
-def _law(content: files.Content, problem: InverseProblem, denoiser: Denoiser) -> NoiseLaw:
-    """The law of the problem's noise, and where the latents have its levels."""
-    noise, count, base = carried(problem.noise, denoiser.readings), len(problem.levels), denoiser.base
-    if problem.family or noise is None or not noise.law or count != len(content.arrays["law.rows"]):
-        raise FileError(f"{content.path} was trained for other noise: pass the problem of its training.")
-    rows, offset, covariance = (torch.from_numpy(content.array(f"law.{name}", *shape)) for name, shape in (
-        ("rows", (count, base.r)), ("offset", (count,)), ("covariance", (base.k, base.k))))
-    return NoiseLaw(noise, rows, offset, covariance)
 
 
 def _range(content: files.Content, s: int) -> TrainingRange:

@@ -17,15 +17,18 @@ from scipy.sparse import csr_matrix
 from scipy.stats import chi2
 from torch import Tensor
 
-from fem_diffusion.diffusion import Distance, Noise, Sampler, measure_distance, sample_latents
+from fem_diffusion.diffusion import Distance, Layout, Sampler, measure_distance, sample_latents
 from fem_diffusion.diffusion.sensors import EmulatedSensors
+from fem_diffusion.diffusion.training.range import tail_probability
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.monitor.tail import Tail
 
-__all__ = ["Answer", "Area", "Bundle", "KeptNoise", "Quantity", "Sensor", "Table"]
+__all__ = ["Answer", "Area", "Bundle", "Quantity", "Sensor", "Table"]
 
 # One sampling at a time: recorded warnings belong to the process, and the cores to others as well.
 _ALONE = RLock()
+# Draws of noise for each sample, by which it is judged.
+_DRAWN = 4
 
 
 @dataclass(frozen=True)
@@ -78,25 +81,6 @@ class Area:
     length: str = ""
 
 
-@dataclass(frozen=True)
-class KeptNoise(Noise):
-    """The noise of readings that hold it already, of which its covariance (k, k) is known."""
-
-    matrix: Tensor
-
-    def sample(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """The readings as they are."""
-        return y
-
-    def covariance(self, y: Tensor) -> Tensor:
-        """The covariance, whatever the readings."""
-        return self.matrix
-
-    def select(self, sensors: Tensor) -> "KeptNoise":
-        """As `Noise.select`."""
-        return KeptNoise(self.matrix[sensors][:, sensors])
-
-
 @dataclass(frozen=True, eq=False)
 class Answer:
     """What one reading tells.
@@ -132,7 +116,8 @@ class Bundle:
     Parameters
     ----------
     emulated : EmulatedSensors
-        The model of the sensors; its readings `seen`, shape (n, k), hold their noise, a `KeptNoise`.
+        The model of the sensors, with readings `seen` of the training; where their noise is none of a known law, these
+        hold it, and `noise` is None.
     sensors, quantities : tuple of Sensor, tuple of Quantity
         What is measured, and what is told.
     mean, modes : numpy.ndarray
@@ -149,7 +134,8 @@ class Bundle:
     draws, steps, moves : int
         Samples of each reading, and how they are drawn: evaluations of the network, moves under the emulator's density.
     constant : bool
-        Whether the noise is the same at all readings: then it is checked that samples explain them.
+        Whether noise of no known law is the same at all readings; otherwise nobody can tell whether samples explain
+        them.
     checksum : str
         Of the file.
     """
@@ -186,8 +172,10 @@ class Bundle:
             return Answer(None, failed, ("No sensor reports anything.",))
         emulated = self.emulated if not failed else self.emulated.some(there)
         assert self.emulated.seen is not None
-        seen = self.emulated.seen[:, torch.from_numpy(there)]
-        distance = measure_distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there])
+        seen = self.emulated.seen[:, torch.from_numpy(there)] if emulated.family else emulated.seen
+        assert seen is not None
+        distance = measure_distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there],
+                                    emulated.denoiser.readings)
         if distance.worst and (distance.far or distance.p <= unlike):
             return Answer(distance, failed, (_unlike(distance),))
         notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
@@ -225,15 +213,30 @@ class Bundle:
         return sample_latents(conditioned, self.draws, sampler, seed=seed, progress=False)[0]
 
     def _explained(self, emulated: EmulatedSensors, y: np.ndarray, z: Tensor) -> float:
-        r"""Posterior predictive p-value of :math:`(y - h(z))^T S^{-1} (y - h(z))`, with S the covariance of errors.
+        r"""Posterior predictive p-value of readings y (k,) at samples z (n, r), on the scale of the base.
 
-        One of a right posterior is below p at most twice as often as p says (Meng 1994).
+        Of Gaussian errors that of :math:`(y - h(z))^T S^{-1} (y - h(z))`, with S their covariance, of a law of the
+        noise that of its density, by draws. One of a right posterior is below p at most twice as often as p says
+        (Meng 1994).
         """
-        if not self.constant:
+        denoiser, at = emulated.denoiser, torch.from_numpy(y)
+        base = denoiser.base
+        at = at if denoiser.readings is None else denoiser.readings.forward(at)
+        z = z if denoiser.latents is None else denoiser.latents.forward(z)
+        if (law := base.law) is not None:
+            clean = law.clean(emulated.read(z), z)
+            noise = law.noise.widened(base.noise(Layout.readings(base.k, base.mean))[0].diagonal())
+            generator, gaps = torch.Generator().manual_seed(0), []
+            for _ in range(_DRAWN):
+                drawn = noise.sample(clean, generator)
+                gaps.append(noise.log_density(at, clean)        # pyright: ignore[reportOptionalCall]
+                            - noise.log_density(drawn, clean))  # pyright: ignore[reportOptionalCall]
+            return tail_probability(torch.cat(gaps), 0.0)
+        if base.learnt is None and not self.constant:
             return 1.0
-        root = torch.linalg.cholesky(emulated.total)
-        away = torch.linalg.solve_triangular(root, (torch.from_numpy(y) - emulated.read(z)).T, upper=False)
-        return float(chi2.sf(away.square().sum(0).numpy(), len(y)).mean())
+        root = torch.linalg.cholesky(emulated.total if base.learnt is None else base.emulated(z)[1])
+        away = torch.linalg.solve_triangular(root, (at - emulated.read(z))[:, :, None], upper=False)
+        return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(y)).mean())
 
     def _parameters(self, y: np.ndarray, there: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Coefficients (n, ...) of the parameter with latents (n, r)."""

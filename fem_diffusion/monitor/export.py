@@ -19,13 +19,15 @@ from fem_diffusion.diffusion import GaussianNoise, as_noise
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import coefficients, owned_size
+from fem_diffusion.levels import Beside
 from fem_diffusion.measurements.units import split_unit
 from fem_diffusion.model.families import project
-from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
+from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
 from fem_diffusion.monitor.file import write_bundle
 from fem_diffusion.monitor.tail import Known, Tail
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.protocol import Prior
+from fem_diffusion.problem import InverseProblem
 
 if TYPE_CHECKING:
     from fem_diffusion.model.model import Model
@@ -39,14 +41,14 @@ _TRIALS, _SEED, _WHOLE = 64, 0x3017, 1 - 1e-6
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest value of a scalar parameter at the nodes in a region.
+    """The largest value of a scalar parameter at the nodes in a region; of one number, as a level of noise, its value.
 
     Parameters
     ----------
     where : callable, optional
         Maps the coordinates to a UFL condition, such as ``lambda x: x[0] > 2``; everywhere where left out.
     component : int
-        Of a parameter of several unknowns, which.
+        Of a parameter of several unknowns, which; unknown levels of noise are the last ones.
     """
 
     where: Callable[[Any], Any] | None = None
@@ -56,7 +58,7 @@ class Largest:
 def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mapping[str, "Observation | Largest"], *,
                    name: str = "parameter", mesh_units: str = "", component: int = 0,
                    observation: Observation | None = None, noise: Any = None, draws: int = 500, steps: int = 8,
-                   moves: int = 4) -> Path:
+                   moves: int | None = None) -> Path:
     """Write what ``python -m fem_diffusion monitor FOLDER`` needs of a model, in one file that holds no code.
 
     A transform of the field becomes a table, so it has to be one function of the value at each node, the same
@@ -75,8 +77,10 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
         which one. There is a map of scalar fields on plane meshes.
     observation, noise : Observation, GaussianNoise or number
         The sensors of a model of a family. The names of sensors, too, may have units.
-    draws, steps, moves : int
-        Samples of each reading, evaluations of the network and moves under the emulator's density for each of them.
+    draws, steps : int
+        Samples of each reading, and evaluations of the network for each of them.
+    moves : int, optional
+        Under the emulator's density; where left out 4, or 2 where the samples are tempered, which has moves of its own.
 
     Returns
     -------
@@ -86,9 +90,8 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
     Raises
     ------
     InputError
-        If a quantity does not fit the parameter, the transform of the prior is no table, the model is refined for one
-        measurement or has unknown levels or outliers, sensors are missing or given twice, or there are several
-        processes.
+        If a quantity does not fit the parameter, the transform of the prior is no table or it has a constraint, the
+        model is refined for one measurement, sensors are missing or given twice, or there are several processes.
     FileError
         If the file cannot be written.
     """
@@ -97,21 +100,20 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
         raise InputError("A monitor is exported by one process: load the model without mpiexec, and export it there.")
     if model.near is not None:
         raise InputError("The model is refined for one measurement: export the model that was refined.")
-    if model.denoiser.readings is not None:
-        raise InputError("The monitor knows readings on the users' own scale alone, and this model has learnt them on "
-                         "another one: fit(..., scales='identity').")
-    if model.denoiser.base.law is not None:
-        raise InputError("The monitor knows Gaussian noise of known size, and this model has unknown levels or "
-                         "outliers: train it with GaussianNoise(std=...) of the level that was found.")
+    if problem.prior.allows is not None:
+        raise InputError("The prior allows some fields only, and a monitor cannot tell which: take a prior without a "
+                         "constraint, such as a TransformedPrior.")
     for label, text in (("name", name), ("mesh_units", mesh_units)):
         check_text(text, label)
     emulated, constant = _emulated(model, observation, noise)
     observation = problem.observation if observation is None else observation   # pyright: ignore[reportAssignmentType]
     draws = check_count(draws, "draws", least=100)
+    tempered = model.denoiser.base.bent and model.denoiser.network is None
+    moves = (2 if tempered else 4) if moves is None else check_count(moves, "moves", least=0)
     basis, n = model.basis, owned_size(problem.M)
     if not isinstance(quantities, Mapping) or not quantities:
         raise InputError("There are no quantities: give a dict such as {'emission [g/s]': functionals(M, [...])}.")
-    rows = np.stack([_row(problem.M, label, what) for label, what in quantities.items()])
+    rows = np.stack([_row(problem, label, what) for label, what in quantities.items()])
     area = _area(problem.M, component, name, mesh_units)
     tail = _tail(model, draws)
     tables = _tables(problem.prior, n)
@@ -123,7 +125,7 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
         Quantity(*_split(label), isinstance(what, Largest)) for label, what in quantities.items()),
         coefficients(basis.mean)[used].astype(np.float32), basis.scaled_modes[:, used].astype(np.float32),
         rows[:, used], _chosen(tables, used), None if tail is None else tail.some(used), area, draws,
-        check_count(steps, "steps"), check_count(moves, "moves", least=0), constant)
+        check_count(steps, "steps"), moves, constant)
     names = [quantity.name for quantity in bundle.quantities]
     if len(set(names)) < len(names) or len(set(bundle.names)) < len(bundle.names):
         raise InputError("Two quantities or two sensors have one name: give each a name of its own.")
@@ -131,11 +133,11 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
 
 
 def _emulated(model: "Model", observation: Observation | None, noise: Any) -> tuple[EmulatedSensors, bool]:
-    """The sensors with readings that hold noise, and whether the noise is the same at all readings."""
+    """The sensors with readings of the training, and whether noise of no known law is the same at all of these."""
     if not model.problem.family:
         if observation is not None or noise is not None:
             raise InputError("This model is of fixed sensors with fixed noise: leave observation and noise out.")
-        sensors, law, clean = model.sensors, model.problem.noise, model.seen
+        sensors, law = model.sensors, model.problem.noise
     else:
         if not isinstance(observation, Observation) or model.states is None or observation.U != model.states.V:
             raise InputError("This model is of a family: give the sensors of the site, such as point_sensors(U, "
@@ -145,15 +147,15 @@ def _emulated(model: "Model", observation: Observation | None, noise: Any) -> tu
             raise InputError("The sensors of a family need constant Gaussian noise: noise=GaussianNoise(std=...).")
         rows, offset = project(observation, model.states)
         clean = None if model.seen is None else model.seen @ rows.T + offset
-        sensors = EmulatedSensors(model.denoiser, law, law.covariance(offset[None]), rows, offset)
-    if clean is None or len(clean) < 3:
+        sensors = EmulatedSensors(model.denoiser, law, law.covariance(offset[None]), rows, offset, clean)
+    if model.seen is None or sensors.seen is None or len(sensors.seen) < 3:
         raise InputError("The model does not know what its training pairs read, with which readings are compared: "
                          "train it anew.")
-    noisy = clean if law is None else law.sample(clean, torch.Generator().manual_seed(_SEED))
-    given = law is None or isinstance(law, GaussianNoise) and law.constant
-    constant = given and sensors.denoiser.base.learnt is None
-    return EmulatedSensors(sensors.denoiser, KeptNoise(sensors.covariance), sensors.covariance, sensors.rows,
-                           sensors.offset, noisy), constant
+    if law is None or law.told:
+        return sensors, True
+    # Noise of the user's own is code: the readings hold it, as the emulator's residual does.
+    noisy = law.sample(sensors.seen, torch.Generator().manual_seed(_SEED))
+    return EmulatedSensors.fixed(sensors.denoiser, None, noisy), law.constant
 
 
 def _split(label: str) -> tuple[str, str]:
@@ -172,18 +174,21 @@ def _sensors(observation: Any, k: int) -> tuple[Sensor, ...]:
     return tuple(Sensor(*_split(name), place) for name, place in zip(observation.names, places))
 
 
-def _row(M: WithGeometry, label: str, what: "Observation | Largest") -> np.ndarray:
+def _row(problem: InverseProblem, label: str, what: "Observation | Largest") -> np.ndarray:
     """Weights (n,) of a linear quantity over the coefficients of the parameter, or ones where a largest value is looked
     for.
     """
+    M, forward = problem.M, problem.forward
     if isinstance(what, Observation):
-        if what.U != M or len(what) != 1:
+        own = forward.prior.V if isinstance(forward, Beside) else M
+        if what.U not in (M, own) or len(what) != 1:
             raise InputError(f"{label!r} reads {len(what)} numbers of {what.U}: give an observation of one row of the "
-                             f"parameter's own space {M}.")
-        return what.rows.toarray()[0]
+                             f"parameter's own space {own}.")
+        return np.append(what.rows.toarray()[0], np.zeros(owned_size(M) - what.rows.shape[1]))
     check_kind(what, repr(label), Largest, "an Observation of the parameter, or Largest(...)")
     W, before = _component(M, what.component)
-    if W.value_shape or not W.finat_element.has_pointwise_dual_basis:
+    number = W.finat_element is None    # of a space of one number
+    if W.value_shape or not (number or W.finat_element.has_pointwise_dual_basis) or number and what.where is not None:
         raise InputError(f"{label!r} is the largest value of {W}, which has no scalar values at nodes: take a "
                          "functional.")
     inside = np.ones(owned_size(W))
@@ -211,7 +216,7 @@ def _area(M: WithGeometry, component: int, name: str, length: str) -> Area | Non
     W, before = _component(M, component)
     mesh = W.mesh()
     sides = {"triangle": [(0, 1, 2)], "quadrilateral": [(0, 1, 2), (1, 3, 2)]}.get(mesh.ufl_cell().cellname)
-    if mesh.geometric_dimension != 2 or sides is None or W.value_shape or mesh.extruded:
+    if mesh.geometric_dimension != 2 or sides is None or W.value_shape or W.finat_element is None or mesh.extruded:
         return None
     # Where the field or the mesh jumps, as at a periodic seam, each triangle has corners of its own.
     smooth = all(element in H1 for element in (W.ufl_element(), mesh.coordinates.function_space().ufl_element()))

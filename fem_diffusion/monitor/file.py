@@ -11,11 +11,13 @@ from scipy.sparse import csr_matrix
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_path
-from fem_diffusion.diffusion import FieldGeometry, History, MeanNetwork
-from fem_diffusion.diffusion.packing import pack, pack_denoiser, unpack, unpack_denoiser
+from fem_diffusion.diffusion import FieldGeometry, GaussianNoise, History, MeanNetwork
+from fem_diffusion.diffusion.packing import (
+    pack, pack_denoiser, pack_noise, unpack, unpack_denoiser, unpack_law, unpack_noise,
+)
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
-from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
+from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
 from fem_diffusion.monitor.tail import Known, Tail
 
 __all__ = ["FILE", "read_bundle", "write_bundle"]
@@ -32,17 +34,15 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
     emulated = bundle.emulated
     denoiser = emulated.denoiser
     assert emulated.seen is not None
-    if denoiser.base.law is not None:
-        raise InputError("The monitor knows noise of constant or relative size, and this model has unknown levels or "
-                         "outliers: train it with the level that was found, GaussianNoise(std=...).")
     arrays, values = pack_denoiser(denoiser, history)
+    parts = pack_noise(emulated.noise, len(emulated))
+    arrays, values = arrays | parts[0], values | parts[1]
     network = denoiser.network
     like = network.members[0] if isinstance(network, MeanNetwork) else network
     geometry = FieldGeometry(*(getattr(like, f.name) for f in fields(FieldGeometry))) if _meshed(network) else None
     parts = pack({"geometry": geometry})
     arrays, values = arrays | parts[0], values | parts[1]
-    arrays |= {"seen": emulated.seen.numpy(), "covariance": emulated.covariance.numpy(), "mean": bundle.mean,
-               "modes": bundle.modes, "weights": bundle.weights}
+    arrays |= {"seen": emulated.seen.numpy(), "mean": bundle.mean, "modes": bundle.modes, "weights": bundle.weights}
     arrays |= {f"table.{i}": table.values for i, table in enumerate(bundle.tables)}
     if emulated.rows is not None and emulated.offset is not None:
         arrays |= {"layout.rows": emulated.rows.numpy(), "layout.offset": emulated.offset.numpy()}
@@ -98,9 +98,17 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
         raise content.error("holds a model of other sensors")
     mean = content.array("mean", None, dtype=np.float32)
     n = len(mean)
-    seen, covariance = content.array("seen", None, k), content.array("covariance", k, k)
-    if len(seen) < 3 or not np.allclose(covariance, covariance.T) or not (covariance.diagonal() >= 0).all():
-        raise content.error("holds no readings of its training, or no covariance of their noise")
+    noise = unpack_noise(content, k)
+    seen = torch.from_numpy(content.array("seen", None, k + (0 if noise is None else len(noise.levels))))
+    if len(seen) < 3:
+        raise content.error("holds no readings of its training")
+    denoiser = unpack_law(content, denoiser, noise)
+    if rows is None or offset is None:
+        emulated = EmulatedSensors.fixed(denoiser, noise, seen)
+    elif isinstance(noise, GaussianNoise) and noise.constant:
+        emulated = EmulatedSensors(denoiser, noise, noise.covariance(offset[None]), rows, offset, seen)
+    else:
+        raise content.error("holds sensors of a family without their noise")
     tables = _tables(content, n)
     # What a table makes of a coefficient is one coefficient.
     weights = content.array("weights", q, n)
@@ -109,8 +117,6 @@ def read_bundle(folder: str | os.PathLike) -> Bundle:
     draws, steps, moves = (content.value(name, int) for name in ("draws", "steps", "moves"))
     if not (100 <= draws <= _MOST_DRAWS and 1 <= steps <= _MOST_STEPS and 0 <= moves <= _MOST_STEPS):
         raise content.error("holds numbers of samples or steps out of range")
-    noise = KeptNoise(torch.from_numpy(covariance))
-    emulated = EmulatedSensors(denoiser, noise, noise.matrix, rows, offset, torch.from_numpy(seen))
     return Bundle(emulated, sensors, quantities, mean, content.array("modes", r, n, dtype=np.float32), weights, tables,
                   _tail(content, draws, k, r, n), _area(content, n), draws, steps, moves,
                   content.value("constant", bool), content.checksum)

@@ -194,6 +194,6 @@ def whitener(noise: Noise, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     std = np.sqrt(np.diag(covariance))
     scaled = covariance / np.outer(std, std) if std.all() else covariance
     try:
-        return noise.mean(noise.readings(many)).numpy(), np.linalg.inv(np.linalg.cholesky(scaled)) / std
+        return noise.mean(many).numpy(), np.linalg.inv(np.linalg.cholesky(scaled)) / std
     except np.linalg.LinAlgError:
         raise InputError("The noise covariance is singular, so there is no density: add a std to it.") from None

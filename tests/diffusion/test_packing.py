@@ -5,16 +5,20 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from scipy.stats import lognorm, loguniform
 from torch import nn
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import (
-    NETWORKS, CallableNoise, Denoiser, Emulator, MeanNetwork, GaussianBase, History, Layout, Sampler, ScoreModule,
-    Spectrum, Support, TrainingOptions, fit_denoiser, linear_base,
+    NETWORKS, CallableNoise, Denoiser, Emulator, MeanNetwork, GaussianBase, GaussianNoise, History, Layout, Sampler,
+    ScoreModule, Spectrum, StudentNoise, Support, TrainingOptions, fit_denoiser, join_noise, linear_base,
 )
 from fem_diffusion.diffusion.network import build, name_of
-from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
+from fem_diffusion.diffusion.packing import (
+    REMEDY, pack_denoiser, pack_noise, unpack_denoiser, unpack_law, unpack_noise,
+)
 from fem_diffusion.errors import FileError, InputError
+from fem_diffusion.marginal import Marginal
 from truths import GaussianTruth, draw, random, scattered
 
 R, K = 3, 2
@@ -173,3 +177,63 @@ def test_what_does_not_make_up_a_denoiser_is_refused(tmp_path, change, words):
     with pytest.raises(FileError, match=f"({words})") as error:
         unpack_denoiser(content)
     assert str(error.value).endswith(REMEDY)
+
+
+def _laws():
+    level, other = Marginal(loguniform(0.01, 0.1)), Marginal(lognorm(0.5, scale=0.1))
+    one, outliers = GaussianNoise(std=level), StudentNoise([0.1, 0.2], df=5)
+    covariance = np.array([[0.2, 0.1], [0.1, 0.3]])
+    return {"none": (None, 3), "one": (GaussianNoise(std=0.1), 3), "each": (GaussianNoise([0.1, 0.2], 0.05), 2),
+            "together": (GaussianNoise(covariance=covariance), 2), "level": (one, 2), "outliers": (outliers, 2),
+            "heavy level": (StudentNoise(other), 3),
+            "joined": (join_noise((2, one), (2, outliers), (1, StudentNoise(other)), (1, one)), 6),
+            "twice": (join_noise((4, join_noise((2, one), (2, outliers))), (1, 0.3)), 5)}
+
+
+@pytest.mark.parametrize("name", _laws())
+def test_noise_that_comes_back_draws_the_same(tmp_path, name):
+    noise, k = _laws()[name]
+    files.write(tmp_path / "noise", "model", *pack_noise(noise, k))
+    again = unpack_noise(files.read(tmp_path / "noise", "model", REMEDY), k)
+    if noise is None:
+        assert again is None
+        return
+    assert [x.settings for x in again.levels] == [x.settings for x in noise.levels]
+    assert (again.told, again.constant, again.heavy) == (noise.told, noise.constant, noise.heavy)
+    clean = torch.randn(7, k + len(noise.levels), generator=random(), dtype=torch.float64)
+    y = noise.sample(clean, random())
+    assert torch.equal(again.sample(clean, random()), y)
+    torch.testing.assert_close(again.log_density(y, clean), noise.log_density(y, clean))
+
+
+@pytest.mark.parametrize("change", [
+    {"parts": []}, {"parts": 3}, {"levels": [{"name": "os"}]}, {"levels": [{"name": "norm", "args": [], "kwds": {}}]},
+    {"parts": [{"sensors": 3, "level": None, "df": None}]}, {"parts": [{"sensors": 2, "level": 1, "df": None}]},
+    {"parts": [{"sensors": 2, "level": None, "df": 1.0}]}, {"parts": [{"sensors": 2, "level": 0, "df": "4"}]},
+    {"parts": [{"sensors": 10**9, "level": 0, "df": None}]}, {"parts": [{"sensors": 2, "level": None, "df": None}]}])
+def test_noise_that_is_none_is_refused(tmp_path, change):
+    arrays, values = pack_noise(GaussianNoise(std=Marginal(loguniform(0.01, 0.1))), 2)
+    files.write(tmp_path / "noise", "model", arrays, {"noise": values["noise"] | change})
+    with pytest.raises(FileError, match="holds"):
+        unpack_noise(files.read(tmp_path / "noise", "model", REMEDY), 2)
+
+
+def test_noise_of_the_users_own_is_no_file():
+    with pytest.raises(InputError, match="join_noise of these"):
+        pack_noise(CallableNoise(lambda y, generator: y), 2)
+
+
+def test_the_law_of_the_noise_comes_back_with_the_noise(tmp_path):
+    """A level of the noise is one of the latents, and readings are learned on a scale of their own."""
+    noise = GaussianNoise(std=Marginal(loguniform(0.01, 0.1)))
+    z = torch.randn(400, R, generator=random(), dtype=torch.float64)
+    y = torch.cat([(2 * z[:, :2]).exp(), z[:, 2:]], 1)
+    denoiser, _ = fit_denoiser(z, y, noise, standard_prior=True, progress=False,
+                               options=TrainingOptions(steps=20, evaluate_every=10, width=8, depth=1))
+    assert denoiser.readings is not None and denoiser.base.law is not None
+    content = _written(tmp_path / "model", denoiser)
+    again = unpack_law(content, unpack_denoiser(content)[0], noise)
+    reading = y[:1, :2] + 0.01
+    assert torch.equal(draw(again.at(reading), 20, Sampler()), draw(denoiser.at(reading), 20, Sampler()))
+    with pytest.raises(FileError, match="other noise"):
+        unpack_law(content, denoiser, GaussianNoise(std=0.1))

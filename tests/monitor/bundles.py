@@ -5,9 +5,9 @@ import torch
 from scipy.sparse import identity
 from scipy.spatial import Delaunay
 
-from fem_diffusion.diffusion import Denoiser, linear_base
+from fem_diffusion.diffusion import Denoiser, GaussianNoise, linear_base
 from fem_diffusion.diffusion.sensors import EmulatedSensors
-from fem_diffusion.monitor.bundle import Area, Bundle, KeptNoise, Quantity, Sensor, Table
+from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
 
 R, K, SIDE, NOISE = 4, 5, 8, 0.1
 
@@ -42,14 +42,13 @@ def make_bundle(exponential=False, draws=500):
     n, generator = SIDE**2, torch.Generator().manual_seed(0)
     covariance = NOISE**2 * torch.eye(K, dtype=torch.float64)
     seen = torch.randn(1000, R, generator=generator, dtype=torch.float64) @ A.T
-    seen += NOISE * torch.randn(1000, K, generator=generator, dtype=torch.float64)
     weights = np.stack([np.full(n, 1 / n), (places[:, 0] > 0.5).astype(float)])
     grid = np.linspace(-9.0, 9.0, 20001)
     tables = (Table(0, n, -9.0, 9.0, np.exp(grid)),) if exponential else ()
     sensors = tuple(Sensor(f"gauge {i}", "mg/m³", (0.15 + 0.17 * i, 0.3 + 0.1 * (i % 3))) for i in range(K))
     area = Area(places, Delaunay(places).simplices, identity(n, format="csr"), "emission", "g/s", "km")
-    noise = KeptNoise(covariance)
-    emulated = EmulatedSensors(Denoiser(linear_base(A, covariance), known=True), noise, covariance, seen=seen)
+    denoiser = Denoiser(linear_base(A, covariance), known=True)
+    emulated = EmulatedSensors.fixed(denoiser, GaussianNoise(std=NOISE), seen)
     return Bundle(emulated, sensors, (Quantity("mean emission", "g/s"), Quantity("highest emission", "g/s", True)),
                   np.full(n, 1.0, dtype=np.float32), fields.astype(np.float32), weights, tables, None, area,
                   draws=draws)

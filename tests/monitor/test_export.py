@@ -1,19 +1,21 @@
 """A bundle gives what the model gives that it was made from: transforms, tails, failed sensors, families and maps."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from firedrake import (
     FunctionSpace, PeriodicUnitSquareMesh, SpatialCoordinate, TestFunction, UnitIntervalMesh, UnitSquareMesh, assemble,
     dx, exp, interpolate,
 )
-from scipy.stats import lognorm
+from scipy.stats import lognorm, loguniform
 
 from fem_diffusion import (
-    AdvectionDiffusion, Boundary, GaussianNoise, GaussianPrior, HierarchicalPrior, InputError, InverseProblem,
-    Largest, Physics, SensorFamily, SensorKind, StudentNoise, TrainingOptions, TransformedPrior, exact, fit,
-    functionals, karhunen_loeve, point_sensors, simulate,
+    AdvectionDiffusion, Boundary, CallableNoise, GaussianNoise, GaussianPrior, HierarchicalPrior, InputError,
+    InverseProblem, Largest, Physics, SensorFamily, SensorKind, StudentNoise, TrainingOptions, TransformedPrior, exact,
+    fit, functionals, join_noise, karhunen_loeve, point_sensors, simulate,
 )
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.monitor.export import _area, _tables
@@ -170,9 +172,67 @@ def test_transforms_that_are_no_table_are_refused():
     np.testing.assert_allclose(table.at(f), f**2, atol=1e-4)
 
 
-def test_unknown_levels_and_outliers_are_refused(linear, tmp_path):
-    problem = linear.problem
-    heavy = InverseProblem(problem.prior, problem.forward, problem.observation, StudentNoise(0.02))
-    model = _model(heavy, basis=karhunen_loeve(problem.prior, 4))
-    with pytest.raises(InputError, match="outliers"):
-        model.export_monitor(tmp_path, _quantities(heavy))
+def _wide(noise):
+    """An emission that spans orders of magnitude, which the default call learns on scales of its own."""
+    mesh = UnitSquareMesh(6, 6)
+    V = FunctionSpace(mesh, "CG", 1)
+    forward = AdvectionDiffusion(V, V, "source", Physics(diffusivity=0.3, reaction=lambda u: u), Boundary())
+    prior = TransformedPrior(GaussianPrior(V, std=1.0, correlation_length=0.4), exp)
+    return InverseProblem(prior, forward, point_sensors(V, POINTS, names=NAMES), noise)
+
+
+LAWS = {"scales": GaussianNoise(std=0.02), "level": GaussianNoise(std=loguniform(0.005, 0.05)),
+        "outliers": StudentNoise(0.02), "relative": GaussianNoise(std=0.005, relative=0.05),
+        "joined": join_noise((2, GaussianNoise(std=loguniform(0.005, 0.05))), (2, StudentNoise(0.02))),
+        "own": CallableNoise(lambda y, g: y + 0.02 * torch.randn(y.shape, generator=g, dtype=y.dtype))}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_what_the_default_call_makes_is_carried_with_its_scales_and_noise(tmp_path, name):
+    """The same seed gives the model's own samples, with all sensors and, where the model can, with one that failed."""
+    problem = _wide(LAWS[name])
+    model = _model(problem)
+    if name == "scales":
+        assert model.denoiser.readings is not None
+    assert (model.denoiser.base.law is not None) == (name != "own")
+    V = problem.forward.prior.V if problem.levels else problem.M
+    asked = {"total [W]": functionals(V, [lambda m: m * dx]), "highest": Largest(lambda x: x[0] > 0.5)}
+    if problem.levels:
+        asked["noise of the sensors [K]"] = Largest(component=1)
+    model.export_monitor(tmp_path, asked, draws=300, steps=20, moves=10)
+    bundle = read_bundle(tmp_path)
+    y = problem.measurements(problem.prior.sample_many(1, seed=5), seed=3)[0]
+    for broken in [(), (2,)][:1 if name == "own" else 2]:
+        y[list(broken)] = np.nan
+        answer = bundle.answer(y, 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            posterior = model.condition(y)
+        samples = posterior.sample(300, seed=7, progress=False)
+        assert not answer.doubts
+        if name != "own":
+            assert answer.distance.p == pytest.approx(posterior.distance.p)
+        without = replace(bundle, tail=None).answer(y, 7).parameters
+        truth = problem.prior.transform_many(model.basis.decode(samples.latents))
+        assert np.abs(without - truth).max() <= 1e-3 * truth.std()
+        total = samples.values[:, :V.dim()] @ coefficients(assemble(TestFunction(V) * dx).riesz_representation("l2"))
+        assert abs(answer.values[:, 0].mean() - total.mean()) < 4 * total.std() * np.sqrt(2 / 300)
+        assert abs(answer.values[:, 0].std() / total.std() - 1) < 0.25
+        if problem.levels:
+            np.testing.assert_allclose(answer.values[:, 2], truth[:, -1], rtol=1e-3)
+
+
+def test_samples_that_do_not_explain_the_reading_fail_the_check_of_any_known_noise(tmp_path):
+    problem = _wide(LAWS["level"])
+    model = _model(problem)
+    model.export_monitor(tmp_path, {"highest": Largest()})
+    bundle = read_bundle(tmp_path)
+    rng, doubted, seen = np.random.default_rng(0), 0, 40
+    parameters = problem.prior.sample_many(seen, seed=11)
+    for i, y in enumerate(problem.measurements(parameters, seed=12)):
+        z = bundle._sample(bundle.emulated, y, i)
+        doubted += bundle._explained(bundle.emulated, y, z) < 0.05
+        if i < 5:
+            far = y + 100 * problem.noise.levels[0].bounds[1] * rng.choice([-1, 1], 4)
+            assert bundle._explained(bundle.emulated, far, z) < 1e-3
+    assert doubted <= 12    # at most 4 of 40 are expected of right samples, more than 12 once in 10,000

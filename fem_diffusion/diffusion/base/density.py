@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.gaussian import GaussianBase, Located, apply, cholesky, solve_lower
 from fem_diffusion.diffusion.base.layouts import Layout
+from fem_diffusion.diffusion.maps.noise import MappedNoise
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move, shorter
 from fem_diffusion.diffusion.sampling.tempered import tempered
@@ -43,8 +44,8 @@ class EmulatorDensity(Tensors):
 
     `base` holds the law of the latents and the emulator, `located` is the base at each measurement; `rows` (B, k, s)
     and `target` (B, k) are sensors and readings in units of noise and emulator error. Where the base has a law of the
-    noise, they are in the units of the sensors, and `noise` is that law, with the emulator's error in its variance; and
-    where noise is learnt, too.
+    noise, they are in the units of the sensors, the users' ones where readings are mapped, and `noise` is that law, with
+    the emulator's error in its variance; and where noise is learnt, too.
     """
 
     base: GaussianBase
@@ -88,14 +89,17 @@ class EmulatorDensity(Tensors):
     def _by_law(self, z: Tensor) -> Tensor:
         """Log density (n, B) of the readings up to a constant at n latents each (n, B, r), of which the noise depends.
         """
-        flat, y = z.flatten(0, 1), self.target.expand(len(z), -1, -1).flatten(0, 1)
+        flat = z.flatten(0, 1)
+        y = self.target[0] if len(self.target) == 1 else self.target.expand(len(z), -1, -1).flatten(0, 1)
         c = self.base.emulator(flat)
         if self.noise is None:
             assert self.base.learnt is not None
             return self.base.learnt.log_density(y - c, flat).view(z.shape[:2])
         assert self.base.law is not None
-        found = self.noise.log_density(y, self.base.law.clean(c, flat))   # pyright: ignore[reportOptionalCall]
-        return found.view(z.shape[:2])
+        clean = self.base.law.clean(c, flat)
+        if isinstance(self.noise, MappedNoise):
+            return self.noise.users_density(y, clean).view(z.shape[:2])
+        return self.noise.log_density(y, clean).view(z.shape[:2])   # pyright: ignore[reportOptionalCall]
 
     def draw(self, n: int, moves: int, generator: torch.Generator) -> Tensor:
         """Points of the law itself (n, B, r), by tempering from the base, with so many moves at the end."""
@@ -122,7 +126,9 @@ def emulator_density(base: GaussianBase, layout: Layout, y: Tensor, located: Loc
         return EmulatorDensity(base, located, layout.rows.expand(len(y), -1, -1), y)
     if base.law is not None:
         error = base.noise(layout)[0].diagonal()
-        return EmulatorDensity(base, located, layout.rows.expand(len(y), -1, -1), y, base.law.noise.widened(error))
+        noise = base.law.noise.widened(error)
+        y = noise.scale.inverse(y) if isinstance(noise, MappedNoise) else y
+        return EmulatorDensity(base, located, layout.rows.expand(len(y), -1, -1), y, noise)
     root, target = cholesky(base.noise(layout)), y - layout.offset
     rows = torch.linalg.solve_triangular(root, layout.rows.expand(len(root), -1, -1), upper=False)
     return EmulatorDensity(base, located, rows, solve_lower(root, target))

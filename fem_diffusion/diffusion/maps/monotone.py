@@ -9,6 +9,7 @@ straight beyond its knots, so it never saturates.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ __all__ = ["KINDS", "MonotoneMap", "pack_map", "unpack_map"]
 KINDS = "identity", "log", "asinh", "law"
 # Where the exponential leaves what double precision squares.
 _MOST = 340.0
+_ALL = slice(None)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,10 +98,11 @@ class MonotoneMap(Tensors):
         parts = [f"{kind} of {self.kinds.count(kind)}" for kind in KINDS if kind in self.kinds]
         return ", ".join(parts) + ", made Gaussian" * bool(self.knots.shape[1])
 
-    def _each(self, x: Tensor, function: Callable[[str, Tensor, Tensor, Marginal | None], Tensor]) -> Tensor:
+    def _each(self, x: Tensor, function: Callable[[str, Tensor, Any, Marginal | None], Tensor]) -> Tensor:
         """A function of each kind's numbers, put together in their order."""
-        if set(self.kinds) == {"identity"}:
-            return function("identity", x, self._places[0][1], None)
+        if len(self._places) == 1:      # many small calls cost more than what they do
+            kind, _, law = self._places[0]
+            return function(kind, x, _ALL, law)
         parts = [function(kind, x[..., places], places, law) for kind, places, law in self._places]
         return torch.cat(parts, -1)[..., self._order]
 
@@ -116,21 +119,21 @@ class MonotoneMap(Tensors):
     def _order(self) -> Tensor:
         return torch.cat([places for _, places, _ in self._places]).argsort()
 
-    def _scale(self, kind: str, x: Tensor, places: Tensor, law: Marginal | None) -> Tensor:
+    def _scale(self, kind: str, x: Tensor, places: Any, law: Marginal | None) -> Tensor:
         if kind == "log":
             return torch.where(x > 0, x, torch.nan).log()
         if kind == "asinh":
             return torch.asinh((x - self.centre[places]) / self.unit[places])
         return x if law is None else to_normal(law, x)
 
-    def _unscale(self, kind: str, u: Tensor, places: Tensor, law: Marginal | None) -> Tensor:
+    def _unscale(self, kind: str, u: Tensor, places: Any, law: Marginal | None) -> Tensor:
         if kind == "log":
             return u.clamp(-_MOST, _MOST).exp()
         if kind == "asinh":
             return self.centre[places] + self.unit[places] * u.clamp(-_MOST, _MOST).sinh()
         return u if law is None else of_normal(law, u)
 
-    def _log_scale(self, kind: str, x: Tensor, places: Tensor, law: Marginal | None) -> Tensor:
+    def _log_scale(self, kind: str, x: Tensor, places: Any, law: Marginal | None) -> Tensor:
         if kind == "log":
             return -torch.where(x > 0, x, torch.nan).log()
         if kind == "asinh":

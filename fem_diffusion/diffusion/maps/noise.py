@@ -62,10 +62,15 @@ class MappedNoise(DrawnNoise):
 
     def log_density(self, y: Tensor, clean: Tensor) -> Tensor:
         """As `GaussianNoise.log_density`."""
-        x, reading = self._clean(clean), self.scale.inverse(y)
+        reading = self.scale.inverse(y)
+        return self.users_density(reading, clean) - self.scale.log_slope(reading).sum(-1)
+
+    def users_density(self, reading: Tensor, clean: Tensor) -> Tensor:
+        """As `log_density`, of a measurement in the users' units, in which the density is, too."""
+        x = self._clean(clean)
         inner = self._whole(x)
         assert inner.log_density is not None
-        return inner.log_density(reading, x) - self.scale.log_slope(reading).sum(-1)
+        return inner.log_density(reading, x)
 
     def _errors(self, y: Tensor) -> Tensor:
         """Draws of the noise for each row, the same in every call, shape (B, k) with B larger than that of `y`."""

@@ -21,7 +21,7 @@ __all__ = ["tempered"]
 
 # Share of the points that stay effective; halvings of an interval of beta; leaps of a move.
 _EFFECTIVE, _HALVINGS, _LEAPS = 0.5, 30, 5
-# Moves at each beta; first and longest leap, and acceptance that it is adapted to.
+# Moves at each beta, at most; first and longest leap, and acceptance that it is adapted to.
 _MOVES, _FIRST, _LONGEST, _ACCEPTED = 4, 0.4, 1.2, 0.75
 # Values of beta, at most.
 _MOST = 300
@@ -39,7 +39,7 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
         Negative log densities, (n, B, r) to (n, B), known up to constants and not finite where there is none; their
         gradients, (n, B, r) to (n, B, r).
     moves : int
-        At the end, under the laws themselves.
+        At the end, under the laws themselves; no more than these at each temperature.
     """
     n, size, _ = w.shape
     like = {"dtype": w.dtype, "device": w.device}
@@ -56,7 +56,7 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
         beta = torch.where(ahead >= 1 - beta, 1.0, beta + ahead)
         done = bool((beta == 1).all())
         factor = _factor(w)
-        for _ in range(moves if done else _MOVES):
+        for _ in range(moves if done else min(_MOVES, moves)):
             w, leap = _moved(w, factor, energy, force, beta, leap, generator)
         if done:
             return w

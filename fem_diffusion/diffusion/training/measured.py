@@ -95,7 +95,7 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         if parts.noise.law:
             rows, offset, _ = regress(z, seen[:, y.shape[1]:], None if slopes is None else slopes[:, y.shape[1]:])
             of_noise = NoiseLaw(parts.noise, rows, offset, parts.covariance)
-    centred = y + parts.noise.mean(y) if isinstance(parts.noise, Noise) else y
+    centred = y + parts.noise.mean(seen) if isinstance(parts.noise, Noise) else y
     if kind == "plain":
         return [plain_base(z, centred, parts.covariance)]
     x, mean, std = z, z.new_zeros(z.shape[1]), z.new_ones(z.shape[1])

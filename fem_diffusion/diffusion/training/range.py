@@ -230,12 +230,17 @@ class _Compared:
         tails = [upper_tail(column) for column in seen.T]
         scores = torch.stack([(column - start) / rate for column, (start, rate, _) in zip(seen.T, tails)]).amax(0)
         score = max(float((size - start) / rate) for size, (start, rate, _) in zip(apart, tails))
-        n, (start, rate, m) = len(scores), upper_tail(scores)
-        above = int((scores >= score).sum())
-        p = (1 + above) / (n + 1)
-        if above or n < _FEWEST:
-            return p
-        return min(p, m / (n + 1) * (1 + (score - start) / (m * rate))**-m)
+        return tail_probability(scores, score)
+
+
+def tail_probability(values: Tensor, at: float) -> float:
+    """Share of a law that is at a number or above, by draws (n,) of it, beyond all of which its tail goes on."""
+    n, (start, rate, m) = len(values), upper_tail(values)
+    above = int((values >= at).sum())
+    p = (1 + above) / (n + 1)
+    if above or n < _FEWEST:
+        return p
+    return min(p, m / (n + 1) * (1 + (at - start) / (m * rate))**-m)
 
 
 def upper_tail(values: Tensor) -> tuple[float, float, int]:
