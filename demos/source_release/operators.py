@@ -72,7 +72,7 @@ silent_after = 600
 quantity = "concentration at the hospital"
 above = 10
 unit = "mg/m³"
-probability = 0.5
+probability = 0.1
 readings = 2
 message = "Close the windows of the hospital, and call the fire brigade."
 

@@ -23,21 +23,23 @@ from fem_diffusion.diffusion.training.range import tail_probability
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.monitor.tail import Tail
 
-__all__ = ["Answer", "Area", "Bundle", "Quantity", "Sensor", "Table"]
+__all__ = ["LEVELS", "Answer", "Area", "Bundle", "Quantity", "Sensor", "Table"]
 
 # One sampling at a time: recorded warnings belong to the process, and the cores to others as well.
 _ALONE = RLock()
+# Of quantiles that make up median and bands.
+LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95
 # Draws of noise for each sample, by which it is judged.
 _DRAWN = 4
 
 
 @dataclass(frozen=True)
 class Sensor:
-    """Name, unit and place in the plane of a sensor, None where it has none."""
+    """Name, unit and place on the map of a sensor, None where it has none."""
 
     name: str
     unit: str = ""
-    point: tuple[float, float] | None = None
+    point: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,34 @@ class Table:
 
 @dataclass(frozen=True, eq=False)
 class Area:
-    """Triangles (t, 3) of corners (c, 2), the rows (c, n) that read the parameter there, and what they show."""
+    """Where the parameter is shown.
+
+    Parameters
+    ----------
+    corners, cells : numpy.ndarray
+        Places, shape (c, d) with d = 2 for a map and 1 for bands along a line, and which of them make up triangles or
+        pieces of the line, one after the other, shape (t, d + 1).
+    rows : csr_matrix
+        What reads the parameter there, shape (c, n).
+    axes : tuple of str
+        Names of the d coordinates.
+    name, unit, length, where : str
+        What is shown, its unit, that of lengths, and of a slice where it is.
+    """
 
     corners: np.ndarray
-    triangles: np.ndarray
+    cells: np.ndarray
     rows: csr_matrix
+    axes: tuple[str, ...] = ("x", "y")
     name: str = "parameter"
     unit: str = ""
     length: str = ""
+    where: str = ""
+
+    @property
+    def title(self) -> str:
+        """What is shown, with the place of a slice."""
+        return f"{self.name} {self.where}".rstrip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +221,13 @@ class Bundle:
             return Answer(distance, failed, doubts, notes)
         return Answer(distance, failed, (), notes, self._values(parameters), parameters)
 
-    def picture(self, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation (c,) of the parameter at the corners of the map."""
+    def picture(self, answer: Answer) -> dict[str, np.ndarray]:
+        """Of the parameter at the corners of the map: mean and standard deviation (c,), on a line quantiles (5, c)."""
         assert self.area is not None and answer.parameters is not None
         values = self.area.rows @ answer.parameters.T.astype(float)
-        return values.mean(axis=1), values.std(axis=1, ddof=1)
+        if self.area.corners.shape[1] == 1:
+            return {"bands": np.quantile(values, LEVELS, axis=1)}
+        return {"mean": values.mean(axis=1), "std": values.std(axis=1, ddof=1)}
 
     def _sample(self, emulated: EmulatedSensors, y: np.ndarray, seed: int) -> Tensor:
         """Latents (n, r) given the readings of sensors that report."""

@@ -2,17 +2,13 @@
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from firedrake import (
-    H1, FunctionSpace, SpatialCoordinate, TrialFunction, VectorFunctionSpace, assemble, conditional, interpolate,
-)
-from firedrake.functionspaceimpl import WithGeometry
-from scipy.sparse import csr_matrix, hstack
+from firedrake import SpatialCoordinate, assemble, conditional, interpolate
 
 from fem_diffusion.checks import check_callable, check_count, check_kind, check_text
 from fem_diffusion.diffusion import GaussianNoise, as_noise
@@ -22,7 +18,8 @@ from fem_diffusion.fields.coefficients import coefficients, owned_size
 from fem_diffusion.levels import Beside
 from fem_diffusion.measurements.units import split_unit
 from fem_diffusion.model.families import project
-from fem_diffusion.monitor.bundle import Area, Bundle, Quantity, Sensor, Table
+from fem_diffusion.monitor.area import area_of, component_of
+from fem_diffusion.monitor.bundle import Bundle, Quantity, Sensor, Table
 from fem_diffusion.monitor.file import write_bundle
 from fem_diffusion.monitor.tail import Known, Tail
 from fem_diffusion.observation.linear import Observation
@@ -57,8 +54,8 @@ class Largest:
 
 def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mapping[str, "Observation | Largest"], *,
                    name: str = "parameter", mesh_units: str = "", component: int = 0,
-                   observation: Observation | None = None, noise: Any = None, draws: int = 500, steps: int = 8,
-                   moves: int | None = None) -> Path:
+                   plane: tuple[str, float] | None = None, observation: Observation | None = None, noise: Any = None,
+                   draws: int = 500, steps: int = 8, moves: int | None = None) -> Path:
     """Write what ``python -m fem_diffusion monitor FOLDER`` needs of a model, in one file that holds no code.
 
     A transform of the field becomes a table, so it has to be one function of the value at each node, the same
@@ -74,7 +71,10 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
         largest values.
     name, mesh_units, component : str, str, int
         What the map shows, ``"emission [g/(s m²)]"``, and the unit of lengths; of a parameter of several unknowns,
-        which one. There is a map of scalar fields on plane meshes.
+        which one. Scalar fields have a map on plane meshes and flat boundaries, on lines bands over the place, and in
+        three dimensions the map of a slice.
+    plane : tuple of str and float, optional
+        Of a mesh in three dimensions, where the slice lies: ``("z", 1.5)``; in the middle of its height where left out.
     observation, noise : Observation, GaussianNoise or number
         The sensors of a model of a family. The names of sensors, too, may have units.
     draws, steps : int
@@ -90,8 +90,9 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
     Raises
     ------
     InputError
-        If a quantity does not fit the parameter, the transform of the prior is no table or it has a constraint, the
-        model is refined for one measurement, sensors are missing or given twice, or there are several processes.
+        If a quantity does not fit the parameter, a plane does not meet the mesh, the transform of the prior is no table
+        or it has a constraint, the model is refined for one measurement, sensors are missing or given twice, or there
+        are several processes.
     FileError
         If the file cannot be written.
     """
@@ -114,14 +115,14 @@ def export_monitor(model: "Model", folder: str | os.PathLike, quantities: Mappin
     if not isinstance(quantities, Mapping) or not quantities:
         raise InputError("There are no quantities: give a dict such as {'emission [g/s]': functionals(M, [...])}.")
     rows = np.stack([_row(problem, label, what) for label, what in quantities.items()])
-    area = _area(problem.M, component, name, mesh_units)
+    area = area_of(problem.M, component, *_split(name), mesh_units, plane)
     tail = _tail(model, draws)
     tables = _tables(problem.prior, n)
     shown = np.zeros(n) if area is None else np.abs(area.rows).sum(axis=0).A1
     used = np.flatnonzero(np.abs(rows).sum(axis=0) + shown > 0)
     if area is not None:
-        area = Area(area.corners, area.triangles, area.rows[:, used], area.name, area.unit, area.length)
-    bundle = Bundle(emulated, _sensors(observation, len(emulated)), tuple(
+        area = replace(area, rows=area.rows[:, used])
+    bundle = Bundle(emulated, _sensors(observation, len(emulated), () if area is None else area.axes), tuple(
         Quantity(*_split(label), isinstance(what, Largest)) for label, what in quantities.items()),
         coefficients(basis.mean)[used].astype(np.float32), basis.scaled_modes[:, used].astype(np.float32),
         rows[:, used], _chosen(tables, used), None if tail is None else tail.some(used), area, draws,
@@ -164,12 +165,15 @@ def _split(label: str) -> tuple[str, str]:
     return name, unit or ""
 
 
-def _sensors(observation: Any, k: int) -> tuple[Sensor, ...]:
-    """Names, units and places in the plane of k sensors; numbers where an instrument of the user's has no names."""
+def _sensors(observation: Any, k: int, axes: tuple[str, ...]) -> tuple[Sensor, ...]:
+    """Names, units and places along the axes of the map of k sensors; numbers where an instrument of the user's has no
+    names.
+    """
     if not isinstance(observation, Observation):
         return tuple(Sensor(f"sensor {i + 1}") for i in range(k))
-    plane = observation.points.shape[1] == 2
-    places = [(float(point[0]), float(point[1])) if plane and np.isfinite(point).all() else None
+    columns = ["xyz".find(axis) for axis in axes]
+    known = columns and 0 <= min(columns) and max(columns) < observation.points.shape[1]
+    places = [tuple(map(float, point[columns])) if known and np.isfinite(point[columns]).all() else None
               for point in observation.points]
     return tuple(Sensor(*_split(name), place) for name, place in zip(observation.names, places))
 
@@ -186,7 +190,7 @@ def _row(problem: InverseProblem, label: str, what: "Observation | Largest") -> 
                              f"parameter's own space {own}.")
         return np.append(what.rows.toarray()[0], np.zeros(owned_size(M) - what.rows.shape[1]))
     check_kind(what, repr(label), Largest, "an Observation of the parameter, or Largest(...)")
-    W, before = _component(M, what.component)
+    W, before = component_of(M, what.component)
     number = W.finat_element is None    # of a space of one number
     if W.value_shape or not (number or W.finat_element.has_pointwise_dual_basis) or number and what.where is not None:
         raise InputError(f"{label!r} is the largest value of {W}, which has no scalar values at nodes: take a "
@@ -201,40 +205,6 @@ def _row(problem: InverseProblem, label: str, what: "Observation | Largest") -> 
     if not row.any():
         raise InputError(f"No node is in the region of {label!r}: make it larger.")
     return row
-
-
-def _component(M: WithGeometry, component: int) -> tuple[WithGeometry, int]:
-    """A component of the parameter's space, and how many coefficients stand before it."""
-    if check_count(component, "component", least=0) >= len(M):
-        raise InputError(f"component is {component}: the parameter has {len(M)}.")
-    spaces = [W.collapse() if len(M) > 1 else W for W in M]
-    return spaces[component], sum(owned_size(W) for W in spaces[:component])
-
-
-def _area(M: WithGeometry, component: int, name: str, length: str) -> Area | None:
-    """The map of a scalar field on a plane mesh of triangles or quadrilaterals; None of others."""
-    W, before = _component(M, component)
-    mesh = W.mesh()
-    sides = {"triangle": [(0, 1, 2)], "quadrilateral": [(0, 1, 2), (1, 3, 2)]}.get(mesh.ufl_cell().cellname)
-    if mesh.geometric_dimension != 2 or sides is None or W.value_shape or W.finat_element is None or mesh.extruded:
-        return None
-    # Where the field or the mesh jumps, as at a periodic seam, each triangle has corners of its own.
-    smooth = all(element in H1 for element in (W.ufl_element(), mesh.coordinates.function_space().ufl_element()))
-    family = ("CG" if smooth else "DG") if mesh.ufl_cell().cellname == "triangle" else ("Q" if smooth else "DQ")
-    # Nodes of a default DG space lie inside the cells.
-    C = FunctionSpace(mesh, family, 1, variant="equispaced")
-    matrix = assemble(interpolate(TrialFunction(W), C), mat_type="aij").petscmat
-    indptr, indices, data = matrix.getValuesCSR()
-    rows = csr_matrix((data, indices, indptr), shape=matrix.getSize())
-    rows.eliminate_zeros()
-    size = owned_size(M)
-    rows = hstack([csr_matrix((rows.shape[0], before)), rows,
-                   csr_matrix((rows.shape[0], size - before - rows.shape[1]))], format="csr")
-    places = VectorFunctionSpace(mesh, family, 1, variant="equispaced")
-    corners = assemble(interpolate(SpatialCoordinate(mesh), places)).dat.data_ro
-    cells = C.cell_node_map().values
-    return Area(corners.copy(), np.vstack([cells[:, side] for side in sides]).astype(np.int64), rows, *_split(name),
-                length)
 
 
 def _tail(model: "Model", draws: int) -> Tail | None:

@@ -53,10 +53,11 @@ def write_bundle(folder: str | os.PathLike, bundle: Bundle, history: History = H
     shown: dict[str, Any] = {"area": None}
     if (area := bundle.area) is not None:
         rows = area.rows.tocsr()
-        arrays |= {"area.corners": area.corners, "area.triangles": area.triangles.astype(np.int64),
+        arrays |= {"area.corners": area.corners, "area.cells": area.cells.astype(np.int64),
                    "area.data": rows.data, "area.indices": rows.indices.astype(np.int64),
                    "area.indptr": rows.indptr.astype(np.int64)}
-        shown["area"] = {"name": area.name, "unit": area.unit, "length": area.length}
+        shown["area"] = {"name": area.name, "unit": area.unit, "length": area.length, "where": area.where,
+                         "axes": list(area.axes)}
     values |= shown | {"sensors": [asdict(sensor) for sensor in bundle.sensors],
                        "quantities": [asdict(quantity) for quantity in bundle.quantities],
                        "tables": [[t.start, t.stop, float(t.low), float(t.high)] for t in bundle.tables],
@@ -140,10 +141,11 @@ def _parts(content: files.Content, name: str, keys: set[str]) -> list[dict]:
 def _sensor(content: files.Content, part: dict) -> Sensor:
     point = part["point"]
     if point is not None:
-        if not isinstance(point, list) or len(point) != 2 or not all(
+        area = content.value("area", dict, type(None))
+        if not isinstance(point, list) or area is None or len(point) != len(area.get("axes", ())) or not all(
                 type(x) in (int, float) and np.isfinite(x) for x in point):
-            raise content.error(f"holds a sensor without a place in the plane ({point!r:.200})")
-        point = float(point[0]), float(point[1])
+            raise content.error(f"holds a sensor without a place on its map ({point!r:.200})")
+        point = tuple(map(float, point))
     return Sensor(part["name"], part["unit"], point)
 
 
@@ -188,16 +190,19 @@ def _area(content: files.Content, n: int) -> Area | None:
     shown = content.value("area", dict, type(None))
     if shown is None:
         return None
-    if set(shown) != {"name", "unit", "length"} or not all(
-            isinstance(x, str) and len(x) <= _LONG for x in shown.values()):
+    axes = shown.get("axes")
+    texts = [shown.get(name) for name in ("name", "unit", "length", "where")]
+    if len(shown) != 5 or not isinstance(axes, list) or len(axes) not in (1, 2) or not all(
+            isinstance(x, str) and len(x) <= _LONG for x in (*texts, *axes)):
         raise content.error("holds a map without a name")
-    corners = content.array("area.corners", None, 2)
-    triangles = content.array("area.triangles", None, 3, dtype=np.int64)
+    d = len(axes)
+    corners = content.array("area.corners", None, d)
+    cells = content.array("area.cells", None, d + 1, dtype=np.int64)
     data, c = content.array("area.data", None), len(corners)
     indices, indptr = (content.array(f"area.{name}", None, dtype=np.int64) for name in ("indices", "indptr"))
     whole = (len(indptr) == c + 1 and indptr[0] == 0 and indptr[-1] == len(data) == len(indices)
              and (np.diff(indptr) >= 0).all())
-    inside = all(not len(x) or 0 <= x.min() and x.max() < top for x, top in ((triangles, c), (indices, n)))
-    if not whole or not inside or not len(triangles):
+    inside = all(not len(x) or 0 <= x.min() and x.max() < top for x, top in ((cells, c), (indices, n)))
+    if not whole or not inside or not len(cells):
         raise content.error("holds a map whose parts do not fit")
-    return Area(corners, triangles, csr_matrix((data, indices, indptr), shape=(c, n)), **shown)
+    return Area(corners, cells, csr_matrix((data, indices, indptr), shape=(c, n)), tuple(axes), *texts)

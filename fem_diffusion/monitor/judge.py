@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from fem_diffusion.monitor.bundle import Answer, Bundle
+from fem_diffusion.monitor.bundle import LEVELS, Answer, Bundle
 from fem_diffusion.monitor.rules import Rule, Rules
 
-__all__ = ["LEVELS", "TRUST", "Change", "Result", "judge"]
+__all__ = ["TRUST", "Change", "Result", "judge"]
 
-LEVELS = 0.05, 0.25, 0.5, 0.75, 0.95
 # The key of alarms that an answer cannot be trusted.
 TRUST = "trust"
 

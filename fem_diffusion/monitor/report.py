@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
@@ -51,28 +52,56 @@ def stamp(when: float) -> str:
 
 
 def _map_picture(bundle: Bundle, found: dict[str, Any]) -> Picture:
-    """Mean and standard deviation with the sensors."""
+    """Mean and standard deviation with the sensors, or bands along a line."""
     area = bundle.area
     assert area is not None
+    unit = f" [{area.unit}]" if area.unit else ""
+    labels = [f"{axis} [{area.length}]" if area.length else axis for axis in area.axes]
+    points = np.array([sensor.point for sensor in bundle.sensors if sensor.point is not None]).reshape(-1, len(labels))
+    if len(labels) == 1:
+        return _along_picture(bundle, np.array(found["bands"]), points[:, 0], labels[0], f"{area.name}{unit}")
     low, high = area.corners.min(axis=0), area.corners.max(axis=0)
     # Beside each other where the domain is high, below each other where it is wide.
     wide = np.ptp(area.corners[:, 0]) > 1.6 * np.ptp(area.corners[:, 1])
     figure = new_figure(7.5, 7.0) if wide else new_figure(9.0, 4.0)
-    unit = f" [{area.unit}]" if area.unit else ""
-    length = f" [{area.length}]" if area.length else ""
-    points = np.array([sensor.point for sensor in bundle.sensors if sensor.point is not None]).reshape(-1, 2)
     for axes, (name, values, colours) in zip(np.ravel(figure.subplots(*((2, 1) if wide else (1, 2)))), (
             ("mean", found["mean"], "viridis"), ("standard deviation", found["std"], "cividis"))):
         shown = np.asarray(values)
         scale = Normalize(float(shown.min()), float(max(shown.max(), shown.min() + 1e-300)))
-        image = axes.tripcolor(*area.corners.T, area.triangles, shown, shading="gouraud", cmap=colours, norm=scale,
+        image = axes.tripcolor(*area.corners.T, area.cells, shown, shading="gouraud", cmap=colours, norm=scale,
                                rasterized=True)
         axes.plot(*points.T, "o", color="white", markeredgecolor="black", markersize=6)
-        axes.set(title=f"{area.name}, {name}", aspect="equal", xlabel=f"x{length}", ylabel=f"y{length}",
+        axes.set(title=f"{area.title}, {name}", aspect="equal", xlabel=labels[0], ylabel=labels[1],
                  xlim=(low[0], high[0]), ylim=(low[1], high[1]))
         figure.colorbar(image, ax=axes, label=f"{area.name}{unit}")
-    return picture_of(figure, f"Map of the {area.name}", f"Mean and standard deviation of the {area.name}; circles are "
+    return picture_of(figure, f"Map of the {area.title}", f"Mean and standard deviation of the {area.title}; circles "
+                      f"are sensors{', those above and below it, too' if area.where else ''}.",
+                      wide=True)
+
+
+def _along_picture(bundle: Bundle, bands: np.ndarray, points: np.ndarray, place: str, value: str) -> Picture:
+    """Median with bands (5, c) by place; lines end where the domain does."""
+    assert bundle.area is not None
+    figure = new_figure(8.0, 3.4)
+    axes = figure.subplots()
+    x = bundle.area.corners[:, 0]
+    ends = np.flatnonzero(np.diff(x)[1::2] != 0) * 2 + 2
+    x, bands = np.insert(x, ends, np.nan), np.insert(bands, ends, np.nan, axis=1)
+    _bands(axes, x, bands)
+    axes.plot(points, np.full(len(points), 0.03), "o", transform=axes.get_xaxis_transform(), color="white",
+              markeredgecolor="black", label="sensors")
+    axes.set(xlabel=place, ylabel=value)
+    figure.legend(loc="outside upper center", ncols=4, fontsize="small", frameon=False)
+    name = bundle.area.name
+    return picture_of(figure, f"The {name} by place", f"Median of the {name} with 50 and 90 % bands; circles are "
                       "sensors.", wide=True)
+
+
+def _bands(axes: Axes, x: np.ndarray, values: np.ndarray, marker: str | None = None) -> None:
+    """Median with bands (5, n)."""
+    axes.fill_between(x, values[0], values[4], color=_BLUE, alpha=0.2, linewidth=0, label="90 %")
+    axes.fill_between(x, values[1], values[3], color=_BLUE, alpha=0.4, linewidth=0, label="50 %")
+    axes.plot(x, values[2], color=_DARK, marker=marker, label="median")
 
 
 def _line_pictures(site: Site, at: float) -> list[Picture]:
@@ -90,9 +119,7 @@ def _line(times: list[float], rows: list, part: dict[str, Any]) -> Figure:
     axes = figure.subplots()
     days = date2num([datetime.fromtimestamp(when) for when in times])
     values = np.array([[np.nan] * 5 if row is None else row for row in rows])
-    axes.fill_between(days, values[:, 0], values[:, 4], color=_BLUE, alpha=0.2, linewidth=0, label="90 %")
-    axes.fill_between(days, values[:, 1], values[:, 3], color=_BLUE, alpha=0.4, linewidth=0, label="50 %")
-    axes.plot(days, values[:, 2], color=_DARK, marker="." if len(days) < 40 else None, label="median")
+    _bands(axes, days, values.T, "." if len(days) < 40 else None)
     for threshold in part["thresholds"]:
         axes.axhline(threshold, color=_LIMIT, linestyle="--", label="threshold")
     locator = AutoDateLocator()

@@ -67,20 +67,19 @@ class Site:
         return {"times": [when for when, _, _ in rows], "lines": lines, "span": self.history.span()}
 
     def mesh(self) -> dict[str, Any] | None:
-        """Corners and triangles of the map, sensors and units."""
+        """Corners and cells of the map, names and units."""
         area = self.bundle.area
         if area is None:
             return None
-        return {"corners": np.round(area.corners, 6).ravel().tolist(), "triangles": area.triangles.ravel().tolist(),
-                "name": area.name, "unit": area.unit, "length": area.length,
-                "sensors": [{"name": sensor.name, "point": sensor.point} for sensor in self.bundle.sensors]}
+        return {"axes": area.axes, "corners": _short(area.corners.ravel(), 8), "cells": area.cells.ravel().tolist(),
+                "name": area.title, "unit": area.unit, "length": area.length, "slice": area.where}
 
     def answer(self, reading: Reading) -> Answer:
         """What a reading tells: the same whenever it is asked."""
         return self.bundle.answer(reading.y, reading.id, self.rules.unlike)
 
     def map(self, number: int) -> dict[str, Any] | None:
-        """Mean and standard deviation at the corners for a reading; None where there is none to be trusted."""
+        """What the map shows of a reading at its corners; None where there is none to be trusted."""
         with self._drawing:
             if number not in self._maps:
                 reading, found = self.history.reading(number), self.history.result(number)
@@ -88,8 +87,9 @@ class Site:
                 if reading and found and found[0] == self.bundle.checksum and self.bundle.area is not None:
                     answer = self.answer(reading)
                     picture = None if answer.values is None else self.bundle.picture(answer)
-                self._maps[number] = None if picture is None else dict(
-                    zip(("mean", "std"), ([float(f"{x:.5g}") for x in part] for part in picture)))
+                self._maps[number] = picture and {
+                    name: [_short(row) for row in part] if part.ndim > 1 else _short(part)
+                    for name, part in picture.items()}
                 while len(self._maps) > _MAPS:
                     self._maps.popitem(last=False)
             self._maps.move_to_end(number)
@@ -129,3 +129,8 @@ class Site:
         # What comes late is shown in its place, and raises nothing.
         self.history.finish(reading, self.bundle.checksum, result, [] if reading.late else changes)
         return True
+
+
+def _short(values: np.ndarray, digits: int = 5) -> list[float]:
+    """Numbers (n,) to so many digits, as short texts."""
+    return [float(f"{x:.{digits}g}") for x in values]

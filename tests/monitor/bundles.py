@@ -1,5 +1,7 @@
 """A small monitor without a mesh of Firedrake: a linear-Gaussian problem, whose posterior is known."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy.sparse import identity
@@ -46,9 +48,20 @@ def make_bundle(exponential=False, draws=500):
     grid = np.linspace(-9.0, 9.0, 20001)
     tables = (Table(0, n, -9.0, 9.0, np.exp(grid)),) if exponential else ()
     sensors = tuple(Sensor(f"gauge {i}", "mg/m³", (0.15 + 0.17 * i, 0.3 + 0.1 * (i % 3))) for i in range(K))
-    area = Area(places, Delaunay(places).simplices, identity(n, format="csr"), "emission", "g/s", "km")
+    area = Area(places, Delaunay(places).simplices, identity(n, format="csr"), ("x", "y"), "emission", "g/s", "km")
     denoiser = Denoiser(linear_base(A, covariance), known=True)
     emulated = EmulatedSensors.fixed(denoiser, GaussianNoise(std=NOISE), seen)
     return Bundle(emulated, sensors, (Quantity("mean emission", "g/s"), Quantity("highest emission", "g/s", True)),
                   np.full(n, 1.0, dtype=np.float32), fields.astype(np.float32), weights, tables, None, area,
                   draws=draws)
+
+
+def along(bundle):
+    """The same where the field is shown along the lower side of the square, of which there is nothing in the middle."""
+    n, middle = len(bundle.mean), SIDE // 2
+    nodes = np.array([i for i in range(SIDE - 1) if i != middle - 1])
+    nodes = np.column_stack([nodes, nodes + 1])
+    rows = identity(n, format="csr")[nodes.ravel()]
+    area = Area(modes()[1][nodes.ravel(), :1], np.arange(nodes.size).reshape(-1, 2), rows, ("x",), "flux", "g/s", "km")
+    sensors = tuple(replace(sensor, point=sensor.point[:1]) for sensor in bundle.sensors)
+    return replace(bundle, area=area, sensors=sensors)

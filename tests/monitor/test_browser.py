@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from bundles import make_bundle, reading
+from bundles import along, make_bundle, reading
 from servers import body, running, start
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is missing: pip install playwright")
@@ -113,6 +113,42 @@ def test_wall_and_phone(browser, tmp_path):
             page.wait_for_timeout(300)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
             assert page.locator("#word").bounding_box()["y"] < 400
+        assert not errors
+        page.close()
+
+
+def test_lines_have_bands_and_slices_say_where_they_are(browser, tmp_path):
+    (tmp_path / "line").mkdir()
+    with running(tmp_path / "line", bundle=along(make_bundle())) as server:
+        server.ask("POST", "/api/readings", body(0, reading(LOW, 1)))
+        page, errors = _page(browser, server)
+        page.wait_for_selector("#bands svg .most")
+        assert page.locator("#map h2").text_content() == "Flux" and not page.locator("#canvas").is_visible()
+        # The line is in two parts, and all sensors stand below it.
+        assert page.locator("#bands .middle").count() == 2 and page.locator("#bands .mark").count() == 5
+        heights = page.locator("#bands .middle").first.get_attribute("points")
+        broken = reading(LOW, 2)
+        broken[1] += 30
+        server.ask("POST", "/api/readings", body(60, broken))
+        playwright.expect(page.locator("#bands")).to_contain_text("not to be trusted")
+        assert page.locator("#bands .most").count() == 0
+        server.ask("POST", "/api/readings", body(120, reading(HIGH, 3)))
+        page.wait_for_selector("#bands svg .most")
+        assert page.locator("#bands .middle").first.get_attribute("points") != heights
+        page.set_viewport_size({"width": 360, "height": 800})
+        page.wait_for_function("document.querySelector('#bands svg').viewBox.baseVal.width < 360")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.set_viewport_size({"width": 1280, "height": 900})
+        assert not errors
+        page.close()
+    bundle = make_bundle()
+    (tmp_path / "slice").mkdir()
+    with running(tmp_path / "slice", bundle=replace(bundle, area=replace(bundle.area, where="at z = 2 m"))) as server:
+        server.ask("POST", "/api/readings", body(0, reading(LOW, 1)))
+        page, errors = _page(browser, server)
+        page.wait_for_function("!document.getElementById('scale').hidden")
+        assert page.locator("#map h2").text_content() == "Emission at z = 2 m, mean"
+        assert "slice at z = 2 m" in page.locator("#slice").text_content()
         assert not errors
         page.close()
 

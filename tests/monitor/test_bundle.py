@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bundles import K, NOISE, R, SIDE, make_bundle, modes, operator, posterior, reading
+from bundles import K, NOISE, R, SIDE, along, make_bundle, modes, operator, posterior, reading
 from scipy.stats import norm
 
 from fem_diffusion import files
@@ -54,12 +54,24 @@ def test_largest_value_and_map_of_a_transformed_field():
     at = 1 + mean @ fields, np.sqrt(np.einsum("kn,kl,ln->n", fields, covariance, fields))
     exact = np.exp(at[0] + at[1]**2 / 2), np.exp(at[0] + at[1]**2 / 2) * np.sqrt(np.expm1(at[1]**2))
     shown = bundle.picture(answer)
-    assert (np.abs(shown[0] - exact[0]) < 4.5 * exact[1] / np.sqrt(4000)).all()
-    assert np.allclose(shown[1], exact[1], rtol=0.1)
+    assert (np.abs(shown["mean"] - exact[0]) < 4.5 * exact[1] / np.sqrt(4000)).all()
+    assert np.allclose(shown["std"], exact[1], rtol=0.1)
     z = np.random.default_rng(0).multivariate_normal(mean, covariance, 4000)
     largest = np.exp(1 + z @ fields)[:, places[:, 0] > 0.5].max(axis=1)
     assert abs(answer.values[:, 1].mean() - largest.mean()) < 4 * np.hypot(*[largest.std() / 4000**0.5] * 2)
     assert np.array_equal(answer.values[:, 1], answer.parameters[:, places[:, 0] > 0.5].max(axis=1))
+
+
+def test_bands_along_a_line_are_quantiles():
+    bundle, y = along(make_bundle(draws=4000)), reading(Z, 2)
+    bands = bundle.picture(bundle.answer(y, seed=3))["bands"]
+    mean, covariance = posterior(y)
+    fields = bundle.area.rows @ modes()[0].T
+    std = np.sqrt(np.einsum("nk,kl,nl->n", fields, covariance, fields))
+    for q, row in zip((0.05, 0.25, 0.5, 0.75, 0.95), bands):
+        exact = 1 + fields @ mean + norm.ppf(q) * std
+        error = np.sqrt(q * (1 - q) / 4000) / norm.pdf(norm.ppf(q)) * std
+        assert (np.abs(row - exact) < 4.5 * error).all()
 
 
 def test_same_seed_same_answer():
@@ -145,7 +157,12 @@ def test_bundle_is_read_back(tmp_path):
     found = read_bundle(tmp_path / "model")
     assert found.sensors == bundle.sensors and found.quantities == bundle.quantities and len(found.checksum) == 64
     assert np.array_equal(found.answer(y, 1).values, bundle.answer(y, 1).values)
-    assert np.array_equal(found.area.triangles, bundle.area.triangles)
+    assert np.array_equal(found.area.cells, bundle.area.cells)
+    line = along(bundle)
+    write_bundle(tmp_path / "line", line)
+    again = read_bundle(tmp_path / "line")
+    assert again.area.axes == ("x",) and again.sensors == line.sensors
+    assert np.array_equal(again.picture(again.answer(y, 1))["bands"], line.picture(line.answer(y, 1))["bands"])
     known = Known(np.zeros((500, K)), np.zeros((K, SIDE**2)), np.eye(K), np.eye(K), np.zeros((K, R)), np.zeros(K))
     tailed = replace(bundle, tail=Tail(np.zeros((500, SIDE**2), dtype=np.float32), known))
     write_bundle(tmp_path / "model", tailed)
@@ -153,7 +170,7 @@ def test_bundle_is_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("name, change, words", [
-    ("area.triangles", lambda x: x + 1000, "map"), ("area.indices", lambda x: x - 1, "map"),
+    ("area.cells", lambda x: x + 1000, "map"), ("area.indices", lambda x: x - 1, "map"),
     ("noise.0.std", lambda x: -x, "noise"), ("mean", lambda x: x[:-1], "fit"),
     ("table.0", lambda x: x[:1], "table"), ("weights", lambda x: x * 0, "region"),
     ("modes", lambda x: x * np.nan, "finite"), ("seen", lambda x: x[:, :-1], "seen")])
@@ -170,7 +187,8 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, name, change, words):
     ("sensors", [{"name": "a", "unit": "", "point": None}] * K, "one name"),
     ("sensors", [{"name": f"{i}", "unit": "", "point": [0, "x"]} for i in range(K)], "place"),
     ("draws", 10**9, "out of range"), ("tables", [[0, 3, 0.0, 1.0]], "coefficients only"),
-    ("quantities", [{"name": "a", "unit": "", "largest": "yes"}], "one name"), ("area", {"name": 3}, "map")])
+    ("quantities", [{"name": "a", "unit": "", "largest": "yes"}], "one name"), ("area", {"name": 3, "axes": ["x", "y"]}, "map"),
+    ("area", {"name": "", "unit": "", "length": "", "where": "", "axes": ["x"]}, "place on its map")])
 def test_settings_that_do_not_fit_are_refused(tmp_path, name, value, words):
     write_bundle(tmp_path, make_bundle(exponential=True))
     content = files.read(tmp_path / FILE, "monitor", "")
@@ -214,7 +232,7 @@ def test_an_answer_of_64_latents_takes_a_fifth_of_a_second(own):
         start = time.process_time()
         bundle.answer(y[5 + i].numpy(), 1)
         times.append(time.process_time() - start)
-    print(f"{sorted(times)[0]:.3f} to {sorted(times)[3]:.3f} s of CPU an answer, network {denoiser.network is not None}")
+    print(f"{min(times):.3f} to {sorted(times)[3]:.3f} s of CPU an answer, {'a' if denoiser.network else 'no'} network")
     # Other jobs on the machine make the same work longer, never shorter.
     assert min(times) < 0.2
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import make_bundle, reading
+from bundles import along, make_bundle, reading
 from servers import RULES, body, running, stamp
 
 from fem_diffusion.__main__ import main
@@ -135,6 +135,17 @@ def test_names_are_shown_as_text_not_as_markup(tmp_path):
         page = report_of(site)
     assert "<b>x" not in page and "&lt;b&gt;x" in page
     assert ".innerHTML" not in _read("page.js") and "insertAdjacent" not in _read("page.js")
+
+
+def test_reports_show_bands_along_lines_and_where_slices_are(tmp_path):
+    for name, bundle in (("line", along(make_bundle())), ("slice", make_bundle())):
+        bundle = replace(bundle, area=replace(bundle.area, where="at z = 2 m" * (name == "slice")))
+        (tmp_path / name).mkdir()
+        for site in _judged(tmp_path / name, bundle, [Reading(1.7e9, reading(LOW, 1))]):
+            page, shown = report_of(site), site.map(1)
+            assert set(shown) == ({"bands"} if name == "line" else {"mean", "std"})
+            assert ("The flux by place" if name == "line" else "those above and below it, too") in page
+            assert site.mesh()["slice"] == bundle.area.where and site.mesh()["name"].endswith(bundle.area.where)
 
 
 def _malformed(rng):

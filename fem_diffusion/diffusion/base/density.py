@@ -44,8 +44,8 @@ class EmulatorDensity(Tensors):
 
     `base` holds the law of the latents and the emulator, `located` is the base at each measurement; `rows` (B, k, s)
     and `target` (B, k) are sensors and readings in units of noise and emulator error. Where the base has a law of the
-    noise, they are in the units of the sensors, the users' ones where readings are mapped, and `noise` is that law, with
-    the emulator's error in its variance; and where noise is learnt, too.
+    noise, they are in the units of the sensors, those of the users where readings are mapped, and `noise` is that law,
+    with the emulator's error in its variance; and where noise is learnt, too.
     """
 
     base: GaussianBase

@@ -136,6 +136,20 @@ function runs(values) {
   return found;
 }
 
+// Median with bands over some places, by their numbers.
+function drawBands(svg, run, x, row, y) {
+  const along = (places, q) => places.map(i => `${x(i).toFixed(1)},${y(row(i)[q]).toFixed(1)}`).join(" ");
+  const back = [...run].reverse();
+  for (const [a, b, name] of [[0, 4, "most"], [1, 3, "half"]])
+    svg.append(drawing("polygon", {points: `${along(run, a)} ${along(back, b)}`, class: name}));
+  svg.append(drawing("polyline", {points: along(run, 2), class: "middle"}));
+}
+
+function drawLevels(svg, low, high, y, from, to) {
+  for (const v of ticks(low, high, 4)) svg.append(drawing("line", {x1: from, x2: to, y1: y(v), y2: y(v), class: "axis"}),
+    drawing("text", {x: from - 8, y: y(v) + 5, "text-anchor": "end"}, digits(v)));
+}
+
 function timeLine(times, rows, quantity, start, stop, W) {
   const [H, L, B, T, R] = [240, 78, 30, 12, 14];
   const svg = drawing("svg", {viewBox: `0 0 ${W} ${H}`, role: "img"});
@@ -149,8 +163,7 @@ function timeLine(times, rows, quantity, start, stop, W) {
   const room = 0.06 * (high - low) || Math.abs(high) * 0.1 || 1;
   [low, high] = [low - room, high + room];
   const x = t => L + (t - start) / (stop - start) * (W - L - R), y = v => T + (high - v) / (high - low) * (H - T - B);
-  for (const v of ticks(low, high, 4)) svg.append(drawing("line", {x1: L, x2: W - R, y1: y(v), y2: y(v), class: "axis"}),
-    drawing("text", {x: L - 8, y: y(v) + 5, "text-anchor": "end"}, digits(v)));
+  drawLevels(svg, low, high, y, L, W - R);
   const days = stop - start > 90000;
   const many = W < 480 ? 2 : 4;
   for (let i = 0; i <= many; i++) {
@@ -166,11 +179,7 @@ function timeLine(times, rows, quantity, start, stop, W) {
     svg.append(drawing("rect", {x: from, y: T, width: Math.max(2, to - from), height: H - T - B, class: "none"}));
   });
   for (const run of runs(rows)) {
-    const along = (places, q) => places.map(i => `${x(times[i]).toFixed(1)},${y(rows[i][q]).toFixed(1)}`).join(" ");
-    const back = [...run].reverse();
-    for (const [a, b, name] of [[0, 4, "most"], [1, 3, "half"]])
-      svg.append(drawing("polygon", {points: `${along(run, a)} ${along(back, b)}`, class: name}));
-    svg.append(drawing("polyline", {points: along(run, 2), class: "middle"}));
+    drawBands(svg, run, i => x(times[i]), i => rows[i], y);
     if (run.length === 1 || run.includes(rows.length - 1))
       svg.append(drawing("circle", {cx: x(times[run.at(-1)]), cy: y(rows[run.at(-1)][2]), r: 4, class: "dot"}));
   }
@@ -229,10 +238,14 @@ function geometry() {
 async function drawMap(state) {
   if (mesh === undefined) {
     mesh = await get("api/mesh");
-    if (mesh) mesh.view = geometry();
+    if (mesh?.axes.length === 2) mesh.view = geometry();
+    if (mesh) $("slice").textContent = mesh.axes.length === 1 ? "Bands hold the value of a place with 50 and 90 % "
+      + "probability; the line is the median, circles are sensors." : mesh.slice && `The map is a slice ${mesh.slice}: `
+      + "sensors above and below it are shown, too.";
   }
   $("map").hidden = mesh === null;
   if (mesh === null) return;
+  if (mesh.axes.length === 1) return drawAlong(state);
   const wanted = `${state.map} ${show}`;
   drawMarks(state.sensors);
   if (mapOf === wanted) return;
@@ -246,7 +259,7 @@ async function drawMap(state) {
     pen.font = "40px sans-serif";
     pen.textAlign = "center";
     pen.fillStyle = getComputedStyle(document.body).color;
-    pen.fillText(state.reading === null ? "No reading" : "No map: the reading is not to be trusted", W / 2, H / 2);
+    pen.fillText(nothing(state), W / 2, H / 2);
     $("scale").hidden = true;
     mapOf = wanted;
     return;
@@ -256,7 +269,7 @@ async function drawMap(state) {
   const scale = scales[show] ||= [Infinity, -Infinity];
   // The scale only grows, so that equal colours of two maps are equal values.
   for (const value of values) { scale[0] = Math.min(scale[0], value); scale[1] = Math.max(scale[1], value); }
-  const width = scale[1] - scale[0] || 1, t = mesh.triangles;
+  const width = scale[1] - scale[0] || 1, t = mesh.cells;
   // Few triangles are drawn in parts, so that colours run smoothly.
   const deep = t.length < 1500 ? 3 : t.length < 24000 ? 1 : 0;
   pen.lineWidth = 1;
@@ -290,6 +303,45 @@ async function drawMap(state) {
   mapOf = wanted;
 }
 
+// Bands along a line, in place of a map.
+async function drawAlong(state) {
+  const width = Math.max(280, $("map").clientWidth), wanted = JSON.stringify([state.map, width, state.sensors]);
+  if (mapOf === wanted) return;
+  const title = `${mesh.name[0].toUpperCase()}${mesh.name.slice(1)}`, [H, L, B, T, R] = [360, 78, 74, 12, 20];
+  $("map").querySelector("h2").textContent = title;
+  for (const part of $("map").querySelectorAll(".choice, .frame, #scale")) part.hidden = true;
+  const svg = drawing("svg", {viewBox: `0 0 ${width} ${H}`, role: "img"}), places = mesh.corners;
+  svg.append(drawing("title", {}, `${title} by place`));
+  const [start, stop] = [Math.min(...places), Math.max(...places)];
+  const x = v => L + (v - start) / (stop - start) * (width - L - R);
+  field = state.map === null ? null : await get(`api/map?reading=${state.map}`);
+  if (field) {
+    const scale = scales.bands ||= [Infinity, -Infinity];
+    for (const value of field.bands[0]) scale[0] = Math.min(scale[0], value);
+    for (const value of field.bands[4]) scale[1] = Math.max(scale[1], value);
+    const room = 0.06 * (scale[1] - scale[0]) || 1, [low, high] = [scale[0] - room, scale[1] + room];
+    const y = v => T + (high - v) / (high - low) * (H - T - B), pieces = [];
+    drawLevels(svg, low, high, y, L, width - R);
+    // Where pieces meet they are one, so that no seam is seen.
+    for (let i = 0; i < places.length; i += 2)
+      if (i && places[i] === places[i - 1]) pieces.at(-1).push(i, i + 1); else pieces.push([i, i + 1]);
+    for (const piece of pieces) drawBands(svg, piece, i => x(places[i]), i => field.bands.map(row => row[i]), y);
+  } else svg.append(drawing("text", {x: width / 2, y: H / 2, "text-anchor": "middle"}, nothing(state)));
+  for (const v of ticks(start, stop, width < 480 ? 3 : 6))
+    svg.append(drawing("text", {x: x(v), y: H - 30, "text-anchor": "middle"}, digits(v)));
+  svg.append(drawing("text", {x: (L + width - R) / 2, y: H - 8, "text-anchor": "middle"},
+    mesh.axes[0] + (mesh.length && ` [${mesh.length}]`)), drawing("text", {"text-anchor": "middle",
+    transform: `translate(14 ${(T + H - B) / 2}) rotate(-90)`}, mesh.unit || mesh.name.slice(0, 24)));
+  state.sensors.forEach((sensor, i) => {
+    if (sensor.point) svg.append(drawing("g", {class: `mark ${look(sensor)}`}, drawing("circle", {cx: x(sensor.point[0]),
+      cy: H - B + 10, r: 7, "stroke-width": 3}), drawing("text", {x: x(sensor.point[0]) + 10, y: H - B + 15}, String(i + 1))));
+  });
+  $("bands").replaceChildren(svg);
+  mapOf = wanted;
+}
+
+const nothing = state => state.reading === null ? "No reading" : "Nothing is shown: the reading is not to be trusted";
+
 function drawMarks(sensors) {
   const {W, H, x, y, size} = mesh.view, svg = $("marks");
   svg.setAttribute("viewBox", `0 0 ${W} ${H}`);
@@ -300,7 +352,7 @@ function drawMarks(sensors) {
   svg.replaceChildren(bar, ...sensors.flatMap((sensor, i) => {
     if (!sensor.point) return [];
     const [a, b] = [x(sensor.point[0]), y(sensor.point[1])];
-    return [drawing("g", {class: look(sensor)}, drawing("circle", {cx: a, cy: b, r: 8 * big, "stroke-width": 3 * big}),
+    return [drawing("g", {class: `mark ${look(sensor)}`}, drawing("circle", {cx: a, cy: b, r: 8 * big, "stroke-width": 3 * big}),
       drawing("text", {x: a + 12 * big, y: b + 6 * big}, String(i + 1)))];
   }));
   svg.querySelectorAll("text").forEach(text => { text.style.fontSize = `${18 * big}px`; });
