@@ -149,6 +149,20 @@ class History:
     def _last(self) -> float | None:
         return self._base.execute("SELECT max(time) FROM reading").fetchone()[0]
 
+    def claim(self, sensors: Sequence[tuple[str, str]]) -> None:
+        """Keep names and units of the sensors; FileError where the readings that are there are of others."""
+        mine, theirs = json.dumps(sensors), self.place("sensors")
+        if theirs is None:
+            self.add([], {"sensors": mine})
+        elif theirs != mine:
+            raise FileError("The history holds readings of other sensors, or in other units: name another file with "
+                            "--history.")
+
+    def late(self, count: int) -> bool:
+        """Whether the last readings that came, so many of them, all came late."""
+        found = self._all("SELECT late FROM reading ORDER BY id DESC LIMIT ?", count)
+        return len(found) == count and all(late for late, in found)
+
     def place(self, name: str) -> str | None:
         """A place that `add` has kept."""
         found = self._all("SELECT value FROM place WHERE name = ?", name)

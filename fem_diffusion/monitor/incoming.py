@@ -110,7 +110,7 @@ class Follower:
                 if not head.endswith(b"\n"):
                     self.trouble = "" if len(head) < _LONGEST else f"The first row of {self.path.name} has no end."
                     return 0
-                place = self._place(head, os.fstat(file.fileno()).st_size)
+                place = self._place(head, os.fstat(file.fileno()))
                 file.seek(place["offset"])
                 data = file.read(_CHUNK)
         except OSError as error:
@@ -137,12 +137,14 @@ class Follower:
             if head.endswith(b"\n"):
                 self._columns(head)
 
-    def _place(self, head: bytes, size: int) -> dict:
-        """Up to where this file has been read; another first row or a smaller file is another file."""
-        mark = zlib.crc32(head)
+    def _place(self, head: bytes, file: os.stat_result) -> dict:
+        """Up to where this file has been read; one with another first row, a smaller one or one put in its place is
+        another file. Rows that are read once more are known.
+        """
+        mine = {"mark": zlib.crc32(head), "name": str(self.path), "node": file.st_ino}
         found = json.loads(self.history.place("file") or "{}")
-        if found.get("mark") != mark or found.get("name") != str(self.path) or found["offset"] > size:
-            return {"mark": mark, "name": str(self.path), "offset": len(head), "row": 1}
+        if any(found.get(key) != value for key, value in mine.items()) or found["offset"] > file.st_size:
+            return mine | {"offset": len(head), "row": 1}
         return found
 
     def _columns(self, head: bytes) -> tuple[str, list[int]]:

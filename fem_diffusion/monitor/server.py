@@ -33,6 +33,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError as error:
     raise InstallError("The monitor needs Starlette and uvicorn: pip install 'fem_diffusion[monitor]'.") from error
 
@@ -82,7 +83,7 @@ def serve(site: Site, host: str, port: int, token: str | None = None, certificat
     more: dict[str, Any] = {} if certificate is None else dict(zip(("ssl_certfile", "ssl_keyfile"), certificate))
     try:
         config = uvicorn.Config(application(site, token, None if is_local(host) else ["*"]), log_level="warning",
-                                access_log=False, server_header=False, lifespan="off", http="h11", ws="none",
+                                access_log=False, server_header=False, lifespan="off", http=_Impatient, ws="none",
                                 limit_concurrency=200, timeout_keep_alive=20, timeout_graceful_shutdown=3, **more)
         config.load()
     except (OSError, ValueError) as error:
@@ -95,6 +96,24 @@ def serve(site: Site, host: str, port: int, token: str | None = None, certificat
         uvicorn.Server(config).run(sockets=[listening])
     finally:
         site.stop()
+
+
+class _Impatient(H11Protocol):
+    """Closes connections on which no request comes: many of them would keep others out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:   # pyright: ignore
+        super().connection_made(transport)
+        self._seen, self._timer = None, self.loop.call_later(_WAIT, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _look(self) -> None:
+        if self.cycle is self._seen and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+            return
+        self._seen, self._timer = self.cycle, self.loop.call_later(_WAIT, self._look)
 
 
 def application(site: Site, token: str | None = None, hosts: list[str] | None = None) -> Starlette:

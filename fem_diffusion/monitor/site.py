@@ -25,12 +25,13 @@ _PAUSE, _AGAIN, _MAPS, _POINTS = 0.5, 2.0, 8, 600
 class Site:
     """A model with rules, a history and, perhaps, a file of readings that is followed.
 
-    `start` judges what waits and what comes until `stop`.
+    `start` judges what waits and what comes until `stop`. FileError if the history is of other sensors.
     """
 
     def __init__(self, bundle: Bundle, rules: Rules, history: History, follower: Follower | None = None) -> None:
         self.bundle, self.rules, self.history, self.follower = bundle, rules, history, follower
         self._woken, self._stopped = threading.Event(), threading.Event()
+        history.claim([(sensor.name, sensor.unit) for sensor in bundle.sensors])
         self._trouble = ""
         self._maps: OrderedDict[int, dict | None] = OrderedDict()
         self._drawing = threading.Lock()

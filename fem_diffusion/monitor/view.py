@@ -17,6 +17,8 @@ __all__ = ["state"]
 # What a reader sees first, by light; readings that may wait without a word.
 _WORDS = {"green": "All in order", "yellow": "Take care", "red": "Alarm", "grey": "Do not rely on this page"}
 _FEW, _ALARMS, _PROBLEMS = 5, 50, 5
+# Late readings in a row from which on it is a clock that is wrong.
+_LATE = 3
 
 
 def state(bundle: Bundle, rules: Rules, history: History, when: float | None = None,
@@ -39,7 +41,11 @@ def state(bundle: Bundle, rules: Rules, history: History, when: float | None = N
         return page | {"light": "grey", "word": "No reading", "sentences": sentences, "alarms": _shown(alarms, when)}
     model, result = found
     on = [alarm for alarm in alarms if alarm.ended is None or when is not None and alarm.ended > reading.time]
-    light, sentences = _light(bundle.draws, rules, reading, result, on, alarms, list(trouble), when is None)
+    trouble = list(trouble)
+    if when is None and history.late(_LATE):
+        trouble.append(f"The last {_LATE} readings came with times before one that was there, and raise no alarm: look "
+                       "at the clocks.")
+    light, sentences = _light(bundle.draws, rules, reading, result, on, alarms, trouble, when is None)
     if waiting > _FEW:
         sentences.append(f"{words.counted(waiting)} readings wait for their turn: what is shown is not the last one.")
     page |= {"light": light, "word": _WORDS[light], "sentences": sentences, "alarms": _shown(alarms, when),

@@ -1,6 +1,7 @@
 """What an operator sees in a browser: state, map, alarms, a broken sensor, the past, a restart; on a wall, a phone."""
 
 import re
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_a_day_of_an_operator(browser, tmp_path):
         server.ask("POST", "/api/readings", body(0, reading(LOW, 1)))
         _word(page, "All in order")
         page.wait_for_selector(".card svg .dot")
-        page.wait_for_function("!document.getElementById('scale').hidden")
+        playwright.expect(page.locator("#scale")).to_be_visible()
         assert page.locator("#map h2").text_content() == "Emission, mean"
         quiet, number = _pixel(page), page.locator(".number").first.text_content()
         assert quiet[3] == 255 and number.endswith("g/s")
@@ -55,8 +56,11 @@ def test_a_day_of_an_operator(browser, tmp_path):
             server.ask("POST", "/api/readings", body(60 * i, reading(HIGH, 1 + i)))
         _word(page, "Alarm")      # by itself, within seconds
         playwright.expect(page.locator("#sentences li").first).to_contain_text("Close the valve.")
-        page.wait_for_function(f"document.querySelector('.number').textContent !== {number!r}")
-        page.wait_for_function(f"{PIXEL}.join() !== '{','.join(map(str, quiet))}'")
+        playwright.expect(page.locator(".number").first).not_to_have_text(number)
+        end = time.monotonic() + PATIENCE / 1000
+        while _pixel(page) == quiet and time.monotonic() < end:
+            page.wait_for_timeout(200)
+        assert _pixel(page) != quiet
         page.get_by_label("Your name").fill("Ada <i>Lovelace</i>")
         page.get_by_role("button", name="Acknowledge").click()
         playwright.expect(page.locator("#alarms li")).to_contain_text("acknowledged by Ada <i>Lovelace</i>")
@@ -136,7 +140,7 @@ def test_lines_have_bands_and_slices_say_where_they_are(browser, tmp_path):
         page.wait_for_selector("#bands svg .most")
         assert page.locator("#bands .middle").first.get_attribute("points") != heights
         page.set_viewport_size({"width": 360, "height": 800})
-        page.wait_for_function("document.querySelector('#bands svg').viewBox.baseVal.width < 360")
+        playwright.expect(page.locator("#bands svg")).to_have_attribute("viewBox", re.compile("^0 0 3[0-5]"))
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
         page.set_viewport_size({"width": 1280, "height": 900})
         assert not errors
@@ -146,7 +150,7 @@ def test_lines_have_bands_and_slices_say_where_they_are(browser, tmp_path):
     with running(tmp_path / "slice", bundle=replace(bundle, area=replace(bundle.area, where="at z = 2 m"))) as server:
         server.ask("POST", "/api/readings", body(0, reading(LOW, 1)))
         page, errors = _page(browser, server)
-        page.wait_for_function("!document.getElementById('scale').hidden")
+        playwright.expect(page.locator("#scale")).to_be_visible()
         assert page.locator("#map h2").text_content() == "Emission at z = 2 m, mean"
         assert "slice at z = 2 m" in page.locator("#slice").text_content()
         assert not errors

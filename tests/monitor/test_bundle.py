@@ -187,7 +187,8 @@ def test_parts_that_do_not_fit_are_refused(tmp_path, name, change, words):
     ("sensors", [{"name": "a", "unit": "", "point": None}] * K, "one name"),
     ("sensors", [{"name": f"{i}", "unit": "", "point": [0, "x"]} for i in range(K)], "place"),
     ("draws", 10**9, "out of range"), ("tables", [[0, 3, 0.0, 1.0]], "coefficients only"),
-    ("quantities", [{"name": "a", "unit": "", "largest": "yes"}], "one name"), ("area", {"name": 3, "axes": ["x", "y"]}, "map"),
+    ("quantities", [{"name": "a", "unit": "", "largest": "yes"}], "one name"),
+    ("area", {"name": 3, "axes": ["x", "y"]}, "map"),
     ("area", {"name": "", "unit": "", "length": "", "where": "", "axes": ["x"]}, "place on its map")])
 def test_settings_that_do_not_fit_are_refused(tmp_path, name, value, words):
     write_bundle(tmp_path, make_bundle(exponential=True))

@@ -19,6 +19,7 @@ from fem_diffusion.monitor.history import History, Reading, opened
 from fem_diffusion.monitor.incoming import Follower, json_of, reading_of
 from fem_diffusion.monitor.judge import TRUST, judge
 from fem_diffusion.monitor.rules import Rule, Rules
+from fem_diffusion.monitor.site import Site
 
 NAMES = tuple(f"gauge {i}" for i in range(K))
 T0 = 1.7e9
@@ -174,6 +175,43 @@ def test_a_growing_file_is_followed_row_by_row(tmp_path, history):
     assert history.waiting() == 3
 
 
+def test_a_file_that_is_put_in_the_place_of_another_is_read_from_its_start(tmp_path, history):
+    row = "{},{}\n".format
+    path, follower = _follow(tmp_path, history, "time,gauge 0\n" + row(_stamp(0), 1))
+    other = tmp_path / "other.csv"
+    other.write_text("time,gauge 0\n" + row(_stamp(0), 1) + row(_stamp(1), 2) + row(_stamp(2), 3))
+    other.replace(path)
+    while follower.step():
+        pass
+    assert history.waiting() == 3 and not history.problems(10)     # one of them is known
+
+
+def test_a_history_is_of_its_sensors(tmp_path, history):
+    mine = [("gauge 0", "mg"), ("gauge 1", "mg")]
+    history.claim(mine)
+    history.claim(mine)
+    for other in (mine[:1], mine[::-1], [("gauge 0", "g"), ("gauge 1", "mg")]):
+        with pytest.raises(FileError, match="--history"):
+            history.claim(other)
+
+
+def test_clocks_that_go_back_are_told_and_raise_no_alarm(tmp_path, history):
+    """After a summer's end the same hour comes twice: alarms of the second one would never come."""
+    bundle = make_bundle()
+    site = Site(bundle, Rules(), history)
+
+    def judged(*times):
+        history.add([Reading(T0 + t, np.zeros(K)) for t in times])
+        while site._judge():
+            pass
+        return site.state()
+    assert judged(0, 10)["light"] == "green"
+    assert judged(1, 2)["light"] == "green"      # others come a little late
+    state = judged(3)
+    assert state["light"] == "grey" and "look at the clocks" in state["sentences"][0]
+    assert judged(20)["light"] == "green"
+
+
 def test_bad_rows_are_told_by_number_and_the_others_kept(tmp_path, history):
     rows = [_stamp(0) + ",1", "yesterday,1", _stamp(1) + ",a", _stamp(2) + ",1,2", _stamp(0) + ",7", _stamp(0) + ",1",
             _stamp(3) + ",1e999", _stamp(4) + ',"', _stamp(5) + ",1_0", _stamp(6) + ",4"]
@@ -226,13 +264,13 @@ for i in range(100000):
 
 
 def test_kill_9_loses_no_reading_that_was_acknowledged(tmp_path):
-    run = subprocess.Popen([sys.executable, "-c", KEEPER, str(tmp_path / "h")], stdout=subprocess.PIPE, text=True)
-    while int(run.stdout.readline()) < 30:
-        pass
-    time.sleep(0.05)
-    os.kill(run.pid, signal.SIGKILL)
-    last = int((run.stdout.read().split() or ["30"])[-1])
-    run.wait()
+    with subprocess.Popen([sys.executable, "-c", KEEPER, str(tmp_path / "h")], stdout=subprocess.PIPE,
+                          text=True) as run:
+        while int(run.stdout.readline()) < 30:
+            pass
+        time.sleep(0.05)
+        os.kill(run.pid, signal.SIGKILL)
+        last = int((run.stdout.read().split() or ["30"])[-1])
     history = History(tmp_path / "h")
     assert history.waiting() >= last + 1
     assert [history.reading(i + 1).time for i in range(last + 1)] == [1.7e9 + i for i in range(last + 1)]

@@ -332,3 +332,21 @@ def test_bodies_that_do_not_come_are_given_up(server):
         connection.sendall(b"POST /api/readings HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                            b"Content-Length: 100\r\n\r\n{")
         assert b" 408 " in connection.recv(4096)
+
+
+@pytest.mark.slow
+def test_connections_on_which_nothing_comes_keep_nobody_out(server):
+    for sent in (b"", b"GET / HTTP/1.1\r\nHost: loc"):
+        idle = []
+        try:
+            for _ in range(220):
+                idle.append(socket.create_connection(("127.0.0.1", server.port), timeout=30))
+                idle[-1].sendall(sent)
+            end = time.monotonic() + 60
+            while server.ask("GET", "/api/state")[0] != 200:
+                assert time.monotonic() < end
+                time.sleep(0.5)
+            assert idle[0].recv(4096) == b""     # closed
+        finally:
+            for connection in idle:
+                connection.close()
