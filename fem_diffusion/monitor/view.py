@@ -69,7 +69,7 @@ def _light(draws: int, rules: Rules, reading: Reading, result: Result, on: list[
     notices = [_why(alarm, held, result, draws) for alarm in on if alarm.level == "notice"]
     soon = [_soon(rule, result, draws) for rule in rules.rules if result.streaks.get(rule.key)
             and rule.key not in {alarm.key for alarm in on}]
-    seen = [f"An alarm has ended that nobody has acknowledged: {alarm.title}." for alarm in alarms
+    seen = [f'Nobody has acknowledged the alarm "{alarm.title}", which is over.' for alarm in alarms
             if present and alarm.ended is not None and alarm.by is None]
     care = [*notices, *soon, *result.notes, *seen[:3]]
     if red:
@@ -123,6 +123,8 @@ def _sensors(bundle: Bundle, reading: Reading, result: Result) -> list[dict[str,
     shown = []
     for sensor, value, off in zip(bundle.sensors, reading.y, [*result.off, *[None] * len(bundle.sensors)]):
         nothing = bool(np.isnan(value))
+        # Beside a sensor that is far off the others cannot be judged.
+        off = off if sensor.name in result.worst or not result.doubts else None
         look = "reports nothing" if nothing else "unlike the training" if sensor.name in result.worst else "as expected"
         shown.append({"name": sensor.name, "unit": sensor.unit, "point": sensor.point, "look": look,
                       "text": "–" if nothing else words.number(value, sensor.unit),

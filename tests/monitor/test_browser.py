@@ -134,7 +134,7 @@ def test_lines_have_bands_and_slices_say_where_they_are(browser, tmp_path):
         broken = reading(LOW, 2)
         broken[1] += 30
         server.ask("POST", "/api/readings", body(60, broken))
-        playwright.expect(page.locator("#bands")).to_contain_text("not to be trusted")
+        playwright.expect(page.locator("#nothing")).to_contain_text("not to be trusted")
         assert page.locator("#bands .most").count() == 0
         server.ask("POST", "/api/readings", body(120, reading(HIGH, 3)))
         page.wait_for_selector("#bands svg .most")

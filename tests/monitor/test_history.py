@@ -91,6 +91,17 @@ def test_alarms_need_readings_in_a_row_and_end_when_the_rule_does_not_hold(histo
     assert len(first) == 1 and first[0].message == "Close it." and (first[0].raised, first[0].ended) == (T0 + 6, T0 + 8)
 
 
+def test_what_has_to_be_done_first_stands_first(history):
+    """Alarms that are on, red before yellow, then ended ones that nobody has seen, then the others."""
+    rules = [Rule(0, "mean emission", "g/s", True, 1.0, p, 1, "Close it.", level)
+             for p, level in ((0.1, "alarm"), (0.2, "notice"), (0.3, "alarm"), (0.4, "notice"))]
+    _play(history, Rules(tuple(rules)), [_known(95), _known(25)])
+    assert [alarm.id for alarm in history.alarms()] == [1, 2, 3, 4]
+    assert [alarm.ended is None for alarm in history.alarms()] == [True, True, False, False]
+    history.acknowledge(3, "Ada")
+    assert [alarm.id for alarm in history.alarms()] == [1, 2, 4, 3]
+
+
 def test_alarms_are_acknowledged_once_by_a_name(history):
     rule = Rule(0, "mean emission", "g/s", True, 1.0, 0.9, 1, "Close it.")
     _play(history, Rules((rule,)), [_known(95)])

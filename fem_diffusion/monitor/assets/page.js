@@ -10,6 +10,7 @@ let at = null, hours = 24, show = "mean", mesh, drawn = "", mapOf = null, field 
 let heard = Date.now();
 
 const clock = seconds => new Date(seconds * 1000).toLocaleString([], {dateStyle: "medium", timeStyle: "medium"});
+const capital = text => text && text[0].toUpperCase() + text.slice(1);
 const short = seconds => new Date(seconds * 1000).toLocaleTimeString([], {hour: "2-digit", minute: "2-digit"});
 
 function element(name, parts = {}, ...children) {
@@ -66,7 +67,7 @@ function drawAlarms(alarms) {
   list.dataset.shown = text;
   list.replaceChildren(...alarms.map(alarm => {
     const on = alarm.ended === null;
-    const words = element("div", {}, element("h3", {textContent: alarm.title}), element("p", {textContent: alarm.message}),
+    const words = element("div", {}, element("h3", {textContent: capital(alarm.title)}), element("p", {textContent: alarm.message}),
       element("p", {className: "soft", textContent: `Raised ${clock(alarm.raised)}, `
         + (on ? "still on" : `ended ${clock(alarm.ended)}`)
         + (alarm.by === null ? "" : `; acknowledged by ${alarm.by}, ${clock(alarm.acknowledged)}`)}));
@@ -104,13 +105,13 @@ function drawQuantities(state) {
     if (!place.children[i]) place.append(element("article", {className: "card"}, element("h3"),
       element("p", {className: "number"}), element("p", {className: "band"}), element("div", {className: "rules"})));
     const card = place.children[i], nothing = quantity.text === null;
-    card.querySelector("h3").textContent = quantity.name;
+    card.querySelector("h3").textContent = capital(quantity.name);
     card.querySelector(".number").textContent = nothing ? "No number" : quantity.text;
     card.querySelector(".number").classList.toggle("nothing", nothing);
     card.querySelector(".band").textContent = nothing ? "The reading is not to be trusted."
       : `With 90 % probability ${quantity.band}.`;
     card.querySelector(".rules").replaceChildren(...quantity.rules.map(rule => element("p", {
-      className: rule.holds ? "holds" : "", textContent: `${rule.text[0].toUpperCase()}${rule.text.slice(1)}: probability `
+      className: rule.holds ? "holds" : "", textContent: `${capital(rule.text)}: probability `
         + `${rule.chance}${rule.holds ? " – rule holds" : ""}`})));
   });
 }
@@ -122,6 +123,15 @@ function ticks(low, high, count) {
   const step = [1, 2, 5, 10].map(x => x * power).find(x => x >= raw);
   const found = [];
   for (let x = Math.ceil(low / step) * step; x <= high + step * 1e-9; x += step) found.push(Math.abs(x) < step / 1e6 ? 0 : x);
+  return found;
+}
+
+// Whole minutes, hours or days of the clock on the wall.
+function clockTicks(start, stop, count) {
+  const step = [60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400, 172800, 604800].find(
+    x => x * count >= stop - start) ?? 604800 * Math.ceil((stop - start) / count / 604800);
+  const offset = new Date(start * 1000).getTimezoneOffset() * 60, found = [];
+  for (let t = Math.ceil((start - offset) / step) * step + offset; t <= stop; t += step) found.push(t);
   return found;
 }
 
@@ -164,12 +174,10 @@ function timeLine(times, rows, quantity, start, stop, W) {
   [low, high] = [low - room, high + room];
   const x = t => L + (t - start) / (stop - start) * (W - L - R), y = v => T + (high - v) / (high - low) * (H - T - B);
   drawLevels(svg, low, high, y, L, W - R);
-  const days = stop - start > 90000;
-  const many = W < 480 ? 2 : 4;
-  for (let i = 0; i <= many; i++) {
-    const t = start + (stop - start) * i / many;
-    const text = days ? new Date(t * 1000).toLocaleDateString([], {month: "short", day: "numeric"}) : short(t);
-    svg.append(drawing("text", {x: x(t), y: H - 8, "text-anchor": i === many ? "end" : i ? "middle" : "start"}, text));
+  for (const t of clockTicks(start, stop, W < 480 ? 3 : 6)) {
+    const text = new Date(t * 1000).getHours() + new Date(t * 1000).getMinutes() ? short(t)
+      : new Date(t * 1000).toLocaleDateString([], {month: "short", day: "numeric"});
+    svg.append(drawing("text", {x: x(t), y: H - 8, "text-anchor": x(t) > W - R - 25 ? "end" : "middle"}, text));
   }
   svg.append(drawing("text", {x: 0, y: 0, transform: `translate(14 ${(T + H - B) / 2}) rotate(-90)`, "text-anchor": "middle"},
     quantity.unit || quantity.name.slice(0, 24)));
@@ -245,21 +253,27 @@ async function drawMap(state) {
   }
   $("map").hidden = mesh === null;
   if (mesh === null) return;
+  $("nothing").textContent = state.map === null ? nothing(state) : "";
   if (mesh.axes.length === 1) return drawAlong(state);
   const wanted = `${state.map} ${show}`;
   drawMarks(state.sensors);
   if (mapOf === wanted) return;
   const canvas = $("canvas"), {W, H, xs, ys, x, y} = mesh.view, pen = canvas.getContext("2d");
   const what = show === "mean" ? "mean" : "standard deviation";
-  $("map").querySelector("h2").textContent = `${mesh.name[0].toUpperCase()}${mesh.name.slice(1)}, ${what}`;
+  $("map").querySelector("h2").textContent = `${capital(mesh.name)}, ${what}`;
   [canvas.width, canvas.height] = [W, H];
   canvas.ariaLabel = `Map of the ${mesh.name}, ${what}`;
   if (state.map === null) {
     field = null;
-    pen.font = "40px sans-serif";
-    pen.textAlign = "center";
-    pen.fillStyle = getComputedStyle(document.body).color;
-    pen.fillText(nothing(state), W / 2, H / 2);
+    // Where there is something is shown all the same, for the sensors.
+    pen.fillStyle = pen.strokeStyle = getComputedStyle($("map")).getPropertyValue("--rule");
+    for (let i = 0; i < mesh.cells.length; i += 3) {
+      pen.beginPath();
+      for (const c of [0, 1, 2].map(k => mesh.cells[i + k])) pen.lineTo(x(xs[c]), y(ys[c]));
+      pen.closePath();
+      pen.fill();
+      pen.stroke();
+    }
     $("scale").hidden = true;
     mapOf = wanted;
     return;
@@ -296,9 +310,9 @@ async function drawMap(state) {
     bar.fillRect(i, 0, 1, 1);
   }
   const [from, middle, to] = $("scale").querySelectorAll("span");
-  from.textContent = digits(scale[0]);
+  from.textContent = digits(Number(scale[0].toPrecision(3)));
   middle.textContent = `${mesh.name}, ${what}${mesh.unit ? ` [${mesh.unit}]` : ""}`;
-  to.textContent = digits(scale[1]);
+  to.textContent = digits(Number(scale[1].toPrecision(3)));
   $("scale").hidden = false;
   mapOf = wanted;
 }
@@ -307,7 +321,7 @@ async function drawMap(state) {
 async function drawAlong(state) {
   const width = Math.max(280, $("map").clientWidth), wanted = JSON.stringify([state.map, width, state.sensors]);
   if (mapOf === wanted) return;
-  const title = `${mesh.name[0].toUpperCase()}${mesh.name.slice(1)}`, [H, L, B, T, R] = [360, 78, 74, 12, 20];
+  const title = capital(mesh.name), [H, L, B, T, R] = [360, 78, 74, 12, 20];
   $("map").querySelector("h2").textContent = title;
   for (const part of $("map").querySelectorAll(".choice, .frame, #scale")) part.hidden = true;
   const svg = drawing("svg", {viewBox: `0 0 ${width} ${H}`, role: "img"}), places = mesh.corners;
@@ -326,7 +340,7 @@ async function drawAlong(state) {
     for (let i = 0; i < places.length; i += 2)
       if (i && places[i] === places[i - 1]) pieces.at(-1).push(i, i + 1); else pieces.push([i, i + 1]);
     for (const piece of pieces) drawBands(svg, piece, i => x(places[i]), i => field.bands.map(row => row[i]), y);
-  } else svg.append(drawing("text", {x: width / 2, y: H / 2, "text-anchor": "middle"}, nothing(state)));
+  }
   for (const v of ticks(start, stop, width < 480 ? 3 : 6))
     svg.append(drawing("text", {x: x(v), y: H - 30, "text-anchor": "middle"}, digits(v)));
   svg.append(drawing("text", {x: (L + width - R) / 2, y: H - 8, "text-anchor": "middle"},
@@ -340,7 +354,8 @@ async function drawAlong(state) {
   mapOf = wanted;
 }
 
-const nothing = state => state.reading === null ? "No reading" : "Nothing is shown: the reading is not to be trusted";
+const nothing = state => state.reading === null ? "No reading has come." : state.quantities.some(part => part.text)
+  ? "This reading was judged by another model, so nothing can be shown." : "Nothing is shown: the reading is not to be trusted.";
 
 function drawMarks(sensors) {
   const {W, H, x, y, size} = mesh.view, svg = $("marks");
