@@ -240,7 +240,8 @@ def unpack_noise(content: Content, k: int) -> Noise | None:
 
 
 def _unpack_part(content: Content, i: int, part: dict, laws: list[Marginal]) -> tuple[int, Noise]:
-    size, level, df = part.get("sensors"), part.get("level"), part.get("df")
+    size: Any = part.get("sensors")
+    level, df = part.get("level"), part.get("df")
     known = type(size) is int and size > 0 and (
         level is None or type(level) is int and 0 <= level < len(laws)) and type(df) in (float, type(None))
     if not known or set(part) != {"sensors", "level", "df"}:

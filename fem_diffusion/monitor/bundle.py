@@ -63,12 +63,15 @@ class Table:
 
     def at(self, fields: np.ndarray) -> np.ndarray:
         """The transform of fields (n, stop - start), linear between places; NaN outside the table."""
-        place = (fields - self.low) * ((len(self.values) - 1) / (self.high - self.low))
+        single, last = np.float32, len(self.values) - 1
+        place = ((fields - self.low) * (last / (self.high - self.low))).astype(single)
         with np.errstate(invalid="ignore"):
-            left = np.clip(place, 0, len(self.values) - 2).astype(np.int32)
-        steps = np.diff(self.values)
-        found = self.values[left] + (place - left) * steps[left]
-        return np.where((place >= 0) & (place <= len(self.values) - 1), found, np.nan).astype(np.float32)
+            left = np.clip(place, 0, last - 1).astype(np.int32)
+            found = np.diff(self.values).astype(single)[left]
+        found *= place - left.astype(single)
+        found += self.values.astype(single)[left]
+        found[~((place >= 0) & (place <= last))] = np.nan
+        return found
 
 
 @dataclass(frozen=True, eq=False)
