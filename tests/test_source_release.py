@@ -54,7 +54,8 @@ def test_a_day_of_operators_is_played(tmp_path):
     assert set(found["share"]) == {"total emission [g/(m s)]", "concentration at the hospital [mg/m³]",
                                    "highest emission [mg/(m³ s)]"}
     assert found["trusted"] >= 60 and min(found["share"].values()) > 0.5
-    assert any(title == "Do not trust the page" and abs(seconds - 9 * 3600) < 1 for title, seconds in found["alarms"])
+    # At the first reading of nonsense, or at the second one.
+    assert any(title == "Do not trust the page" and 9 <= seconds / 3600 <= 9.25 for title, seconds in found["alarms"])
 
 
 @pytest.mark.slow

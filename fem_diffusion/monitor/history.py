@@ -238,7 +238,9 @@ class History:
         return None if there is None else bool(done)
 
     def alarms(self, when: float | None = None, count: int = 50) -> list[Alarm]:
-        """Alarms that are on, red ones first, or not acknowledged, then the last others; or those that were raised up to a time."""
+        """Alarms that are on, red ones first, then ended ones that nobody has acknowledged, then the last others; or
+        those that were raised up to a time.
+        """
         columns = "id, key, level, title, message, raised, ended, by, acknowledged"
         if when is None:
             found = self._all(f"SELECT {columns} FROM alarm ORDER BY (ended IS NOT NULL AND by IS NOT NULL), "
