@@ -8,14 +8,18 @@ The eigenfunctions of the Matérn operator with natural boundary conditions are 
     \Big(\sum_k \lambda_k(\ell)\, \varphi_k^2\Big)^{1/2}
 
 with independent standard normal w, which do not depend on s and ℓ (non-centred: Papaspiliopoulos, Roberts and Sköld
-2007), and the denominator makes s the standard deviation at every node.
+2007), and the denominator makes s the standard deviation at every node. With Dirichlet conditions the sum is over the
+modes that vanish there, and the denominator stays that of the natural ones: as for `GaussianPrior`, the standard
+deviation falls to zero towards such parts and is s away from them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from firedrake import (
-    FunctionSpace, Function, MixedFunctionSpace, TestFunction, TrialFunction, assemble, dx, grad, inner,
+    DirichletBC, FunctionSpace, Function, MixedFunctionSpace, TestFunction, TrialFunction, assemble, dx, grad,
+    homogenize, inner,
 )
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.petsc import PETSc
@@ -29,7 +33,7 @@ from fem_diffusion.checks import alike, check_count, check_number, check_seed
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import check_rows
 from fem_diffusion.fields.coefficients import by_component, coefficients, on_root, owned_size
-from fem_diffusion.fields.modes import mass_action
+from fem_diffusion.fields.modes import mass_action, without_conditions
 from fem_diffusion.marginal import Marginal
 from fem_diffusion.prior.gaussian import GaussianPrior
 from fem_diffusion.prior.product import ProductPrior
@@ -56,10 +60,12 @@ class HierarchicalPrior(Prior):
         Of positive numbers, in the units of field and mesh, one of them at least a distribution: see `Marginal`.
     mean : float | ufl.core.expr.Expr
         Of the field.
+    bcs : firedrake.DirichletBC | sequence of firedrake.DirichletBC | None
+        On V, which every field satisfies exactly, as for `GaussianPrior`.
     smoothness : float, optional
         As for `GaussianPrior`.
     modes : int, optional
-        Of the Laplacian, found on one rank; 256, or as many as V has unknowns, where left out.
+        Of the Laplacian, found on one rank; 256, or as many as V has free unknowns, where left out.
 
     Raises
     ------
@@ -70,7 +76,8 @@ class HierarchicalPrior(Prior):
 
     @no_annotations
     def __init__(self, V: WithGeometry, std: Any, correlation_length: Any, *, mean: float | Expr = 0.0,
-                 smoothness: float | None = None, modes: int | None = None) -> None:
+                 bcs: DirichletBC | Sequence[DirichletBC] | None = (), smoothness: float | None = None,
+                 modes: int | None = None) -> None:
         given = {"std": std, "correlation_length": correlation_length}
         self._laws = {name: Marginal(law, name) for name, law in given.items() if not np.isscalar(law)}
         self._fixed = {name: check_number(law, name, above=0) for name, law in given.items() if name not in self._laws}
@@ -80,39 +87,45 @@ class HierarchicalPrior(Prior):
             if law.bounds[0] < 0:
                 raise InputError(f"{name} ~ {law} may be negative: give a law of positive numbers, as lognorm(0.5).")
         middle = {name: float(law.of_normal(np.zeros(1))[0]) for name, law in self._laws.items()} | self._fixed
-        field = GaussianPrior(V, 1.0, middle["correlation_length"], mean=mean, smoothness=smoothness)
+        field = GaussianPrior(V, 1.0, middle["correlation_length"], mean=mean, bcs=bcs, smoothness=smoothness)
         if V.value_shape or owned_size(field._space) != owned_size(V):
             raise InputError(f"V is {V.ufl_element()}: give a scalar space.")
-        count = min(_MODES, V.dim()) if modes is None else check_count(modes, "modes", least=2)
-        if count > V.dim():
-            raise InputError(f"modes is {count}: the space has {V.dim()} unknowns, ask for at most as many.")
+        free = without_conditions(V, field.bcs, np.ones((1, owned_size(V))))[0] > 0
+        unknowns = V.comm.allreduce(int(free.sum()))
+        count = min(_MODES, unknowns) if modes is None else check_count(modes, "modes", least=2)
+        if count > unknowns:
+            raise InputError(f"modes is {count}: the space has {unknowns} unknowns, ask for at most as many.")
         self._mean, self._order = coefficients(field.mean), field._order
         self._twice = 2 * self._order - V.mesh().topological_dimension      # 2ν
-        self._modes, self._rates = _laplacian(V, count, middle["correlation_length"])
-        self._dual, self._squares = mass_action(V)(self._modes), self._modes**2
-        self._check_resolved(V)
-        self._root = np.sqrt(self._variances(np.array([middle["correlation_length"]]))[0][0])
+        self._modes, self._rates = _laplacian(V, count, middle["correlation_length"], free)
+        natural, self._natural = self._modes, self._rates
+        if unknowns < V.dim():
+            natural, self._natural = _laplacian(V, V.dim() if count == unknowns else count,
+                                                middle["correlation_length"], np.ones_like(free))
+        self._dual, self._squares = mass_action(V)(self._modes), natural**2
+        self._check_resolved(V, unknowns)
+        self._root = np.sqrt(self._variances(np.array([middle["correlation_length"]]), self._rates)[0][0])
         numbers = [FunctionSpace(V.mesh(), "R", 0, name=name) for name in self._laws]
         self._core = ProductPrior([*(GaussianPrior(R, std=1.0) for R in numbers), _Expansion(field, self)])
         self.V = MixedFunctionSpace([*numbers, V])
         self.V.dim()    # collective the first time, which __repr__ must not be
 
-    def _variances(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """λ (n, modes) at lengths (n,), up to a factor, and the derivative of its logarithm by the length."""
-        scale = 1 + lengths[:, None]**2 * self._rates / self._twice
-        slope = -self._order * 2 * lengths[:, None] * self._rates / self._twice / scale
+    def _variances(self, lengths: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """λ (n, modes) at lengths (n,), up to a factor, of the Laplacian's eigenvalues, and d log λ by the length."""
+        scale = 1 + lengths[:, None]**2 * rates / self._twice
+        slope = -self._order * 2 * lengths[:, None] * rates / self._twice / scale
         return scale**-self._order, slope
 
-    def _check_resolved(self, V: WithGeometry) -> None:
+    def _check_resolved(self, V: WithGeometry, unknowns: int) -> None:
         """InputError where the modes past ours matter, by their asymptotic number (Weyl's law)."""
-        if len(self._rates) == V.dim():
+        if len(self._rates) == unknowns:
             return
         law = self._laws.get("correlation_length")
         short = self._fixed.get("correlation_length") or float(law.of_normal(np.array([-2.33]))[0])  # type: ignore
         count, d = len(self._rates), V.mesh().topological_dimension
         more = self._rates[-1] * (np.arange(count + 1, 200 * count) / count)**(2 / d)
         rest = ((1 + short**2 * more / self._twice)**-self._order).sum()
-        share = (held := self._variances(np.array([short]))[0].sum()) / (held + rest)
+        share = (held := self._variances(np.array([short]), self._rates)[0].sum()) / (held + rest)
         if share < _SHARE:
             raise InputError(f"{count} modes hold {share:.0%} of the variance at a correlation length of {short:.3g}: "
                              "give more modes, or a law of longer lengths.")
@@ -138,8 +151,9 @@ class HierarchicalPrior(Prior):
     def transform_many(self, values: np.ndarray) -> np.ndarray:
         """As `Prior.transform_many`."""
         scores, sizes, w = self._read(values)
-        variances = self._variances(sizes["correlation_length"])[0]
-        shape = (w * np.sqrt(variances)) @ self._modes / np.sqrt(variances @ self._squares)
+        variances, natural = (self._variances(sizes["correlation_length"], rates)[0]
+                              for rates in (self._rates, self._natural))
+        shape = (w * np.sqrt(variances)) @ self._modes / np.sqrt(natural @ self._squares)
         numbers = [sizes[name][:, None][:, :owned_size(W)] for name, W in zip(scores, self.V)]
         return np.hstack([*numbers, self._mean + sizes["std"][:, None] * shape])
 
@@ -147,12 +161,13 @@ class HierarchicalPrior(Prior):
         """As `Prior.pull_back`."""
         *numbers, rows = by_component(self.V, check_rows(rows, self.V, "rows"))
         scores, sizes, w = self._read(np.asarray(at)[None])
-        (variances,), (slope,) = self._variances(sizes["correlation_length"])
+        (variances,), (slope,) = self._variances(sizes["correlation_length"], self._rates)
+        (natural,), (bend,) = self._variances(sizes["correlation_length"], self._natural)
         std, comm, roots = float(sizes["std"][0]), self.V.comm, np.sqrt(variances)
-        total = variances @ self._squares
+        total = natural @ self._squares
         shape = (w[0] * roots) @ self._modes / np.sqrt(total)
         bent = (w[0] * roots * slope / 2) @ self._modes / np.sqrt(total)
-        bent -= shape * ((variances * slope) @ self._squares) / (2 * total)
+        bent -= shape * ((natural * bend) @ self._squares) / (2 * total)
         by_size = {"std": shape, "correlation_length": std * bent}
         found = []
         for (name, z), row in zip(scores.items(), numbers):
@@ -175,7 +190,8 @@ class _Expansion(GaussianCore):
     """The field ``Σ sqrt(λ_k) w_k φ_k`` at the median length, without mean and scaling."""
 
     def __init__(self, field: GaussianPrior, of: HierarchicalPrior) -> None:
-        self.V, self.mean, self.bcs, self._of, self._noise = field.V, Function(field.V), (), of, field._matern
+        self.V, self.mean, self._of, self._noise = field.V, Function(field.V), of, field._matern
+        self.bcs = tuple(homogenize(list(field.bcs)))
 
     def sample_many(self, n: int, seed: int) -> np.ndarray:
         """As `Prior.sample_many`: white noise, projected onto the modes."""
@@ -195,20 +211,27 @@ class _Expansion(GaussianCore):
         return f"the field of {self._of!r}"
 
 
-def _laplacian(V: WithGeometry, count: int, length: float) -> tuple[np.ndarray, np.ndarray]:
-    """Modes (count, n_owned), orthonormal in L2, and eigenvalues (count,) of the Laplacian with natural conditions."""
+def _laplacian(V: WithGeometry, count: int, length: float, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Modes (count, n_owned), orthonormal in L2, and eigenvalues (count,) of the Laplacian.
+
+    They vanish at nodes that are not `free` (n_owned,), and have natural conditions elsewhere.
+    """
     u, v = TrialFunction(V), TestFunction(V)
     forms = inner(grad(u), grad(v)) * dx, inner(u, v) * dx
     A, M = (_whole(assemble(form, mat_type="aij").petscmat) for form in forms)
+    some = np.flatnonzero(np.concatenate(V.comm.allgather(free)))
 
     def solve() -> tuple[np.ndarray, np.ndarray]:
-        if A is None or M is None or 2 * count > V.dim():
-            values, vectors = eigh(A.toarray(), M.toarray(), subset_by_index=[0, count - 1])  # type: ignore
+        assert A is not None and M is not None
+        stiffness, mass = A[some][:, some], M[some][:, some]
+        if 2 * count > len(some):
+            values, vectors = eigh(stiffness.toarray(), mass.toarray(), subset_by_index=[0, count - 1])
         else:
-            start = np.random.default_rng(0).standard_normal(V.dim())
-            values, vectors = eigsh(A, count, M, sigma=-1 / length**2, v0=start)
-        order = np.argsort(values)
-        return np.maximum(values[order], 0.0), vectors[:, order].T
+            start = np.random.default_rng(0).standard_normal(V.dim())[some]
+            values, vectors = eigsh(stiffness, count, mass, sigma=-1 / length**2, v0=start)
+        order, whole = np.argsort(values), np.zeros((count, V.dim()))
+        whole[:, some] = vectors[:, order].T
+        return np.maximum(values[order], 0.0), whole
     values, modes = on_root(V.comm, solve)
     first = sum(V.comm.allgather(owned_size(V))[:V.comm.rank])
     return np.ascontiguousarray(modes[:, first:first + owned_size(V)]), values

@@ -11,7 +11,7 @@ from scipy.stats import norm
 
 from fem_diffusion import (
     CallablePrior, ConstrainedPrior, GaussianPrior, InverseProblem, ProductPrior, ScalarPrior, Steady, TrainingOptions,
-    TransformedPrior, fit, hmc, karhunen_loeve, laplace, map_point, pcn, point_sensors, simulate,
+    TransformedPrior, fit, hmc, karhunen_loeve, laplace, load_model, map_point, pcn, point_sensors, simulate,
 )
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
@@ -80,10 +80,14 @@ def right():
 
 
 @pytest.fixture(scope="module")
-def posterior():
+def model():
     problem = _problem(ConstrainedPrior(_gaussian(), small))
     # A linear problem: forty pairs tell all, whether they are inside or not.
-    model = fit(problem, simulate(problem, 40, seed=1, **QUIET), options=OPTIONS, **QUIET)
+    return fit(problem, simulate(problem, 40, seed=1, **QUIET), options=OPTIONS, **QUIET)
+
+
+@pytest.fixture(scope="module")
+def posterior(model):
     return model.condition(Y)
 
 
@@ -111,6 +115,13 @@ def test_every_posterior_is_the_restricted_one(way, posterior, right):
     assert (np.abs(coefficients(samples.std()) / std - 1) < error).all()
     # Without the constraint the mean is another one.
     assert (np.abs(free - mean) / std).max() > 1.3 * error
+
+
+def test_a_file_keeps_the_model_and_the_problem_the_constraint(model, posterior, tmp_path):
+    model.save(tmp_path / "model")
+    again = load_model(tmp_path / "model", posterior.problem).condition(Y).sample(300, seed=5, **QUIET)
+    np.testing.assert_allclose(again.values, posterior.sample(300, seed=5, **QUIET).values, rtol=1e-9, atol=1e-12)
+    assert (again.values @ WEIGHTS).max() < 0.9
 
 
 def test_an_order_of_two_unknown_numbers_of_other_laws():

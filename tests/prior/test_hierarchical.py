@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from firedrake import (
-    Function, FunctionSpace, IntervalMesh, TestFunction, UnitSquareMesh, VectorFunctionSpace, dx, split,
+    DirichletBC, Function, FunctionSpace, IntervalMesh, TestFunction, UnitSquareMesh, VectorFunctionSpace, dx, split,
 )
 from scipy import stats
 
@@ -47,13 +47,36 @@ def test_draws_have_the_covariance_of_their_std_and_length():
 def test_derivatives_are_those_of_differences():
     V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
     for prior in (HierarchicalPrior(V, STD, LENGTH), HierarchicalPrior(V, 2.0, LENGTH, smoothness=3.0),
-                  HierarchicalPrior(V, STD, 0.4, modes=20)):
+                  HierarchicalPrior(V, STD, 0.4, modes=20),
+                  HierarchicalPrior(V, STD, LENGTH, bcs=DirichletBC(V, 1.0, (1, 3)))):
         at, comm, h = coefficients(prior.core.sample(1)), V.comm, 1e-5
         rng = np.random.default_rng(comm.rank)
         rows, step = rng.standard_normal((2, len(coefficients(Function(prior.V))))), rng.standard_normal(len(at))
         ahead, behind = (prior.transform_many((at + sign * h * step)[None])[0] for sign in (1, -1))
         change = comm.allreduce(rows @ (ahead - behind)) / (2 * h)
         np.testing.assert_allclose(comm.allreduce(prior.pull_back(rows, at) @ step), change, rtol=1e-6)
+
+
+@pytest.mark.parallel([1, 2])
+def test_conditions_hold_in_every_field_and_leave_std_and_length_what_they_are():
+    """On a half-line a Matérn field that vanishes at the end is a difference of mirror images."""
+    V = FunctionSpace(IntervalMesh(120, 3.0), "CG", 1)
+    prior, comm, n = HierarchicalPrior(V, STD, LENGTH, mean=2.0, bcs=DirichletBC(V, 5.0, 1)), V.comm, 3000
+    parts = by_component(prior.core.V, prior.core.sample_many(n, seed=1))
+    for part, value in zip(parts, (0.5, -0.8)):
+        part[:] = value
+    field = by_component(prior.V, prior.transform_many(np.hstack(parts)))[2]
+    s, ell = STD.ppf(stats.norm.cdf(0.5)), LENGTH.ppf(stats.norm.cdf(-0.8))
+    places = np.array([0.0, 0.1, 0.2, 0.4, 1.5])
+    seen = comm.allreduce(field @ point_sensors(V, places[:, None]).rows.T)
+    mirror = matern_correlation(2 * places[1:], ell, 1.5)
+    np.testing.assert_allclose(seen[:, 0], 5.0, rtol=1e-12)
+    np.testing.assert_allclose(seen[:, 1:].std(axis=0), s * np.sqrt((1 - mirror) / (1 + mirror)),
+                               rtol=4 / np.sqrt(2 * n) + 0.01)
+    assert abs(seen[:, -1].mean() - 2.0) < 0.02 + 4 * s / np.sqrt(n)
+    basis = karhunen_loeve(prior)
+    modes = by_component(prior.core.V, basis.modes)[-1]
+    assert np.abs(comm.allreduce(modes @ point_sensors(V, [[0.0]]).rows.T)).max() < 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +95,7 @@ def quadrature(problem, y):
     sizes = LENGTH.ppf(stats.norm.cdf(grid))
     log = np.empty((len(grid), len(grid)))
     for j, length in enumerate(sizes):
-        variances = prior._variances(np.array([length]))[0][0]
+        variances = prior._variances(np.array([length]), prior._rates)[0][0]
         C = (prior._modes.T * variances) @ prior._modes
         scale = 1 / np.sqrt(C.diagonal())
         S = rows @ (C * scale * scale[:, None]) @ rows.T
