@@ -18,7 +18,7 @@ from fem_diffusion.checks import alike, check_array, check_kind, check_seed, str
 from fem_diffusion.diffusion import Noise, as_noise
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import by_component, field, on_root, owned_size
-from fem_diffusion.forward.blocks import BlockForward
+from fem_diffusion.forward.blocks import JUMPS, BlockForward
 from fem_diffusion.forward.callable import CallableForward, as_forward, check_state
 from fem_diffusion.forward.protocol import Differentiable, Forward, dense_rows
 from fem_diffusion.forward.taped import Taped
@@ -230,6 +230,12 @@ class InverseProblem:
             raise InputError(self._derivative)
         return self._derivative, self.observation
 
+    @property
+    def derived(self) -> bool:
+        """Whether the forward problem has a derivative of its own, without a tape."""
+        forward = self.forward.inner if isinstance(self.forward, Beside) else self.forward
+        return isinstance(self.forward, Differentiable) and not (isinstance(forward, BlockForward) and forward.jumps)
+
     @cached_property
     def _derivative(self) -> Differentiable | str:
         """The forward problem with its derivative, or why there is none, as far as its sensors see it."""
@@ -237,6 +243,8 @@ class InverseProblem:
             own = InverseProblem(self.forward.prior, self.forward.inner, self.observation)._derivative
             return own if isinstance(own, str) else beside(own, self.forward)   # pyright: ignore[reportReturnType]
         forward, rows, error = self.forward, getattr(self.observation, "rows", None), None
+        if isinstance(forward, BlockForward) and forward.jumps:
+            return JUMPS
         if isinstance(forward, Differentiable) and not isinstance(forward, Taped):
             return forward
         taped = forward if isinstance(forward, Taped) else Taped(

@@ -22,10 +22,13 @@ from fem_diffusion.forward.stepper import Lose, Stepper, refuse
 from fem_diffusion.forward.protocol import dense_rows
 from fem_diffusion.forward.solvers import NOT_FINITE, norms
 
-__all__ = ["BlockForward", "SkippedWarning", "check_parameter"]
+__all__ = ["JUMPS", "BlockForward", "SkippedWarning", "check_parameter"]
 
 LARGEST = 256          # coefficients of a parameter, on all ranks, up to which responses to each of them are kept
 MEMORY = 500_000_000   # bytes of these responses, on this rank
+JUMPS = ("The parameter decides a condition, as in conditional(gt(m, 0), a, b), and derivatives know nothing of a jump"
+         ": write what is continuous with max_value, min_value or abs; else take what needs no derivative, such "
+         "as fit, or pcn in place of hmc.")
 MAKE = "make one with Function(problem.M).interpolate(...)"
 
 
@@ -41,6 +44,11 @@ class BlockForward:
     def __init__(self, stepper: Stepper, m: Function) -> None:
         self._stepper, self.m, self.V, self.M = stepper, m, stepper.V, stepper.M
         self.linear, self.operator_depends_on_parameter = stepper.linear, stepper.by_member
+
+    @cached_property
+    def jumps(self) -> bool:
+        """Whether the parameter decides a condition, as that of a level set, so that there is no `sensitivity`."""
+        return self._stepper.e.jumps
 
     def __repr__(self) -> str:
         names = [x.kind if x.marker is None else (x.kind, x.marker) for x in self._stepper.e.unknowns]
@@ -155,8 +163,8 @@ class BlockForward:
     def sensitivity(self, m: Function, rows: spmatrix | np.ndarray, state: Function | None = None) -> np.ndarray:
         """``d(rows·u)/dm``, this rank's columns of it, (k, n_owned of M), by the adjoint of all rows together.
 
-        InputError if m, state or rows do not fit their spaces or are not finite, SolveError if a state that is needed
-        is not found.
+        InputError if m, state or rows do not fit their spaces or are not finite, or the problem `jumps`; SolveError if
+        a state that is needed is not found.
 
         Parameters
         ----------
@@ -167,6 +175,8 @@ class BlockForward:
         state : Function, optional
             ``problem(m)`` where it is known already; saves a steady problem a solve.
         """
+        if self.jumps:
+            raise InputError(JUMPS)
         check_function(m, self.M, "the parameter", MAKE)
         array = dense_rows(rows, self.U)
         if state is not None:

@@ -19,7 +19,7 @@ from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import exterior_measures
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
-from fem_diffusion.forward.unknowns import Unknown, apply_unknown, expanded, is_discontinuous
+from fem_diffusion.forward.unknowns import Unknown, apply_unknown, expanded, in_condition, is_discontinuous
 from fem_diffusion.forward.weak_forms import Terms, residual
 
 __all__ = ["Equation", "boundary_value", "equation"]
@@ -34,7 +34,7 @@ class Equation:
     A: Form                    # the part affine in them, a one-form
     N: Form | None             # the rest
     bcs: list[DirichletBC]     # strong conditions; of several for one node the last holds
-    raised: dict[Unknown, Expr]   # values of those that are unknown, the last ones of `bcs`, in which they are zero
+    raised: dict[int, Expr]    # by their numbers in `bcs`, in which they are zero, values of those that are unknown
     initial: Expr              # initial state; zero in a steady equation
     unknowns: list[Unknown]
     steps: TimeSteps | None
@@ -48,12 +48,18 @@ class Equation:
     @property
     def lifted(self) -> list[Unknown]:
         """Unknown boundary values where they are imposed strongly."""
-        return list(self.raised)
+        return [x for x in self.unknowns if x.kind == "dirichlet"] if self.raised else []
 
     @property
     def loads(self) -> list[Unknown]:
         """Unknowns that the residual contains."""
         return [x for x in self.unknowns if x not in self.starts + self.lifted]
+
+    @property
+    def jumps(self) -> bool:
+        """Whether an unknown decides a condition, as in a level set, which derivatives do not see."""
+        places = [self.initial, *self.raised.values(), self.A, *([] if self.N is None else [self.N])]
+        return any(in_condition(place, x.value) for place in places for x in self.unknowns)
 
     @cached_property
     def zero_bcs(self) -> list[DirichletBC]:
@@ -198,14 +204,15 @@ def equation(V: WithGeometry, unknowns: list[Unknown], given: dict, steps: TimeS
         natural.append((h * (u_ext - u), _facet_measure(mesh, key)))
     weak = [(g, _facet_measure(mesh, key)) for key, g in values.items()] if discontinuous else None
     initial = single.pop("initial")
-    terms = Terms(**single, reaction=r, slope=None if u in extract_coefficients(slope) else slope, change=change)
+    terms = Terms(**single, reaction=r, change=change,
+                  slope=None if u in extract_coefficients(slope) or in_condition(r, u) else slope)
     A, N = residual(u, terms, natural, weak, given["supg"], 2 / Constant(steps.time_step) if steps else 0)
     for x in unknowns:
         places = [initial] if x.kind == "initial" else [A, *values.values()]
         if not any(x.value in extract_coefficients(place) for place in places):
             raise InputError(f"the callable given for {x.name!r} makes no use of the parameter: let it depend on m.")
-    raised = {} if discontinuous else {x: values[x.marker] for x in unknowns if x.kind == "dirichlet"}
-    markers = [x.marker for x in raised]
+    markers = [] if discontinuous else [x.marker for x in unknowns if x.kind == "dirichlet"]
+    raised = {i: g for i, (key, g) in enumerate(values.items()) if key in markers}
     bcs = [DirichletBC(V, 0 if key in markers else g, key) for key, g in ({} if discontinuous else values).items()]
     if change is None or steps is None:
         return Equation(u, None, A, N, bcs, raised, initial, unknowns, None)

@@ -66,7 +66,7 @@ class OneStep(Stepper):
             raise SolveError(f"{' '.join(str(error).split())}: check the range of the parameter, call linearise_at(m) "
                              "with a typical one to start from its state, or pass other solver_parameters.") from error
         if not self._determined:
-            check_determined(self.solver.snes.ksp)
+            check_determined(self.solver.snes.ksp, self.V)
             self._determined = True
         if self._lift is not None:
             self.u.assign(self._w + self._lift.g)

@@ -27,7 +27,8 @@ PETSC_LU_LIMIT = {1: 50_000, 2: 20_000, 3: 1_000}
 NOT_FINITE = ("the state is not finite: look for NaN in the parameter and coefficients, a diffusivity that is not "
               "positive, and a singular operator.")
 SINGULAR = ("the operator is singular to rounding, because the state is left open, as by a constant in a pressure "
-            "or under Neumann conditions: add what fixes it, as a DirichletBC at one point or a mean by a Real space.")
+            "or under Neumann conditions: add what fixes it, as a DirichletBC at one point.")
+CONSTANT = 1e-14          # size of an operator times constants that is rounding, over that of the operator
 LARGEST_GROWTH = 1e14     # of a random right-hand side in units of the operator
 CHORD_TOLERANCE = 1e-10   # size of the last correction over that of the state
 CHORD_RESIDUAL = 1e-6     # size of the last residual over that of the first
@@ -97,13 +98,18 @@ class Factorised:
             raise refused(error) from error
         except ConvergenceError as error:   # a pivot that is zero
             raise SolveError(SINGULAR) from error
-        check_determined(self.ksp)
+        check_determined(self.ksp, V)
 
 
-def check_determined(ksp: PETSc.KSP) -> None:
-    """SolveError where a factorised operator is singular to rounding, by one solve with a random right-hand side."""
+def check_determined(ksp: PETSc.KSP, V: WithGeometry) -> None:
+    """SolveError where an operator is singular to rounding.
+
+    Where it is factorised one solve with a random right-hand side tells. Iterations may end all the same, at any of the
+    solutions: there constants are looked at, which are what is open most often.
+    """
     K = ksp.getOperators()[0]
     if ksp.getType() != "preonly" or K.getType() == "python":
+        _check_constants(K, V)
         return
     x, b = K.createVecs()
     b.array[:] = np.random.default_rng(K.comm.rank).standard_normal(b.local_size)
@@ -111,6 +117,21 @@ def check_determined(ksp: PETSc.KSP) -> None:
     growth = x.norm() * K.norm(PETSc.NormType.FROBENIUS) / b.norm()
     if not growth < LARGEST_GROWTH:
         raise SolveError(SINGULAR)
+
+
+def _check_constants(K: PETSc.Mat, V: WithGeometry) -> None:
+    """SolveError where an operator takes the constant of a component to zero."""
+    x, y = K.createVecs()
+    x.array[:] = np.random.default_rng(K.comm.rank).standard_normal(x.local_size)
+    K.mult(x, y)
+    size = y.norm()   # about that of all entries together
+    ends = np.cumsum([0] + [owned_size(W) for W in V])
+    for first, last in zip(ends, ends[1:]):
+        x.array[:] = 0.0
+        x.array[first:last] = 1.0
+        K.mult(x, y)
+        if y.norm() <= CONSTANT * size:
+            raise SolveError(SINGULAR)
 
 
 class Pull:

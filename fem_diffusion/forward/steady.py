@@ -3,17 +3,18 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from firedrake import DirichletBC, Function, LinearVariationalProblem, NonlinearVariationalProblem
+from firedrake import DirichletBC, Function, LinearVariationalProblem, NonlinearVariationalProblem, action, replace
 from firedrake.adjoint import annotate_tape, stop_annotating
 from pyadjoint import no_annotations
-from ufl import Form
+from ufl import Form, zero
 
 from fem_diffusion.checks import check_kind
+from fem_diffusion.errors import InputError
 from fem_diffusion.fields.checks import check_solver
 from fem_diffusion.fields.coefficients import coefficients, field
 from fem_diffusion.forward.blocks import BlockForward, check_parameter
 from fem_diffusion.forward.one_step import OneStep
-from fem_diffusion.forward.residual import of_residual
+from fem_diffusion.forward.residual import of_residual, with_degrees
 from fem_diffusion.forward.solvers import linear_options
 
 __all__ = ["Steady"]
@@ -76,7 +77,14 @@ class Steady(BlockForward):
         """From a variational problem as it is, with its conditions, and the Function in it that is the parameter."""
         check_kind(problem, "problem", NonlinearVariationalProblem, "a LinearVariationalProblem or a "
                    "NonlinearVariationalProblem")
-        return cls(problem.F, problem.u, m, problem.bcs, solver_parameters=solver_parameters,
+        if problem.u_restrict is not problem.u:
+            raise InputError("The problem is restricted to unconstrained values: make it with restrict=False.")
+        given = problem.form_compiler_parameters or {}   # of its forms alone, such as a quadrature degree
+        F, J = (Form([x.reconstruct(metadata={**given, **x.metadata()}) for x in form.integrals()])
+                for form in (problem.F, problem.J))
+        if isinstance(problem, LinearVariationalProblem):   # its two sides have quadratures of their own
+            F = action(with_degrees(J), problem.u) + replace(with_degrees(F), {problem.u: zero(problem.u.ufl_shape)})
+        return cls(F, problem.u, m, problem.bcs, solver_parameters=solver_parameters,
                    options_prefix=options_prefix)
 
     def _pose(self, step: OneStep) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from firedrake import (Cofunction, Constant, Function, Measure, NonlinearVariationalSolver, TestFunction, TrialFunction,
-                       assemble, derivative, inner, interpolate, replace)
+                       assemble, conditional, derivative, gt, inner, interpolate, replace)
 from firedrake.assemble import OneFormAssembler, get_assembler
 from firedrake.exceptions import ConvergenceError
 from firedrake.functionspaceimpl import WithGeometry
@@ -24,7 +24,7 @@ from fem_diffusion.fields.coefficients import assign, coefficients, multiply, ow
 from fem_diffusion.forward.equation import Equation, boundary_value
 from fem_diffusion.forward.kept import Kept
 from fem_diffusion.forward.solvers import Factorised, centre, chord, norms, variational_solver
-from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded
+from fem_diffusion.forward.unknowns import Unknown, derivative_by, expanded, in_condition
 
 __all__ = ["Lose", "Rows", "Stepper", "column", "refuse"]
 
@@ -256,15 +256,16 @@ class Part:
     """A quantity (n_owned of V,) that depends on some unknowns and on time: what the three below share.
 
     It moves where one of the `forms` does. `derivatives` are forms, by each of the unknowns; they count as constant
-    unless they contain unknowns or `states`.
+    unless they contain unknowns or `states`, or an unknown decides a condition in one of the places it is in, `of`.
     """
 
     def __init__(self, stepper: Stepper, unknowns: list[Unknown], derivatives: list[Form | Expr],
-                 forms: Iterable[Form | Expr] = (), states: Iterable[Function] = ()) -> None:
+                 of: Iterable[Form | Expr], forms: Iterable[Form | Expr] = (), states: Iterable[Function] = ()) -> None:
         self.stepper, self.unknowns, self.derivatives = stepper, unknowns, derivatives
         moving, forbidden = [x.value for x in unknowns if x.moves], [*states, *(x.value for x in unknowns)]
         self.moves = any(contains(form, [stepper.t, *moving]) for form in forms)
-        self.affine = not any(x.real or contains(form, forbidden) for x, form in zip(unknowns, derivatives))
+        bent = any(x.real or contains(form, forbidden) for x, form in zip(unknowns, derivatives))
+        self.affine = not bent and not any(in_condition(place, x.value) for place in of for x in unknowns)
         self.columns_move = any(contains(form, [stepper.t]) for form in derivatives)
         self._columns = None
 
@@ -300,7 +301,7 @@ class Load(Part):
             split[contains(integral.integrand(), values)].append(integral)
         self._own, self._shared = (part and get_assembler(Form(part)) for part in split.values())
         self._kept = None
-        super().__init__(stepper, loads, [derivative_by(stepper.R, x) for x in loads], [form],
+        super().__init__(stepper, loads, [derivative_by(stepper.R, x) for x in loads], [stepper.R], [form],
                          [stepper.new, stepper.old])
         # Where the operator moves with a member's parameter, that has to be put into the forms at every step.
         self.moves |= stepper.operator_moves
@@ -324,15 +325,15 @@ class Boundary(Part):
     def __init__(self, stepper: Stepper) -> None:
         e, V = stepper.e, stepper.V
         self.g, self._known, self._masked = Function(V, name="boundary values"), Function(V), Zero()
-        known = len(e.bcs) - len(e.raised)
-        for i, value in enumerate(e.raised.values(), known):
+        for i, value in e.raised.items():
             mask = Function(V)
             e.bcs[i].reconstruct(g=1).apply(mask)
-            for later in e.bcs[i + 1:]:
+            for later in e.zero_bcs[i + 1:]:
                 later.apply(mask)
-            self._masked += mask * value
+            # No product: the value may be NaN elsewhere.
+            self._masked += conditional(gt(mask, 0.5), value, 0)
         super().__init__(stepper, e.lifted, [interpolate(derivative_by(self._masked, x), V) for x in e.lifted],
-                         [*(boundary_value(bc) for bc in e.bcs[:known]), *e.raised.values()])
+                         e.raised.values(), [*map(boundary_value, e.bcs), *e.raised.values()])
         self.value(0)
 
     def update(self) -> None:
@@ -356,7 +357,8 @@ class Start(Part):
 
     def __init__(self, stepper: Stepper) -> None:
         starts, self._f = stepper.e.starts, Function(stepper.V)
-        super().__init__(stepper, starts, [interpolate(derivative_by(stepper.e.initial, x), stepper.V) for x in starts])
+        super().__init__(stepper, starts, [interpolate(derivative_by(stepper.e.initial, x), stepper.V) for x in starts],
+                         [stepper.e.initial])
 
     def value(self, k: int) -> np.ndarray:
         """At the present values."""

@@ -9,8 +9,10 @@ import numpy as np
 from firedrake import Constant, Function, FunctionSpace, MeshGeometry, TrialFunction, derivative
 from firedrake.functionspaceimpl import WithGeometry
 from ufl import H1, Form
-from ufl.algorithms import expand_derivatives
+from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.conditional import Condition
 from ufl.core.expr import Expr
+from ufl.corealg.traversal import unique_pre_traversal
 
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import assign, is_real, owned_size
@@ -18,7 +20,8 @@ from fem_diffusion.fields.checks import check_marker, check_scalar, check_space,
 from fem_diffusion.forward.physics import Marker, Scalar, TimeSteps
 from fem_diffusion.observation.linear import Observation, point_sensors
 
-__all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "expanded", "is_discontinuous", "read"]
+__all__ = ["Name", "Unknown", "apply_unknown", "check_spaces", "derivative_by", "expanded", "in_condition",
+           "is_discontinuous", "read"]
 
 STEADY = "'source', 'diffusivity', 'velocity', ('flux', marker) or ('dirichlet', marker)"
 TRANSIENT = "'initial', ('source', shape), " + STEADY
@@ -93,6 +96,13 @@ class Unknown:
 def expanded(F: Integrand) -> Integrand:
     """A form or expression with its derivatives worked out; what UFL itself says of the type is wrong."""
     return expand_derivatives(F)  # pyright: ignore[reportReturnType]
+
+
+def in_condition(F: Form | Expr, x: Function) -> bool:
+    """Whether x decides a condition in F, as of a sign: where that jumps, derivatives know nothing of it."""
+    roots = [expanded(integral.integrand()) for integral in F.integrals()] if isinstance(F, Form) else [expanded(F)]
+    return any(isinstance(node, Condition) and x in extract_coefficients(node)
+               for root in roots for node in unique_pre_traversal(root))
 
 
 def derivative_by(F: Integrand, x: Unknown) -> Integrand:

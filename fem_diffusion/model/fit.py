@@ -24,7 +24,6 @@ from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import coefficients, largest, on_root, owned_size
 from fem_diffusion.fields.events import event
 from fem_diffusion.fields.geometry import field_geometry
-from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.model.families import layout_family, sample_basis
 from fem_diffusion.model.model import Model, check_basis, check_law
 from fem_diffusion.model.tail import linear_tail, pair_rows
@@ -201,7 +200,7 @@ def _rest(problem: InverseProblem, data: DataSet, basis: ModalBasis, denoiser: D
     worst = float(torch.linalg.eigvalsh(axes.T @ (base.scatter - covariance) @ axes)[-1].clamp(min=0).sqrt())
     if worst < _MISSED:
         return False, None
-    if not isinstance(problem.forward, Differentiable) and problem.prior.core is problem.prior:
+    if not problem.derived and problem.prior.core is problem.prior:
         rows = pair_rows(problem, data)
         if linear_tail(problem, basis, base, False, rows) is not None:
             return True, rows

@@ -17,7 +17,6 @@ from mpi4py import MPI
 from fem_diffusion.diffusion import GaussianBase, GaussianNoise
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.modes import mass_action
-from fem_diffusion.forward.protocol import Differentiable
 from fem_diffusion.observation.linear import Observation
 from fem_diffusion.prior.expansion import karhunen_loeve
 from fem_diffusion.prior.product import is_gaussian
@@ -69,14 +68,14 @@ def linear_tail(problem: InverseProblem, basis: ModalBasis, base: GaussianBase, 
     the problem is `known` to be linear. Relative noise counts by its mean over the prior. Without `rows` of `pair_rows`
     it takes a derivative of the solver.
     """
-    prior, forward, noise, emulator = problem.prior, problem.forward, problem.noise, base.emulator
+    prior, noise, emulator = problem.prior, problem.noise, base.emulator
     if not (isinstance(noise, GaussianNoise) and emulator.affine and basis.standard_prior and is_gaussian(prior)
             and prior.core is prior):
         return None
     # All ranks hold the same base, so they go on together.
     found = rows is not None
     if rows is None:
-        if not (isinstance(problem.observation, Observation) and isinstance(forward, Differentiable)):
+        if not (isinstance(problem.observation, Observation) and problem.derived):
             return None
         rows = problem.sensitivity(prior.mean)
     seen_modes = problem.comm.allreduce(rows @ basis.scaled_modes.T)
