@@ -72,6 +72,8 @@ def check_array(x: Any, name: str, *shapes: tuple, names: Sequence[str] | None =
     along the last axis, where they are given, or the numbers of the rows of a matrix. Without a shape any will do.
     """
     wanted = " or ".join(map(shape_words, dict.fromkeys(shapes))) or "(n,)"
+    if np.ma.is_masked(x):
+        raise InputError(f"{name} has masked values, which are no numbers: leave them out, or fill them.")
     if hasattr(x, "ufl_shape"):   # NumPy would take entries of a UFL expression without end
         raise InputError(f"{name} holds object values, of type {type(x).__name__}: give numbers of shape {wanted}.")
     try:
@@ -148,10 +150,11 @@ def check_choice(x: Any, name: str, choices: Collection[str]) -> str:
 def check_readings(y: Any, count: int, names: Sequence[str] | None = None) -> np.ndarray:
     """Readings of `count` sensors as floats, shape (count,): real and of a size with which one can calculate.
 
-    NaN stands for a sensor that failed. Messages use the names of the sensors, or their numbers.
+    NaN stands for a sensor that failed, and so does a mask. Messages use the names of the sensors, or their numbers.
     """
     try:
-        array = np.asarray(y)
+        # What is behind a mask is no reading.
+        array = y.astype(float).filled(np.nan) if isinstance(y, np.ma.MaskedArray) else np.asarray(y)
     except ValueError:      # rows of unlike lengths
         array = np.empty(0, dtype=object)
     if array.shape != (count,) or (array.dtype.kind not in "biuf" and count):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fem_diffusion.checks import (
-    check_array, check_callable, check_file, check_number, check_text, read_arguments, together,
+    check_array, check_callable, check_file, check_number, check_readings, check_text, read_arguments,
+    together,
 )
 from fem_diffusion.errors import FileError, InputError
 
@@ -99,3 +100,11 @@ def test_scripts_refuse_misspelt_options_and_folders_that_cannot_be_made(tmp_pat
         with pytest.raises(SystemExit):
             read_arguments(parser)
         assert words in capsys.readouterr().err
+
+
+def test_what_is_behind_a_mask_is_no_number():
+    y = np.ma.masked_array([1.0, 1e9, 3.0], [False, True, False])
+    np.testing.assert_array_equal(check_readings(y, 3), [1.0, np.nan, 3.0])
+    with pytest.raises(InputError, match="masked"):
+        check_array(y, "y", ("k",))
+    np.testing.assert_array_equal(check_array(y[:1], "y", ("k",)), [1.0])   # nothing is masked

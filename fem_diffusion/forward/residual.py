@@ -10,6 +10,7 @@ from ufl import Form
 from ufl.algorithms import extract_coefficients
 from ufl.algorithms.analysis import extract_base_form_operators
 from ufl.algorithms.check_arities import ArityMismatch, check_form_arity
+from ufl.algorithms.remove_complex_nodes import remove_complex_nodes
 from ufl.constantvalue import Zero
 from ufl.core.expr import Expr
 
@@ -85,7 +86,7 @@ def _check(F: Form, u: Function, m: Function, bcs: list[DirichletBC]) -> None:
                          "interpolate what is known into a Function first; or give the solve as a plain function "
                          "m -> u.")
     try:
-        check_form_arity(expanded(F), arguments)
+        check_form_arity(remove_complex_nodes(expanded(F)), arguments)
     except ArityMismatch as error:   # derived from BaseException
         raise InputError(f"F is not linear in its test function ({error}): multiply every term by the test function, "
                          "once.") from error

@@ -12,8 +12,8 @@ from fem_diffusion.checks import LARGEST
 from fem_diffusion.diffusion import Denoiser, TrainingRange
 from fem_diffusion.diffusion.packing import REMEDY, pack, pack_denoiser, unpack, unpack_denoiser, unpack_law
 from fem_diffusion.errors import FileError
-from fem_diffusion.fields.basis import pack_basis, unpack_basis
-from fem_diffusion.fields.coefficients import on_root
+from fem_diffusion.fields.basis import ModalBasis, pack_basis, unpack_basis
+from fem_diffusion.fields.coefficients import by_component, on_root
 from fem_diffusion.fields.keyed import gather_rows, own_columns, read_everywhere
 from fem_diffusion.problem import InverseProblem
 
@@ -24,6 +24,8 @@ __all__ = ["read_model", "write_model"]
 
 # Normal numbers of levels at which noise is compared.
 _LEVELS = -2.0, 0.0, 2.0
+# Latents of the fields at which transforms of the prior are compared.
+_PLACE = 0.5
 
 
 def write_model(path: str | os.PathLike, model: "Model") -> None:
@@ -42,10 +44,13 @@ def write_model(path: str | os.PathLike, model: "Model") -> None:
     if model.near is not None:
         arrays = arrays | {"near": model.near}
 
+    parameter = _parameter(model.problem, model.basis)
+
     def write() -> None:
         tensors, settings = pack_denoiser(model.denoiser, model.history)
         seen, shown = pack({"range": model.range})
-        files.write(path, "model", arrays | tensors | seen | {"noise": _noise(model.problem, model.denoiser)},
+        files.write(path, "model", arrays | tensors | seen | {
+            "noise": _noise(model.problem, model.denoiser), "parameter": parameter},
                     values | settings | shown | {"family": model.problem.family, "linear": model.linear,
                                                  "names": model.problem.names})
     on_root(model.problem.comm, write)
@@ -65,6 +70,9 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     stored, found = content.array("noise", None), _noise(problem, denoiser)
     if stored.shape != found.shape or not np.allclose(stored, found, rtol=1e-6, atol=0):
         raise FileError(f"{path} was trained for other noise: pass the problem of its training.")
+    stored, found = content.array("parameter", None), _parameter(problem, basis)
+    if stored.shape != found.shape or not np.allclose(stored, found, rtol=1e-6, atol=1e-9 * np.abs(stored).max()):
+        raise FileError(f"{path} was trained with another transform of the prior: pass the problem of its training.")
     parts = {"basis": basis, "denoiser": denoiser, "history": history, "linear": content.value("linear", bool)}
     if "rows" in content.arrays:
         rows = content.array("rows", denoiser.base.k, len(content.arrays["basis.key"]))
@@ -82,6 +90,14 @@ def read_model(path: str | os.PathLike, problem: InverseProblem) -> dict:
     if states.r != denoiser.base.k:
         raise content.error("holds states and a model of different sizes")
     return parts | {"states": states, "range": _range(content, states.r)}
+
+
+def _parameter(problem: InverseProblem, basis: ModalBasis) -> np.ndarray:
+    """What the prior's transform makes of two fields: sum and sum of squares of each component (collective)."""
+    values = problem.prior.transform_many(basis.decode(np.array([[_PLACE], [-_PLACE]]) * np.ones(basis.r)))
+    parts = by_component(problem.M, values)
+    return problem.comm.allreduce(np.concatenate([np.append(part.sum(axis=1), (part**2).sum(axis=1))
+                                                  for part in parts]))
 
 
 def _noise(problem: InverseProblem, denoiser: Denoiser) -> np.ndarray:

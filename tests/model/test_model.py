@@ -78,6 +78,10 @@ def test_a_model_chooses_its_modes(prior, gaussian, tmp_path):
     model.save(tmp_path / "model")
     again = load_model(tmp_path / "model", problem).condition(y).sample(3, seed=0, progress=False)
     np.testing.assert_allclose(again.values, model.condition(y).sample(3, seed=0, progress=False).values, atol=1e-6)
+    if gaussian:
+        other = replace(problem, prior=TransformedPrior(problem.prior, lambda f: 2 * f))
+        with pytest.raises(FileError, match="another transform"):
+            load_model(tmp_path / "model", other)
 
 
 @pytest.mark.parametrize("n", [4, 12])
