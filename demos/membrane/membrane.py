@@ -106,7 +106,7 @@ def effective(chains, std):
 # ## The comparison
 
 
-def run(folder, pairs=10000, solves=(2000, 20000), samples=2000, options=TrainingOptions(), reference=REFERENCE,
+def run(folder, pairs=10000, solves=(2000, 40000), samples=2000, options=TrainingOptions(), reference=REFERENCE,
         progress=True):
     """The whole job; returns errors by posterior."""
     start = time.perf_counter()
@@ -138,7 +138,8 @@ def run(folder, pairs=10000, solves=(2000, 20000), samples=2000, options=Trainin
     if "amortised" in found:
         right = (field(problem.M, values) for values in reference[:2])
         print(amortised_gap(found["amortised"], *right))
-    draw(folder, found, reference)
+    if found:
+        draw(folder, found, reference)
     if corrected is not None:
         posterior.report(
             folder / "report.html", threshold=MEAN + STD, samples=corrected, progress=progress, name="log stiffness",
