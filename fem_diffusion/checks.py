@@ -154,7 +154,7 @@ def check_readings(y: Any, count: int, names: Sequence[str] | None = None) -> np
     """
     try:
         # What is behind a mask is no reading.
-        array = y.astype(float).filled(np.nan) if isinstance(y, np.ma.MaskedArray) else np.asarray(y)
+        array = np.ma.filled(y.astype(float), np.nan) if isinstance(y, np.ma.MaskedArray) else np.asarray(y)
     except ValueError:      # rows of unlike lengths
         array = np.empty(0, dtype=object)
     if array.shape != (count,) or (array.dtype.kind not in "biuf" and count):
