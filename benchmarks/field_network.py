@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion import (
-    CallableNoise, Denoiser, FieldGeometry, TrainingOptions, fit_denoiser, sample_latents,
+    Denoiser, FieldGeometry, Noise, TrainingOptions, fit_denoiser, sample_latents,
 )
 from fem_diffusion.diffusion.training.fit import noisy
 from fem_diffusion.fields.geometry import field_geometry
@@ -30,7 +30,7 @@ NETWORKS = {"on the mesh, 128": (True, 128), "fully connected, 64": (False, 64),
             "fully connected, 192": (False, 192)}
 
 
-def step_time(z: Tensor, y: Tensor, noise: CallableNoise, options: TrainingOptions,
+def step_time(z: Tensor, y: Tensor, noise: Noise, options: TrainingOptions,
               geometry: FieldGeometry | None) -> float:
     """Processor time of a training step: what so many steps more take."""
     def spent(steps: int) -> float:
@@ -44,11 +44,11 @@ def step_time(z: Tensor, y: Tensor, noise: CallableNoise, options: TrainingOptio
     return (spent(45) - spent(5)) / 40
 
 
-def denoising_loss(denoiser: Denoiser, z: Tensor, y: Tensor, noise: CallableNoise) -> tuple[float, float]:
+def denoising_loss(denoiser: Denoiser, z: Tensor, y: Tensor, noise: Noise) -> tuple[float, float]:
     """Loss on pairs that training has not seen, eight noise levels each; its standard error."""
     generator = torch.Generator().manual_seed(1)
     conditioned = denoiser.at(noise.sample(y, generator))
-    w = conditioned.located.whiten(z).float().expand(8, -1, -1)
+    w = conditioned.located.whiten(conditioned.mapped(z)).float().expand(8, -1, -1)
     v, angle, target = noisy(w, TrainingOptions(), generator)
     with torch.no_grad():
         output = conditioned.network(v, angle, *conditioned.context) if conditioned.network else 0.0
@@ -56,7 +56,7 @@ def denoising_loss(denoiser: Denoiser, z: Tensor, y: Tensor, noise: CallableNois
     return float(losses.mean()), float(losses.std() / len(losses)**0.5)
 
 
-def score(denoiser: Denoiser, z: Tensor, y: Tensor, noise: CallableNoise, scale: Tensor) -> np.ndarray:
+def score(denoiser: Denoiser, z: Tensor, y: Tensor, noise: Noise, scale: Tensor) -> np.ndarray:
     """Energy score of samples of sqrt(m) in L2, in units of the prior's spread; one for each pair."""
     y = noise.sample(y, torch.Generator().manual_seed(2))
     drawn = sample_latents(denoiser.at(y), DRAWS, seed=3, progress=False)
@@ -68,7 +68,8 @@ def run(folder: Path, pairs: int = 40000, seconds: float = 100.0, seeds: tuple[i
     """Train all networks for equal time and print a row for each."""
     sys.path.insert(0, str(DEMO))
     from source_release import training_pairs
-    _, basis, data, noise, _, _ = training_pairs(folder, pairs, modes)
+    problem, basis, data, _, _ = training_pairs(folder, pairs, modes)
+    noise = problem.noise
     torch.set_num_threads(1)
     z, y = torch.from_numpy(basis.encode(data.coefficients)), torch.as_tensor(data.readings)
     del data  # nodal values fill most of the memory

@@ -31,34 +31,20 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from fem_diffusion import (
-    CallableNoise, CallablePrior, DataSet, InverseProblem, Observation, Sampler, TrainingOptions, TransformedPrior, fit,
-    pod, point_sensors, simulate,
+    CallablePrior, InverseProblem, Observation, Sampler, TrainingOptions, TransformedPrior, fit, pod, point_sensors,
+    simulate,
 )
 from fem_diffusion.checks import read_arguments
-from fem_diffusion.trust import Calibration, calibrate, sbc_ranks
+from fem_diffusion.trust import Calibration, calibrate, energy_score, sbc_ranks
 from fem_diffusion.plot import plot_history
 
 sys.path.insert(0, str(Path(__file__).parent))
 from pictures import draw_calibration, draw_posteriors, draw_prediction, draw_setup  # noqa: E402
 from town import (  # noqa: E402
-    FLOOR, HOSPITAL, METER, RELATIVE, SENSORS, THRESHOLD, TIMES, V, clouds, nodes, transport, weights,
+    HOSPITAL, METER, SENSORS, THRESHOLD, TIMES, V, clouds, nodes, transport, weights,
 )
 
 # ## What training needs
-
-
-def scaled(y):
-    """Readings, a tensor in mg/m³, on a scale where their noise is of size one whatever the reading.
-
-    It also brings the readings closer to linear in f, so the Gaussian base explains more: the variance of f that it
-    leaves falls from 15 % to 9 %.
-    """
-    return torch.asinh(y * (RELATIVE / FLOOR)) / RELATIVE
-
-
-def unscaled(s):
-    """Readings in mg/m³; the inverse of `scaled`."""
-    return torch.sinh(s * RELATIVE) * (FLOOR / RELATIVE)
 
 
 def seen_from_start(forward, observation):
@@ -88,19 +74,15 @@ def training_pairs(folder, n, modes=64, progress=False):
     Returns
     -------
     problem, basis, data, observation, forward
-        Of the inverse problem readings are `scaled`: latents are ``basis.encode(data.coefficients)``, noise-free
-        readings ``data.readings``. Sensors and model of the transport are as they are in the town.
+        Latents are ``basis.encode(data.coefficients)``. Sensors and model of the transport are as they are in the town;
+        the problem has what sensors see of the release itself.
     """
     prior = TransformedPrior(CallablePrior(V, clouds), lambda f: f**2)
     forward = transport()
     observation = point_sensors(forward.U, SENSORS)
-    rows = seen_from_start(forward, observation)
-    early = InverseProblem(prior, lambda m: m, rows)
-    data = simulate(early, n, seed=1, path=Path(folder) / "pairs", progress=progress)
+    problem = InverseProblem(prior, lambda m: m, seen_from_start(forward, observation), METER)
+    data = simulate(problem, n, seed=1, path=Path(folder) / "pairs", progress=progress)
     basis = pod(V, data.coefficients[:5000], modes, prior=prior)
-    noise = CallableNoise(lambda s, generator: scaled(METER.sample(unscaled(s), generator)))
-    data = DataSet(data.coefficients, scaled(torch.as_tensor(data.readings)).numpy())
-    problem = InverseProblem(prior, lambda m: m, lambda m: scaled(torch.as_tensor(rows(m))).numpy(), noise)
     return problem, basis, data, observation, forward
 
 
@@ -133,22 +115,23 @@ SAMPLER = Sampler(alpha=1.0, steps=40)
 
 
 def held_out(prior, forward, observation, cases, seed=7):
-    """Of cases unseen in training: releases, noisy measurements as `scaled`, and noisy readings at the hospital."""
+    """Of cases unseen in training: releases, noisy measurements, and noisy readings at the hospital."""
     observation += point_sensors(forward.U, [HOSPITAL])
     unseen = simulate(InverseProblem(prior, forward, observation), cases, seed=seed, progress=False)
     readings = METER.sample(torch.as_tensor(unseen.readings), torch.Generator().manual_seed(seed))
     at_sensors = len(observation) - len(TIMES)
-    measurements, at_hospital = scaled(readings[:, :at_sensors]).numpy(), readings[:, at_sensors:].numpy()
+    measurements, at_hospital = readings[:, :at_sensors].numpy(), readings[:, at_sensors:].numpy()
     return prior.transform_many(unseen.coefficients), measurements, at_hospital
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the unseen cases say: of `QUANTITIES`, of all readings at the hospital, and of the field's bands."""
+    """What the unseen cases say: of `QUANTITIES`, of all readings at the hospital, and of the field."""
 
     quantities: Calibration
     hospital: Calibration
-    field: dict  # level to share of the truth inside, and its standard error
+    field: dict  # level to share of the truth inside its bands, and the standard error of that
+    scores: np.ndarray  # energy score of the field in L2, of each case, in mg/m²
 
 
 def check(model, releases, measurements, readings, at_hospital, draws, sampler, progress):
@@ -159,19 +142,20 @@ def check(model, releases, measurements, readings, at_hospital, draws, sampler, 
     something to cover: where the posterior mean, which knows the measurement alone, exceeds 1 mg/m³. Elsewhere m is
     zero but for rounding, and so are the samples.
     """
-    asked, read, covered = [], [], []
+    asked, read, covered, scores, root = [], [], [], [], np.sqrt(weights)
     for case, y in enumerate(tqdm(measurements, desc="check", disable=not progress)):
         m = model.condition(y).sample(draws, seed=10_000 + case, sampler=sampler, progress=False).values
         clean = torch.as_tensor(at_hospital.apply(m))
         read.append(METER.sample(clean, torch.Generator().manual_seed(10_000 + case)).numpy())
         asked.append(quantities(m, read[-1]))
+        scores.append(energy_score(root * m[None], root * releases[case][None])[0])
         somewhere = m.mean(axis=0) > 1
         ranks = sbc_ranks(m[None][:, :, somewhere], releases[case][None, somewhere])
         inside = np.abs((ranks + 0.5) / (draws + 1) - 0.5) <= np.array(LEVELS)[:, None] / 2
         covered.append(inside @ weights[somewhere] / weights[somewhere].sum())
     shares = zip(np.mean(covered, axis=0), np.std(covered, axis=0, ddof=1) / np.sqrt(len(covered)))
     return Check(calibrate(np.array(asked), quantities(releases, readings), LEVELS),
-                 calibrate(np.array(read), readings, LEVELS), dict(zip(LEVELS, shares)))
+                 calibrate(np.array(read), readings, LEVELS), dict(zip(LEVELS, shares)), np.array(scores))
 
 
 def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, options=OPTIONS, sampler=SAMPLER,
@@ -219,7 +203,7 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
                   for case in shown]
     model.condition(measurements[0]).report(
         folder / "report.html", samples=posteriors[0], threshold=THRESHOLD, progress=progress, name="release",
-        units="mg/m³", mesh_units="m", reading="concentration, scaled to noise of size one", question="Where was the "
+        units="mg/m³", mesh_units="m", reading="concentration [mg/m³]", question="Where was the "
         f"contaminant released, and where is there more than {THRESHOLD:g} mg/m³ of it?")
     draw_posteriors(posteriors, releases, folder / "posterior.png")
     draw_prediction(posteriors, releases, readings, folder / "hospital.png")
@@ -231,7 +215,7 @@ def run(folder, pairs=PAIRS, cases=200, draws=199, samples=1000, modes=64, optio
 
 
 def print_table(found):
-    """p-values and coverage, as a Markdown table."""
+    """p-values and coverage, as a Markdown table, and the energy score."""
     asked, hospital = found.quantities, found.hospital
     distance = np.abs((asked.ranks + 0.5) / (asked.draws + 1) - 0.5)
     print(f"\n| {len(distance)} unseen cases | p of uniform ranks | " + " | ".join(f"{x:.0%} band" for x in LEVELS)
@@ -241,7 +225,9 @@ def print_table(found):
     for name, part in (("all of these", asked), ("each reading at the hospital", hospital)):
         print(f"| {name} | | " + " | ".join(f"{part.coverage[x]:.1%} ± {part.coverage_error(x):.1%}" for x in LEVELS)
               + " |")
-    print("| the field | | " + " | ".join("{:.1%} ± {:.1%}".format(*found.field[x]) for x in LEVELS) + " |", flush=True)
+    print("| the field | | " + " | ".join("{:.1%} ± {:.1%}".format(*found.field[x]) for x in LEVELS) + " |")
+    print(f"\nenergy score of the field in L2: {found.scores.mean():.1f} ± "
+          f"{found.scores.std() / np.sqrt(len(found.scores)):.1f}", flush=True)
 
 
 if __name__ == "__main__":

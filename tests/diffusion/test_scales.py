@@ -1,5 +1,6 @@
 """Scales of latents and readings are chosen where they gain, and posteriors on them are exact where these are known."""
 
+import math
 import warnings
 
 import numpy as np
@@ -12,6 +13,8 @@ from fem_diffusion.diffusion import (
     CallableNoise, GaussianNoise, LayoutFamily, LayoutKind, Sampler, TrainingOptions, fit_denoiser, measure_distance,
     sample_latents,
 )
+from fem_diffusion.diffusion.maps.noise import even_noise
+from fem_diffusion.diffusion.training.independent import are_independent, bounded_laws
 from fem_diffusion.diffusion.training.scales import choose_scales
 from fem_diffusion.errors import InputError
 from truths import random
@@ -47,25 +50,21 @@ def _errors(denoiser, k, places, n=4000):
     return np.array(found).T
 
 
-@pytest.mark.parametrize("k", [1, 4])
-def test_six_decades_of_a_known_prior_are_exact(k):
+@pytest.mark.parametrize("k, known", [(1, True), (4, True), (1, False)])
+def test_six_decades_are_exact_whether_the_prior_is_given_or_not(k, known):
+    """Its bounds are found in the pairs, to a mean spacing of these: 0.0015, or a thirtieth of a standard deviation."""
     z, y = _decades(k)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        denoiser, history = fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=stats.uniform(-9, 6), progress=False)
-        off, ratio = _errors(denoiser, k, [-8.9, -8, -7, -6, -5, -4, -3.3, -3.1])
+        denoiser, history = fit_denoiser(z, y, GaussianNoise(relative=0.1), progress=False,
+                                         prior=stats.uniform(-9, 6) if known else None)
+        off, ratio = _errors(denoiser, k, [-8.98, -8.9, -8, -7, -6, -5, -4, -3.3, -3.1, -3.02])
         drawn = sample_latents(denoiser.at(y[:200]), 20, seed=0, progress=False)
     assert denoiser.known and not history.step and denoiser.readings.kinds == ("asinh",) * k
-    assert ((drawn > -9) & (drawn < -3)).all()
+    beyond = 0.0 if known else 0.01
+    assert ((drawn > -9 - beyond) & (drawn < -3 + beyond)).all()
     # Of 4,000 nearly independent samples a mean is known to 0.016, a standard deviation to 1.1 %.
     assert np.abs(off).max() < 0.07 and np.abs(ratio - 1).max() < 0.05
-
-
-def test_six_decades_of_an_unknown_prior_are_within_five_percent_inside():
-    z, y = _decades(1)
-    denoiser, _ = fit_denoiser(z, y, GaussianNoise(relative=0.1), options=QUICK, progress=False)
-    off, ratio = _errors(denoiser, 1, [-8.5, -8, -7, -6, -5, -4, -3.5])
-    assert denoiser.latents is None and np.abs(off).max() < 0.25 and np.abs(ratio - 1).max() < 0.08
 
 
 def test_without_scales_six_decades_are_far_off():
@@ -96,16 +95,78 @@ def _truncated(known, held=False, r=10, n=10_000):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("held", [False, True])
-def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor(held):
-    denoiser, found, outside = _truncated(True, held)
+@pytest.mark.parametrize("known, held", [(True, False), (True, True), (False, False), (False, True)])
+def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor(known, held):
+    denoiser, found, outside = _truncated(known, held)
     assert denoiser.known and denoiser.readings is None and denoiser.base.emulator.curve is not None
-    assert denoiser.base.emulator.head is None and found < 0.53 and not outside
+    assert denoiser.base.emulator.head is None and found < 0.53 and (not outside or not known)
 
 
-@pytest.mark.slow
-def test_the_same_problem_without_its_prior_is_not():
-    assert _truncated(False)[1] > 0.55
+def test_bounded_laws_are_told_by_pairs_and_dependent_latents_are_none():
+    rng, n = np.random.default_rng(0), 4000
+    laws = [stats.uniform(2, 3), stats.expon(-1, 2), stats.beta(1, 2), stats.norm(5, 2), stats.weibull_max(1.0, 3, 2)]
+    z = torch.from_numpy(np.stack([law.rvs(n, random_state=rng) for law in laws], 1))
+    found = bounded_laws(z)
+    fresh = torch.from_numpy(np.stack([law.rvs(n, random_state=rng) for law in laws], 1))
+    u = found.forward(fresh)
+    inside = torch.isfinite(u).all(1)   # a fresh draw may be outside the outermost of those before
+    assert inside.float().mean() > 0.995 and are_independent(u[inside])
+    # A density is told to some percent: of 4,000 values the outermost knots have 25 beyond them.
+    exact = torch.from_numpy(np.stack([law.logpdf(x) for law, x in zip(laws, fresh.numpy().T)], 1))
+    log = found.log_slope(fresh) - u.square() / 2 - math.log(2 * math.pi) / 2
+    assert ((log - exact)[inside].abs().mean(0) < 0.05).all()
+    moved = found.inverse(torch.randn(20_000, 5, generator=random(3), dtype=torch.float64)).numpy()
+    assert moved[:, 0].min() > 1.99 and moved[:, 0].max() < 5.01
+    assert moved[:, 1].min() > -1.01 and moved[:, 4].max() < 3.01
+    # Uniform on a disc, on a triangle, and on the square above a parity of signs.
+    a, b, c = 2 * torch.rand(3, n, generator=random(4), dtype=torch.float64) - 1
+    for dependent in (torch.stack([a, b * (1 - a**2).sqrt()], 1), torch.stack([torch.minimum(a, b), torch.maximum(
+            a, b)], 1), torch.stack([a, b, c.abs() * (a * b).sign()], 1)):
+        assert bounded_laws(dependent) is None
+    assert bounded_laws(torch.randn(n, 2, generator=random(5), dtype=torch.float64)) is None
+
+
+def test_independent_latents_are_taken_for_dependent_ones_rarely():
+    wrong = sum(not are_independent(torch.randn(1000, 6, generator=random(seed), dtype=torch.float64))
+                for seed in range(60))
+    assert wrong <= 2    # of an expected 0.06
+
+
+@pytest.mark.parametrize("noise", [GaussianNoise(std=0.2, relative=[0.05] * 3), CallableNoise(
+    lambda y, g: y + (0.2**2 + (0.05 * y)**2).sqrt() * torch.randn(y.shape, generator=g, dtype=y.dtype))],
+    ids=["known", "callable"])
+def test_noise_is_of_one_size_on_a_scale_of_its_own(noise):
+    y = torch.tensor([1.0, 30, 0.001]).double() * torch.randn(4000, 3, generator=random(0), dtype=torch.float64).exp()
+    scale = even_noise(noise, y, random(1))
+    # Readings that stay below the unit have none; that of drawn noise is known to a tenth or two.
+    assert scale.kinds == ("asinh", "asinh", "identity") and ((scale.unit[:2] / 4).log().abs() < 0.25).all()
+    places = torch.tensor([[0.1, 0.1, 0.1], [4, 4, 0.1], [50, 1000, 0.1]]).double().repeat_interleave(5000, 0)
+    std = scale.forward(noise.sample(places, random(2))).view(3, 5000, 3).std(1)
+    assert ((std[:, :2] / 0.05).log().abs() < 0.3).all()
+    assert even_noise(GaussianNoise(std=0.3), y, random(1)) is None
+    relative = even_noise(CallableNoise(lambda y, g: y * (1 + 0.1 * torch.randn(y.shape, generator=g, dtype=y.dtype))),
+                          y, random(1))
+    assert (relative.unit < y.quantile(0.01, dim=0)).all()
+
+
+def test_that_scale_is_chosen_where_readings_are_near_nought_or_large():
+    """Amounts f² that some sensors see and others do not: neither their likeliest scale nor a spline says as much."""
+    f = torch.randn(3000, 6, generator=random(0), dtype=torch.float64).abs() * (
+        torch.rand(3000, 6, generator=random(1)) < 0.3)
+    f = f + 0.02 * torch.randn(f.shape, generator=random(3), dtype=f.dtype)
+    y = f.square() @ torch.rand(6, 30, generator=random(2), dtype=torch.float64).pow(4) * 50
+    for stay in (True, False):
+        found = choose_scales(f, y, GaussianNoise(std=0.25, relative=0.05), None, False, stay=stay)
+        assert set(found.readings.kinds) == {"asinh"} and ((found.readings.unit / 5).log().abs() < 0.2).all()
+        assert (found.latents is None) == stay
+
+
+def test_latents_that_a_network_takes_for_amplitudes_stay():
+    z, y = _gaussian()
+    y = y + 0.1 * torch.randn(y.shape, generator=random(2), dtype=y.dtype)
+    assert choose_scales(z.exp(), y.exp(), None, None, False).latents is not None
+    found = choose_scales(z.exp(), y.exp(), None, None, False, stay=True)
+    assert found.latents is None
 
 
 def _gaussian(n=3000):

@@ -38,6 +38,7 @@ from fem_diffusion.diffusion.sampling.support import find_support
 from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.choice import advantage, even
 from fem_diffusion.diffusion.training.collapse import measure_collapse
+from fem_diffusion.diffusion.training.independent import bounded_laws
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
 from fem_diffusion.diffusion.training.scales import Scales, choose_scales
@@ -143,17 +144,20 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     z, seen = z.double().cpu(), y.double().cpu()
     law = None
     if prior is not None:
-        if standard_prior or isinstance(base, GaussianBase):
-            raise InputError("A known prior makes a map of the latents: leave standard_prior and a base out.")
+        if standard_prior or isinstance(base, GaussianBase) or geometry is not None:
+            raise InputError("A known prior makes a map of the latents: leave standard_prior, a base and a geometry "
+                             "out.")
         law = MonotoneMap.of(("law",) * z.shape[1], laws=marginals(prior, z.shape[1]))
         check_draws(z, law.laws)   # pyright: ignore[reportArgumentType]
+    elif scales == "choose" and base == "gaussian" and not standard_prior and geometry is None:
+        law = bounded_laws(z)
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
     if not isinstance(noise, LayoutFamily):
         noise = as_noise(noise, seen.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
-    standard_prior, users = standard_prior or prior is not None, z
+    standard_prior, users = standard_prior or law is not None, z
     found = Scales(law)
     if scales == "choose" and base == "gaussian":
-        found = choose_scales(z, seen, noise, law, standard_prior, options.seed)
+        found = choose_scales(z, seen, noise, law, standard_prior, options.seed, geometry is not None)
     given, (z, seen, _) = seen, found.pairs(z, seen)
     noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
     parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)

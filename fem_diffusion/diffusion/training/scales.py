@@ -1,13 +1,14 @@
 r"""On which scales latents and readings are learned: chosen by held-out pairs.
 
 Candidates are the users' own scales, the likeliest scale of each number, and splines that make each Gaussian, of
-latents, of readings, or of both. Each makes a joint Gaussian of latents and readings with noise, whose density of
-held-out latents, in the users' coordinates, is its score. Where the law of the latents is known and that of the noise,
-the posterior has the density of an emulator, so what counts is how well readings can be told from latents, on either
-side of their map: the score is the density of held-out readings, in the users' coordinates, by the regression of
-`visible_modes`. Where the noise has to be learnt, a second regression, of the logarithms of what the first leaves,
-tells how wide it is: noise that depends on the latents shall not be taken for a scale of the readings. Another scale is
-taken where it beats the one before by more than two standard errors.
+latents, of readings, or of both, and of readings the scale on which their noise is of one size. Each makes a joint
+Gaussian of latents and readings with noise, whose density of held-out latents, in the users' coordinates, is its score.
+Where the law of the latents is known and that of the noise, the posterior has the density of an emulator, so what
+counts is how well readings can be told from latents, on either side of their map: the score is the density of held-out
+readings, in the users' coordinates, by the regression of `visible_modes`. Where the noise has to be learnt, a second
+regression, of the logarithms of what the first leaves, tells how wide it is: noise that depends on the latents shall
+not be taken for a scale of the readings. Another scale is taken where it beats the one before by more than two standard
+errors.
 """
 
 import math
@@ -22,7 +23,7 @@ from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.base.visible import Regression
 from fem_diffusion.diffusion.maps.fitted import fit_scales, gaussianised
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
-from fem_diffusion.diffusion.maps.noise import carried
+from fem_diffusion.diffusion.maps.noise import carried, even_noise
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
 from fem_diffusion.diffusion.tensors import Tensors
 
@@ -65,11 +66,12 @@ class Scales(Tensors):
 
 
 def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, latents: MonotoneMap | None,
-                  fixed: bool, seed: int = 0) -> Scales:
+                  fixed: bool, seed: int = 0, stay: bool = False) -> Scales:
     """The scales with which the joint Gaussian tells most of held-out latents.
 
     Takes latents (n, r), of which a map is known, or which are as they should be, where `fixed`, and readings without
-    noise, with levels behind them (n, k + l); of a family, coordinates of the state, which stay as they are.
+    noise, with levels behind them (n, k + l); of a family, coordinates of the state, which stay as they are. Latents
+    that are to `stay` are amplitudes of modes to a network.
     """
     z, y = z[:_LOOKED_AT], y[:_LOOKED_AT]
     n, r = z.shape
@@ -81,7 +83,11 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
         noise = GaussianNoise(std=(1 / noise.weights).numpy())
     k = y.shape[1] - (0 if noise is None else len(noise.levels))
     seen = y if noise is None else noise.sample(y, generator)
-    read = [None] if family else [None, *_maps(seen[apart:], False, y[apart:, :k])]
+    read: list[MonotoneMap | None] = [None]
+    if not family:
+        even = None if noise is None else even_noise(noise, y[apart:], generator)
+        read += [part for part in (even, *_maps(seen[apart:], False)) if part is not None and bool(
+            torch.isfinite(part.forward(y[apart:, :k])).all())]
     if fixed:
         many = [latents] if latents is None else [None, latents]
         told = noise if noise is not None and noise.told else None
@@ -89,7 +95,7 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
             return Scales(latents)
         score = partial(_by_spread, z, seen) if told is None else partial(_by_emulator, z, y, seen, told)
     else:
-        many = [None, *_maps(z[apart:], True)]
+        many = [None] if stay else [None, *_maps(z[apart:], True)]
         if family:
             # Layouts see less of the state than all of its coordinates tell here: only logarithms are sure to gain.
             many = [part for part in many if part is None or not part.knots.numel() and "asinh" not in part.kinds]
@@ -113,12 +119,10 @@ def _gains(new: Tensor, old: Tensor) -> bool:
         _WORTH, _ERRORS * float(gain.std()) / math.sqrt(len(gain)))
 
 
-def _maps(x: Tensor, positive: bool, clean: Tensor | None = None) -> list[MonotoneMap]:
+def _maps(x: Tensor, positive: bool) -> list[MonotoneMap]:
     """The likeliest scale, where it is another one, and splines on it, of numbers (N, n)."""
     scale = fit_scales(x, positive)
-    spline = gaussianised(x, scale)
-    return [part for part in (scale, spline) if part is not None and (
-        clean is None or bool(torch.isfinite(part.forward(clean)).all()))]
+    return [part for part in (scale, gaussianised(x, scale)) if part is not None]
 
 
 def _linear(z: Tensor, y: Tensor, R: Tensor) -> bool:
