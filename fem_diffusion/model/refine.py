@@ -138,10 +138,9 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
     if problem.levels:
         raise InputError("The noise has an unknown level, which refine does not know: take posterior.correct(...).")
     pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen, path, ensemble)
-    show = progress and everyone.rank == 0
-    plain = model.denoiser.known and model.denoiser.latents is None and not model.denoiser.base.bent
-    run = _emulated if plain else _truncated
-    denoiser, history = run(pairs, posterior.conditioned, model.denoiser, y,
+    show, first = progress and everyone.rank == 0, model.denoiser
+    run = _emulated if first.known and first.latents is None and not first.base.bent else _truncated
+    denoiser, history = run(pairs, posterior.conditioned, first, y,
                             [len(part) for part in np.array_split(np.arange(n), rounds)], seed, options, show)
     seen = torch.from_numpy(pairs.data.readings[-min(len(pairs.data), n):]).double()
     fixed = model.seen is not None and not model.problem.family
