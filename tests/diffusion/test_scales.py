@@ -95,11 +95,11 @@ def _truncated(known, held=False, r=10, n=10_000):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("known, held", [(True, False), (True, True), (False, False), (False, True)])
-def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor(known, held):
-    denoiser, found, outside = _truncated(known, held)
+@pytest.mark.parametrize("held", [False, True])
+def test_a_linear_problem_under_a_uniform_prior_is_at_the_floor(held):
+    denoiser, found, outside = _truncated(True, held)
     assert denoiser.known and denoiser.readings is None and denoiser.base.emulator.curve is not None
-    assert denoiser.base.emulator.head is None and found < 0.53 and (not outside or not known)
+    assert denoiser.base.emulator.head is None and found < 0.53 and not outside
 
 
 def test_bounded_laws_are_told_by_pairs_and_dependent_latents_are_none():

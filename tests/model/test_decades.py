@@ -8,8 +8,7 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh
 from scipy import stats
 
 from fem_diffusion import (
-    CallablePrior, GaussianNoise, InputError, InverseProblem, ScalarPrior, TrainingOptions, fit, load_model, refine,
-    simulate,
+    CallablePrior, GaussianNoise, InputError, InverseProblem, ScalarPrior, TrainingOptions, fit, load_model, simulate,
 )
 from fem_diffusion.diffusion import MeasurementWarning
 
@@ -121,19 +120,6 @@ def test_a_reading_that_is_wrong_by_a_factor_is_told(trained):
     problem, model = trained
     with pytest.warns(MeasurementWarning, match=" to .* is expected beside the others"):
         model.condition(1e-8 * FACTORS * np.array([1, 8, 1]))
-
-
-def test_refinement_knows_the_scale_and_the_law_of_the_noise(normal, tmp_path):
-    problem, data, model = normal
-    y = 1e-7 * FACTORS * np.array([1.05, 0.9, 1.1])
-    refined, more = refine(model, data, y, 600, seed=2, progress=False)
-    assert len(more) == len(data) + 600 and refined.denoiser.readings is not None
-    # Rounds give what few pairs in the region leave of a base: 700 pairs are of a standard deviation of 3 %.
-    _close_enough(refined.condition(y).sample(4000, seed=1, progress=False), _exact(y, FACTORS))
-    refined.save(tmp_path / "model")
-    again = load_model(tmp_path / "model", problem)
-    one, other = (x.condition(y).sample(50, seed=3, progress=False).values for x in (refined, again))
-    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_check_and_correction_know_the_scale(trained):
