@@ -19,6 +19,7 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.density import EmulatorDensity
 from fem_diffusion.diffusion.base.emulator import spread
 from fem_diffusion.diffusion.denoiser import Conditioned
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.sampling.likelihood import log_density
 from fem_diffusion.diffusion.sampling.sample import Sampler, sample_latents
 
@@ -27,13 +28,20 @@ __all__ = ["advantage", "even"]
 _SAMPLES = 15
 
 
-def advantage(conditioned: Conditioned, density: EmulatorDensity, z: Tensor, seed: int) -> Tensor:
-    """What the emulator's densities know more of latents (B, r) than a denoiser at the same measurements, (B,)."""
+def advantage(conditioned: Conditioned, density: EmulatorDensity, z: Tensor, seed: int,
+              scale: MonotoneMap | None = None) -> Tensor:
+    """What the emulator's densities know more of latents (B, r) than a denoiser at the same measurements, (B,).
+
+    The densities may be of latents on another scale.
+    """
     drawn = sample_latents(conditioned, _SAMPLES, Sampler(corrections=0), seed=seed, progress=False)
     found = torch.cat([z[:, None].to(drawn), drawn], 1)
+    inner = found if scale is None else scale.forward(found.flatten(0, 1)).view_as(found)
     with torch.no_grad():
-        energy = density.energy(density.located.whiten(found.transpose(0, 1))).T
+        energy = density.energy(density.located.whiten(inner.transpose(0, 1))).T
     weights = -energy - log_density(conditioned, found)
+    if scale is not None:
+        weights = weights + scale.log_slope(found.flatten(0, 1)).view_as(found).sum(2)
     return math.log(1 + _SAMPLES) + weights[:, 0] - torch.logsumexp(weights, 1)
 
 

@@ -34,7 +34,7 @@ from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.placement import Spectrum, fit_spectrum
 from fem_diffusion.diffusion.sampling.sample import CORRECTIONS
-from fem_diffusion.diffusion.sampling.support import find_support
+from fem_diffusion.diffusion.sampling.support import Support, find_support
 from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.choice import advantage, even
 from fem_diffusion.diffusion.training.collapse import measure_collapse
@@ -162,14 +162,17 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
     parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     support = None if standard_prior else find_support(users)
+    if found.straight and law is not None:
+        support = Support(*torch.tensor([one.bounds for one in law.laws or () if one is not None], dtype=z.dtype).T)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
         raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
     if slopes is not None:
         check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
         slopes = found.pairs(users, given, slopes.double().cpu())[2]
 
-    def in_units(denoiser: Denoiser) -> Denoiser:
-        return replace(denoiser.to("cpu"), support=support, latents=found.latents, readings=found.readings)
+    def in_units(denoiser: Denoiser, latents: MonotoneMap | None = None if found.straight else found.latents,
+                 support: Support | None = support) -> Denoiser:
+        return replace(denoiser.to("cpu"), support=support, latents=latents, readings=found.readings)
     with threads(options.threads):
         bases = [base] if isinstance(base, GaussianBase) else candidates(
             z, seen, slopes, parts, base, standard_prior, found.curve, options, checkpoint, progress)
@@ -184,6 +187,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         device = torch.device(options.device)
         # A base that knows the noise costs much at every measurement, and the network learns what it knows.
         bases, learnt = (bases[:1], bases[1:]) if parts.errors is None else (bases, [])
+        if found.straight:
+            z = users
+            bases = candidates(z, seen, None, parts, "gaussian", False, None, options, None, False)
+            denoiser = replace(denoiser, support=support)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
@@ -195,9 +202,10 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         denoiser = task.denoiser
         if trained is not None:
             denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
-        emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt])
+        emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt],
+                                  law.to(device) if found.straight and law is not None else None)
         if emulated is not None:
-            return in_units(emulated), loop.history
+            return in_units(emulated, found.latents, None), loop.history
         if trained is not None:
             task.collapse(denoiser, loop.history)
         return in_units(denoiser), loop.history
@@ -349,26 +357,27 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         layout, y = self.source.measure(c, generator)
         return denoiser.at(y, layout if self.source.family else None)
 
-    def surpassed(self, denoiser: Denoiser, learnt: list[Denoiser]) -> Denoiser | None:
+    def surpassed(self, denoiser: Denoiser, learnt: list[Denoiser], scale: MonotoneMap | None) -> Denoiser | None:
         """The best of those whose emulator knows its noise, where it knows more of held-out latents than a denoiser.
 
+        They are of latents on this scale, where there is one.
         By a standard error: where both know as much either will do, and Gaussian noise that is none is off by many.
         """
         if not learnt:
             return None
         z, c = (x[:_JUDGES] for x in self.held_out)
         generator = torch.Generator(z.device).manual_seed(self.options.seed + 4)
-        y = self.source.measure(c, generator)[1]
+        y, inner = self.source.measure(c, generator)[1], z if scale is None else scale.forward(z)
 
         def surprise(conditioned: Conditioned) -> float:
             located = conditioned.located
-            return float((located.whiten(z).square().sum(1) / 2 + located.log_determinant).mean())
+            return float((located.whiten(inner).square().sum(1) / 2 + located.log_determinant).mean())
         found = [other.at(y) for other in learnt]
         values = [surprise(one) for one in found]
         best = values.index(min(values))
         density = found[best].density
         assert density is not None
-        gain = advantage(denoiser.at(y), density, z, self.options.seed)
+        gain = advantage(denoiser.at(y), density, z, self.options.seed, scale)
         return learnt[best] if float(gain.mean()) > float(gain.std()) / len(gain)**0.5 else None
 
     def collapse(self, denoiser: Denoiser, history: History) -> None:

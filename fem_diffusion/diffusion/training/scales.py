@@ -9,12 +9,17 @@ readings, in the users' coordinates, by the regression of `visible_modes`. Where
 regression, of the logarithms of what the first leaves, tells how wide it is: noise that depends on the latents shall
 not be taken for a scale of the readings. Another scale is taken where it beats the one before by more than two standard
 errors.
+
+Latents are standard normal for the density of an emulator. A network that learns their posterior from pairs needs no
+such law: near a bound the map turns what is the same everywhere into something that is not, and the sampler keeps
+bounds by itself. So it has latents between two bounds as they are, and others on the better scale.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,11 +49,13 @@ class Scales(Tensors):
     """Maps of latents and of readings; None for the users' own scale.
 
     Where latents of a known law are mapped, but readings are more nearly linear in what they were, `curve` is that map.
+    Where they are mapped for a density of the emulator alone, and a network learns them `straight`, so it is said.
     """
 
     latents: MonotoneMap | None = None
     readings: MonotoneMap | None = None
     curve: MonotoneMap | None = None
+    straight: bool = False
 
     def pairs(self, z: Tensor, y: Tensor, slopes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latents (n, r), noise-free readings with levels behind (n, k + l), their slopes (n, k + l, r), all mapped."""
@@ -88,9 +95,9 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
         even = None if noise is None else even_noise(noise, y[apart:], generator)
         read += [part for part in (even, *_maps(seen[apart:], False)) if part is not None and bool(
             torch.isfinite(part.forward(y[apart:, :k])).all())]
+    told = noise if noise is not None and noise.told else None
     if fixed:
         many = [latents] if latents is None else [None, latents]
-        told = noise if noise is not None and noise.told else None
         if len(many) == 1 and (len(read) == 1 or told is not None and _linear(z, y[:, :k], told.covariance(y))):
             return Scales(latents)
         score = partial(_by_spread, z, seen) if told is None else partial(_by_emulator, z, y, seen, told)
@@ -109,7 +116,11 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     assert best is not None
     if latents is None:
         return best
-    return Scales(latents, best.readings, latents if best.latents is None else None)
+    straight = not family and told is None
+    if straight and not all(one is not None and np.isfinite(one.bounds).all() for one in latents.laws or ()):
+        on, own = (_by_base(z, seen, apart, Scales(part, best.readings)) for part in (latents, None))
+        straight = not _gains(on, own)
+    return Scales(latents, best.readings, latents if best.latents is None else None, straight)
 
 
 def _gains(new: Tensor, old: Tensor) -> bool:
