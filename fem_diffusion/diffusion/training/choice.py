@@ -42,6 +42,8 @@ def advantage(conditioned: Conditioned, density: EmulatorDensity, z: Tensor, see
     weights = -energy - log_density(conditioned, found)
     if scale is not None:
         weights = weights + scale.log_slope(found.flatten(0, 1)).view_as(found).sum(2)
+        # Beyond the bounds of the scale there is no density.
+        weights = torch.where(torch.isfinite(weights), weights, -torch.inf)
     return math.log(1 + _SAMPLES) + weights[:, 0] - torch.logsumexp(weights, 1)
 
 

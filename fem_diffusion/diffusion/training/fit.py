@@ -190,7 +190,6 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         if found.straight:
             z = users
             bases = candidates(z, seen, None, parts, "gaussian", False, None, options, None, False)
-            denoiser = replace(denoiser, support=support)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
         tasks = [_Denoising(z.to(device), seen.to(device), parts.to(device), (network, geometry),
                             replace(denoiser, base=candidate).to(device), options) for candidate in bases]
