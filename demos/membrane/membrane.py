@@ -5,10 +5,10 @@ The problem is that of Aristoff and Bangerth (SIAM Review 2023, arXiv 2102.07263
 model: 64 unknowns, a posterior that is far from Gaussian, with two modes in some blocks, and readings larger than those
 of nearly all simulations. The forward model takes half a millisecond, so what matters is how many solves.
 
-    python demos/membrane/membrane.py [--output FOLDER] [--solves 20000] [--reference] [--walk]
+    python demos/membrane/membrane.py [--output FOLDER] [--reference]
 
 compares the trained posterior and the corrected one with docs/results/membrane_reference.csv. `--reference` computes
-that file anew by Hamiltonian Monte Carlo, `--walk` measures what a random walk would need.
+that file anew by Hamiltonian Monte Carlo.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from forward import BLOCKS, POINTS, Membrane, measurements  # noqa: E402
 REFERENCE = Path(__file__).parents[2] / "docs" / "results" / "membrane_reference.csv"
 LEVELS = (0.025, 0.25, 0.5, 0.75, 0.975)
 NOISE, MEAN, STD = 0.05, 4.0, 2.0
-PUBLISHED_STEP = 0.0725  # of log a, of the benchmark's own random walk
 
 
 def benchmark():
@@ -75,32 +74,6 @@ def errors(values, reference):
     ratio = values.std(axis=0, ddof=1) / std
     return (np.sqrt((((values.mean(axis=0) - mean) / std)**2).mean()), ratio.min(), ratio.max(),
             np.sqrt((np.log(ratio)**2).mean()))
-
-
-def walk(problem, y, start, steps, scale, seed):
-    """Random-walk Metropolis chains from `start` (c, 64): draws (c, steps, 64) and acceptance; one solve a step each.
-
-    The proposal is normal with this std of g in each block, or this factor (64, 64) of its covariance.
-    """
-    rng, g = np.random.default_rng(seed), start.copy()
-    factor = scale * np.eye(start.shape[1]) if np.ndim(scale) == 0 else scale
-
-    def energy(g):
-        return (((problem.readings(g) - y) / NOISE)**2).sum(axis=1) / 2 + (((g - MEAN) / STD)**2).sum(axis=1) / 2
-    now, kept, accepted = energy(g), np.empty((len(g), steps, g.shape[1]), dtype=np.float32), 0.0
-    for i in range(steps):
-        proposal = g + rng.standard_normal(g.shape) @ factor.T
-        there = energy(proposal)
-        accept = np.log(rng.random(len(g))) < now - there
-        g[accept], now[accept] = proposal[accept], there[accept]
-        kept[:, i] = g
-        accepted += accept.mean() / steps
-    return kept, accepted
-
-
-def effective(chains, std):
-    """Effective sizes per step of chains (c, n, 64) that start in equilibrium, by the spread between their means."""
-    return (std / chains.mean(axis=1).std(axis=0, ddof=1))**2 / chains.shape[1]
 
 
 # ## The comparison
