@@ -38,7 +38,7 @@ def gaussian(problem: InverseProblem,
     if isinstance(noise, GaussianNoise) or problem.levels:
         return problem, y, [], None
     noise = check_kind(noise, "The noise of the problem", Noise, "an InverseProblem with the noise of the "
-                       "measurement, because a check compares with it")
+                       "measurement, because a check compares with it, or take calibrate_model, which needs none")
     many = torch.from_numpy(np.tile(y, (max(_DRAWS, 50 * len(y)), 1)))
     errors = on_root(problem.comm, lambda: noise.sample(many, torch.Generator().manual_seed(0)).numpy() - y)
     if noise.log_density is not None:
