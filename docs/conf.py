@@ -127,10 +127,9 @@ def write_gallery():
         tree = ast.parse((ROOT / "demos" / name / f"{name}.py").read_text())
         title, _, text = ast.get_docstring(tree).partition("\n")
         picture = f"![{title.rstrip('.')}](../../images/gallery/{name}.png)"
-        drawn = (DOCS / "images" / "gallery" / f"{name}.png").exists()
-        index += [f"## [{title.rstrip('.')}]({name}.md)", "", picture if drawn else "", ""]
+        index += [f"## [{title.rstrip('.')}]({name}.md)", "", picture, ""]
         text = text.strip().replace("\n    python demos", "\n::\n\n    python demos")
-        lines = [f"# {title.rstrip('.')}", "", "```{eval-rst}", text, "```", "", picture if drawn else "", "",
+        lines = [f"# {title.rstrip('.')}", "", "```{eval-rst}", text, "```", "", picture, "",
                  "## Source", "",
                  f"```{{literalinclude}} ../../../demos/{name}/{name}.py", ":language: python", "```", ""]
         write(GENERATED / "gallery" / f"{name}.md", "\n".join(lines))
