@@ -128,7 +128,7 @@ class Regression:
         self.dual = torch.zeros_like(rest[held_out:])
         if not curved:
             return
-        kernel = (1 + z * self.weights @ self.train.T)**3
+        kernel = self._kernel(z)
         values, vectors = torch.linalg.eigh(kernel[held_out:])
         seen, target = kernel[:held_out] @ vectors, vectors.T @ rest[held_out:]
         for ridge in _RIDGES:
@@ -140,7 +140,10 @@ class Regression:
 
     def __call__(self, z: Tensor) -> Tensor:
         """What it says of measurements at latents (n, r), shape (n, k)."""
-        return z @ self.matrix.T + (1 + z * self.weights @ self.train.T)**3 @ self.dual
+        return z @ self.matrix.T + self._kernel(z) @ self.dual
+
+    def _kernel(self, z: Tensor) -> Tensor:
+        return (1 + z * self.weights @ self.train.T)**3
 
     def importance(self) -> Tensor:
         """Mean square of the derivative of the readings by each latent, in units of what is noise to them."""

@@ -162,15 +162,16 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
     parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
     support = None if standard_prior else find_support(users)
-    if found.straight and law is not None:
-        support = Support(*torch.tensor([one.bounds for one in law.laws or () if one is not None], dtype=z.dtype).T)
+    scale = found.latents if found.straight else None   # of the emulator's density alone
+    if scale is not None:
+        support = Support(*torch.tensor([one.bounds for one in scale.laws or () if one is not None], dtype=z.dtype).T)
     if slopes is not None and (base != "gaussian" or family or parts.errors is None):
         raise InputError("Slopes are for the emulator of fixed sensors with noise of a known law: leave them out.")
     if slopes is not None:
         check_tensor(slopes, "slopes", (*seen.shape, z.shape[1]), "latents")
         slopes = found.pairs(users, given, slopes.double().cpu())[2]
 
-    def in_units(denoiser: Denoiser, latents: MonotoneMap | None = None if found.straight else found.latents,
+    def in_units(denoiser: Denoiser, latents: MonotoneMap | None = found.latents if scale is None else None,
                  support: Support | None = support) -> Denoiser:
         return replace(denoiser.to("cpu"), support=support, latents=latents, readings=found.readings)
     with threads(options.threads):
@@ -187,7 +188,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         device = torch.device(options.device)
         # A base that knows the noise costs much at every measurement, and the network learns what it knows.
         bases, learnt = (bases[:1], bases[1:]) if parts.errors is None else (bases, [])
-        if found.straight:
+        if scale is not None:
             z = users
             bases = candidates(z, seen, None, parts, "gaussian", False, None, options, None, False)
         # Where a posterior has several modes, following one of them is worse than the joint Gaussian.
@@ -202,7 +203,7 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         if trained is not None:
             denoiser = replace(denoiser, network=trained, spectrum=task.spectrum(trained))
         emulated = task.surpassed(denoiser, [Denoiser(candidate, known=True).to(device) for candidate in learnt],
-                                  law.to(device) if found.straight and law is not None else None)
+                                  scale and scale.to(device))
         if emulated is not None:
             return in_units(emulated, found.latents, None), loop.history
         if trained is not None:
