@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -40,6 +41,29 @@ def pytest_configure(config):
     world = _world()
     if world is not None and world.rank > 0:
         config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Let a test that fails on one rank fail on all, as ranks in different tests would wait for each other for ever."""
+    report = yield
+    world = _world()
+    if world is not None and world.size > 1:
+        _meet(world, report)
+        outcomes = world.allgather(report.outcome)
+        if report.outcome != "failed" and "failed" in outcomes:
+            report.outcome, report.longrepr = "failed", f"failed on rank {outcomes.index('failed')} alone"
+    return report
+
+
+def _meet(world, report, seconds=60):
+    """Wait for the other ranks; one whose test failed ends the run where they do not come, as they wait within it."""
+    meeting, start = world.Ibarrier(), time.monotonic()
+    while not meeting.Test():
+        if report.failed and time.monotonic() - start > seconds:
+            print(f"On rank {world.rank} alone, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+            world.Abort(1)
+        time.sleep(0.001)
 
 
 def pytest_runtest_logreport(report):
