@@ -222,7 +222,7 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights, near = on_root(comm, lambda: learner.weigh(real))
         rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
-        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z), near.values))
+        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z), near.values, run.watched))
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat,
                          rhat, made=len(z), weights=weights.values, near=near.values, cloud=cloud)
     return _chains(run, learner, points)
@@ -278,7 +278,7 @@ def _by_gradients(run: Run, z: np.ndarray, centre: np.ndarray, factor: np.ndarra
     name = f"gradients-{run.solves}-{warmup}.safetensors"
     chains = run_hmc(latent, z[:_FEW], centre=centre, factor=factor, seed=stream(run.seed, "gradients"),
                      warmup=warmup, most=budget, budget=budget, exact=True,
-                     path=None if run.path is None else run.path / name)
+                     path=None if run.path is None else run.path / name, progress=run.watched)
     run.spend(chains.solves, chains.pulls)
     draws = chains.draws.reshape(-1, latent.r)
     looks = draws[np.random.default_rng(stream(run.seed, "looks")).permutation(len(draws))[:_CHAINS]]

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from tqdm import tqdm
 
+from fem_diffusion.progress import bar
 from fem_diffusion.reference.walk import diagnosed, learnt
 from fem_diffusion.trust.surrogate import Base, Solves, Surrogate, fit_surrogate
 from fem_diffusion.trust.weights import Weights, mixture, resample, smoothed
@@ -155,10 +157,11 @@ class Learner:
         law = mixture(energies, np.array([len(part) for part in self.drawn]), former=True)
         return smoothed(real, law), smoothed(energies[-1], law)
 
-    def cloud(self, n: int, near: np.ndarray) -> np.ndarray:
+    def cloud(self, n: int, near: np.ndarray, progress: bool) -> np.ndarray:
         """Draws (n, R) of the last of the surrogate laws whose draws have been solved, with their weights of it."""
         z = np.concatenate(self.drawn)
-        return self.move(z[resample(near, n, self.rng)], Reach(_ROUND))
+        with bar(_ROUND, "surrogate draws", progress) as shown:
+            return self.move(z[resample(near, n, self.rng)], Reach(_ROUND), shown=shown)
 
     def _force(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Energy (B,) and its gradient (B, R); infinite and zero beyond reach."""
@@ -215,11 +218,11 @@ class Learner:
         return fit_surrogate(Solves(z[chosen], readings[chosen], places, slopes), self.says.std, base, self.temper,
                              former, int(self.rng.integers(2**31)), anew)
 
-    def move(self, z: np.ndarray, reach: Reach, adapt: bool = False) -> np.ndarray:
+    def move(self, z: np.ndarray, reach: Reach, adapt: bool = False, shown: tqdm | None = None) -> np.ndarray:
         """Latents (B, R) after Hamiltonian moves that leave the surrogate law as it is (Neal 2011, section 5.3).
 
         The moves are reversible, so that acceptance by the ratio of two laws makes those of the other law (surrogate
-        transitions: Liu 2001, section 9.4.3). `adapt` learns the step.
+        transitions: Liu 2001, section 9.4.3). `adapt` learns the step; the trajectories are `shown` on a bar.
         """
         factor = self.factor
         energy, gradient = self._force(z)
@@ -245,6 +248,8 @@ class Learner:
             self.accepted = float(np.exp(np.minimum(gain, 0)).mean())
             if adapt and step > self.step / 2:
                 self.step = min(self.step * np.exp(0.5 * (self.accepted - 0.8)), _LONGEST)
+            if shown is not None:
+                shown.update()
         return z
 
     def _along_axes(self) -> np.ndarray:

@@ -33,7 +33,8 @@ class Run:
     def __init__(self, latent: LatentProblem, solves: int, seed: int, path: Path | None, progress: bool):
         self.latent, self.budget, self.seed, self.path = latent, solves, seed, path
         self.comm, self.solves, self.pulls = latent.everyone, 0, 0
-        self.shown = bar(solves, "correct", progress and self.comm.rank == 0)
+        self.watched = progress and self.comm.rank == 0
+        self.shown = bar(solves, "correct", self.watched)
         self.journal = self.open("learning")
 
     @property

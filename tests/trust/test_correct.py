@@ -67,8 +67,8 @@ class Target:
         return Start(self, z, lambda n: z[-n:], log_density, base)
 
 
-def run(target, z, solves=1500, seed=1, **kwargs):
-    found = corrected(target, target.start(z, **kwargs), target, solves, seed=seed)
+def run(target, z, solves=1500, seed=1, progress=False, **kwargs):
+    found = corrected(target, target.start(z, **kwargs), target, solves, seed=seed, progress=progress)
     weights = np.full(len(found.z), 1 / len(found.z)) if found.weights is None else found.weights
     assert found.solves <= solves and target.solves <= solves
     return found, weights
@@ -116,6 +116,15 @@ def test_a_wrong_gaussian_start_is_repaired(width, shift):
     found, weights = run(target, z)
     assert found.ess > 500
     check_moments(found, weights, mean, std)
+
+
+def test_work_beside_the_solves_is_shown(capsys):
+    """Draws of the surrogate take long after the last solve, and chains with gradients have steps of their own."""
+    target = linear(2, 2)[0]
+    corrected(target, target.start(2 * np.random.default_rng(0).standard_normal((400, 2))), target, 800, seed=1,
+              progress=True)
+    told = capsys.readouterr().err
+    assert "correct: 100%" in told and "surrogate draws: 100%" in told
 
 
 def test_a_cubic_far_from_its_start_is_repaired():
@@ -223,14 +232,15 @@ class Smooth(Target):
 
 
 @pytest.mark.parametrize("moment", ["no round is cold enough", "no proposal is accepted"])
-def test_gradients_are_left_where_no_surrogate_holds(monkeypatch, moment):
+def test_gradients_are_left_where_no_surrogate_holds(monkeypatch, capsys, moment):
     target = Smooth(lambda z: z + z**3 / 4, [1.0, -1.0], 0.7)
     mean, std = moments_on_a_grid(target)
     start = np.random.default_rng(1).standard_normal((1000, 2))
     if moment == "no round is cold enough":
         judge = Learner.judge
         monkeypatch.setattr(Learner, "judge", lambda self, *args: (judge(self, *args), setattr(self, "temper", 99))[0])
-        found, weights = run(target, start, solves=20000)
+        found, weights = run(target, start, solves=20000, progress=True)
+        assert "hmc:" in capsys.readouterr().err
     else:
         monkeypatch.setattr(module, "_NEVER", 1.1)
         monkeypatch.setattr(module, "_RIPE", 20000)
