@@ -61,7 +61,8 @@ def _meet(world, report, seconds=60):
     meeting, start = world.Ibarrier(), time.monotonic()
     while not meeting.Test():
         if report.failed and time.monotonic() - start > seconds:
-            print(f"On rank {world.rank} alone, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__, flush=True)
+            print(f"On rank {world.rank} alone, {report.nodeid}:\n{report.longreprtext}", file=sys.__stderr__,
+                  flush=True)
             world.Abort(1)
         time.sleep(0.001)
 

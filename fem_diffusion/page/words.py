@@ -12,7 +12,7 @@ _SPACE = "\u00a0"    # numbers and units stay together
 
 
 def _united(text: str, unit: str | None) -> str:
-    return text + _SPACE + unit.replace(" ", _SPACE) if unit else text
+    return f"{text}{_SPACE}{unit}" if unit else text
 
 
 def _power(exponent: int) -> str:
