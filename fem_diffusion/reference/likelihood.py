@@ -113,17 +113,22 @@ class Likelihood:
 
     def score(self, readings: np.ndarray) -> np.ndarray:
         """Derivative of -log p(y | readings) by finite readings (B, k), by torch or by central differences."""
+        return self.with_score(readings)[1]
+
+    def with_score(self, readings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log p(y | readings), shape (B,), and its score (B, k), of finite readings (B, k)."""
         if self.gaussian:
-            return self.whitened(readings) @ self._at_y[1]
+            return self.log_density(readings), self.whitened(readings) @ self._at_y[1]
         clean = torch.from_numpy(readings.copy())
         if self.differentiable:
-            clean.requires_grad_()
-            return -torch.autograd.grad(self._density(clean).sum(), clean)[0].numpy()
+            density = self._density(clean.requires_grad_())
+            slope = torch.autograd.grad(density.sum(), clean)[0]
+            return np.nan_to_num(density.detach().numpy(), nan=-np.inf, posinf=np.inf, neginf=-np.inf), -slope.numpy()
         slopes = []
         for step in torch.from_numpy(np.diag(_STEP * self.std)):
             change = self._density(clean + step) - self._density(clean - step)
             slopes.append(-change.detach().numpy() / (2 * float(step.sum())))
-        return np.stack(slopes, axis=1)
+        return self.log_density(readings), np.stack(slopes, axis=1)
 
     def matrix(self, readings: np.ndarray) -> np.ndarray:
         """What whitens the noise at readings (k,): a matrix (k, k)."""

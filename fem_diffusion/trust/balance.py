@@ -13,21 +13,27 @@ Carlo theory, methods and examples, section 8.9). With many solves the known err
 
 import numpy as np
 from mpi4py import MPI
-from scipy.linalg import eigh, lstsq
+from scipy.linalg import lstsq
+from scipy.sparse.linalg import eigsh
 from scipy.stats import norm
 
 from fem_diffusion.reference.latents import LatentProblem
 
-__all__ = ["CLOUD", "balanced"]
+__all__ = ["balanced", "cloud_size"]
 
-# Draws of the cloud for each solved one.
-CLOUD = 8
+# Draws of the cloud for each solved one; all of them at most, and for each solved one at least.
+_EACH, _ENOUGH, _LEAST = 8, 5000, 2
 # Effective draws for each feature, at least; principal components at most; coefficients of a rank that show these, and
 # draws that are decoded together.
 _SHARE, _MOST, _COLUMNS, _TOGETHER = 15, 12, 2000, 200
 # Share of the variance below which a component is rounding; least effective number over that of even weights, or of w;
 # chance of means so far apart below which the cloud is not believed.
 _ROUNDING, _LEFT, _CHANCE = 1e-10, 0.5, 1e-4
+
+
+def cloud_size(n: int) -> int:
+    """Draws of a cloud beside n solved ones; 0 where these know the moments as well as any cloud in good time."""
+    return min(_EACH * n, _ENOUGH) if _LEAST * n <= _ENOUGH else 0
 
 
 def balanced(latent: LatentProblem, z: np.ndarray, weights: np.ndarray, near: np.ndarray, cloud: np.ndarray
@@ -50,7 +56,10 @@ def balanced(latent: LatentProblem, z: np.ndarray, weights: np.ndarray, near: np
     spread[spread == 0] = 1.0
     rows = np.sqrt(weights)[:, None] * (fields - centre) / spread
     gram = comm.allreduce(rows @ rows.T)
-    values, vectors = comm.bcast(eigh(gram, subset_by_index=[max(len(z) - count, 0), len(z) - 1]))
+    largest = gram.diagonal().argmax()
+    if gram[largest, largest] == 0:
+        return weights
+    values, vectors = comm.bcast(eigsh(gram, count, v0=gram[largest]))
     there = values > _ROUNDING * gram.trace()
     if not there.any():
         return weights

@@ -37,7 +37,7 @@ from fem_diffusion.reference.likelihood import Likelihood
 from fem_diffusion.reference.looks import conflict, unseen
 from fem_diffusion.reference.walk import diagnosed
 from fem_diffusion.samples import Samples
-from fem_diffusion.trust.balance import CLOUD, balanced
+from fem_diffusion.trust.balance import balanced, cloud_size
 from fem_diffusion.trust.proposals import Learner, Reach
 from fem_diffusion.trust.search import PILOT, Run, linearise, searched
 from fem_diffusion.trust.start import Start, start_of
@@ -175,8 +175,9 @@ def _weighted(run: Run, start: Start, z: np.ndarray, readings: np.ndarray) -> Co
         z, density = np.vstack([z, more]), np.concatenate([density, start.log_density(more)])
         readings = np.vstack([readings, run.solve_all(more, _BLOCK)])
     weights = smoothed(_energy(run.latent, z, readings), -density)
+    many = cloud_size(len(z))
     return Corrected(z, readings, "weights", run.solves, run.pulls, weights.ess, weights.khat, made=len(z),
-                     weights=weights.values, near=np.full(len(z), 1 / len(z)), cloud=start.more(CLOUD * len(z)))
+                     weights=weights.values, near=np.full(len(z), 1 / len(z)), cloud=start.more(many) if many else None)
 
 
 def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) -> Corrected:
@@ -222,7 +223,8 @@ def _learned(run: Run, learner: Learner, z: np.ndarray, readings: np.ndarray) ->
         z, readings, real = (np.concatenate(parts) for parts in zip(*kept))
         weights, near = on_root(comm, lambda: learner.weigh(real))
         rhat, share = on_root(comm, lambda: learner.mixing(points[:_CHAINS]))
-        cloud = on_root(comm, lambda: learner.cloud(CLOUD * len(z), near.values, run.watched))
+        many = cloud_size(len(z))
+        cloud = on_root(comm, lambda: learner.cloud(many, near.values, run.watched)) if many else None
         return Corrected(z, readings, "surrogate weights", run.solves, run.pulls, share * weights.ess, weights.khat,
                          rhat, made=len(z), weights=weights.values, near=near.values, cloud=cloud)
     return _chains(run, learner, points)

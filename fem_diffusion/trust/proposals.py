@@ -57,8 +57,8 @@ class Says(Protocol):
         """log p(y | readings), shape (B,), of noise-free readings (B, k)."""
         ...
 
-    def score(self, readings: np.ndarray) -> np.ndarray:
-        """Derivative of -log p(y | readings) by the readings, shape (B, k)."""
+    def with_score(self, readings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """log p(y | readings), shape (B,), and the derivative of its negative by the readings, shape (B, k)."""
         ...
 
     def matrix(self, readings: np.ndarray) -> np.ndarray:
@@ -173,8 +173,9 @@ class Learner:
         inside = np.asarray((np.abs(z) < _FAR).all(axis=1))
         z = np.where(inside[:, None], z, 0.0)
         readings, pull = self.surrogate.with_pull(z)
-        energy = self.prior_energy(z) - self.says.log_density(readings) / self.temper
-        gradient = self._prior_force(z) + pull(self.says.score(readings)) / self.temper
+        log, score = self.says.with_score(readings)
+        energy = self.prior_energy(z) - log / self.temper
+        gradient = self._prior_force(z) + pull(score) / self.temper
         there = inside & np.isfinite(energy) & np.isfinite(gradient).all(axis=1)
         return np.where(there, energy, np.inf), np.where(there[:, None], gradient, 0.0)
 

@@ -104,8 +104,14 @@ class Surrogate:
         scale = _scales(self.importance, np.exp(self.parameters[5]))
         x = (z - self.centre) @ self.axes * scale
         dot = x @ self.points.T
-        apart = 1 + _squares(x, self.points, dot) / square
-        bump = a3 * apart**-1.5
+        # Powers and new arrays cost more than the products.
+        near = _squares(x, self.points, dot)
+        near /= square
+        near += 1
+        np.reciprocal(near, out=near)
+        bump = np.sqrt(near)
+        bump *= near
+        bump *= a3
         found = (dot * (a1 + a2 * dot) + bump) @ self.weights + self.mean
         m, q, k = self.slopes.shape
         along = x[:, :q] @ self.slopes.transpose(1, 0, 2).reshape(q, m * k)
@@ -118,8 +124,14 @@ class Surrogate:
         def pull(covector: np.ndarray) -> np.ndarray:
             white = covector * self.units
             pulled = white @ self.weights.T
-            inward = -3 / square * bump / apart * pulled
-            back = ((a1 + 2 * a2 * dot) * pulled - inward) @ self.points + inward.sum(1)[:, None] * x
+            inward = bump * near
+            inward *= -3 / square
+            inward *= pulled
+            outward = 2 * a2 * dot
+            outward += a1
+            outward *= pulled
+            outward -= inward
+            back = outward @ self.points + inward.sum(1)[:, None] * x
             if m:
                 weight = (white @ self.slopes.transpose(2, 0, 1).reshape(k, m * q)).reshape(len(x), m, q)
                 size = (weight @ x[:, :q, None])[:, :, 0]
@@ -198,7 +210,10 @@ def _scales(importance: np.ndarray, power: float) -> np.ndarray:
 
 def _squares(x: np.ndarray, y: np.ndarray, dot: np.ndarray) -> np.ndarray:
     """Squared distances (B, n) of points (B, R) and (n, R) with these products."""
-    return np.maximum((x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1) - 2 * dot, 0)
+    found = -2 * dot
+    found += (x**2).sum(axis=1)[:, None]
+    found += (y**2).sum(axis=1)
+    return np.maximum(found, 0, out=found)
 
 
 def _slope(parameters: np.ndarray, dot: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
