@@ -48,7 +48,7 @@ def test_ten_added_lines_embed_the_plugin(name):
 def test_tiny(name, tmp_path):
     sizes = {"stokes_inflow": {"truths": 1},
              "unknown_rates": {"held_out": 20, "chains": {"chains": 2, "draws": 10}},
-             "field_readings": {"n": 40, "pairs": 200, "every": 12},
+             "field_readings": {"n": 40, "pairs": 200, "every": 12, "solves": 600},
              "heat_conduction": {"n": 3, "solves": 600, "chains": {"chains": 2, "draws": 10}}}
     given = {"n": 6, "pairs": 100, "samples": 30, "progress": False} | sizes.get(name, {"held_out": 20})
     if name == "field_readings":

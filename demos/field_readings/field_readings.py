@@ -33,7 +33,7 @@ from scipy.stats import loguniform
 
 from fem_diffusion import GaussianPrior, InverseProblem, MeasurementWarning, Steady, StudentNoise  # added
 from fem_diffusion import GaussianNoise, fit, point_sensors, read_measurements, simulate  # added
-from fem_diffusion import TrainingOptions, amortised_gap
+from fem_diffusion import SolveError, TrainingOptions, amortised_gap
 from fem_diffusion.checks import read_arguments
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -128,7 +128,11 @@ def compare(name, fields, x, times):
 def close(posterior, solves, progress):
     """Tell how far the amortised posterior of one half hour is from its finite element posterior."""
     ours = posterior.sample(2000, seed=4, extrapolate=True, progress=progress)
-    right = posterior.correct(solves, seed=5, progress=progress)
+    try:
+        right = posterior.correct(solves, seed=5, progress=progress)
+    except SolveError as error:
+        print(f"nothing to compare with: {error}")
+        return
     for i, name in enumerate(ASKED):
         one, other = ours.component(i), right.component(i)
         print(f"{name}: {amortised_gap(one, other.mean(), other.std())}")
@@ -137,7 +141,7 @@ def close(posterior, solves, progress):
 OPTIONS = TrainingOptions(steps=500)
 
 
-def run(folder, n=100, pairs=1000, samples=400, every=1, solves=4000, options=OPTIONS, progress=True):
+def run(folder, n=100, pairs=1000, samples=400, every=1, solves=2000, options=OPTIONS, progress=True):
     """The whole job; returns the cross-validation, and coverage and error before and after it."""
     start = time.perf_counter()
     problem = river(n)
