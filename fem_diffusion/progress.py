@@ -17,7 +17,8 @@ class _Lines:
     """A stream on which a bar that repaints itself becomes lines."""
 
     def write(self, text: str) -> None:
-        if text := text.strip("\r\n "):
+        # A bar below another one moves the cursor up.
+        if text := text.replace("\x1b[A", "").strip("\r\n "):
             sys.stderr.write(text + "\n")
 
     def flush(self) -> None:

@@ -124,7 +124,7 @@ def test_work_beside_the_solves_is_shown(capsys):
     corrected(target, target.start(2 * np.random.default_rng(0).standard_normal((400, 2))), target, 800, seed=1,
               progress=True)
     told = capsys.readouterr().err
-    assert "correct: 100%" in told and "surrogate draws: 100%" in told
+    assert "correct: 100%" in told and "surrogate draws: 100%" in told and "\x1b" not in told
 
 
 def test_a_cubic_far_from_its_start_is_repaired():
