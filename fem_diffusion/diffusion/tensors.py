@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fem_diffusion.checks import check_device
 
-__all__ = ["Tensors", "mapped"]
+__all__ = ["Tensors", "distinct", "mapped"]
 
 Self = TypeVar("Self", bound="Tensors")
 
@@ -44,3 +44,12 @@ def mapped(part: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(part, Tensors):
         return replace(part, **{f.name: mapped(getattr(part, f.name), function) for f in fields(part)})
     return part
+
+
+def distinct(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers (m,) of the first of equal rows of x (n, k), and for each row which of these it is, (n,)."""
+    every = torch.arange(len(x))
+    if len(x[:, 0].unique()) == len(x):   # as good as always, and cheap
+        return every, every
+    _, which = x.cpu().unique(dim=0, return_inverse=True)
+    return torch.full_like(which.unique(), len(x)).scatter_reduce(0, which, every, "amin"), which

@@ -141,7 +141,7 @@ def fit(problem: InverseProblem, data: DataSet, *, basis: ModalBasis | None = No
         denoiser, history = on_root(problem.comm, run)
     if not problem.family:
         _tell_outliers(problem, data, denoiser)
-    apart = len(hold_out(len(data), options)[1])
+    apart = len(hold_out(torch.from_numpy(z), options)[1])
     if denoiser.base.emulator.head is not None and apart < _JUDGES:
         tell(f"fit: {apart} held-out pairs judge the emulator, too few to know its error in the tails of the prior: "
              "posterior.check() and posterior.correct(...) are for such a model; laplace(problem, y) needs no pairs.",

@@ -143,7 +143,8 @@ def test_laws_are_exact_and_keep_their_bounds():
      ("lognorm", "lognorm")),
     (torch.distributions.MultivariateNormal(torch.zeros(2), torch.diag(torch.tensor([1.0, 4]))), ("norm", "norm")),
     ([torch.distributions.Gamma(2.0, 3.0), stats.expon()], ("gamma", "expon")),
-], ids=["uniform", "subclass", "lognormal", "normal", "list"])
+    (torch.distributions.Chi2(torch.tensor([3.0, 5.0])), ("gamma", "gamma")),
+], ids=["uniform", "subclass", "lognormal", "normal", "list", "other names"])
 def test_laws_of_torch_are_those_of_scipy(law, theirs):
     found = marginals(law, 2)
     assert tuple(x.distribution.dist.name for x in found) == theirs

@@ -15,6 +15,7 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion.maps.noise import even_noise
 from fem_diffusion.diffusion.training.independent import are_independent, bounded_laws
+from fem_diffusion.diffusion.training.loop import hold_out
 from fem_diffusion.diffusion.training.scales import choose_scales
 from fem_diffusion.errors import InputError
 from truths import random
@@ -126,6 +127,42 @@ def test_bounded_laws_are_told_by_pairs_and_dependent_latents_are_none():
     assert bounded_laws(torch.randn(n, 2, generator=random(5), dtype=torch.float64)) is None
 
 
+def test_the_order_of_pairs_tells_nothing():
+    """Sorted by their parameter, as a table may be: those held out are not the smallest."""
+    law = stats.beta(1, 3)
+    z = torch.from_numpy(np.sort(law.rvs((4000, 1), random_state=0), axis=0))
+    denoiser, _ = fit_denoiser(z, z.clone(), 0.3, options=QUICK, progress=False)
+    x = np.linspace(0, 1, 20_001)
+    for y in (0.1, 0.9):
+        p = law.pdf(x) * np.exp(-(y - x)**2 / (2 * 0.3**2))
+        mean = (p * x).sum() / p.sum()
+        std = np.sqrt((p * (x - mean)**2).sum() / p.sum())
+        drawn = sample_latents(denoiser.at(torch.tensor([[y]]).double()), 4000, seed=0, progress=False).numpy()
+        assert abs(drawn.mean() - mean) < 0.07 * std and abs(drawn.std() / std - 1) < 0.07
+
+
+def test_one_number_with_a_heap_has_no_law_of_a_scale():
+    z = torch.rand(4000, 1, generator=random(0), dtype=torch.float64)
+    assert bounded_laws(z) is not None
+    z[::3] = 0.5
+    assert bounded_laws(z) is None
+
+
+def test_latents_that_are_read_several_times_are_held_out_as_one():
+    z = torch.randn(400, 2, generator=random(0), dtype=torch.float64).repeat_interleave(10, 0)
+    training, held_out = hold_out(z, TrainingOptions())
+    assert len(training) + len(held_out) == 4000 and len(held_out) == 400
+    assert not set(z[training, 0].tolist()) & set(z[held_out, 0].tolist())
+    y = z[:, :1] + 0.5 * torch.randn(4000, 1, generator=random(1), dtype=torch.float64)
+    fit_denoiser(z, y, prior=stats.norm(), options=QUICK, progress=False)    # draws of it, each ten times
+    with pytest.warns(UserWarning, match="3,600 of 4,000 pairs are copies"):
+        fit_denoiser(z, z[:, :1], 0.5, standard_prior=True, options=QUICK, progress=False)
+    # Numbers of which all are one of ten are held out as others are.
+    z = torch.randint(10, (1000, 1), generator=random(2)).double()
+    training, held_out = hold_out(z, TrainingOptions())
+    assert len(held_out) == 100 and len(z[training].unique()) == 10
+
+
 def test_independent_latents_are_taken_for_dependent_ones_rarely():
     wrong = sum(not are_independent(torch.randn(1000, 6, generator=random(seed), dtype=torch.float64))
                 for seed in range(60))
@@ -202,10 +239,11 @@ def test_noise_that_depends_on_latents_is_not_taken_for_a_scale(place):
     z = torch.randn(3000, 3, generator=random(0), dtype=torch.float64)
     e = torch.randn(3000, 9, generator=random(1), dtype=torch.float64)
     y = z.repeat(1, 3) + torch.exp((1.5 if place == "own" else 0.3) * z.roll(1, 1)).repeat(1, 3) * e
-    found = choose_scales(z, y if place == "own" else y.exp(), None, None, True).readings
     if place == "own":
-        assert found is None
-    else:
+        assert choose_scales(z, y, None, None, True).readings is None
+    for seed in range(3) if place == "logarithm" else ():
+        # One held-out pair, impossible on the wrong scale, does not hide what the others tell.
+        found = choose_scales(z, y.exp(), None, None, True, seed).readings
         assert found is not None and set(found.kinds) <= {"log", "asinh"} and not found.knots.numel()
 
 
@@ -242,7 +280,17 @@ def test_priors_that_are_not_those_of_the_pairs_are_refused():
                            (stats.norm(-6, 1), "no draw of its prior")):
         with pytest.raises(InputError, match=message):
             fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=prior)
+    z = torch.randn(2000, 2, generator=random(0), dtype=torch.float64)
+    turned = torch.stack([z[:, 0], 0.9 * z[:, 0] + 0.19**0.5 * z[:, 1]], 1)
+    for wrong in (turned, torch.stack([z[:, 0], z[:, 1].abs() * z[:, 0].sign()], 1)):
+        for given in ({"prior": stats.norm()}, {"standard_prior": True}):
+            with pytest.raises(InputError, match="depend on each other"):
+                fit_denoiser(wrong, wrong[:, :1], 0.5, **given)
+    for wrong in (1.2 * z, z + 0.2, (z**2 - 1) / 2**0.5):
+        with pytest.raises(InputError, match=r"no draw of its prior N\(0, 1\)"):
+            fit_denoiser(wrong, wrong, 0.5, standard_prior=True)
     with pytest.raises(InputError, match="leave standard_prior"):
+        z, y = _decades(1, 500)
         fit_denoiser(z, y, GaussianNoise(relative=0.1), prior=stats.uniform(-9, 6), standard_prior=True)
     with pytest.raises(InputError, match="scales"):
         fit_denoiser(z, y, GaussianNoise(relative=0.1), scales="log")

@@ -301,7 +301,7 @@ def fit_emulator(z: Tensor, c: Tensor, noise: Tensor, *, slopes: Tensor | None =
     if slopes is not None:
         slopes = check_tensor(slopes, "slopes", (len(z), s, z.shape[1]), "latents").double().cpu()
     if held_out is None:
-        training, apart = hold_out(len(z), options)
+        training, apart = hold_out(z, options)
     else:
         check_pairs(held_out[0], held_out[1])
         if len(held_out) != (2 if slopes is None else 3):

@@ -10,9 +10,10 @@ from fem_diffusion.diffusion.base.emulator import affine_emulator, regress, root
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
+from fem_diffusion.diffusion.tensors import distinct
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_uncertain"]
+__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_copies", "tell_uncertain"]
 
 # Standard error of the base, in posterior standard deviations, from which pairs are too few.
 _UNCERTAIN = 0.5
@@ -123,6 +124,14 @@ def tell_uncertain(base: GaussianBase, n: int, noise_covariance: Tensor, sloped:
         warnings.warn(f"{n} pairs leave the Gaussian base of {base.r} latents uncertain: posterior means by some "
                       f"{error:.2g} posterior standard deviations. Simulate more pairs, or keep their derivatives, "
                       "simulate(..., derivatives=True), or fewer modes.", stacklevel=3)
+
+
+def tell_copies(z: Tensor, y: Tensor) -> None:
+    """Warn where pairs of latents (n, r) and readings (n, k) come again."""
+    n = len(z)
+    if len(distinct(z)[0]) < n and (copies := n - len(distinct(torch.cat([z, y], 1))[0])):
+        warnings.warn(f"{copies:,} of {n:,} pairs are copies of others, from which nothing new is learned: simulate "
+                      "more, each with a seed of its own, or leave the copies out.", stacklevel=3)
 
 
 def check_base(base: GaussianBase) -> GaussianBase:

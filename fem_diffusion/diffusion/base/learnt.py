@@ -187,7 +187,7 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
         Readings (B, k) of some y (B, k) by a generator.
     """
     k = y.shape[1]
-    training, held_out = hold_out(len(z), options)
+    training, held_out = hold_out(z, options)
     unit = residual.diagonal().sqrt()
     scaled = residual / unit / unit[:, None]
     if k <= _FULL:

@@ -21,12 +21,12 @@ from torch import Tensor
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
 from fem_diffusion.diffusion.base.density import emulator_density
 from fem_diffusion.diffusion.base.emulator import roots
-from fem_diffusion.diffusion.base.fitted import tell_uncertain
+from fem_diffusion.diffusion.base.fitted import tell_copies, tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
-from fem_diffusion.diffusion.maps.laws import check_draws, marginals
+from fem_diffusion.diffusion.maps.laws import marginals
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import NETWORKS, MeanNetwork, ScoreModule, ScoreNetwork, build
@@ -38,7 +38,7 @@ from fem_diffusion.diffusion.sampling.support import Support, find_support
 from fem_diffusion.diffusion.tensors import mapped
 from fem_diffusion.diffusion.training.choice import advantage, even
 from fem_diffusion.diffusion.training.collapse import measure_collapse
-from fem_diffusion.diffusion.training.independent import bounded_laws
+from fem_diffusion.diffusion.training.independent import bounded_laws, check_draws
 from fem_diffusion.diffusion.training.loop import History, Loop, Task, TrainingOptions, hold_out, threads
 from fem_diffusion.diffusion.training.measured import Measured, candidates, of_family, of_fixed
 from fem_diffusion.diffusion.training.scales import Scales, choose_scales
@@ -52,10 +52,8 @@ _HELD_OUT, _CHUNK, _SHARED_CHUNK = 2048, 256, 8192
 _SPECTRUM_ANGLES = 48
 # Held-out latents that are compared with samples, at least so many; samples of each, and what chance may do.
 _FEWEST_TRUTHS, _SAMPLES, _CHANCE = 100, 4, 1e-3
-# Held-out pairs by which network and emulator are compared.
-_JUDGES = 512
-# Latents that are drawn where few pairs are held out.
-_DRAWN = 512
+# Held-out pairs by which network and emulator are compared, and latents that are drawn where few are held out.
+_JUDGES, _DRAWN = 512, 512
 # Emulator error that the base alone may carry, as a share of the variance of the noise.
 _NEGLIGIBLE = 1e-2
 
@@ -142,22 +140,23 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
     z, seen = z.double().cpu(), y.double().cpu()
+    tell_copies(z, seen)
     law = None
     if prior is not None:
         if standard_prior or isinstance(base, GaussianBase) or geometry is not None:
             raise InputError("A known prior makes a map of the latents: leave standard_prior, a base and a geometry "
                              "out.")
         law = MonotoneMap.of(("law",) * z.shape[1], laws=marginals(prior, z.shape[1]))
-        check_draws(z, law.laws)   # pyright: ignore[reportArgumentType]
     elif scales == "choose" and base == "gaussian" and not standard_prior and geometry is None:
         law = bounded_laws(z)
+    if standard_prior or prior is not None:
+        check_draws(z, law)
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
     if not isinstance(noise, LayoutFamily):
         noise = as_noise(noise, seen.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
     standard_prior, users = standard_prior or law is not None, z
-    found = Scales(law)
-    if scales == "choose" and base == "gaussian":
-        found = choose_scales(z, seen, noise, law, standard_prior, options.seed, geometry is not None)
+    found = Scales(law) if scales != "choose" or base != "gaussian" else choose_scales(
+        z, seen, noise, law, standard_prior, options.seed, geometry is not None)
     given, (z, seen, _) = seen, found.pairs(z, seen)
     noise = noise if isinstance(noise, LayoutFamily) else carried(noise, found.readings)
     parts = of_family(seen, noise) if isinstance(noise, LayoutFamily) else of_fixed(seen, noise)
@@ -236,7 +235,7 @@ class _Denoising(Task[ScoreModule | MeanNetwork]):
         self.size = -(-options.batch * options.evaluate_every // self.draws)
         with torch.random.fork_rng():
             self.looking = self.network().to(z.device)
-        training, held_out = hold_out(len(z), options)
+        training, held_out = hold_out(z, options)
         held_out = held_out[:_HELD_OUT]
         self.z, self.c = z[training], c[training]
         generator = torch.Generator(z.device).manual_seed(options.seed + 1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_count, check_device, check_number, check_path, check_seed
+from fem_diffusion.diffusion.tensors import distinct
 from fem_diffusion.diffusion.training.batched import Batched, flat, into
 from fem_diffusion.diffusion.training.checkpoint import load_state, read_state, save_state
 from fem_diffusion.errors import InputError, SolveError
@@ -29,6 +30,8 @@ __all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", 
 N = TypeVar("N", bound=nn.Module)
 
 _FEWEST_HELD_OUT = 10
+# Share of the pairs from which equal latents are a value that their law has, and not one of them read several times.
+_SHARED = 0.05
 # Beyond a log sigma of 20 noise levels leave the range of single precision.
 _BOUNDS: dict[str, dict[str, float]] = {
     "learning_rate": {"above": 0}, "weight_decay": {"least": 0, "below": 1}, "ema_decay": {"least": 0, "below": 1},
@@ -304,13 +307,21 @@ def threads(number: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def hold_out(size: int, options: TrainingOptions) -> tuple[Tensor, Tensor]:
-    """Indices of the training pairs and of the held-out ones. InputError if too few pairs are left to train on."""
+def hold_out(z: Tensor, options: TrainingOptions) -> tuple[Tensor, Tensor]:
+    """Indices of the training pairs and of the held-out ones; InputError if too few are left to train on.
+
+    Latents (n, r) that are read several times are all in training, or held out, but for values that many pairs share.
+    """
+    which = distinct(z)[1]
+    which = torch.where(which.bincount()[which] > _SHARED * len(z), len(z) + torch.arange(len(z)), which)
+    which = which.unique(return_inverse=True)[1]
+    size = int(which.max()) + 1
     held_out = max(round(options.validation_fraction * size), min(_FEWEST_HELD_OUT, size // 4), 1)
     if held_out >= size:
         raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed))
-    return order[held_out:], order[:held_out]
+    place = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed)).argsort()[which]
+    order = place.argsort(stable=True)
+    return order[int((place < held_out).sum()):], order[:int((place < held_out).sum())]
 
 
 def _fingerprint(options: TrainingOptions) -> str:

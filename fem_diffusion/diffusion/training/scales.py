@@ -40,6 +40,8 @@ _LOOKED_AT, _HELD_OUT, _EACH, _FEWEST = 10000, 0.25, 4, 200
 _LEARNED, _ROUNDS = 1200, 2
 # Standard errors, and nats, by which another scale has to be better.
 _ERRORS, _WORTH = 2.0, 0.05
+# Nats of one pair beyond which it counts no more.
+_IMPOSSIBLE = 10.0
 # Share of the noise's variance that least squares leave of what is linear, and of a mean square that is nothing.
 _FLAT, _NOTHING = 1e-3, 1e-6
 
@@ -80,9 +82,11 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     noise, with levels behind them (n, k + l); of a family, coordinates of the state, which stay as they are. Latents
     that are to `stay` are amplitudes of modes to a network.
     """
-    z, y = z[:_LOOKED_AT], y[:_LOOKED_AT]
-    n, r = z.shape
     generator, family = torch.Generator().manual_seed(seed), isinstance(noise, LayoutFamily)
+    # Pairs may come in an order of their own: those held out are to be any of them.
+    some = torch.randperm(len(z), generator=generator)[:_LOOKED_AT]
+    z, y = z[some], y[some]
+    n, r = z.shape
     apart = round(_HELD_OUT * n)
     if n < _FEWEST or n - apart < _EACH * (r + y.shape[1]):
         return Scales(latents, curve=latents)
@@ -125,7 +129,8 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
 
 def _gains(new: Tensor, old: Tensor) -> bool:
     """Whether log densities (n,) of one scale are surely larger than those of another."""
-    gain = new - old
+    # One pair that a bad scale finds impossible would hold all of the gain, and make it look like chance.
+    gain = (new - old).clamp(max=_IMPOSSIBLE)
     return bool(torch.isfinite(new).all()) and float(gain.mean()) > max(
         _WORTH, _ERRORS * float(gain.std()) / math.sqrt(len(gain)))
 
