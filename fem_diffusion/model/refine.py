@@ -1,6 +1,6 @@
 r"""Rounds for one measurement: simulations where its posterior is, and a model that is retrained with them.
 
-Where latents are standard normal and the noise is Gaussian and known, the posterior needs no pairs from the prior: the
+Where latents are standard normal and the law of the noise is known, the posterior needs no pairs from the prior: the
 law of the latents is N(0, I) whatever is simulated, and the emulator is a regression, for which any latents will do.
 New pairs at samples of the present posterior, some of them pulled away from its mean, count for half in its training,
 and its error, which counts as noise, is that at held-out samples of the last round.
@@ -17,6 +17,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,13 +29,15 @@ from fem_diffusion.checks import (
     alike, check_count, check_flag, check_kind, check_options, check_path, check_seed, stream, together,
 )
 from fem_diffusion.diffusion import (
-    NETWORKS, Conditioned, Denoiser, GaussianBase, GaussianNoise, History, MeasurementWarning, TrainingOptions,
+    NETWORKS, Conditioned, Denoiser, GaussianBase, GaussianNoise, History, MeasurementWarning, Noise, TrainingOptions,
     fit_denoiser, fit_emulator, sample_latents,
 )
 from fem_diffusion.diffusion.base.emulator import roots
 from fem_diffusion.diffusion.base.fitted import check_base, law
 from fem_diffusion.diffusion.base.gaussian import UPDATES
+from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.network import name_of
+from fem_diffusion.diffusion.training.scales import Scales
 from fem_diffusion.errors import DataError, InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.checks import check_ensemble
@@ -57,10 +60,9 @@ __all__ = ["refine"]
 _FEWEST, _HELD_OUT, _WIDER = 20, 0.25, 1.5
 # Error of an emulator, in standard deviations of the noise, that widens the posterior too much.
 _ROUGH = 0.5
-# Samples that a region is made around, and how much wider it is than the farthest of them.
+# Samples in a region, and how much wider it is than the farthest of them.
 _SAMPLES, _MARGIN = 2000, 1.2
-# Solves at once, of a plain function fewer; draws of a prior of which the region may hold few; sweeps of a chain that
-# walks in it.
+# Solves at once, fewer of a plain function; draws of a prior of which a region may hold few; sweeps of a walk in it.
 _BLOCK, _FEW, _DRAWN, _TRIES, _SWEEPS = 64, 8, 4096, 500, 50
 
 
@@ -124,8 +126,7 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         # That the measurement is far from the training is why more is simulated.
         warnings.simplefilter("ignore", MeasurementWarning)
         posterior = replace(model, near=None).condition(y, observation, noise)
-        if not model.problem.family:
-            model, data = _at_hand(model, data, y)
+        model, data = (model, data) if model.problem.family else _at_hand(model, data, y)
     problem, y = posterior.problem, posterior.y
     if model.problem.family and isinstance(problem.noise, GaussianNoise) and not problem.noise.constant:
         # As the model of the family has it: the reading stands for the value without noise.
@@ -139,7 +140,8 @@ def refine(model: Model, data: DataSet, y: ArrayLike, n: int, *, seed: int, roun
         raise InputError("The noise has an unknown level, which refine does not know: take posterior.correct(...).")
     pairs = _Pairs(problem, model.basis, data, len(data) - data.chosen, path, ensemble)
     show, first = progress and everyone.rank == 0, model.denoiser
-    run = _emulated if first.known and first.latents is None and not first.base.bent else _truncated
+    told = first.known and first.latents is None and first.base.learnt is None
+    run = _emulated if told and (first.base.law is None or first.network is None) else _truncated
     denoiser, history = run(pairs, posterior.conditioned, first, y,
                             [len(part) for part in np.array_split(np.arange(n), rounds)], seed, options, show)
     seen = torch.from_numpy(pairs.data.readings[-min(len(pairs.data), n):]).double()
@@ -251,34 +253,33 @@ class _Pairs:
 
 def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.ndarray, sizes: list[int], seed: int,
               options: TrainingOptions, show: bool) -> tuple[Denoiser, History]:
-    """Rounds for standard normal latents and Gaussian noise: an emulator that is right near the measurement."""
-    noise, denoiser, history, error = pairs.problem.noise, first, History(), 0.0
-    assert isinstance(noise, GaussianNoise)
+    """Rounds for standard normal latents and noise of a known law: an emulator that is right near the measurement."""
+    denoiser, history, error, of_noise = first, History(), 0.0, first.base.law
+    scales, noise = Scales(readings=first.readings), cast(Noise, carried(pairs.problem.noise, first.readings))
     for number, size in enumerate(sizes):
-        rng = np.random.default_rng([seed, number])
+        rng, judges = np.random.default_rng([seed, number]), max(1, round(_HELD_OUT * size))
         z = pairs.posterior(conditioned, size, stream(seed, f"round {number}"))
-        judges = max(1, round(_HELD_OUT * size))
         pull = np.where(np.arange(size) < size - judges, rng.uniform(1.0, _WIDER, size), 1.0)
         before, mean = len(pairs.z), z.mean(axis=0)
         added = pairs.simulate(mean + pull[:, None] * (z - mean), None, stream(seed, f"solves {number}"), show)
         apart = min(judges, added // 2)
 
         def train() -> GaussianBase:
-            z, c, covariance = pairs.z, pairs.c, noise.covariance(pairs.c)
-            end = len(z) - apart
-            # The new ones count for half, however few they are.
-            times = max(1, pairs.drawn // max(1, end - pairs.drawn))
+            z, c, slopes = scales.pairs(pairs.z, pairs.c, pairs.slopes)
+            covariance, end = noise.covariance(c[pairs.drawn:]), len(z) - apart   # of noise as it is here
+            times = max(1, pairs.drawn // max(1, end - pairs.drawn))   # new ones count for half, however few they are
             index = torch.cat([torch.arange(pairs.drawn), torch.arange(pairs.drawn, end).repeat(times)])
-            parts = [x for x in (z, c, pairs.slopes) if x is not None]
-            emulator, _ = fit_emulator(z[index], c[index], covariance, held_out=tuple(x[end:] for x in parts),
-                                       slopes=None if pairs.slopes is None else pairs.slopes[index],
-                                       options=replace(options, seed=options.seed + number), progress=show)
-            emulator.residual = emulator.residual + covariance
-            base = GaussianBase(*law(z[:pairs.drawn], True), emulator)
-            return check_base(base if emulator.affine else replace(base, updates=UPDATES))
+            parts = tuple(x[end:] for x in (z, c, slopes) if x is not None)
+            emulator, _ = fit_emulator(z[index], c[index], covariance, held_out=parts, progress=show,
+                                       slopes=None if slopes is None else slopes[index],
+                                       options=replace(options, seed=options.seed + number))
+            emulator.residual = emulator.residual + (0 if of_noise else covariance)
+            here = of_noise and replace(of_noise, covariance=covariance)
+            base = GaussianBase(*law(z[:pairs.drawn], True), emulator, 1 if emulator.affine else UPDATES, here)
+            return base if here else check_base(base)
         base = on_root(pairs.everyone, train)
-        denoiser = Denoiser(base, known=True)
-        error = _error(base, noise.covariance(pairs.c))
+        denoiser = Denoiser(base, known=True, readings=first.readings)
+        error = _error(base, noise.covariance(scales.pairs(pairs.z, pairs.c)[1][pairs.drawn:]))
         tell(f"refine: round {number + 1}: {added} of {size} solves in {before + added:,} pairs, the emulator leaves "
              f"up to {error:.2g} noise standard deviations of a reading at the posterior", show)
         conditioned = denoiser.at(torch.from_numpy(y)[None])
@@ -300,8 +301,7 @@ def _emulated(pairs: _Pairs, conditioned: Conditioned, first: Denoiser, y: np.nd
 def _error(base: GaussianBase, covariance: torch.Tensor) -> float:
     """Largest error of an emulator in any combination of readings, in standard deviations of its noise."""
     whitener = roots(covariance)[0]
-    left = whitener @ (base.emulator.residual - covariance) @ whitener.T
-    return float(torch.linalg.eigvalsh(left)[-1].clamp(min=0).sqrt())
+    return float(torch.linalg.eigvalsh(whitener @ (base.scatter - covariance) @ whitener.T)[-1].clamp(min=0).sqrt())
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from firedrake import Function, FunctionSpace, UnitIntervalMesh
 from scipy import stats
 
 from fem_diffusion import (
-    CallablePrior, GaussianNoise, InputError, InverseProblem, ScalarPrior, TrainingOptions, fit, load_model, simulate,
+    CallablePrior, GaussianNoise, InputError, InverseProblem, ScalarPrior, TrainingOptions, fit, load_model,
+    refine, simulate,
 )
 from fem_diffusion.diffusion import MeasurementWarning
 
@@ -73,7 +74,7 @@ def test_a_model_of_estimated_bounds_is_kept_by_a_file(tmp_path):
 
 def _exact(y, factors, law=NORMAL):
     """Mean and standard deviation of log10 c, by quadrature."""
-    x = np.linspace(*((-13, 1) if law is NORMAL else (-9, -3)), 400_001)
+    x = np.linspace(*((-9, -3) if law is UNIFORM else (-13, 1)), 400_001)
     c = 10**x[:, None] * factors
     log = -((y - c)**2 / (2 * (0.1 * c)**2) + np.log(c)).sum(axis=1) + law.logpdf(x)
     p = np.exp(log - log.max())
@@ -130,6 +131,23 @@ def test_check_and_correction_know_the_scale(trained):
     corrected = posterior.correct(400, seed=1, progress=False)
     _close_enough(corrected, _exact(y, FACTORS))
     assert posterior.cross_validate(draws=200, seed=1).verdict == "consistent"
+
+
+@pytest.mark.parametrize("place", [-8, -4])
+def test_a_refined_model_keeps_scale_and_noise(normal, place):
+    problem, data, model = normal
+    y = 10**place * FACTORS * np.array([1.05, 0.9, 1.1])
+    refined, _ = refine(model, data, y, 40, seed=2, rounds=1, progress=False)
+    assert refined.denoiser.known and refined.denoiser.readings is not None
+    _close(refined.condition(y).sample(4000, seed=1, progress=False), _exact(y, FACTORS))
+
+
+def test_a_refined_model_of_relative_noise_is_exact_without_a_scale():
+    problem, data, model = _model(ScalarPrior(_space(), stats.norm(0, 0.2)), FACTORS, 1000)
+    assert model.denoiser.base.law is not None
+    y = 10**0.3 * FACTORS * np.array([1.05, 0.9, 1.1])
+    refined, _ = refine(model, data, y, 40, seed=2, rounds=1, options=TrainingOptions(steps=1000), progress=False)
+    _close(refined.condition(y).sample(4000, seed=1, progress=False), _exact(y, FACTORS, stats.norm(0, 0.2)))
 
 
 def _close_enough(samples, exact):

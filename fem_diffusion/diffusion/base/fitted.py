@@ -13,7 +13,9 @@ from fem_diffusion.diffusion.checks import check_pairs, check_tensor
 from fem_diffusion.diffusion.tensors import distinct
 from fem_diffusion.errors import InputError
 
-__all__ = ["check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_copies", "tell_uncertain"]
+__all__ = [
+    "check_base", "fit_base", "law", "linear_base", "plain_base", "standard_error", "tell_copies", "tell_uncertain",
+]
 
 # Standard error of the base, in posterior standard deviations, from which pairs are too few.
 _UNCERTAIN = 0.5
