@@ -2,7 +2,6 @@
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -89,6 +88,17 @@ def marginals(prior: Any, r: int) -> tuple[Marginal, ...]:
     return tuple(made[id(part)] for part in parts)
 
 
+class _Entry:
+    """Parameters of one of the numbers of a distribution of torch's."""
+
+    def __init__(self, prior: distributions.Distribution, i: int):
+        self._prior, self._i = prior, i
+
+    def __getattr__(self, name: str) -> float:
+        values = torch.as_tensor(getattr(self._prior, name)).detach().double().cpu()
+        return float(values.expand(self._prior.batch_shape).reshape(-1)[self._i])
+
+
 def _of_torch(prior: distributions.Distribution) -> list[Any]:
     """SciPy's distributions of each number of one of torch's."""
     while isinstance(prior, distributions.Independent):
@@ -104,8 +114,4 @@ def _of_torch(prior: distributions.Distribution) -> list[Any]:
     if kind is None:
         raise InputError(f"prior is torch's {type(prior).__name__}: give the distribution of SciPy, one for each "
                          "latent.")
-    shape = prior.batch_shape
-    values = {name: torch.as_tensor(getattr(prior, name)).detach().double().cpu().expand(shape).reshape(-1)
-              for name in kind.arg_constraints if hasattr(prior, name)}   # pyright: ignore
-    return [_SCIPY[kind](SimpleNamespace(**{name: float(x[i]) for name, x in values.items()}))
-            for i in range(max(1, shape.numel()))]
+    return [_SCIPY[kind](_Entry(prior, i)) for i in range(max(1, prior.batch_shape.numel()))]
