@@ -161,7 +161,13 @@ class Samples:
         self._check_some()
         check_callable(condition, "condition", "a function of a Function, such as lambda m: m > 1.6", 1)
         m, W = field(self.V, self.values[0]), self.V
-        found = together(self.V.comm, lambda: condition(m), watched=True)
+        try:
+            found = together(self.V.comm, lambda: condition(m), watched=True)
+        except ValueError as error:
+            if not self.V.value_shape:
+                raise
+            raise InputError(f"condition fails with a Function of value shape {self.V.value_shape} ({error}): take "
+                             "component(i), or compare a component, such as m[0] > 1.6.") from error
         if not isinstance(found, Condition):
             found = self.map(condition)
             if found.dtype != bool or found.ndim != 1:

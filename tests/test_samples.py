@@ -92,6 +92,8 @@ def test_probabilities_of_events_and_at_nodes():
 def test_probabilities_of_vectors_numbers_and_what_has_no_nodes():
     mesh = UnitSquareMesh(2, 2)
     vectors = _samples(VectorFunctionSpace(mesh, "CG", 1))
+    with pytest.raises(InputError, match=r"value shape \(2,\).* component\(i\), or compare"):
+        vectors.probability(lambda m: m > 1)
     found = vectors.probability(lambda m: inner(m, m) > 1)
     pairs = vectors.values.reshape(40, -1, 2)
     np.testing.assert_allclose(coefficients(found), ((pairs**2).sum(2) > 1).mean(axis=0), rtol=1e-12)

@@ -72,7 +72,11 @@ class TransformedPrior(Prior):
         self.transform = check_callable(transform, "transform", "a function that maps the field to a UFL expression", 1)
         self.V = self._inner.V if V is None else check_space(V)
         self._field, self._result = Function(self._inner.V), Function(self.V)
-        expression = transform(self._field)
+        try:
+            expression = transform(self._field)
+        except TypeError as error:
+            raise InputError(f"transform fails with a Function ({error}): write it in UFL, with exp and sqrt from "
+                             "firedrake and not from numpy.") from error
         if not isinstance(expression, Expr):
             raise InputError(f"transform gave {type(expression).__name__}: let it return a UFL expression.")
         if expression.ufl_shape != self.V.value_shape:

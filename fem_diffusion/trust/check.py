@@ -173,8 +173,9 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
     expected = [(names[i], *map(float, (y[i], y[i] - rest.t[i] * rest.spread[i], rest.spread[i])))
                 for i in rest.odd]
     misfit = float(np.sqrt((latent.whitened(found.readings)**2).mean()))
-    verdict, light, sentences = _judge(rest, told, others if latent.basis.standard_prior else None, expected, misfit,
-                                       len(y))
+    unlike = distance.worst if isinstance(distance, Distance) and distance.message else ()
+    verdict, light, sentences = _judge(rest, told, others if latent.basis.standard_prior else None, expected, unlike,
+                                       misfit, len(y))
     notes += found.notes
     if not found.settled:
         light = "yellow" if light == "green" else light
@@ -213,7 +214,7 @@ def check(posterior: Any, solves: int = 50, *, seed: int = 0, data: "DataSet | N
                  latent.pulls, found.readings, y, std, names)
 
 
-def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequence[tuple],
+def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequence[tuple], unlike: tuple[str, ...],
            misfit: float, k: int) -> tuple[str, str, list[str]]:
     """Verdict, light and sentences."""
     verdict, light, words = "trustworthy", "green", []
@@ -233,9 +234,13 @@ def _judge(rest: Residual, told: Shape | None, others: Shape | None, odd: Sequen
     elif odd and rest.largest_p < _LEVEL and (len(odd) == k or rest.others_p >= _LEVEL or rest.p >= _LEVEL):
         reads = "; ".join(f"sensor {name} reads {value:.4g}, where {mean:.4g} ± {std:.2g} is expected"
                           + " beside the others" * (k > 1) for name, value, mean, std in odd)
+        # A wrong reading moves the point at which others are looked at, and there they may look wrong in its place.
+        doubtful = unlike and not {name for name, *_ in odd}.intersection(unlike)
         say("conflict", "red", f"The measurement conflicts with model or noise: {reads} (p = {_p(rest.largest_p)}). "
-            f"Check {'this sensor' if len(odd) == 1 else 'these sensors'}, or leave {'it' if len(odd) == 1 else 'them'}"
-            " out.")
+            + (f"But compared with the training it is {_listed(unlike)}: check all of them, and leave out only what "
+               "leaves no conflict to a further check." if doubtful else
+               f"Check {'this sensor' if len(odd) == 1 else 'these sensors'}, or leave "
+               f"{'it' if len(odd) == 1 else 'them'} out."))
     elif rest.p < _LEVEL and ratio > 1:
         say("conflict", "red", f"Even the parameter that fits best leaves {ratio:.2g} times the residual that the noise"
             f" explains (p = {_p(rest.p)}), and no few sensors alone make it: the noise is larger than assumed, or the "

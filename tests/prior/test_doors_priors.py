@@ -141,6 +141,7 @@ def test_bad_coefficients(name, call, width):
     (lambda: TransformedPrior(PRIOR, lambda f: ELSEWHERE), "transform gave lives on another mesh"),
     (lambda: TransformedPrior(PRIOR, lambda f: f * TestFunction(V)), "test or trial functions"),
     (lambda: TransformedPrior(PRIOR, lambda f: NAN * f), "not finite everywhere"),
+    (lambda: TransformedPrior(PRIOR, np.exp), "write it in UFL, with exp and sqrt from firedrake"),
     (lambda: CallablePrior(V, int), "sample is"), (lambda: CallablePrior(V, lambda: 1), "does not take 1 arguments"),
     (lambda: CallablePrior(V, Function(V)), "sample is"),
     (lambda: ProductPrior(None), "priors is None: give a sequence"),

@@ -14,6 +14,7 @@ from fem_diffusion import (
     CallableNoise, Check, GaussianNoise, GaussianPrior, InputError, InverseProblem, Samples, SolveError, check,
     exact, karhunen_loeve, point_sensors,
 )
+from fem_diffusion.diffusion import Distance
 
 V = FunctionSpace(UnitIntervalMesh(20, comm=MPI.COMM_SELF), "CG", 1)
 STD = 0.3
@@ -155,6 +156,24 @@ def test_a_measurement_that_goes_not_with_its_model_is_recognised(bend, number):
             assert all(x.sensor_p[5] < 1e-6 for x in found)
         else:
             assert sum("noise is larger than assumed" in str(x) for x in found) >= 0.7 * number
+
+
+@TOLD
+def test_sensors_on_which_solver_and_training_disagree_are_both_named():
+    """Where readings bend, a wrong one can make a sound one look wrong beside the solver."""
+    problem = _problem()
+    _, y = _pair(problem, 0)
+    y[5] += 3.0
+    right, name = exact(problem, y), problem.names[5] if problem.names else "5"
+
+    def look(worst):
+        posterior = Given(problem, y, lambda n, seed: right.sample(n, seed=seed).values)
+        posterior.distance = Distance(3.0, 1.0, 1e-3, (0.0,) * len(y), worst, 100, False, "unlike")
+        found = check(posterior)
+        assert found.verdict == "conflict" and found.worst == (name,)
+        return found.sentences[0]
+    assert look((name,)).endswith("Check this sensor, or leave it out.") and look(()).endswith("or leave it out.")
+    assert "But compared with the training it is sensor other: check all of them" in look(("other",))
 
 
 @TOLD
