@@ -244,7 +244,7 @@ def test_gradients_are_left_where_no_surrogate_holds(monkeypatch, capsys, moment
     else:
         monkeypatch.setattr(module, "_NEVER", 1.1)
         monkeypatch.setattr(module, "_RIPE", 20000)
-        found, weights = moves(monkeypatch, target, start, solves=20000)
+        found, weights = moves(monkeypatch, target, start, solves=8000)
     assert found.method == "gradient moves" and found.pulls == target.pulls and found.ess > 400
     check_moments(found, weights, mean, std)
 
