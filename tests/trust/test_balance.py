@@ -24,17 +24,16 @@ def case(rng, n=600, r=4, shift=0.05, width=1.03):
     return z, weights / weights.sum(), np.full(n, 1 / n), cloud
 
 
-@pytest.mark.parametrize("n, shift, width, gain", [(600, 0.05, 1.03, (0.85, 0.75)), (600, 0.3, 1.1, (0.95, 0.95)),
-                                                   (2500, 0.05, 1.03, (1.0, 1.0))])
-def test_moments_are_those_of_many_more_draws(n, shift, width, gain):
-    """Errors of mean and standard deviation of a lognormal field, over many cases, with and without a cloud."""
+@pytest.mark.parametrize("shift, width, gain", [(0.05, 1.03, (0.85, 0.75)), (0.3, 1.1, (0.95, 0.95))])
+def test_moments_are_those_of_many_more_draws(shift, width, gain):
+    """Errors of mean and standard deviation of a lognormal field, over 60 cases, with and without a cloud."""
     rng = np.random.default_rng(0)
     factor = 0.5 * rng.standard_normal((4, 10))
     variance = (factor**2).sum(axis=0)
     mean, std = np.exp(variance / 2), np.exp(variance / 2) * np.sqrt(np.expm1(variance))
     errors = {"plain": [], "balanced": []}
-    for _ in range(60 if n < 1000 else 20):
-        z, weights, near, cloud = case(rng, n, shift=shift, width=width)
+    for _ in range(60):
+        z, weights, near, cloud = case(rng, shift=shift, width=width)
         for name, values in (("plain", weights), ("balanced", balanced(latent(factor), z, weights, near, cloud))):
             assert (values >= 0).all() and abs(values.sum() - 1) < 1e-12
             fields = np.exp(z @ factor)
@@ -43,13 +42,13 @@ def test_moments_are_those_of_many_more_draws(n, shift, width, gain):
     plain, ours = (np.array(errors[name]) for name in ("plain", "balanced"))
     size, before = np.sqrt((ours**2).mean(axis=(0, 2))), np.sqrt((plain**2).mean(axis=(0, 2)))
     assert (size / before < gain).all()
-    # No bias of the mean beyond chance and the order 1/n that ratios and fitted coefficients have.
+    # No bias of the mean beyond chance.
     middle = ours[:, 0].mean(axis=1)
-    assert abs(middle.mean()) < 4 * middle.std() / np.sqrt(len(middle)) + 2 / n
+    assert abs(middle.mean()) < 4 * middle.std() / np.sqrt(len(middle))
 
 
-def test_solves_that_know_their_moments_have_no_cloud():
-    assert [cloud_size(n) for n in (100, 625, 2000, 2500, 2501)] == [800, 5000, 5000, 5000, 0]
+def test_many_solves_have_no_cloud():
+    assert [cloud_size(n) for n in (100, 625, 626)] == [800, 5000, 0]
 
 
 def test_a_cloud_of_another_law_is_not_believed(monkeypatch):

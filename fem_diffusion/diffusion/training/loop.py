@@ -320,8 +320,8 @@ def hold_out(z: Tensor, options: TrainingOptions) -> tuple[Tensor, Tensor]:
     if held_out >= size:
         raise InputError(f"{size} pairs are too few to train on and hold some out: simulate more.")
     place = torch.randperm(size, generator=torch.Generator().manual_seed(options.seed)).argsort()[which]
-    order = place.argsort(stable=True)
-    return order[int((place < held_out).sum()):], order[:int((place < held_out).sum())]
+    order, apart = place.argsort(stable=True), int((place < held_out).sum())
+    return order[apart:], order[:apart]
 
 
 def _fingerprint(options: TrainingOptions) -> str:
