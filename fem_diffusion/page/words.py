@@ -1,6 +1,7 @@
 """Numbers as people read them: three digits, with units; probabilities no finer than the samples can tell."""
 
 import math
+import re
 from collections.abc import Iterable
 
 __all__ = ["chance", "counted", "given", "interval", "number", "percent", "place", "plus_minus", "seconds", "tenths"]
@@ -12,7 +13,8 @@ _SPACE = "\u00a0"    # numbers and units stay together
 
 
 def _united(text: str, unit: str | None) -> str:
-    return f"{text}{_SPACE}{unit}" if unit else text
+    # A line may break between the words of "noise standard deviations", not within the brackets of "g/(m s)".
+    return f"{text}{_SPACE}{re.sub(r'[(].*?[)]', lambda part: part[0].replace(' ', _SPACE), unit)}" if unit else text
 
 
 def _power(exponent: int) -> str:

@@ -20,7 +20,7 @@ from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
 from fem_diffusion.diffusion.sampling.tempered import tempered
 from fem_diffusion.diffusion.training.choice import advantage
 from fem_diffusion.errors import FileError
-from truths import draw, errors, random
+from truths import Known, draw, errors, random
 
 R, K = 3, 4
 QUICK = TrainingOptions(steps=1500, evaluate_every=100, width=32, depth=2, batch=128)
@@ -219,3 +219,9 @@ def test_a_denoiser_is_surpassed_by_the_posterior_alone():
         return float(found.mean()) / (float(found.std()) / 20 + 1e-9)
     # In standard errors.
     assert gain(wide, exact) > 4 and gain(exact, wide) < -4 and abs(gain(exact, exact)) < 1e-3
+    # A flow that changes faster than any rule can follow loses no network.
+    wild = Known(lambda v, angle, *rest: torch.sin(1001.5 * angle) * v)
+    density = emulator_density(exact, layout, y, exact.locate(layout, y))
+    conditioned = replace(Denoiser(exact).at(y), network=wild)
+    with pytest.warns(UserWarning, match="kept without being compared"):
+        assert advantage(conditioned, density, z, 0).isnan().all()

@@ -29,6 +29,15 @@ def test_gaussian_that_the_base_misses():
     np.testing.assert_allclose(alike[:, 0], exact, atol=1e-3)
 
 
+@pytest.mark.parametrize("std", [0.03, 0.002])
+def test_posteriors_far_narrower_than_the_base(std):
+    """The divergence changes within angles of that width, so that it needs more than a few dozen nodes."""
+    truth = GaussianTruth(np.full(2, 0.4), std**2 * np.eye(2))
+    z = 0.4 + std * torch.randn(1, N, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = norm.logpdf(z[0].numpy(), 0.4, std).sum(1)
+    np.testing.assert_allclose(log_density(at_zero(truth, 2), z)[0], exact, atol=5e-3)
+
+
 def test_base_alone_is_its_own_density():
     g = torch.Generator().manual_seed(0)
     operator = torch.randn(2, 4, generator=g, dtype=torch.float64)

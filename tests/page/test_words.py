@@ -9,7 +9,8 @@ def test_numbers_have_three_digits_units_and_powers_of_ten():
     for x, text in [(0, "0"), (1.2345, "1.23"), (12345.6, "12,300"), (999.6, "1,000"), (0.0012345, "0.00123"),
                     (1.2345e-5, "1.23 × 10⁻⁵"), (-4.5678e7, "−4.57 × 10⁷"), (np.nan, "unknown"), (9.999, "10.0")]:
         assert words.number(x).replace("\u00a0", " ") == text
-    assert words.number(1.6, "W/(m K)") == "1.60\u00a0W/(m K)"
+    assert words.number(1.6, "W/(m K)") == "1.60\u00a0W/(m\u00a0K)"
+    assert words.number(1.6, "noise standard deviations") == "1.60\u00a0noise standard deviations"
     for x, text in [(1.6, "1.6"), (1500, "1,500"), (0.125, "0.125"), (1e7, "1 × 10⁷"), (1 / 3, "0.333333"), (0, "0")]:
         assert words.given(x).replace("\u00a0", " ") == text
     for pair, text in [((1.5923, 0.1771), "1.59 ± 0.18"), ((12345.0, 234.0), "12,340 ± 230"),

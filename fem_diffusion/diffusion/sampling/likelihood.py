@@ -33,7 +33,7 @@ __all__ = ["log_density"]
 
 _EXACT = 256
 # Numbers of nodes that are tried on some rows, until the next one changes the integral by no more than this.
-_NODES, _PILOT, _TOLERANCE = (6, 8, 12, 16, 24, 32, 48, 64), 32, 1e-3
+_NODES, _PILOT, _TOLERANCE = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), 32, 1e-3
 
 
 def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = None, seed: int = 0,

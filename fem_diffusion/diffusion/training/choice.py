@@ -11,6 +11,7 @@ as K grows. So what p gains is what a denoiser gains whose samples are weighted 
 """
 
 import math
+import warnings
 
 import torch
 from scipy.stats import chisquare
@@ -22,6 +23,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.sampling.likelihood import log_density
 from fem_diffusion.diffusion.sampling.sample import Sampler, sample_latents
+from fem_diffusion.errors import SolveError
 
 __all__ = ["advantage", "even"]
 
@@ -32,14 +34,19 @@ def advantage(conditioned: Conditioned, density: EmulatorDensity, z: Tensor, see
               scale: MonotoneMap | None = None) -> Tensor:
     """What the emulator's densities know more of latents (B, r) than a denoiser at the same measurements, (B,).
 
-    The densities may be of latents on another scale.
+    The densities may be of latents on another scale. NaN, with a warning, where the denoiser's has no value: a trained
+    network is not lost for that.
     """
     drawn = sample_latents(conditioned, _SAMPLES, Sampler(corrections=0), seed=seed, progress=False)
     found = torch.cat([z[:, None].to(drawn), drawn], 1)
     inner = found if scale is None else scale.forward(found.flatten(0, 1)).view_as(found)
     with torch.no_grad():
         energy = density.energy(density.located.whiten(inner.transpose(0, 1))).T
-    weights = -energy - log_density(conditioned, found)
+    try:
+        weights = -energy - log_density(conditioned, found)
+    except SolveError as error:
+        warnings.warn(f"The network is kept without being compared with the emulator's density. {error}", stacklevel=4)
+        return torch.full((len(z),), torch.nan)
     if scale is not None:
         weights = weights + scale.log_slope(found.flatten(0, 1)).view_as(found).sum(2)
         # Beyond the bounds of the scale there is no density.
