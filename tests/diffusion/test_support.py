@@ -1,6 +1,7 @@
 """Hard bounds of latents are found where there are any, and samplers keep them."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -42,6 +43,17 @@ def test_samples_have_the_restricted_law(alpha):
         z = sample_latents(at_zero(support=support, size=size), 3000, Sampler(alpha), seed=0)
         assert z.shape == (size, 3000, 1)
         assert min(kstest(part[:, 0].numpy(), truncnorm(-0.5, math.inf).cdf).pvalue for part in z) > 1e-4
+
+
+@pytest.mark.parametrize("n", [1, 2000])
+def test_a_measurement_at_a_bound_leaves_no_sample_outside(n):
+    """Where a twentieth of the network's law is inside, as with a reading beyond the parameters' bounds."""
+    support = Support(torch.tensor([1.645], dtype=torch.float64), torch.tensor([math.inf], dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        seeds = range(20 if n == 1 else 1)
+        z = torch.cat([sample_latents(at_zero(support=support), n, seed=seed)[0] for seed in seeds])
+    assert (z >= 1.645).all() and kstest(z[:, 0].numpy(), truncnorm(1.645, math.inf).cdf).pvalue > 1e-3
 
 
 def test_rows_without_a_chance_are_warned_of():

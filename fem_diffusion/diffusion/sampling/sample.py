@@ -43,7 +43,9 @@ from fem_diffusion.progress import bar
 
 __all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "sample_latents"]
 
-_REDRAWS, CORRECTIONS = 20, 10
+_REDRAWS, CORRECTIONS = 40, 10
+# Where fewer samples are asked for, as many are drawn again as for these.
+_FEW = 50
 # Between these noise levels a formulation has to run.
 _SMALL, _LARGE = 0.05, 5.0
 METHODS = {"whitened": whitened.METHODS, "plain": plain.METHODS}
@@ -172,9 +174,9 @@ def sample_latents(conditioned: Conditioned, n: int, sampler: Sampler = Sampler(
                    progress: bool = True) -> Tensor:
     """Draw n latent vectors for each measurement: z (B, n, r), of dtype and device of the base.
 
-    Samples outside the support of the latents are drawn again, with evaluations of their own, up to 20 times; a warning
-    tells if some are outside even then. InputError if corrections are asked for without a density, or another argument
-    is of the wrong kind; SolveError if the adaptive method fails.
+    Samples outside the support of the latents are drawn again, with evaluations of their own, up to 40 for each that is
+    asked for; a warning tells if some are outside even then. InputError if corrections are asked for without a density,
+    or another argument is of the wrong kind; SolveError if the adaptive method fails.
 
     Parameters
     ----------
@@ -235,17 +237,19 @@ def _draw(conditioned: Conditioned, n: int, sampler: Sampler, generator: torch.G
 def _redraw(z: Tensor, conditioned: Conditioned, support: Support, sampler: Sampler, generator: torch.Generator,
             rows: int) -> None:
     """Draw the latents (n, B, r) that are outside the support again, in place."""
-    for _ in range(_REDRAWS):
+    drawn, most = 0, _REDRAWS * max(_FEW, z.shape[0] * z.shape[1])
+    while drawn < most:
         # A row that is not finite has diverged, which must be seen.
         outside = ~support.contains(z) & torch.isfinite(z).all(-1)
         if not outside.any():
             return
+        drawn += int(outside.sum())
         z[outside] = _draw(conditioned.select(torch.where(outside)[1]), 1, sampler, generator, rows, lambda *_: None)[0]
     left = ~support.contains(z)
     if left.any():
         warnings.warn(f"{int(left.sum())} of {left.numel()} samples lie outside the bounds of the training latents "
-                      f"after {_REDRAWS} draws: the measurement is unlike the training measurements, or the prior has "
-                      "no hard bounds and the support of the denoiser should be None.", stacklevel=3)
+                      f"after {drawn:,} more draws: the measurement is unlike the training measurements, or the prior "
+                      "has no hard bounds and the support of the denoiser should be None.", stacklevel=3)
 
 
 def _checked(formulation: Formulation) -> Formulation:
