@@ -5,6 +5,7 @@ correlation of the distance ``|Λ⁻¹ h|`` over a step h: its eigenvalues are t
 Rue and Lindström 2011, section 3.3). Where Λ varies slowly, this holds locally.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,8 +13,8 @@ from typing import Any
 
 import numpy as np
 from firedrake import (
-    Constant, FacetNormal, Function, FunctionSpace, TensorFunctionSpace, TestFunction, TrialFunction, assemble, det,
-    dot, dx, grad, inner, sqrt,
+    CellVolume, Constant, FacetNormal, Function, FunctionSpace, TensorFunctionSpace, TestFunction, TrialFunction,
+    assemble, det, dot, dx, grad, inner, sqrt,
 )
 from firedrake.functionspaceimpl import WithGeometry
 from firedrake.mesh import MeshGeometry
@@ -28,6 +29,8 @@ from fem_diffusion.fields.coefficients import assign, coefficients
 
 __all__ = ["Length", "helmholtz", "read_lengths"]
 
+# Share of the smallest cell below which neighbouring nodes know nothing of each other, whatever the length.
+_RESOLVED = 0.5
 _ROBIN = 1 / 1.42        # Daon and Stadler 2018, section 3: least boundary artefacts for a scalar coefficient
 
 
@@ -58,16 +61,33 @@ class Length:
 
 
 def read_lengths(given: Any, smoothness: float, V: WithGeometry) -> tuple[Length, ...]:
-    """What a user gave, checked: one length for all of a field in V, or one for each component."""
+    """What a user gave, checked: one length for all of a field in V, or one for each component.
+
+    A warning where a length that is the same in all directions is too short for every cell of the mesh (collective).
+    """
     name = "correlation_length"
     if not isinstance(given, Mapping):
-        return _length(given, smoothness, V.mesh(), name),
+        length = _length(given, smoothness, V.mesh(), name)
+        if not isinstance(given, (Expr, Sequence, np.ndarray)):
+            _tell_unresolved(float(given), V)
+        return length,
     components = V.value_size if len(V.value_shape) == 1 else 0
     keys = [int(key) for key in given if isinstance(key, Integral)]
     if sorted(keys) != list(range(components)) or len(given) != components:
         raise InputError(f"{name} has the keys {list(given)!r}: give a length for each component of a vector field, "
                          "such as {0: 0.5, 1: 0.1}, or one for all.")
     return tuple(_length(given[i], smoothness, V.mesh(), f"{name}[{i}]") for i in range(components))
+
+
+def _tell_unresolved(length: float, V: WithGeometry) -> None:
+    """Warn where a length is shorter than half of what is between the nodes of the smallest cell."""
+    mesh = V.mesh()
+    volumes = coefficients(Function(FunctionSpace(mesh, "DG", 0)).interpolate(CellVolume(mesh)))
+    smallest = mesh.comm.allreduce(volumes.min(initial=np.inf), MPI.MIN)**(1 / mesh.topological_dimension)
+    if length < _RESOLVED * smallest:
+        warnings.warn(f"correlation_length is {length:.3g} and the smallest cell of the mesh {smallest:.3g} wide: "
+                      "nodes next to each other are independent, so the mesh decides how far the field is correlated. "
+                      "Take a finer mesh or a longer length, in the units of the mesh.", stacklevel=5)
 
 
 def _length(given: Any, smoothness: float, mesh: MeshGeometry, name: str) -> Length:
