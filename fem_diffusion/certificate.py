@@ -87,7 +87,7 @@ class Certificate:
         figures += [] if self.acceptance is None else [f"{self.acceptance:.0%} of the proposals accepted"]
         words = (f"Corrected by {self.method} with the forward model: {self.solves:,} solves{pulls} in "
                  f"{self.seconds:.0f} s; {', '.join(figures)}. Means moved by up to {self.mean_shift:.2g} posterior "
-                 f"standard deviations, standard deviations are {self.std_ratio:.2g} times those of the amortised "
+                 f"standard deviations, standard deviations are {self.std_ratio:.2f} times those of the amortised "
                  "samples.")
         if self.unseen > 1e-3:
             words += f" Modes drawn from the prior add up to {self.unseen:.2g} noise standard deviations to a reading."
