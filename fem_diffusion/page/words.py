@@ -14,7 +14,7 @@ _SPACE = "\u00a0"    # numbers and units stay together
 
 def _united(text: str, unit: str | None) -> str:
     # A line may break between the words of "noise standard deviations", not within the brackets of "g/(m s)".
-    return f"{text}{_SPACE}{re.sub(r'[(].*?[)]', lambda part: part[0].replace(' ', _SPACE), unit)}" if unit else text
+    return f"{text}{_SPACE}{re.sub(' (?=[^(]*[)])', _SPACE, unit)}" if unit else text
 
 
 def _power(exponent: int) -> str:

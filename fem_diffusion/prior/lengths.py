@@ -63,14 +63,11 @@ class Length:
 def read_lengths(given: Any, smoothness: float, V: WithGeometry) -> tuple[Length, ...]:
     """What a user gave, checked: one length for all of a field in V, or one for each component.
 
-    A warning where a length that is the same in all directions is too short for every cell of the mesh (collective).
+    A warning where a number is too short for every cell of the mesh (collective).
     """
     name = "correlation_length"
     if not isinstance(given, Mapping):
-        length = _length(given, smoothness, V.mesh(), name)
-        if not isinstance(given, (Expr, Sequence, np.ndarray)):
-            _tell_unresolved(float(given), V)
-        return length,
+        return _length(given, smoothness, V.mesh(), name),
     components = V.value_size if len(V.value_shape) == 1 else 0
     keys = [int(key) for key in given if isinstance(key, Integral)]
     if sorted(keys) != list(range(components)) or len(given) != components:
@@ -79,22 +76,13 @@ def read_lengths(given: Any, smoothness: float, V: WithGeometry) -> tuple[Length
     return tuple(_length(given[i], smoothness, V.mesh(), f"{name}[{i}]") for i in range(components))
 
 
-def _tell_unresolved(length: float, V: WithGeometry) -> None:
-    """Warn where a length is shorter than half of what is between the nodes of the smallest cell."""
-    mesh = V.mesh()
-    volumes = coefficients(Function(FunctionSpace(mesh, "DG", 0)).interpolate(CellVolume(mesh)))
-    smallest = mesh.comm.allreduce(volumes.min(initial=np.inf), MPI.MIN)**(1 / mesh.topological_dimension)
-    if length < _RESOLVED * smallest:
-        warnings.warn(f"correlation_length is {length:.3g} and the smallest cell of the mesh {smallest:.3g} wide: "
-                      "nodes next to each other are independent, so the mesh decides how far the field is correlated. "
-                      "Take a finer mesh or a longer length, in the units of the mesh.", stacklevel=5)
-
-
 def _length(given: Any, smoothness: float, mesh: MeshGeometry, name: str) -> Length:
     """One length: a number, one for each axis, or a UFL scalar or tensor."""
     d, gdim, twice = mesh.topological_dimension, mesh.geometric_dimension, 2 * smoothness
     if not isinstance(given, (Expr, Sequence, np.ndarray)) or isinstance(given, str):
-        number = check_number(given, name, above=0, most=LARGEST) / np.sqrt(twice)
+        number = check_number(given, name, above=0, most=LARGEST)
+        _tell_unresolved(number, mesh, name)
+        number = number / np.sqrt(twice)
         return Length(Constant(number**2), number)
     if not isinstance(given, Expr):
         axes = check_array(given, name, (gdim,))
@@ -123,6 +111,16 @@ def _length(given: Any, smoothness: float, mesh: MeshGeometry, name: str) -> Len
     volume = det(square) if given.ufl_shape else square**d
     mean = assemble(sqrt(volume) * dx) / assemble(Constant(1.0) * dx(mesh))
     return Length(square, float(mean)**(1 / d), True)
+
+
+def _tell_unresolved(length: float, mesh: MeshGeometry, name: str) -> None:
+    """Warn where a length is shorter than half of the smallest cell."""
+    volumes = coefficients(Function(FunctionSpace(mesh, "DG", 0)).interpolate(CellVolume(mesh)))
+    smallest = mesh.comm.allreduce(volumes.min(initial=np.inf), MPI.MIN)**(1 / mesh.topological_dimension)
+    if length < _RESOLVED * smallest:
+        warnings.warn(f"{name} is {length:.3g} and the smallest cell of the mesh {smallest:.3g} wide: nodes next to "
+                      "each other are independent, so the mesh decides how far the field is correlated. Take a finer "
+                      "mesh or a longer length, in the units of the mesh.", stacklevel=7)
 
 
 def _check_flat(mesh: MeshGeometry, name: str) -> None:

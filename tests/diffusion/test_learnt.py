@@ -220,7 +220,7 @@ def test_a_denoiser_is_surpassed_by_the_posterior_alone():
     # In standard errors.
     assert gain(wide, exact) > 4 and gain(exact, wide) < -4 and abs(gain(exact, exact)) < 1e-3
     # A flow that changes faster than any rule can follow loses no network.
-    wild = Known(lambda v, angle, *rest: torch.sin(1001.5 * angle) * v)
+    wild = Known(lambda v, angle: torch.sin(1001.5 * angle) * v)
     density = emulator_density(exact, layout, y, exact.locate(layout, y))
     conditioned = replace(Denoiser(exact).at(y), network=wild)
     with pytest.warns(UserWarning, match="kept without being compared"):

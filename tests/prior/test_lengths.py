@@ -109,6 +109,8 @@ def test_conditions_hold_and_the_mean_is_lifted_over_the_lengths():
 def test_a_length_that_no_cell_resolves_is_told():
     with pytest.warns(UserWarning, match="0.02 and the smallest cell of the mesh 0.0707 wide"):
         GaussianPrior(scalar(), 1.0, 0.02)
+    with pytest.warns(UserWarning, match=r"correlation_length\[1\] is 0.02"):   # of one component of a vector
+        GaussianPrior(VectorFunctionSpace(UnitSquareMesh(10, 10), "CG", 1), 1.0, {0: 0.3, 1: 0.02})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         GaussianPrior(scalar(), 1.0, 0.1)
