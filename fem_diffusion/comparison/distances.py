@@ -108,12 +108,10 @@ def c2st(reference: np.ndarray, samples: np.ndarray, *, folds: int = 5, seed: in
     scikit-learn, that tells the two sets apart, both standardised by the reference: 0.5 for one law, if the sets are of
     equal size, 1 for laws that do not overlap. There are at most as many folds as samples of either set.
     """
-    try:
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.model_selection import KFold, cross_val_score
-        from sklearn.neural_network import MLPClassifier
-    except ImportError as error:
-        raise InstallError("C2ST needs scikit-learn: pip install 'fem_diffusion[comparison]'.") from error
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.model_selection import KFold, cross_val_score
+    from sklearn.neural_network import MLPClassifier
+
     reference, samples = _pair(reference, samples)
     folds, seed = check_count(folds, "folds", least=2), check_seed(seed)
     if min(len(reference), len(samples)) < folds:

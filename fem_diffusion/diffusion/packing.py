@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
-from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
+from fem_diffusion.diffusion.base.learnt import LearntNoise, mixed, numbers
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import pack_map, unpack_map
 from fem_diffusion.diffusion.maps.noise import carried
@@ -168,7 +168,8 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
     sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
     whitener = torch.from_numpy(content.array("noise.whitener", None, None))
     most = len(whitener)
-    if whitener.shape != (most, most) or network.config["s"] != numbers(most) or not (
+    size = network.config["s"]
+    if whitener.shape != (most, most) or size != numbers(most, mixed(size, most)) or not (
             (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not torch.linalg.det(whitener) > 0:
         raise content.error("holds noise that is none of its sensors")
     return LearntNoise(network, whitener, sensors)

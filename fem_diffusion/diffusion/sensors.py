@@ -129,11 +129,14 @@ class EmulatedSensors:
         """As `others`, all on the scale of the base."""
         clean, law, S = self.read(z), self.denoiser.base.law, self.total
         noise = carried(self.noise, self.denoiser.readings)
-        if self.denoiser.base.learnt is not None:
-            S = self.denoiser.base.emulated(z.flatten(0, 1))[1].unflatten(0, z.shape[:2])
-            gain = torch.linalg.solve(S[..., kept, :][..., kept], S[..., kept, :][..., left]).mT
-            mean = clean[..., left] + (gain @ (y[:, kept] - clean[..., kept])[..., None])[..., 0]
-            return mean + _normal(mean, S[..., left, :][..., left] - gain @ S[..., kept, :][..., left], generator)
+        base = self.denoiser.base
+        if base.learnt is not None:
+            flat = z.flatten(0, 1)
+            c = base.emulator(flat)
+            rest = y[:, kept].expand(*z.shape[:2], -1).flatten(0, 1) - c[:, kept]
+            mean, covariance = base.learnt.others(rest, flat, kept, left, generator)
+            mean = mean + c[:, left]
+            return (mean + _normal(mean, covariance, generator)).unflatten(0, z.shape[:2])
         if law is not None and noise is not None:
             return noise.widened(S.diagonal()).sample(
                 law.clean(clean.flatten(0, 1), z.flatten(0, 1)), generator).view_as(clean)[..., left]

@@ -300,7 +300,9 @@ class Model:
         base, history = self.denoiser.base, self.history
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
         emulator = "a linear emulator" if base.emulator.affine else "a network as emulator"
-        emulator += " that knows its noise" * (base.learnt is not None)
+        if base.learnt is not None:
+            laws = base.learnt.components
+            emulator += " that knows its noise" + f", a mixture of {laws} normal laws" * (laws > 1)
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
             network = "a network under the Gaussian base"

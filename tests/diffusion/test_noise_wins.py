@@ -1,8 +1,9 @@
-"""Two problems whose readings hold their noise: in one the learnt law of the noise wins, in the other the network."""
+"""Problems whose readings hold their noise, of a spread that depends on the latents, and of no normal law."""
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import uniform
 
 from fem_diffusion.comparison import c2st
 from fem_diffusion.diffusion import fit_denoiser, sample_latents
@@ -109,11 +110,31 @@ def crescents(z, generator):
     return fold + torch.stack([radius * torch.cos(angle) + 0.25, radius * torch.sin(angle)], 1)
 
 
+def on_crescents(y, n, seed):
+    """Draws (n, 2) of the parameters given a point (2,): the fold taken back for points of the narrow crescent."""
+    generator, found = random(seed), []
+    while sum(map(len, found)) < n:
+        drawn = (y - crescents(torch.zeros(n, 2).double(), generator)) * 2**0.5   # which fold nothing
+        side = 2 * torch.randint(0, 2, (n,), generator=generator) - 1
+        total, apart = -side * drawn[:, 0], drawn[:, 1]
+        theta = torch.stack([total - apart, total + apart], 1) / 2
+        found.append(theta[(drawn[:, 0] <= 0) & (theta.abs() < 1).all(1)])
+    return torch.cat(found)[:n]
+
+
 @pytest.mark.slow
-def test_noise_that_is_no_gaussian_stays_out_of_the_way():
-    generator = random(1)
-    z = torch.randn(PAIRS, 2, generator=generator, dtype=torch.float64)
-    denoiser, history = fit_denoiser(z, crescents(z, generator), standard_prior=True, progress=False)
-    assert denoiser.network is not None and not denoiser.known and history.best_step
-    y = crescents(torch.randn(2, 2, generator=generator, dtype=torch.float64), generator)
-    assert denoiser.at(y).density is None
+def test_noise_of_no_normal_law_is_learnt_as_a_mixture():
+    theta = 2 * torch.rand(PAIRS, 2, generator=random(1), dtype=torch.float64) - 1
+    law = uniform(-1, 2)
+    generator = random(2)
+    denoiser, _ = fit_denoiser(theta, crescents(torch.special.ndtri((theta + 1) / 2), generator), prior=law,
+                               progress=False)
+    assert denoiser.known and denoiser.network is None and denoiser.base.learnt.components >= 4
+    y = crescents(torch.randn(6, 2, generator=generator, dtype=torch.float64), generator)
+    scores = []
+    for row in y:
+        found = sample_latents(denoiser.at(row[None]), SAMPLES, seed=0, progress=False)[0]
+        scores.append(c2st(on_crescents(row, SAMPLES, 7).numpy(), found.numpy()))
+    print("C2ST", np.round(scores, 3), np.mean(scores))
+    # The network: 0.53; chance makes 0.01 for each.
+    assert np.mean(scores) < 0.53

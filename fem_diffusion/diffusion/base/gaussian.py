@@ -174,7 +174,7 @@ class GaussianBase(Tensors):
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
         most = _TOGETHER
         if self.learnt is not None:
-            most = min(most, max(1, _NUMBERS // (len(_points(self.r, y)) * self.k**2)))
+            most = min(most, max(1, _NUMBERS // (self.learnt.components * len(_points(self.r, y)) * self.k**2)))
         if not (self.affine and self.law is None) and len(y) > most:
             indices = torch.arange(len(y), device=y.device).split(most)
             parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]

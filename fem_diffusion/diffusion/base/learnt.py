@@ -1,22 +1,36 @@
 r"""Noise that is learnt: the law of readings given the latents, where nothing is known of it but pairs that hold it.
 
-Readings scatter around the emulator's f(z) by a Gaussian law whose mean and covariance depend on the latents,
+Readings scatter around the emulator's f(z) by a law whose mean and covariance depend on the latents,
 
-.. math:: y | z \sim N\big(f(z) + W^{-1} m(z),\ (T W)^{-1} (T W)^{-T}\big), \qquad T(z) = e^{D(z)} (1 + O(z)).
+.. math:: y = f(z) + W^{-1} \big(m(z) + T(z)^{-1} e\big), \qquad T(z) = e^{D(z)} (1 + O(z)),
 
-W whitens the constant covariance, by its Cholesky factor; D is diagonal and O strictly lower triangular, both and m are
-what one network emulates, and where that is zero the covariance is the constant one. T is a factor of the precision: it
-has an inverse whatever the network says, and no system is solved for a density,
-:math:`\log p(y | z) = \mathrm{tr} D - |T (W (y - f) - m)|^2 / 2 + \mathrm{const}`, by which it is trained. Of many
-readings W are principal axes, the widest first, and O has few columns: what the widest say of the others.
+with e standard normal, or of a mixture of normal laws,
+
+.. math:: p(e | z) = \sum_i \pi_i(z) N\big(\mu_i(z), (S_i^T S_i)^{-1}\big), \qquad S_i = e^{E_i(z)} (1 + U_i(z)).
+
+W whitens the constant covariance, by its Cholesky factor; D and E are diagonal, O and U strictly lower triangular, and
+one network emulates them all: where it is zero the covariance is the constant one. T and S are factors of precisions:
+they have inverses whatever the network says, and no system is solved for the density by which it is trained, up to a
+constant c,
+
+.. math:: \log p(y | z) = \mathrm{tr} D + \log \sum_i \pi_i e^{\mathrm{tr} E_i - |S_i (e - \mu_i)|^2 / 2} + c.
+
+Of many readings W are principal axes, the widest first, and O has few columns: what the widest say of the others.
+
+Training begins with one normal law. To what that leaves, mixtures that are the same everywhere are fitted by
+expectation maximisation, and as long as twice as many laws say more of held-out pairs, there are twice as many. Where
+there are several, training goes on from there.
 """
 
+import math
 import os
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
 from fem_diffusion.diffusion.tensors import Tensors
@@ -28,6 +42,10 @@ __all__ = ["LearntNoise", "fit_noise"]
 _FULL, _COLUMNS = 24, 12
 # Layers more than of other networks.
 _DEEPER = 2
+# Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
+_MOST, _STARTS, _RAISED = 16, 3, 1e-4
+# Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
+_STEPS, _RATE = 0.3, 0.05
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -37,7 +55,8 @@ class LearntNoise(Tensors):
     Parameters
     ----------
     network : Emulator
-        Of m, D and O, in this order, for k readings.
+        Of m, D and O for k readings; then of the laws that are mixed, if there are several: logarithms of shares, which
+        need not sum to one, of all of them, and mu, E and U of each.
     whitener : Tensor
         W, shape (k, k).
     sensors : Tensor
@@ -57,53 +76,89 @@ class LearntNoise(Tensors):
         """Whether all readings are at hand."""
         return len(self.sensors) == len(self.whitener)
 
+    @property
+    def components(self) -> int:
+        """How many normal laws are mixed."""
+        return mixed(self.network.config["s"], len(self.whitener))
+
+    def mixture(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normal laws of the scatter at latents (B, r): logarithms of shares (B, p), means (B, p, j), roots of
+        covariances (B, p, j, k).
+        """
+        return self._mixture(self.network(z))
+
+    def _mixture(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for what the network finds, (B, q)."""
+        shared, shares, own = _split(found, len(self.whitener))
+        (m, d, low), (mu, e, inner) = (_entries(x, len(self.whitener)) for x in (shared, own))
+        identity = torch.eye(low.shape[-1]).to(low)
+        back = torch.linalg.inv(self.whitener)[self.sensors]
+        root = back @ torch.linalg.inv(torch.exp(d)[..., None] * (low + identity))
+        mean = m @ back.T + (root @ mu[..., None])[..., 0]
+        if len(shares[0]) > 1:
+            root = root @ torch.linalg.inv(torch.exp(e)[..., None] * (inner + identity))
+        return shares, mean, root
+
     def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, j) of the scatter at latents (B, r), and covariance (B, j, j)."""
-        m, d, low = _parts(self.network(z), len(self.whitener))
-        factor = torch.exp(d)[:, :, None] * (low + torch.eye(low.shape[1]).to(low)) @ self.whitener
-        root = torch.linalg.inv(factor)[:, self.sensors]
-        return m @ self._back.T, root @ root.mT
+        """Mean of the scatter (B, j) at latents (B, r), and covariance (B, j, j)."""
+        shares, means, root = self.mixture(z)
+        weights = shares.exp()[..., None]
+        mean = (weights * means).sum(1)
+        root = torch.cat([root, (means - mean[:, None])[..., None]], 3) if len(shares[0]) > 1 else root
+        return mean, (weights[..., None] * root @ root.mT).sum(1)
 
     def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Mean of the scatter (B, j), and the map of covectors (B, j) to their pull-back (B, r)."""
         found, pull = self.network.with_pull(z)
-        k, back = len(self.whitener), self._back
-        return found[:, :k] @ back.T, lambda covector: pull(nn.functional.pad(
-            covector @ back, (0, found.shape[1] - k)))
-
-    @property
-    def _back(self) -> Tensor:
-        """W⁻¹, of the readings at hand, (j, k)."""
-        return torch.linalg.inv(self.whitener)[self.sensors]
+        with torch.enable_grad():
+            at = found.detach().requires_grad_()
+            shares, means, _ = self._mixture(at)
+            mean = (shares.exp()[..., None] * means).sum(1)
+        return mean.detach(), lambda covector: pull(torch.autograd.grad(mean, at, covector, retain_graph=True)[0])
 
     def log_density(self, rest: Tensor, z: Tensor) -> Tensor:
         """log p (B,) of readings minus the emulator's, `rest` (B, j), at latents (B, r), up to a constant."""
+        return self._log_density(rest, self.network(z))
+
+    def _log_density(self, rest: Tensor, found: Tensor) -> Tensor:
         if self.whole:
-            white, d = _whitened(rest @ self.whitener.mT, self.network(z))
-            return d.sum(1) - white.square().sum(1) / 2
-        mean, covariance = self.moments(z)
-        root, failed = torch.linalg.cholesky_ex(covariance)
-        white = torch.linalg.solve_triangular(root, (rest - mean)[:, :, None], upper=False)[:, :, 0]
-        found = -root.diagonal(dim1=1, dim2=2).log().sum(1) - white.square().sum(1) / 2
-        # Far out, where a network means nothing, rounding may leave no covariance.
-        return torch.where(failed > 0, -torch.inf, found)
+            return _log_density(rest @ self.whitener.mT, found)
+        shares, mean, root = self._mixture(found)
+        return _log_parts(rest, shares, mean, root @ root.mT).logsumexp(1)
 
     def with_pull(self, rest: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Derivatives of `log_density` by the rest, (B, j), and by the latents beside it, (B, r)."""
-        if not self.whole:
-            with torch.enable_grad():
-                at = rest.detach().requires_grad_(), z.detach().requires_grad_()
-                return torch.autograd.grad(self.log_density(*at).sum(), at)   # pyright: ignore
-        k = len(self.whitener)
         found, pull = self.network.with_pull(z)
-        m, d, low = _parts(found, k)
-        x = rest @ self.whitener.mT - m
-        white = torch.exp(d) * (x + (low @ x[:, :, None])[:, :, 0])
-        scaled = torch.exp(d) * white
-        back = scaled + (low.mT @ scaled[:, :, None])[:, :, 0]   # Tᵀ T x
-        rows, columns = _places(k, z.device)
-        slopes = torch.cat([back, 1 - white.square(), -scaled[:, rows] * x[:, columns]], 1)
-        return -back @ self.whitener, pull(slopes)
+        with torch.enable_grad():
+            at = rest.detach().requires_grad_(), found.detach().requires_grad_()
+            by_rest, by_found = torch.autograd.grad(self._log_density(*at).sum(), at)
+        return by_rest, pull(by_found)
+
+    def others(self, rest: Tensor, z: Tensor, kept: Tensor, left: Tensor,
+               generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Normal laws, means (B, l) and covariances (B, l, l), of the scatter of readings `left` given those `kept`.
+
+        `rest` (B, m) is the scatter of those kept, at latents (B, r). One of the laws that are mixed is drawn for each.
+        """
+        shares, mean, root = self.mixture(z)
+        S = root @ root.mT
+        log = _log_parts(rest, shares, mean[..., kept], S[..., kept, :][..., kept])
+        log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
+        drawn = torch.multinomial(log.softmax(1), 1, generator=generator)[:, 0]
+        rows = torch.arange(len(z), device=z.device)
+        mean, S = mean[rows, drawn], S[rows, drawn]
+        gain = torch.linalg.solve(S[:, kept][..., kept], S[:, kept][..., left]).mT
+        return (mean[:, left] + (gain @ (rest - mean[:, kept])[..., None])[..., 0],
+                S[:, left][..., left] - gain @ S[:, kept][..., left])
+
+
+def _log_parts(rest: Tensor, shares: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Logarithms (B, p), up to a constant, of what each normal law adds to the density of `rest` (B, j)."""
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    white = torch.linalg.solve_triangular(root, (rest[:, None] - mean)[..., None], upper=False)[..., 0]
+    found = shares - root.diagonal(dim1=2, dim2=3).log().sum(2) - white.square().sum(2) / 2
+    # Far out, where a network means nothing, rounding may leave no covariance.
+    return torch.where(failed > 0, -torch.inf, found)
 
 
 def _places(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -114,24 +169,50 @@ def _places(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def numbers(k: int) -> int:
+def numbers(k: int, components: int = 1) -> int:
     """How many the network emulates for k readings."""
-    return 2 * k + len(_places(k, torch.device("cpu"))[0])
+    one = 2 * k + len(_places(k, torch.device("cpu"))[0])
+    return one if components == 1 else one + components * (one + 1)
 
 
-def _parts(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """m (B, k), the diagonal of D (B, k) and O (B, k, k)."""
+def mixed(size: int, k: int) -> int:
+    """Of how many normal laws a network emulates so many numbers for k readings."""
+    return max(1, (size - numbers(k)) // (numbers(k) + 1))
+
+
+def _split(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of what a network finds, (B, q): what all laws share (B, 1, n), logarithms of shares (B, p), the rest (B, p, n).
+    """
+    one, count = numbers(k), mixed(found.shape[1], k)
+    if count == 1:
+        return found[:, None], found.new_zeros(len(found), 1), found.new_zeros(len(found), 1, one)
+    shared, shares, own = found.split([one, count, count * one], 1)
+    return shared[:, None], shares.log_softmax(1), own.unflatten(1, (count, one))
+
+
+def _entries(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """m (..., k), the diagonal of D (..., k) and O (..., k, k), of their numbers (..., n)."""
     rows, columns = _places(k, found.device)
-    low = found.new_zeros(len(found), k, k)
-    low[:, rows, columns] = found[:, 2 * k:]
-    return found[:, :k], found[:, k:2 * k], low
+    low = found.new_zeros(*found.shape[:-1], k, k)
+    low[..., rows, columns] = found[..., 2 * k:]
+    return found[..., :k], found[..., k:2 * k], low
 
 
 def _whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
-    """T (x - m) of W (y - f), x (B, k); and the diagonal of D."""
-    m, d, low = _parts(found, x.shape[1])
+    """T (x - m) of x (..., k), and tr D (...), by their numbers (..., n)."""
+    m, d, low = _entries(found, x.shape[-1])
     x = x - m
-    return torch.exp(d) * (x + (low @ x[:, :, None])[:, :, 0]), d
+    return torch.exp(d) * (x + (low @ x[..., None])[..., 0]), d.sum(-1)
+
+
+def _log_density(x: Tensor, found: Tensor) -> Tensor:
+    """Log density (B,) up to a constant of x = W (y - f), (B, k), for what a network finds, (B, q)."""
+    shared, shares, own = _split(found, x.shape[1])
+    e, volume = _whitened(x[:, None], shared)
+    if len(shares[0]) == 1:
+        return volume[:, 0] - e[:, 0].square().sum(1) / 2
+    white, more = _whitened(e, own)
+    return volume[:, 0] + (shares + more - white.square().sum(2) / 2).logsumexp(1)
 
 
 class _Likelihood(Task[Emulator]):
@@ -141,24 +222,26 @@ class _Likelihood(Task[Emulator]):
     """
 
     name = "noise"
+    start: Emulator | None   # of training, where it goes on
 
     def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
                  training: Tensor, held_out: Tensor, options: TrainingOptions):
         self.options, self.size, self.white = options, len(training), white
         self.z, self.y, self.f = z[training], y[training], f[training]
-        x = white(y[held_out], f[held_out], torch.Generator().manual_seed(options.seed + 1))
-        self.validation = z[held_out], x
+        generator = torch.Generator(z.device).manual_seed(options.seed + 1)
+        self.validation = z[held_out], white(y[held_out], f[held_out], generator)
         self.parts = [z, y]
-        self.base_losses = x.square().sum(1) / 2
+        self.start = None
+        self.base_losses = self.validation[1].square().sum(1) / 2
 
     def network(self) -> Emulator:
-        k, options = self.validation[1].shape[1], self.options
-        return Emulator(self.z.shape[1], numbers(k), options.width, options.depth)
+        if self.start is not None:
+            return deepcopy(self.start)
+        return Emulator(self.z.shape[1], numbers(self.validation[1].shape[1]), self.options.width, self.options.depth)
 
     @staticmethod
     def _losses(network: Emulator, z: Tensor, x: Tensor) -> Tensor:
-        white, d = _whitened(x, network.correction(z))
-        return white.square().sum(1) / 2 - d.sum(1)
+        return -_log_density(x, network.offset.float() + network.correction(z))
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return self.z[index], self.white(self.y[index], self.f[index], generator)
@@ -166,8 +249,59 @@ class _Likelihood(Task[Emulator]):
     def loss(self, network: Emulator, *batch: Tensor) -> Tensor:
         return self._losses(network, *batch).mean()
 
+    @torch.no_grad()
     def evaluate(self, network: Emulator) -> Tensor:
         return self._losses(network, *self.validation)
+
+    def mix(self, first: Emulator | None) -> bool:
+        """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+        pairs = self.z, self.white(self.y, self.f, generator)
+        e, held_out = ((x if first is None else _whitened(x, first.correction(z))[0]).double().cpu()
+                       for z, x in (pairs, self.validation))
+        mixture = _mixture(e, held_out, self.options.seed)
+        if mixture is None:
+            return False
+        r, k = self.z.shape[1], e.shape[1]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed)
+            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth)
+        if first is not None and first.head is not None and start.head is not None:
+            start.hidden.load_state_dict(first.hidden.state_dict())
+            start.head.weight.data[:numbers(k)] = first.head.weight.data
+        start.offset[numbers(k):] = mixture
+        self.start, self.name = start.to(self.z.device), "mixture"
+        self.base_losses = self.evaluate(self.start)
+        return True
+
+
+def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
+    """Normal laws that are mixed to the law of e (n, k), the same everywhere: their numbers, as `_split` takes them.
+
+    None where two of them do not get more density at `held_out` (m, k) than a standard normal law, by more than two
+    standard errors; they are doubled until twice as many do not.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    (rows, columns), full = _places(e.shape[1], e.device), e.shape[1] <= _FULL
+    best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
+    while count <= min(_MOST, len(e)):
+        law = GaussianMixture(count, covariance_type="full" if full else "diag", n_init=_STARTS, reg_covar=_RAISED,
+                              tol=1e-4, max_iter=200, random_state=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)   # training goes on from there
+            after = torch.from_numpy(law.fit(e.numpy()).score_samples(held_out.numpy()))
+        gain = after - before
+        if not float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain)):
+            break
+        shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
+        root = root if full else torch.diag_embed(root)
+        d = root.diagonal(dim1=1, dim2=2)
+        best = torch.cat([shares.log(), torch.cat([means, d.log(), (root.mT / d[..., None])[:, rows, columns]],
+                                                  1).flatten()])
+        before, count = after, 2 * count
+    return best
 
 
 def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
@@ -208,6 +342,12 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
                       patience=-(-options.patience // 2))
     task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
     network = Loop(task, options, checkpoint).run(progress)
+    if task.mix(network):
+        if network is not None:
+            options = replace(options, steps=max(1, round(_STEPS * options.steps)),
+                              learning_rate=_RATE * options.learning_rate)
+        loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}.mixture")
+        network = loop.run(progress) or task.start
     if network is None:
         return None
     network = network.to("cpu").eval().requires_grad_(False)
