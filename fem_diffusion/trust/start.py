@@ -12,6 +12,7 @@ from scipy.linalg import block_diag, null_space
 from fem_diffusion.checks import stream
 from fem_diffusion.diffusion import Conditioned, log_density, sample_latents
 from fem_diffusion.diffusion.base.layouts import decorrelated
+from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -114,11 +115,14 @@ def known_readings(posterior: "Posterior") -> Base | None:
     Sensors of a family are rows over coordinates of the state, in units of noise and emulator error; what whitened them
     is found from the noise.
     """
-    density, noise = posterior.conditioned.density, posterior.problem.noise
+    conditioned, noise = posterior.conditioned, posterior.problem.noise
+    density, scale = conditioned.density, conditioned.latents
     if density is None or noise is None:
         return None
-    if density.base.law is not None or posterior.conditioned.readings is not None:
-        return _by_law(posterior.conditioned, posterior.basis.r)
+    if scale is not None:
+        return _unscaled(known_readings(replace(posterior, conditioned=replace(conditioned, latents=None))), scale)
+    if density.base.law is not None or conditioned.readings is not None:
+        return _by_law(conditioned, posterior.basis.r)
     emulator, learnt, r = density.base.emulator, density.base.learnt, posterior.basis.r
     rows, y = density.rows[0], torch.from_numpy(posterior.y)
     left = torch.eye(len(rows), dtype=rows.dtype) - rows @ emulator.residual @ rows.T
@@ -146,6 +150,20 @@ def known_readings(posterior: "Posterior") -> Base | None:
             return np.hstack([pulled, np.zeros((len(z), z.shape[1] - r))])
         return (offset + c @ matrix.T).numpy(), pull
     return base
+
+
+def _unscaled(base: Base | None, scale: MonotoneMap) -> Base | None:
+    """A base of latents that a scale has made, as one of the users' latents, which come first."""
+    if base is None:
+        return None
+    r = len(scale)
+
+    def outer(z: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+        own = torch.from_numpy(z[:, :r].copy())
+        found, pull = base(np.hstack([scale.forward(own).numpy(), z[:, r:]]))
+        slope = np.hstack([scale.log_slope(own).exp().numpy(), np.ones((len(z), z.shape[1] - r))])
+        return found, lambda covector: pull(covector) * slope
+    return outer
 
 
 def _by_law(conditioned: Conditioned, r: int) -> Base:

@@ -6,12 +6,15 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 from firedrake import Function, FunctionSpace, SpatialCoordinate, UnitIntervalMesh, sin
+from scipy.stats import uniform
 
-from fem_diffusion.diffusion import GaussianNoise, MeasurementWarning, TrainingOptions
+from fem_diffusion.diffusion import GaussianNoise, MeasurementWarning, TrainingOptions, fit_denoiser
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.coefficients import coefficients
 from fem_diffusion.model.fit import fit
+from fem_diffusion.model.posterior import Posterior
 from fem_diffusion.observation.family import SensorFamily, SensorKind
 from fem_diffusion.observation.linear import point_sensors
 from fem_diffusion.prior.expansion import karhunen_loeve, pod
@@ -150,6 +153,32 @@ def test_latents_without_a_density_need_one():
         posterior.correct(seed=1, progress=False)
     samples = posterior.correct(solves=2500, seed=1, log_prior=lambda z: -(z**2).sum(axis=1) / 2, progress=False)
     assert np.isnan(samples.certificate.unseen) and samples.certificate.ess > 100
+
+
+def test_an_emulator_of_scaled_latents_takes_those_of_the_users():
+    """Uniform latents, which are mapped to normal ones, told a surrogate by their own numbers."""
+    rng = np.random.default_rng(0)
+    V, _ = line()
+    case, z = problem(bent), 4 * rng.random((2000, 3)) - 2
+
+    def readings(z):
+        return np.stack([z[:, 0] + z[:, 1]**2 / 4, z[:, 1] - z[:, 2], z[:, 2]], 1)
+    options = TrainingOptions(steps=1000, evaluate_every=100, width=32, depth=2)
+    denoiser, _ = fit_denoiser(torch.from_numpy(z), torch.from_numpy(readings(z)), 0.3, prior=uniform(-2, 4),
+                               options=options, progress=False)
+    assert denoiser.latents is not None
+    y = np.array([0.3, -0.2, 0.5])
+    basis = pod(V, rng.standard_normal((20, V.dim())), 3)
+    posterior = Posterior(case, basis, denoiser.at(torch.from_numpy(y)[None]), y)
+    base, at, covector = start.known_readings(posterior), 1.5 * z[:50], rng.standard_normal((50, 3))
+    at = np.hstack([at.clip(-1.8, 1.8), rng.standard_normal((50, 2))])   # two modes more than the model has
+    found, pull = base(at)
+    np.testing.assert_allclose(found, readings(at), atol=0.1)
+    slope = np.zeros((50, 5))
+    for i in range(5):
+        step = 1e-4 * np.eye(5)[i]
+        slope[:, i] = ((base(at + step)[0] - base(at - step)[0]) * covector).sum(1) / 2e-4
+    np.testing.assert_allclose(pull(covector), slope, atol=1e-2)
 
 
 def test_noise_that_is_three_times_what_was_said_is_told():
