@@ -136,7 +136,7 @@ class Posterior:
         return self.problem.measurements(self.sample(n, seed=seed, progress=False).values, seed=seed)
 
     def log_density(self, samples: Samples) -> np.ndarray:
-        """Log density (n,) of the samples' latents under the diffusion model, without corrections, by `log_density`.
+        """Log density (n,) of the samples' latents by the model, as `diffusion.log_density` has it.
 
         The samples are of this posterior or another one in the same basis, InputError if they have another number of
         latents. Modes past r are left out.

@@ -9,6 +9,8 @@ al. 2021, eq. 39). At :math:`\theta = \pi/2` the law of v is standard normal, at
 
 and where latents are mapped, the logarithm of the map's slope is added.
 
+Where no network takes part and the emulator has a density, samples are of that, and its integral is estimated.
+
 The trajectory needs many values of N, the integral few of its divergence, which cost r times as much: so the one is
 integrated first, and the other along it by Gauss's rule, with as few nodes as some of the rows need.
 """
@@ -40,9 +42,13 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
                 chunk: int = 1024) -> Tensor:
     """Log density (B, n) of latents given measurements, by the diffusion model without corrections.
 
+    Without a network it is that of the emulator, where there is one: of the law that corrections lead to. Its integral
+    is estimated by 1,000 points, with an error of some 0.1 that all latents of a measurement share.
+
     It is minus infinity outside the support of the latents; inside, the law is not divided by the mass that stays
     inside hard bounds, where there are any. InputError if shapes disagree, a value is not finite and real, or another
-    argument is of the wrong kind; SolveError if the flow cannot be integrated.
+    argument is of the wrong kind; SolveError if the flow cannot be integrated, or tempering does not reach the law of
+    the emulator.
 
     Parameters
     ----------
@@ -54,7 +60,7 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
         Random vectors of Hutchinson's estimate of the divergence; 0 takes the exact divergence, at the cost of r
         derivatives. Where left out: exact for r <= 256, otherwise 8 probes.
     seed, chunk : int
-        Of the probes; rows that are integrated together.
+        Of the probes, and of the points; rows that are integrated together.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     located, r = conditioned.located, conditioned.r
@@ -66,14 +72,19 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     # Where no map leads, a stand-in.
     at = z if inside is None else torch.where(inside[..., None], z, conditioned.back(torch.zeros_like(z)))
     w = located.whiten(conditioned.mapped(at).transpose(0, 1)).transpose(0, 1)
-    rows = torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1])
-    nodes, parts = 0, []
-    for index, part in zip(rows.split(chunk), w.flatten(0, 1).split(chunk)):
-        flow = _Flow(conditioned.select(index), part, probes, generator)
-        nodes = nodes or _nodes(flow)
-        parts.append(flow.log_density(nodes))
-    density = torch.cat([z.new_empty(0), *parts])
-    density = density.view(z.shape[:2]) - located.log_determinant[:, None]
+    if conditioned.network is None and conditioned.density is not None:
+        with torch.no_grad():
+            density = -conditioned.density.energy(w.transpose(0, 1)).T
+            density = density - conditioned.density.log_integral(generator)[:, None]
+    else:
+        rows = torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1])
+        nodes, parts = 0, []
+        for index, part in zip(rows.split(chunk), w.flatten(0, 1).split(chunk)):
+            flow = _Flow(conditioned.select(index), part, probes, generator)
+            nodes = nodes or _nodes(flow)
+            parts.append(flow.log_density(nodes))
+        density = torch.cat([z.new_empty(0), *parts]).view(z.shape[:2])
+    density = density - located.log_determinant[:, None]
     if conditioned.latents is not None and inside is not None:
         density = torch.where(inside, density + conditioned.latents.log_slope(at).sum(-1), -math.inf)
     if conditioned.support is not None:

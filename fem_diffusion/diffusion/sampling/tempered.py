@@ -6,9 +6,11 @@ Points begin as draws of a standard normal law and follow
 
 to the law exp(-E) (Del Moral, Doucet and Jasra 2006). Each step to the next :math:`\beta` is as long as leaves half of
 the points effective; they are multiplied by their weights and move under the law of that :math:`\beta` (Hamiltonian
-moves). So several modes get the points that are due to them, and none is left behind where there is no density.
+moves). So several modes get the points that are due to them, and none is left behind where there is no density. The
+product of the mean weights estimates the integral of exp(-E).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,9 +30,10 @@ _MOST = 300
 
 
 def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor], moves: int,
-             generator: torch.Generator) -> Tensor:
+             generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Points (n, B, r) of B laws exp(-energy), from draws w (n, B, r) of standard normal ones; n of 100 and more.
 
+    Also logarithms (B,) of their integrals, with an error of about the root of the number of temperatures over n.
     SolveError where no point has a density.
 
     Parameters
@@ -41,7 +44,8 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
     moves : int
         At the end, under the laws themselves; no more than these at each temperature.
     """
-    n, size, _ = w.shape
+    n, size, r = w.shape
+    integral = w.new_full((size,), r / 2 * math.log(2 * math.pi))
     like = {"dtype": w.dtype, "device": w.device}
     beta, leap = torch.zeros(size, **like), torch.full((size,), _FIRST, **like)
     for step in range(_MOST):
@@ -51,6 +55,7 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
             raise SolveError("The emulator's posterior has no density where the base is: simulate more pairs.")
         ahead = _ahead(change, 1 - beta)
         weights = torch.softmax(ahead * change, 0)
+        integral = integral + torch.logsumexp(ahead * change, 0) - math.log(n)
         w = w.gather(0, _resampled(weights, generator)[..., None].expand_as(w))
         # Rounding must not leave a rest.
         beta = torch.where(ahead >= 1 - beta, 1.0, beta + ahead)
@@ -59,7 +64,7 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
         for _ in range(moves if done else min(_MOVES, moves)):
             w, leap = _moved(w, factor, energy, force, beta, leap, generator)
         if done:
-            return w
+            return w, integral
     raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: simulate more pairs.")
 
 
