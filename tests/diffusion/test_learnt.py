@@ -321,6 +321,30 @@ def test_noise_of_several_laws_is_learnt_as_a_mixture(tmp_path):
         assert off(single) > 0.12
 
 
+def test_many_readings_have_mixtures_along_their_axes():
+    """Of one pair in four all 26 readings are five times as noisy."""
+    k = 26
+
+    def noisy(z, generator):
+        bad = torch.rand(len(z), 1, generator=generator) < 0.25
+        return z @ torch.ones(2, k).double() + torch.where(bad, 2.5, 0.5) * torch.randn(
+            len(z), k, generator=generator, dtype=z.dtype)
+    z, fresh = (torch.randn(1500, 2, generator=random(i), dtype=torch.float64) for i in (0, 1))
+    f, y = fresh.sum(1, keepdim=True).expand(-1, k), noisy(fresh, random(2))
+    residual = (0.75 * 0.25 + 0.25 * 6.25) * torch.eye(k).double()
+    options = replace(QUICK, steps=300)
+    noise = fit_noise(z, noisy(z, random(3)), z.sum(1, keepdim=True).expand(-1, k), residual,
+                      lambda y, generator: y, options, None, False)
+    assert noise is not None and noise.components == 2
+    rest = y - f
+    parts = [np.log(share) + torch.distributions.Normal(0.0, std).log_prob(rest).sum(1)
+             for share, std in ((0.75, 0.5), (0.25, 2.5))]
+    exact = torch.stack(parts).logsumexp(0)
+    normal = torch.linalg.slogdet(noise.whitener)[1] - k / 2 * np.log(2 * np.pi)
+    # One normal law is 14 nats below.
+    assert abs(float((noise.log_density(rest, fresh) + normal - exact).mean())) < 1
+
+
 def test_noise_that_is_the_same_everywhere_stays_so():
     z = torch.randn(2000, 2, generator=random(), dtype=torch.float64)
     y = z + 0.3 * torch.randn(2000, 2, generator=random(1), dtype=torch.float64)
