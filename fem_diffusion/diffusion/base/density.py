@@ -34,8 +34,8 @@ __all__ = ["EmulatorDensity", "emulator_density"]
 _LEAPS = 4
 # Points of each posterior that are tempered together, at least.
 _FEWEST = 1000
-# Points whose states are held at once.
-_ROWS = 4096
+# Points whose states are held at once, and numbers in the matrices of their noise.
+_ROWS, _NUMBERS = 4096, 2**23
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,10 +54,16 @@ class EmulatorDensity(Tensors):
     target: Tensor
     noise: Noise | None = None
 
+    @property
+    def _rows(self) -> int:
+        """How many points are evaluated at once."""
+        learnt = self.base.learnt
+        return _ROWS if learnt is None else max(1, min(_ROWS, _NUMBERS // (learnt.components * len(learnt.whitener)**2)))
+
     def energy(self, w: Tensor) -> Tensor:
         """Negative log density (n, B) up to a constant, at n points each (n, B, r)."""
-        if len(w) > 1 and w[..., 0].numel() > _ROWS:
-            return torch.cat([self.energy(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
+        if len(w) > 1 and w[..., 0].numel() > self._rows:
+            return torch.cat([self.energy(part) for part in w.split(max(1, self._rows // w.shape[1]))])
         z = self.located.colour(w)
         away = z - self.base.mean
         prior = ((away @ self.base.precision) * away).sum(2) / 2
@@ -68,8 +74,8 @@ class EmulatorDensity(Tensors):
 
     def force(self, w: Tensor) -> Tensor:
         """Gradient of `energy`, shape (n, B, r)."""
-        if len(w) > 1 and w[..., 0].numel() > _ROWS:
-            return torch.cat([self.force(part) for part in w.split(max(1, _ROWS // w.shape[1]))])
+        if len(w) > 1 and w[..., 0].numel() > self._rows:
+            return torch.cat([self.force(part) for part in w.split(max(1, self._rows // w.shape[1]))])
         z = self.located.colour(w)
         flat = z.flatten(0, 1)
         if self.noise is not None:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
 from fem_diffusion.diffusion.tensors import Tensors
-from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out
+from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
 
 __all__ = ["LearntNoise", "fit_noise"]
 
@@ -44,6 +44,8 @@ _FULL, _COLUMNS = 24, 12
 _DEEPER = 2
 # Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
 _MOST, _STARTS, _RAISED = 16, 3, 1e-4
+# Pairs whose matrices are held at once.
+_TOGETHER = 1024
 # Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
 _STEPS, _RATE = 0.3, 0.05
 
@@ -257,8 +259,11 @@ class _Likelihood(Task[Emulator]):
         """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
         pairs = self.z, self.white(self.y, self.f, generator)
-        e, held_out = ((x if first is None else _whitened(x, first.correction(z))[0]).double().cpu()
-                       for z, x in (pairs, self.validation))
+
+        def rest(z: Tensor, x: Tensor) -> Tensor:
+            return x if first is None else torch.cat([_whitened(x, first.correction(z))[0] for z, x in zip(
+                z.split(_TOGETHER), x.split(_TOGETHER))])
+        e, held_out = (rest(*part).double().cpu() for part in (pairs, self.validation))
         mixture = _mixture(e, held_out, self.options.seed)
         if mixture is None:
             return False
@@ -292,8 +297,7 @@ def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)   # training goes on from there
             after = torch.from_numpy(law.fit(e.numpy()).score_samples(held_out.numpy()))
-        gain = after - before
-        if not float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain)):
+        if not sure(after - before):
             break
         shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
         root = root if full else torch.diag_embed(root)

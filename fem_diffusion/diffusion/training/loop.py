@@ -25,7 +25,7 @@ from fem_diffusion.diffusion.training.checkpoint import load_state, read_state, 
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.progress import bar
 
-__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "threads", "unpack_history"]
+__all__ = ["History", "Loop", "Task", "TrainingOptions", "hold_out", "sure", "threads", "unpack_history"]
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -272,15 +272,17 @@ class Loop(Generic[N]):
         save_state(path, self, {"fingerprint": self.fingerprint, "history": asdict(self.history)})
 
     def _result(self) -> N | None:
-        gain = self.task.gain(self.best_losses)
-        # Too few held-out pairs cannot speak for a network.
-        threshold = 2 * float(gain.std()) / math.sqrt(len(gain)) if len(gain) >= _FEWEST_HELD_OUT else math.inf
-        if self.best is None or not float(gain.mean()) > threshold:
+        if self.best is None or not sure(self.task.gain(self.best_losses)):
             self.history.best_step = 0
             return None
         for network, row in zip(self.networks, self.best):
             into(network, row.clone())
         return self.task.joined(self.networks).eval().requires_grad_(False)
+
+
+def sure(gain: Tensor) -> bool:
+    """Whether held-out pairs gain (n,), on average, by more than two standard errors; too few cannot say so."""
+    return len(gain) >= _FEWEST_HELD_OUT and float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(gain))
 
 
 def unpack_history(content: files.Content) -> History:
