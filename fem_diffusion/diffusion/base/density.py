@@ -58,7 +58,8 @@ class EmulatorDensity(Tensors):
     def _rows(self) -> int:
         """How many points are evaluated at once."""
         learnt = self.base.learnt
-        return _ROWS if learnt is None else max(1, min(_ROWS, _NUMBERS // (learnt.components * len(learnt.whitener)**2)))
+        size = 1 if learnt is None else learnt.components * len(learnt.whitener)**2
+        return max(1, min(_ROWS, _NUMBERS // size))
 
     def energy(self, w: Tensor) -> Tensor:
         """Negative log density (n, B) up to a constant, at n points each (n, B, r)."""
