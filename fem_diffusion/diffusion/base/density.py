@@ -32,8 +32,8 @@ from fem_diffusion.diffusion.tensors import Tensors
 __all__ = ["EmulatorDensity", "emulator_density"]
 
 _LEAPS = 4
-# Points of each posterior that are tempered together, at least.
-_FEWEST = 1000
+# Points of each posterior that are tempered together, at least; draws of the base for each at the start.
+_FEWEST, _START = 1000, 4
 # Points whose states are held at once, and numbers in the matrices of their noise.
 _ROWS, _NUMBERS = 4096, 2**23
 
@@ -112,16 +112,18 @@ class EmulatorDensity(Tensors):
         """Points of the law itself (n, B, r), by tempering from the base, with so many moves at the end."""
         mean = self.located.mean
         like = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
-        start = torch.randn(max(n, _FEWEST), *mean.shape, **like)
-        found, _ = tempered(start, self.energy, self.force, moves, generator)
+        count = max(n, _FEWEST)
+        start = torch.randn(_START * count, *mean.shape, **like)
+        found, _ = tempered(start, count, self.energy, self.force, moves, generator)
         # Copies of one point stand side by side.
         return found[torch.randperm(len(found), generator=generator, device=mean.device)[:n]]
 
     def log_integral(self, generator: torch.Generator) -> Tensor:
         """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering: off by some 0.1."""
         mean = self.located.mean
-        start = torch.randn(_FEWEST, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-        return tempered(start, self.energy, self.force, 1, generator)[1]
+        like = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
+        start = torch.randn(_START * _FEWEST, *mean.shape, **like)
+        return tempered(start, _FEWEST, self.energy, self.force, 2, generator)[1]
 
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""

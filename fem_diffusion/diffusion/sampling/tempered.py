@@ -5,9 +5,14 @@ Points begin as draws of a standard normal law and follow
 .. math:: \pi_\beta(w) \propto e^{-(1 - \beta) |w|^2 / 2 - \beta E(w)}, \qquad 0 = \beta_0 < \beta_1 < \dots = 1,
 
 to the law exp(-E) (Del Moral, Doucet and Jasra 2006). Each step to the next :math:`\beta` is as long as leaves half of
-the points effective; they are multiplied by their weights and move under the law of that :math:`\beta` (Hamiltonian
+the points effective; n of them are drawn by their weights and move under the law of that :math:`\beta` (Hamiltonian
 moves). So several modes get the points that are due to them, and none is left behind where there is no density. The
 product of the mean weights estimates the integral of exp(-E).
+
+What chance does to the shares of modes adds up over the steps. Two things keep it small: the places of all moves have
+weights, and not those of the last alone (waste-free, Dau and Chopin 2022, doi:10.1111/rssb.12475), and points are drawn
+in the order of their principal axis, so that each part of it gets its due (Gerber, Chopin and Whiteley 2019,
+doi:10.1214/18-AOS1746).
 """
 
 import math
@@ -29,12 +34,12 @@ _MOVES, _FIRST, _LONGEST, _ACCEPTED = 4, 0.4, 1.2, 0.75
 _MOST = 300
 
 
-def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor], moves: int,
+def tempered(pool: Tensor, n: int, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor], moves: int,
              generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points (n, B, r) of B laws exp(-energy), from draws w (n, B, r) of standard normal ones; n of 100 and more.
+    """Points (n, B, r) of B laws exp(-energy), n of 100 and more, and logarithms (B,) of the laws' integrals.
 
-    Also logarithms (B,) of their integrals, with an error of about the root of the number of temperatures over n.
-    SolveError where no point has a density.
+    The `pool` (m, B, r) are draws of standard normal laws: n, or better some times as many. SolveError where no point
+    has a density.
 
     Parameters
     ----------
@@ -44,27 +49,29 @@ def tempered(w: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Ten
     moves : int
         At the end, under the laws themselves; no more than these at each temperature.
     """
-    n, size, r = w.shape
-    integral = w.new_full((size,), r / 2 * math.log(2 * math.pi))
-    like = {"dtype": w.dtype, "device": w.device}
-    beta, leap = torch.zeros(size, **like), torch.full((size,), _FIRST, **like)
+    _, size, r = pool.shape
+    integral = pool.new_full((size,), r / 2 * math.log(2 * math.pi))
+    beta, leap = torch.zeros_like(integral), torch.full_like(integral, _FIRST)
     for step in range(_MOST):
-        change = w.square().sum(-1) / 2 - energy(w)
+        change = pool.square().sum(-1) / 2 - energy(pool)
         change = torch.where(torch.isfinite(change), change, -1e300)
         if (change.amax(0) <= -1e300).any():
             raise SolveError("The emulator's posterior has no density where the base is: simulate more pairs.")
         ahead = _ahead(change, 1 - beta)
         weights = torch.softmax(ahead * change, 0)
-        integral = integral + torch.logsumexp(ahead * change, 0) - math.log(n)
-        w = w.gather(0, _resampled(weights, generator)[..., None].expand_as(w))
+        integral = integral + torch.logsumexp(ahead * change, 0) - math.log(len(pool))
+        place = _resampled(pool, weights, n, generator)
+        w = pool.gather(0, place[..., None].expand(-1, -1, r))
         # Rounding must not leave a rest.
         beta = torch.where(ahead >= 1 - beta, 1.0, beta + ahead)
         done = bool((beta == 1).all())
-        factor = _factor(w)
+        factor, places = _factor(w), []
         for _ in range(moves if done else min(_MOVES, moves)):
             w, leap = _moved(w, factor, energy, force, beta, leap, generator)
+            places.append(w)
         if done:
             return w, integral
+        pool = torch.cat(places)
     raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: simulate more pairs.")
 
 
@@ -82,12 +89,16 @@ def _ahead(change: Tensor, most: Tensor) -> Tensor:
     return torch.where(whole, most, high)
 
 
-def _resampled(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers (n, B) of points with weights (n, B), each as often as n times its weight, rounded up or down."""
-    n, size = weights.shape
-    shift = torch.rand(size, 1, generator=generator, dtype=weights.dtype, device=weights.device)
+def _resampled(w: Tensor, weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Numbers (n, B) of points (m, B, r) with weights (m, B), each as often as n times its weight, rounded up or down.
+    """
+    away = (w - w.mean(0)).transpose(0, 1)
+    axis = torch.linalg.eigh(away.mT @ away)[1][:, :, -1:]
+    order = (away @ axis)[..., 0].T.argsort(0)
+    shift = torch.rand(weights.shape[1], 1, generator=generator, dtype=weights.dtype, device=weights.device)
     places = (torch.arange(n, dtype=weights.dtype, device=weights.device) + shift) / n
-    return torch.searchsorted(weights.T.cumsum(1).contiguous(), places).clamp(max=n - 1).T
+    found = torch.searchsorted(weights.gather(0, order).T.cumsum(1).contiguous(), places)
+    return order.gather(0, found.clamp(max=len(weights) - 1).T)
 
 
 def _factor(w: Tensor) -> Tensor:
