@@ -17,6 +17,7 @@ from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.base.learnt import LearntNoise, fit_noise, numbers
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
+from fem_diffusion.diffusion.sampling.mixtures import fit_mixture, standard_normal
 from fem_diffusion.diffusion.sampling.tempered import tempered
 from fem_diffusion.diffusion.training.choice import advantage
 from fem_diffusion.errors import FileError
@@ -178,13 +179,37 @@ def _two_modes(w):
     return w[..., 1]**2 / 2 - torch.logsumexp(parts, 0)
 
 
+def test_a_mixture_is_fitted_to_points():
+    """Two lanes: two modes with shares of 0.2 and 0.8, and one normal law with a correlation."""
+    generator = random(3)
+    white = torch.randn(2000, 2, 2, generator=generator).double()
+    left = torch.rand(2000, generator=generator) < 0.2
+    points = torch.stack([0.1 * white[:, 0] + torch.where(left, -3.0, 3.0)[:, None],
+                          white[:, 1] @ torch.tensor([[1.0, 0.9], [0.0, 0.4]]).double()], 1)
+    law = fit_mixture(points, 0)
+    drawn = law.draw(20000, generator)
+    # Nine tenths are the law of the points, one is standard normal.
+    near = (drawn[:, 0, 0] + 3).abs() < 0.5
+    far = (drawn[:, 0, 0] - 3).abs() < 0.5
+    assert abs(float(near.double().mean()) - 0.9 * 0.2) < 0.03 and abs(float(far.double().mean()) - 0.9 * 0.8) < 0.03
+    covariance = drawn[:, 1].T @ drawn[:, 1] / 20000
+    exact = torch.tensor([[0.9 + 0.1, 0.9 * 0.9], [0.9 * 0.9, 0.9 * (0.81 + 0.16) + 0.1]])
+    assert (covariance - exact).abs().max() < 0.15
+    at = drawn[:50].clone().requires_grad_()
+    energy = law.energy(at)
+    exact = _mixture(law.shares.exp(), law.means, torch.linalg.inv(law.roots @ law.roots.mT)).log_prob(at)
+    torch.testing.assert_close(energy, -exact)
+    gradient, = torch.autograd.grad(energy.sum(), at)
+    torch.testing.assert_close(law.force(at.detach()), gradient)
+
+
 def test_tempering_gives_modes_what_is_due_to_them():
     def force(w):
         with torch.enable_grad():
             at = w.detach().requires_grad_()
             return torch.autograd.grad(_two_modes(at).sum(), at)[0]
-    start = torch.randn(4000, 2, 2, generator=random()).double()
-    w, integral = tempered(start, 4000, _two_modes, force, 5, random(1))
+    like = torch.zeros(2, 2).double()
+    w, integral = tempered(standard_normal(like), 4000, _two_modes, force, 5, random(1))
     # Both laws have as much under them as a normal one of width 0.2; 4,000 points err by 0.03.
     torch.testing.assert_close(integral, torch.full((2,), np.log(2 * np.pi * 0.2)).double(), rtol=0, atol=0.15)
     share = (w[..., 0] > 0).double().mean(0)
@@ -193,6 +218,7 @@ def test_tempering_gives_modes_what_is_due_to_them():
     assert away.mean(0).abs().max() < 0.1 and (away.std(0) - 1).abs().max() < 0.1
     assert w[..., 1].mean(0).abs().max() < 0.1 and (w[..., 1].std(0) - 1).abs().max() < 0.1
     # Moves alone leave half of the points on each side.
+    start = torch.randn(4000, 2, 2, generator=random()).double()
     for _ in range(50):
         start, _ = hamiltonian_move(start, _two_modes, force, 0.1, 5, random(2))
     assert ((start[..., 0] > 0).double().mean(0) - 0.5).abs().max() < 0.05

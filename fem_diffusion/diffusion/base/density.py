@@ -26,14 +26,15 @@ from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.maps.noise import MappedNoise
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move, shorter
+from fem_diffusion.diffusion.sampling.mixtures import fit_mixture, standard_normal
 from fem_diffusion.diffusion.sampling.tempered import tempered
 from fem_diffusion.diffusion.tensors import Tensors
 
 __all__ = ["EmulatorDensity", "emulator_density"]
 
 _LEAPS = 4
-# Points of each posterior that are tempered together, at least; draws of the base for each at the start.
-_FEWEST, _START = 1000, 4
+# Points of each posterior that are tempered together, from the base and, at least, from what these find.
+_FIRST, _FEWEST = 1000, 256
 # Points whose states are held at once, and numbers in the matrices of their noise.
 _ROWS, _NUMBERS = 4096, 2**23
 
@@ -110,20 +111,20 @@ class EmulatorDensity(Tensors):
 
     def draw(self, n: int, moves: int, generator: torch.Generator) -> Tensor:
         """Points of the law itself (n, B, r), by tempering from the base, with so many moves at the end."""
-        mean = self.located.mean
-        like = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
-        count = max(n, _FEWEST)
-        start = torch.randn(_START * count, *mean.shape, **like)
-        found, _ = tempered(start, count, self.energy, self.force, moves, generator)
+        found, _ = self._tempered(n, moves, generator)
         # Copies of one point stand side by side.
-        return found[torch.randperm(len(found), generator=generator, device=mean.device)[:n]]
+        return found[torch.randperm(len(found), generator=generator, device=found.device)[:n]]
 
     def log_integral(self, generator: torch.Generator) -> Tensor:
-        """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering: off by some 0.1."""
+        """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering: off by some 0.05."""
+        return self._tempered(_FEWEST, 2, generator)[1]
+
+    def _tempered(self, n: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """At least n points (., B, r) and the integrals (B,): from the base, and from a mixture of what that finds."""
         mean = self.located.mean
-        like = {"generator": generator, "dtype": mean.dtype, "device": mean.device}
-        start = torch.randn(_START * _FEWEST, *mean.shape, **like)
-        return tempered(start, _FEWEST, self.energy, self.force, 2, generator)[1]
+        found, _ = tempered(standard_normal(mean), _FIRST, self.energy, self.force, moves, generator)
+        seed = int(torch.randint(2**31, (), generator=generator, device=mean.device))
+        return tempered(fit_mixture(found, seed), max(n, _FEWEST), self.energy, self.force, moves, generator)
 
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""

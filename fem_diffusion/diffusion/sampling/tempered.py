@@ -1,18 +1,19 @@
 r"""Draws of a law that moves alone do not reach: sequential Monte Carlo by adaptive tempering.
 
-Points begin as draws of a standard normal law and follow
+Points begin as draws of a mixture q of normal laws and follow
 
-.. math:: \pi_\beta(w) \propto e^{-(1 - \beta) |w|^2 / 2 - \beta E(w)}, \qquad 0 = \beta_0 < \beta_1 < \dots = 1,
+.. math:: \pi_\beta(w) \propto q(w)^{1 - \beta} e^{-\beta E(w)}, \qquad 0 = \beta_0 < \beta_1 < \dots = 1,
 
 to the law exp(-E) (Del Moral, Doucet and Jasra 2006). Each step to the next :math:`\beta` is as long as leaves half of
 the points effective; n of them are drawn by their weights and move under the law of that :math:`\beta` (Hamiltonian
 moves). So several modes get the points that are due to them, and none is left behind where there is no density. The
 product of the mean weights estimates the integral of exp(-E).
 
-What chance does to the shares of modes adds up over the steps. Two things keep it small: the places of all moves have
-weights, and not those of the last alone (waste-free, Dau and Chopin 2022, doi:10.1111/rssb.12475), and points are drawn
-in the order of their principal axis, so that each part of it gets its due (Gerber, Chopin and Whiteley 2019,
-doi:10.1214/18-AOS1746).
+What chance does to the shares of modes adds up over the steps. Three things keep it small: the places of all moves have
+weights, and not those of the last alone (waste-free, Dau and Chopin 2022, doi:10.1111/rssb.12475); points are drawn in
+the order of their principal axis, so that each part of it gets its due (Gerber, Chopin and Whiteley 2019,
+doi:10.1214/18-AOS1746); and what is found from a standard normal law is where q of a second run comes from, which takes
+few steps.
 """
 
 import math
@@ -22,10 +23,13 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move, shorter
+from fem_diffusion.diffusion.sampling.mixtures import NormalMixture, turned
 from fem_diffusion.errors import SolveError
 
 __all__ = ["tempered"]
 
+# Draws at the start, for each point that is wanted.
+_START = 4
 # Share of the points that stay effective; halvings of an interval of beta; leaps of a move.
 _EFFECTIVE, _HALVINGS, _LEAPS = 0.5, 30, 5
 # Moves at each beta, at most; first and longest leap, and acceptance that it is adapted to.
@@ -34,12 +38,11 @@ _MOVES, _FIRST, _LONGEST, _ACCEPTED = 4, 0.4, 1.2, 0.75
 _MOST = 300
 
 
-def tempered(pool: Tensor, n: int, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor], moves: int,
-             generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
+             moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Points (n, B, r) of B laws exp(-energy), n of 100 and more, and logarithms (B,) of the laws' integrals.
 
-    The `pool` (m, B, r) are draws of standard normal laws: n, or better some times as many. SolveError where no point
-    has a density.
+    SolveError where no point has a density.
 
     Parameters
     ----------
@@ -49,11 +52,11 @@ def tempered(pool: Tensor, n: int, energy: Callable[[Tensor], Tensor], force: Ca
     moves : int
         At the end, under the laws themselves; no more than these at each temperature.
     """
-    _, size, r = pool.shape
-    integral = pool.new_full((size,), r / 2 * math.log(2 * math.pi))
+    pool = start.draw(_START * n, generator)
+    integral = torch.zeros_like(start.means[:, 0, 0])
     beta, leap = torch.zeros_like(integral), torch.full_like(integral, _FIRST)
     for step in range(_MOST):
-        change = pool.square().sum(-1) / 2 - energy(pool)
+        change = start.energy(pool) - energy(pool)
         change = torch.where(torch.isfinite(change), change, -1e300)
         if (change.amax(0) <= -1e300).any():
             raise SolveError("The emulator's posterior has no density where the base is: simulate more pairs.")
@@ -61,13 +64,19 @@ def tempered(pool: Tensor, n: int, energy: Callable[[Tensor], Tensor], force: Ca
         weights = torch.softmax(ahead * change, 0)
         integral = integral + torch.logsumexp(ahead * change, 0) - math.log(len(pool))
         place = _resampled(pool, weights, n, generator)
-        w = pool.gather(0, place[..., None].expand(-1, -1, r))
+        w = pool.gather(0, place[..., None].expand(-1, -1, pool.shape[2]))
         # Rounding must not leave a rest.
         beta = torch.where(ahead >= 1 - beta, 1.0, beta + ahead)
         done = bool((beta == 1).all())
+
+        def bridge(x: Tensor, beta: Tensor = beta) -> Tensor:
+            return (1 - beta) * start.energy(x) + beta * energy(x)
+
+        def slope(x: Tensor, beta: Tensor = beta) -> Tensor:
+            return (1 - beta)[:, None] * start.force(x) + beta[:, None] * force(x)
         factor, places = _factor(w), []
         for _ in range(moves if done else min(_MOVES, moves)):
-            w, leap = _moved(w, factor, energy, force, beta, leap, generator)
+            w, leap = _moved(w, factor, bridge, slope, leap, generator)
             places.append(w)
         if done:
             return w, integral
@@ -112,25 +121,16 @@ def _factor(w: Tensor) -> Tensor:
 
 
 def _moved(w: Tensor, factor: Tensor, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
-           beta: Tensor, leap: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Points (n, B, r) after one move each at beta (B,), and the leaps (B,) for the next one.
+           leap: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Points (n, B, r) after one move each, and the leaps (B,) for the next one.
 
     They move in coordinates in which they are spread evenly, by `_factor`.
     """
-    def turned(x: Tensor, matrix: Tensor) -> Tensor:
-        return (x.transpose(0, 1) @ matrix).transpose(0, 1)
     share = shorter(w, generator)
     length = leap * share * (0.8 + 0.4 * torch.rand(share.shape, generator=generator, dtype=w.dtype, device=w.device))
-
-    def bridge(u: Tensor) -> Tensor:
-        x = turned(u, factor)
-        return (1 - beta) * x.square().sum(-1) / 2 + beta * energy(x)
-
-    def slope(u: Tensor) -> Tensor:
-        x = turned(u, factor)
-        return turned((1 - beta)[:, None] * x + beta[:, None] * force(x), factor.mT)
     back = torch.linalg.solve_triangular(factor.mT, w.permute(1, 2, 0), upper=False).permute(2, 0, 1)
-    u, accept = hamiltonian_move(back, bridge, slope, length[..., None], _LEAPS, generator)
+    u, accept = hamiltonian_move(back, lambda u: energy(turned(u, factor)), lambda u: turned(
+        force(turned(u, factor)), factor.mT), length[..., None], _LEAPS, generator)
     w = torch.where(accept[..., None], turned(u, factor), w)
     rate = (accept & (share == 1)).sum(0) / (share == 1).sum(0).clamp(min=1)
     return w, (leap * torch.exp(0.5 * (rate - _ACCEPTED))).clamp(max=_LONGEST)
