@@ -209,7 +209,7 @@ def test_tempering_gives_modes_what_is_due_to_them():
             at = w.detach().requires_grad_()
             return torch.autograd.grad(_two_modes(at).sum(), at)[0]
     like = torch.zeros(2, 2).double()
-    w, integral = tempered(standard_normal(like), 4000, _two_modes, force, 5, random(1))
+    w, integral, _ = tempered(standard_normal(like), 4000, _two_modes, force, 5, random(1))
     # Both laws have as much under them as a normal one of width 0.2; 4,000 points err by 0.03.
     torch.testing.assert_close(integral, torch.full((2,), np.log(2 * np.pi * 0.2)).double(), rtol=0, atol=0.15)
     share = (w[..., 0] > 0).double().mean(0)

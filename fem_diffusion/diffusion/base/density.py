@@ -33,8 +33,8 @@ from fem_diffusion.diffusion.tensors import Tensors
 __all__ = ["EmulatorDensity", "emulator_density"]
 
 _LEAPS = 4
-# Points of each posterior that are tempered together, from the base and, at least, from what these find.
-_FIRST, _FEWEST = 1000, 256
+# Points of each posterior that are tempered together, at least and at first; temperatures that do little to shares.
+_FEWEST, _FIRST, _NEAR = 256, 1000, 3
 # Points whose states are held at once, and numbers in the matrices of their noise.
 _ROWS, _NUMBERS = 4096, 2**23
 
@@ -117,14 +117,17 @@ class EmulatorDensity(Tensors):
 
     def log_integral(self, generator: torch.Generator) -> Tensor:
         """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering: off by some 0.05."""
-        return self._tempered(_FEWEST, 2, generator)[1]
+        return self._tempered(_FIRST, 2, generator)[1]
 
     def _tempered(self, n: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """At least n points (., B, r) and the integrals (B,): from the base, and from a mixture of what that finds."""
-        mean = self.located.mean
-        found, _ = tempered(standard_normal(mean), _FIRST, self.energy, self.force, moves, generator)
-        seed = int(torch.randint(2**31, (), generator=generator, device=mean.device))
-        return tempered(fit_mixture(found, seed), max(n, _FEWEST), self.energy, self.force, moves, generator)
+        """At least n points (., B, r), integrals (B,): from the base, or from a mixture of what is found from there."""
+        start, n = standard_normal(self.located.mean), max(n, _FEWEST)
+        found, integral, steps = tempered(start, min(n, _FIRST), self.energy, self.force, moves, generator)
+        if steps <= _NEAR and len(found) == n:
+            return found, integral
+        if steps > _NEAR:
+            start = fit_mixture(found, int(torch.randint(2**31, (), generator=generator, device=found.device)))
+        return tempered(start, n, self.energy, self.force, moves, generator)[:2]
 
     def move(self, w: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One Hamiltonian move of n points each, (n, B, r); the new points and which were accepted, (n, B)."""

@@ -72,7 +72,7 @@ def standard_normal(like: Tensor) -> NormalMixture:
 
 
 def fit_mixture(points: Tensor, seed: int) -> NormalMixture:
-    """Mixtures fitted to points (n, B, r), as many laws as the Bayesian information criterion asks for.
+    """Mixtures fitted to points (n, B, r), of more laws as long as the Bayesian information criterion asks for them.
 
     A tenth is standard normal, so that no place is left out.
     """
@@ -83,10 +83,16 @@ def fit_mixture(points: Tensor, seed: int) -> NormalMixture:
     scale = points.std(0)
     parts = []
     for lane in (points / scale).transpose(0, 1).cpu().numpy():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)   # tempering mends what a fit misses
-            laws = [GaussianMixture(count, reg_covar=1e-6, random_state=seed).fit(lane) for count in _TRIED]
-        best = min(laws, key=lambda law: law.bic(lane))
+        fits = []
+        for count in _TRIED:
+            law = GaussianMixture(count, random_state=seed)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)   # tempering mends what a fit misses
+                law.fit(lane)
+            if fits and law.bic(lane) > fits[-1].bic(lane):
+                break
+            fits.append(law)
+        best = fits[-1]
         parts.append([torch.as_tensor(x).to(points) for x in (best.weights_, best.means_, best.precisions_cholesky_)])
     most = max(len(shares) for shares, _, _ in parts)
     shares, means = points.new_zeros(size, 1 + most), points.new_zeros(size, 1 + most, r)

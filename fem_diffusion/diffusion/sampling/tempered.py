@@ -39,10 +39,10 @@ _MOST = 300
 
 
 def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
-             moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+             moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """Points (n, B, r) of B laws exp(-energy), n of 100 and more, and logarithms (B,) of the laws' integrals.
 
-    SolveError where no point has a density.
+    Also the number of temperatures that this took. SolveError where no point has a density.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], f
     pool = start.draw(_START * n, generator)
     integral = torch.zeros_like(start.means[:, 0, 0])
     beta, leap = torch.zeros_like(integral), torch.full_like(integral, _FIRST)
-    for step in range(_MOST):
+    for step in range(1, _MOST + 1):
         change = start.energy(pool) - energy(pool)
         change = torch.where(torch.isfinite(change), change, -1e300)
         if (change.amax(0) <= -1e300).any():
@@ -79,7 +79,7 @@ def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], f
             w, leap = _moved(w, factor, bridge, slope, leap, generator)
             places.append(w)
         if done:
-            return w, integral
+            return w, integral, step
         pool = torch.cat(places)
     raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: simulate more pairs.")
 
