@@ -141,7 +141,7 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
     updates = content.value("updates", int)
     if not r or (factor.diagonal() == 0).any() or bool(factor.tril(-1).any()) or not 1 <= updates <= UPDATES:
         raise content.error("holds no base")
-    emulator = _unpack_network(content, "emulator", {"emulator": Emulator}, {"r": r, "s": k})
+    emulator = _unpack_network(content, "emulator", {"emulator": Emulator}, {"r": r, "s": k, "scaled": 1})
     network = _unpack_network(content, "network", NETWORKS, {"r": r, "k": k})
     if emulator is None:
         raise content.error("holds no emulator")
@@ -161,7 +161,8 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
 
 def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise | None:
     """Noise that is learnt on the emulator's scale, or None; FileError if its parts do not fit k readings."""
-    network = _unpack_network(content, "learnt", {"emulator": Emulator}, {"r": emulator.config["r"]})
+    sizes = {"r": emulator.config["r"], "scaled": 0}
+    network = _unpack_network(content, "learnt", {"emulator": Emulator}, sizes)
     if network is None:
         return None
     network.curve = emulator.curve
@@ -170,9 +171,15 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
     most = len(whitener)
     size = network.config["s"]
     if whitener.shape != (most, most) or size != numbers(most, mixed(size, most)) or not (
-            (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not torch.linalg.det(whitener) > 0:
+            (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not _regular(whitener):
         raise content.error("holds noise that is none of its sensors")
     return LearntNoise(network, whitener, sensors)
+
+
+def _regular(matrix: Tensor) -> bool:
+    """Whether a square matrix has an inverse, whatever the units of its rows."""
+    size = matrix.norm(dim=1, keepdim=True)
+    return bool((size > 0).all()) and bool(torch.linalg.svdvals(matrix / size)[-1] > 0)
 
 
 def unpack_law(content: Content, denoiser: Denoiser, noise: Noise | None) -> Denoiser:

@@ -127,8 +127,6 @@ class EmulatedSensors:
 
     def _others(self, z: Tensor, y: Tensor, left: Tensor, kept: Tensor, generator: torch.Generator) -> Tensor:
         """As `others`, all on the scale of the base."""
-        clean, law, S = self.read(z), self.denoiser.base.law, self.total
-        noise = carried(self.noise, self.denoiser.readings)
         base = self.denoiser.base
         if base.learnt is not None:
             flat = z.flatten(0, 1)
@@ -137,6 +135,8 @@ class EmulatedSensors:
             mean, covariance = base.learnt.others(rest, flat, kept, left, generator)
             mean = mean + c[:, left]
             return (mean + _normal(mean, covariance, generator)).unflatten(0, z.shape[:2])
+        clean, law, S = self.read(z), base.law, self.total
+        noise = carried(self.noise, self.denoiser.readings)
         if law is not None and noise is not None:
             return noise.widened(S.diagonal()).sample(
                 law.clean(clean.flatten(0, 1), z.flatten(0, 1)), generator).view_as(clean)[..., left]

@@ -243,8 +243,8 @@ class Bundle:
         r"""Posterior predictive p-value of readings y (k,) at samples z (n, r), on the scale of the base.
 
         Of Gaussian errors that of :math:`(y - h(z))^T S^{-1} (y - h(z))`, with S their covariance, of a law of the
-        noise that of its density, by draws. One of a right posterior is below p at most twice as often as p says
-        (Meng 1994).
+        noise, or a mixture, that of its density, by draws. One of a right posterior is below p at most twice as often
+        as p says (Meng 1994).
         """
         denoiser, at = emulated.denoiser, torch.from_numpy(y)
         base = denoiser.base
@@ -261,6 +261,11 @@ class Bundle:
             return tail_probability(torch.cat(gaps), 0.0)
         if base.learnt is None and not self.constant:
             return 1.0
+        if base.learnt is not None and base.learnt.components > 1:
+            generator, c = torch.Generator().manual_seed(0), base.emulator(z)
+            found = base.learnt.log_density(at - c, z)
+            gaps = [found - base.learnt.log_density(base.learnt.sample(z, generator), z) for _ in range(_DRAWN)]
+            return tail_probability(torch.cat(gaps), 0.0)
         root = torch.linalg.cholesky(emulated.total if base.learnt is None else base.emulated(z)[1])
         away = torch.linalg.solve_triangular(root, (at - emulated.read(z))[:, :, None], upper=False)
         return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(y)).mean())

@@ -32,9 +32,8 @@ def _learnt(r=R, k=K, components=1):
     size = numbers(k, components)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Emulator(r, size, 16, 2)
+        network = Emulator(r, size, 16, 2, scaled=False)
         torch.nn.init.normal_(network.head.weight, std=0.2)
-    network.scale = torch.eye(size).double()
     if components > 1:
         network.offset = 0.5 * torch.randn(size, generator=random(5)).double()
     whitener = torch.eye(k).double() + torch.rand(k, k, generator=random()).double().tril(-1)
@@ -141,6 +140,22 @@ def test_readings_that_are_left_follow_those_kept():
     gain = torch.linalg.solve(S[1][0][kept][:, kept], S[1][0][kept][:, left]).mT
     wrong = S[0][0, left] + gain @ (rest - S[0][0, kept])
     assert ((wrong - exact).abs() > 10 * spread / n**0.5).any()
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_draws_and_selections_are_of_the_same_law(components):
+    learnt, n = _learnt(components=components), 40000
+    z = torch.randn(1, R, generator=random(7)).double()
+    drawn = learnt.sample(z.expand(n, -1), random(8))
+    mean, covariance = learnt.moments(z)
+    std = covariance[0].diagonal().sqrt()
+    assert ((drawn.mean(0) - mean[0]).abs() < 5 * std / n**0.5).all()
+    assert ((drawn.T.cov() - covariance[0]).abs() < 0.06 * std * std[:, None]).all()
+    # Sensors in another order have densities of the same differences.
+    z, rest = (torch.randn(6, size, generator=random(size)).double() for size in (R, K))
+    order = torch.tensor([2, 0, 3, 1])
+    found, other = learnt.log_density(rest, z), learnt.select(order).log_density(rest[:, order], z)
+    torch.testing.assert_close(found - found[0], other - other[0])
 
 
 @pytest.mark.parametrize("components", [1, 3])
@@ -347,7 +362,7 @@ def test_noise_of_several_laws_is_learnt_as_a_mixture(tmp_path):
         assert off(single) > 0.12
 
 
-def test_many_readings_have_mixtures_along_their_axes():
+def test_many_readings_have_mixtures_along_their_axes(tmp_path):
     """Of one pair in four all 26 readings are five times as noisy."""
     k = 26
 
@@ -369,6 +384,15 @@ def test_many_readings_have_mixtures_along_their_axes():
     normal = torch.linalg.slogdet(noise.whitener)[1] - k / 2 * np.log(2 * np.pi)
     # One normal law is 14 nats below.
     assert abs(float((noise.log_density(rest, fresh) + normal - exact).mean())) < 1
+    # Axes may be a reflection, and readings in units in which a product of their sizes underflows.
+    base = _base(replace(noise, whitener=noise.whitener.flip(0) * 1e-13))
+    for flip in (1.0, -1.0):
+        whitener = base.learnt.whitener.clone()
+        whitener[0] *= flip
+        denoiser = Denoiser(replace(base, learnt=replace(base.learnt, whitener=whitener)), known=True)
+        files.write(tmp_path / "model", "model", *pack_denoiser(denoiser, History()))
+        again = unpack_denoiser(files.read(tmp_path / "model", "model", REMEDY))[0]
+        torch.testing.assert_close(again.base.learnt.whitener, whitener, rtol=0, atol=0)
 
 
 def test_noise_that_is_the_same_everywhere_stays_so():

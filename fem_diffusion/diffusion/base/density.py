@@ -33,8 +33,11 @@ from fem_diffusion.diffusion.tensors import Tensors
 __all__ = ["EmulatorDensity", "emulator_density"]
 
 _LEAPS = 4
-# Points of each posterior that are tempered together, at least and at first; temperatures that do little to shares.
-_FEWEST, _FIRST, _NEAR = 256, 1000, 3
+# Points of each posterior that are tempered together, at least and at first; temperatures that do little to shares,
+# latents up to which a second run begins with a mixture.
+_FEWEST, _FIRST, _NEAR, _MIXED = 256, 1000, 3, 5
+# Moves at each temperature where the integral is wanted.
+_MOVES = 4
 # Points whose states are held at once, and numbers in the matrices of their noise.
 _ROWS, _NUMBERS = 4096, 2**23
 
@@ -116,16 +119,21 @@ class EmulatorDensity(Tensors):
         return found[torch.randperm(len(found), generator=generator, device=found.device)[:n]]
 
     def log_integral(self, generator: torch.Generator) -> Tensor:
-        """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering: off by some 0.05."""
-        return self._tempered(_FIRST, 2, generator)[1]
+        """Logarithm (B,) of the integral of exp(-energy) over base coordinates, by tempering.
+
+        Off by 0.05 for two latents; too small where many have a curved posterior, by some 0.2 for ten, 0.7 for twenty.
+        """
+        return self._tempered(_FIRST, _MOVES, generator)[1]
 
     def _tempered(self, n: int, moves: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """At least n points (., B, r), integrals (B,): from the base, or from a mixture of what is found from there."""
         start, n = standard_normal(self.located.mean), max(n, _FEWEST)
         found, integral, steps = tempered(start, min(n, _FIRST), self.energy, self.force, moves, generator)
-        if steps <= _NEAR and len(found) == n:
+        # Of many latents a mixture covers too little, and costs too much, for what it brings.
+        again = steps > _NEAR and found.shape[2] <= _MIXED
+        if not again and len(found) == n:
             return found, integral
-        if steps > _NEAR:
+        if again:
             start = fit_mixture(found, int(torch.randint(2**31, (), generator=generator, device=found.device)))
         return tempered(start, n, self.energy, self.force, moves, generator)[:2]
 

@@ -47,6 +47,8 @@ class Emulator(nn.Module):
         Numbers of latents and state coordinates.
     width, depth : int
         Of the hidden layers; a depth of 0 leaves the affine map alone.
+    scaled : bool
+        Whether there are `scale` and `residual`, which hold s² numbers each; without, outputs stay as they are.
     """
 
     matrix: Tensor     # A, shape (s, r)
@@ -59,12 +61,13 @@ class Emulator(nn.Module):
     residual: Tensor   # covariance of c - f(z) on held-out pairs, shape (s, s)
     curve: MonotoneMap | None = None   # whose inverse takes latents to the scale on which f is this map
 
-    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3):
+    def __init__(self, r: int, s: int, width: int = 128, depth: int = 3, scaled: bool = True):
         super().__init__()
         r, s, width = (check_count(n, name) for name, n in (("r", r), ("s", s), ("width", width)))
         depth = check_count(depth, "depth", least=0)
-        self.config = {"r": r, "s": s, "width": width, "depth": depth}
-        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", (s, s)), ("residual", (s, s)),
+        self.config = {"r": r, "s": s, "width": width, "depth": depth, "scaled": int(scaled)}
+        square = (s, s) if scaled else (0, 0)
+        for name, shape in (("matrix", (s, r)), ("offset", (s,)), ("scale", square), ("residual", square),
                             ("centre", (r,))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("unit", torch.ones(r, dtype=torch.float64))
@@ -127,7 +130,11 @@ class Emulator(nn.Module):
         """State coordinates (B, s) for latents (B, r), in double precision."""
         z = self._straight(z)
         affine = self.offset + z @ self.matrix.T
-        return affine if self.head is None else affine + self.correction(z).double() @ self.scale
+        return affine if self.head is None else affine + self._scaled(self.correction(z))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What the network gives, (B, s), in units of the coordinates."""
+        return x.double() @ self.scale if self.config["scaled"] else x.double()
 
     def select(self, outputs: Tensor) -> "Emulator":
         """Emulator of some of the coordinates, by their numbers, of which some may come again."""
@@ -157,12 +164,12 @@ class Emulator(nn.Module):
             slopes.append(gate * (1 + before * (1 - gate)))   # of silu
 
         def pull(covector: Tensor) -> Tensor:
-            back = (covector @ self.scale.T).float() @ head.weight
+            back = (covector @ self.scale.T if self.config["scaled"] else covector).float() @ head.weight
             for number in reversed(range(len(self.hidden))):
                 through = (back * slopes[number]) @ self.hidden[number].weight  # pyright: ignore[reportOperatorIssue]
                 back = back + through if number else through
             return covector @ self.matrix + back.double() / self.unit
-        return affine + head(x).double() @ self.scale, pull
+        return affine + self._scaled(head(x)), pull
 
 
 class _Regression(Task[Emulator]):

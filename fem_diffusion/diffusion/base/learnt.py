@@ -44,8 +44,8 @@ _FULL, _COLUMNS = 24, 12
 _DEEPER = 2
 # Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
 _MOST, _STARTS, _RAISED = 16, 3, 1e-4
-# Pairs whose matrices are held at once.
-_TOGETHER = 1024
+# Pairs that mixtures are fitted to, at most, pairs whose matrices are held at once, and numbers in these.
+_FITTED, _TOGETHER, _NUMBERS = 5000, 1024, 2**23
 # Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
 _STEPS, _RATE = 0.3, 0.05
 
@@ -75,8 +75,8 @@ class LearntNoise(Tensors):
 
     @property
     def whole(self) -> bool:
-        """Whether all readings are at hand."""
-        return len(self.sensors) == len(self.whitener)
+        """Whether all readings are at hand, in their order."""
+        return self.sensors.tolist() == list(range(len(self.whitener)))
 
     @property
     def components(self) -> int:
@@ -108,6 +108,15 @@ class LearntNoise(Tensors):
         mean = (weights * means).sum(1)
         root = torch.cat([root, (means - mean[:, None])[..., None]], 3) if len(shares[0]) > 1 else root
         return mean, (weights[..., None] * root @ root.mT).sum(1)
+
+    def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        """Draws of the scatter (B, j), one at each of the latents (B, r)."""
+        shares, means, root = self.mixture(z)
+        drawn = torch.multinomial(shares.exp(), 1, generator=generator)[:, 0]
+        rows = torch.arange(len(z), device=z.device)
+        root = root.expand(-1, means.shape[1], -1, -1)[rows, drawn]
+        white = torch.randn(*root.shape[:1], root.shape[2], 1, generator=generator, dtype=z.dtype, device=z.device)
+        return means[rows, drawn] + (root @ white)[..., 0]
 
     def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Mean of the scatter (B, j), and the map of covectors (B, j) to their pull-back (B, r)."""
@@ -142,6 +151,10 @@ class LearntNoise(Tensors):
 
         `rest` (B, m) is the scatter of those kept, at latents (B, r). One of the laws that are mixed is drawn for each.
         """
+        most = max(1, _NUMBERS // (self.components * len(self.whitener)**2))
+        if len(z) > most:
+            parts = [self.others(a, b, kept, left, generator) for a, b in zip(rest.split(most), z.split(most))]
+            return torch.cat([mean for mean, _ in parts]), torch.cat([covariance for _, covariance in parts])
         shares, mean, root = self.mixture(z)
         S = root @ root.mT
         log = _log_parts(rest, shares, mean[..., kept], S[..., kept, :][..., kept])
@@ -156,11 +169,14 @@ class LearntNoise(Tensors):
 
 def _log_parts(rest: Tensor, shares: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     """Logarithms (B, p), up to a constant, of what each normal law adds to the density of `rest` (B, j)."""
-    root, failed = torch.linalg.cholesky_ex(covariance)
+    failed = torch.linalg.cholesky_ex(covariance.detach())[1] > 0
+    # One that fails must not spoil the derivatives of the others.
+    identity = torch.eye(covariance.shape[-1]).to(covariance)
+    root = torch.linalg.cholesky(torch.where(failed[..., None, None], identity, covariance))
     white = torch.linalg.solve_triangular(root, (rest[:, None] - mean)[..., None], upper=False)[..., 0]
     found = shares - root.diagonal(dim1=2, dim2=3).log().sum(2) - white.square().sum(2) / 2
     # Far out, where a network means nothing, rounding may leave no covariance.
-    return torch.where(failed > 0, -torch.inf, found)
+    return torch.where(failed, -torch.inf, found)
 
 
 def _places(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -239,7 +255,8 @@ class _Likelihood(Task[Emulator]):
     def network(self) -> Emulator:
         if self.start is not None:
             return deepcopy(self.start)
-        return Emulator(self.z.shape[1], numbers(self.validation[1].shape[1]), self.options.width, self.options.depth)
+        r, k = self.z.shape[1], self.validation[1].shape[1]
+        return Emulator(r, numbers(k), self.options.width, self.options.depth, scaled=False)
 
     @staticmethod
     def _losses(network: Emulator, z: Tensor, x: Tensor) -> Tensor:
@@ -270,12 +287,14 @@ class _Likelihood(Task[Emulator]):
         r, k = self.z.shape[1], e.shape[1]
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
-            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth)
+            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth, scaled=False)
         if first is not None and first.head is not None and start.head is not None:
             start.hidden.load_state_dict(first.hidden.state_dict())
             start.head.weight.data[:numbers(k)] = first.head.weight.data
         start.offset[numbers(k):] = mixture
         self.start, self.name = start.to(self.z.device), "mixture"
+        # Weights of a checkpoint belong to the mixture that they were trained with.
+        self.parts = [*self.parts, mixture]
         self.base_losses = self.evaluate(self.start)
         return True
 
@@ -291,6 +310,7 @@ def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
 
     (rows, columns), full = _places(e.shape[1], e.device), e.shape[1] <= _FULL
     best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
+    e = e[:_FITTED]
     while count <= min(_MOST, len(e)):
         law = GaussianMixture(count, covariance_type="full" if full else "diag", n_init=_STARTS, reg_covar=_RAISED,
                               tol=1e-4, max_iter=200, random_state=seed)
@@ -355,5 +375,5 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     if network is None:
         return None
     network = network.to("cpu").eval().requires_grad_(False)
-    network.centre, network.unit, network.scale = centre, size, torch.eye(len(network.scale), dtype=torch.float64)
+    network.centre, network.unit = centre, size
     return LearntNoise(network, whitener, torch.arange(k))

@@ -34,6 +34,8 @@ from fem_diffusion.errors import SolveError
 __all__ = ["log_density"]
 
 _EXACT = 256
+# Measurements whose integrals are estimated together.
+_TOGETHER = 16
 # Numbers of nodes that are tried on some rows, until the next one changes the integral by no more than this.
 _NODES, _PILOT, _TOLERANCE = (6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256), 32, 1e-3
 
@@ -43,7 +45,8 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     """Log density (B, n) of latents given measurements, by the diffusion model without corrections.
 
     Without a network it is that of the emulator, where there is one: of the law that corrections lead to. Its integral
-    is estimated by 1,000 points, with an error of some 0.1 that all latents of a measurement share.
+    is estimated by 1,000 points, with an error that all latents of a measurement share, 0.05 for two of them; where
+    posteriors are curved in all, densities are too large, by some 0.2 for ten latents and 0.7 for twenty.
 
     It is minus infinity outside the support of the latents; inside, the law is not divided by the mass that stays
     inside hard bounds, where there are any. InputError if shapes disagree, a value is not finite and real, or another
@@ -60,7 +63,7 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
         Random vectors of Hutchinson's estimate of the divergence; 0 takes the exact divergence, at the cost of r
         derivatives. Where left out: exact for r <= 256, otherwise 8 probes.
     seed, chunk : int
-        Of the probes, and of the points; rows that are integrated together.
+        Of the probes, and of the points; rows that are integrated together by the flow.
     """
     check_kind(conditioned, "conditioned", Conditioned, "what Denoiser.at returns")
     located, r = conditioned.located, conditioned.r
@@ -73,9 +76,8 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     at = z if inside is None else torch.where(inside[..., None], z, conditioned.back(torch.zeros_like(z)))
     w = located.whiten(conditioned.mapped(at).transpose(0, 1)).transpose(0, 1)
     if conditioned.network is None and conditioned.density is not None:
-        with torch.no_grad():
-            density = -conditioned.density.energy(w.transpose(0, 1)).T
-            density = density - conditioned.density.log_integral(generator)[:, None]
+        density = torch.cat([_emulated(conditioned.select(index), w[index], seed)
+                             for index in torch.arange(len(z), device=z.device).split(_TOGETHER)])
     else:
         rows = torch.arange(len(z), device=z.device).repeat_interleave(z.shape[1])
         nodes, parts = 0, []
@@ -90,6 +92,15 @@ def log_density(conditioned: Conditioned, z: Tensor, *, probes: int | None = Non
     if conditioned.support is not None:
         density[~conditioned.support.contains(z)] = -math.inf
     return density
+
+
+@torch.no_grad()
+def _emulated(conditioned: Conditioned, w: Tensor, seed: int) -> Tensor:
+    """Log density (B, n) of the emulator in base coordinates (B, n, r)."""
+    density = conditioned.density
+    assert density is not None
+    generator = torch.Generator(w.device).manual_seed(seed)
+    return -density.energy(w.transpose(0, 1)).T - density.log_integral(generator)[:, None]
 
 
 class _Flow:
