@@ -362,6 +362,24 @@ def test_noise_of_several_laws_is_learnt_as_a_mixture(tmp_path):
         assert off(single) > 0.12
 
 
+def test_training_of_a_mixture_is_resumed(tmp_path):
+    z = torch.randn(1500, 1, generator=random(), dtype=torch.float64)
+    y, options = _two_instruments(z, random(1)), replace(QUICK, steps=300)
+
+    def fitted(y=y):
+        rest = y - z
+        return fit_noise(z, y, z.expand(-1, 2), rest.T @ rest / len(z), lambda y, generator: y, options,
+                         tmp_path / "noise", False)
+    first = fitted()
+    assert first.components > 1 and (tmp_path / "noise.mixture").exists()
+    changed = (tmp_path / "noise.mixture").stat().st_mtime_ns
+    for one, other in zip(first.network.parameters(), fitted().network.parameters()):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert (tmp_path / "noise.mixture").stat().st_mtime_ns == changed
+    with pytest.raises(FileError, match="belongs to other data"):
+        fitted(y + 0.1)
+
+
 def test_many_readings_have_mixtures_along_their_axes(tmp_path):
     """Of one pair in four all 26 readings are five times as noisy."""
     k = 26
