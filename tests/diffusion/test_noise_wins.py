@@ -136,5 +136,5 @@ def test_noise_of_no_normal_law_is_learnt_as_a_mixture():
         found = sample_latents(denoiser.at(row[None]), SAMPLES, seed=0, progress=False)[0]
         scores.append(c2st(on_crescents(row, SAMPLES, 7).numpy(), found.numpy()))
     print("C2ST", np.round(scores, 3), np.mean(scores))
-    # Shares of the moons err by 0.04 with so few samples, which makes 0.02 to 0.03; one normal law has 0.79.
-    assert np.mean(scores) < 0.57
+    # 0.51; at a fold of the moons 0.59, elsewhere what chance makes. One normal law has 0.79.
+    assert np.mean(scores) < 0.54
