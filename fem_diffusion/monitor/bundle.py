@@ -7,7 +7,7 @@ of m, or its largest value in a region; the map shows m at the corners of triang
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import RLock
 
@@ -253,19 +253,13 @@ class Bundle:
         if (law := base.law) is not None:
             clean = law.clean(emulated.read(z), z)
             noise = law.noise.widened(base.noise(Layout.readings(base.k, base.mean))[0].diagonal())
-            generator, gaps = torch.Generator().manual_seed(0), []
-            for _ in range(_DRAWN):
-                drawn = noise.sample(clean, generator)
-                gaps.append(noise.log_density(at, clean)        # pyright: ignore[reportOptionalCall]
-                            - noise.log_density(drawn, clean))  # pyright: ignore[reportOptionalCall]
-            return tail_probability(torch.cat(gaps), 0.0)
+            return _rarer(at, lambda y: noise.log_density(y, clean),   # pyright: ignore[reportOptionalCall]
+                          lambda generator: noise.sample(clean, generator))
         if base.learnt is None and not self.constant:
             return 1.0
-        if base.learnt is not None and base.learnt.components > 1:
-            generator, c = torch.Generator().manual_seed(0), base.emulator(z)
-            found = base.learnt.log_density(at - c, z)
-            gaps = [found - base.learnt.log_density(base.learnt.sample(z, generator), z) for _ in range(_DRAWN)]
-            return tail_probability(torch.cat(gaps), 0.0)
+        if (learnt := base.learnt) is not None and learnt.components > 1:
+            c = base.emulator(z)
+            return _rarer(at, lambda y: learnt.log_density(y - c, z), lambda generator: c + learnt.sample(z, generator))
         root = torch.linalg.cholesky(emulated.total if base.learnt is None else base.emulated(z)[1])
         away = torch.linalg.solve_triangular(root, (at - emulated.read(z))[:, :, None], upper=False)
         return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(y)).mean())
@@ -286,6 +280,12 @@ class Bundle:
             if quantity.largest:
                 found[:, i] = parameters[:, self.weights[i] > 0].max(axis=1)
         return found
+
+
+def _rarer(y: Tensor, log_density: Callable[[Tensor], Tensor], sample: Callable[[torch.Generator], Tensor]) -> float:
+    """Share of draws (n, k) of a law whose log density (n,) is at most that of readings (k,)."""
+    generator, found = torch.Generator().manual_seed(0), log_density(y)
+    return tail_probability(torch.cat([found - log_density(sample(generator)) for _ in range(_DRAWN)]), 0.0)
 
 
 def _unlike(distance: Distance) -> str:

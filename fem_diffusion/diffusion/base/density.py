@@ -38,8 +38,8 @@ _LEAPS = 4
 _FEWEST, _FIRST, _NEAR, _MIXED = 256, 1000, 3, 5
 # Moves at each temperature where the integral is wanted.
 _MOVES = 4
-# Points whose states are held at once, and numbers in the matrices of their noise.
-_ROWS, _NUMBERS = 4096, 2**23
+# Points whose states are held at once.
+_ROWS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,9 +61,7 @@ class EmulatorDensity(Tensors):
     @property
     def _rows(self) -> int:
         """How many points are evaluated at once."""
-        learnt = self.base.learnt
-        size = 1 if learnt is None else learnt.components * len(learnt.whitener)**2
-        return max(1, min(_ROWS, _NUMBERS // size))
+        return _ROWS if self.base.learnt is None else min(_ROWS, self.base.learnt.together)
 
     def energy(self, w: Tensor) -> Tensor:
         """Negative log density (n, B) up to a constant, at n points each (n, B, r)."""

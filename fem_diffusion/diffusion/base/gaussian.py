@@ -37,8 +37,8 @@ __all__ = ["UPDATES", "GaussianBase", "Located", "apply", "cholesky", "solve_low
 UPDATES = 6
 # Below so many latents points lie on two shells; there are at least so many points.
 _FEW, _FEWEST_POINTS = 16, 48
-# Measurements whose points are emulated at once, and numbers in the covariances at their points.
-_TOGETHER, _NUMBERS = 256, 2**23
+# Measurements whose points are emulated at once.
+_TOGETHER = 256
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,7 +174,7 @@ class GaussianBase(Tensors):
         """Gaussians at measurements `y` (B, k), by B layouts or one; SolveError if a covariance is not positive."""
         most = _TOGETHER
         if self.learnt is not None:
-            most = min(most, max(1, _NUMBERS // (self.learnt.components * len(_points(self.r, y)) * self.k**2)))
+            most = min(most, max(1, self.learnt.together // len(_points(self.r, y))))
         if not (self.affine and self.law is None) and len(y) > most:
             indices = torch.arange(len(y), device=y.device).split(most)
             parts = [vars(self.locate(layout.select(index), y[index])).values() for index in indices]

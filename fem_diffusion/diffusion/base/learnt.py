@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class LearntNoise(Tensors):
         """Of some of the readings at hand, by their numbers."""
         return replace(self, sensors=self.sensors[sensors])
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether all readings are at hand, in their order."""
         return self.sensors.tolist() == list(range(len(self.whitener)))
@@ -82,6 +83,11 @@ class LearntNoise(Tensors):
     def components(self) -> int:
         """How many normal laws are mixed."""
         return mixed(self.network.config["s"], len(self.whitener))
+
+    @property
+    def together(self) -> int:
+        """How many latents have their matrices held at once."""
+        return max(1, _NUMBERS // (self.components * len(self.whitener)**2))
 
     def mixture(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normal laws of the scatter at latents (B, r): logarithms of shares (B, p), means (B, p, j), roots of
@@ -151,8 +157,7 @@ class LearntNoise(Tensors):
 
         `rest` (B, m) is the scatter of those kept, at latents (B, r). One of the laws that are mixed is drawn for each.
         """
-        most = max(1, _NUMBERS // (self.components * len(self.whitener)**2))
-        if len(z) > most:
+        if len(z) > (most := self.together):
             parts = [self.others(a, b, kept, left, generator) for a, b in zip(rest.split(most), z.split(most))]
             return torch.cat([mean for mean, _ in parts]), torch.cat([covariance for _, covariance in parts])
         shares, mean, root = self.mixture(z)

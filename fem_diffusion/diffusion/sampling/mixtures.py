@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,9 +43,12 @@ class NormalMixture(Tensors):
     def _parts(self, w: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Log density that each law adds at points (n, B, r), (p, n, B), and the points as it whitens them."""
         white = [turned(w - mean, root) for mean, root in zip(self.means.unbind(1), self.roots.unbind(1))]
-        # A root may have any sign on its diagonal.
-        size = self.shares + torch.linalg.slogdet(self.roots)[1] - w.shape[2] / 2 * math.log(2 * math.pi)
-        return torch.stack([size[:, i] - x.square().sum(2) / 2 for i, x in enumerate(white)]), white
+        return torch.stack([self._heights[:, i] - x.square().sum(2) / 2 for i, x in enumerate(white)]), white
+
+    @cached_property
+    def _heights(self) -> Tensor:
+        """Log density that each law adds at its mean, (B, p); a root may have any sign on its diagonal."""
+        return self.shares + torch.linalg.slogdet(self.roots)[1] - self.means.shape[2] / 2 * math.log(2 * math.pi)
 
     def energy(self, w: Tensor) -> Tensor:
         """Minus the log density (n, B) at points (n, B, r)."""
