@@ -24,7 +24,6 @@ there are several, training goes on from there.
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
+from fem_diffusion.diffusion.sampling.mixtures import normal_laws
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
 
@@ -118,11 +118,9 @@ class LearntNoise(Tensors):
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of the scatter (B, j), one at each of the latents (B, r)."""
         shares, means, root = self.mixture(z)
-        drawn = torch.multinomial(shares.exp(), 1, generator=generator)[:, 0]
-        rows = torch.arange(len(z), device=z.device)
-        root = root.expand(-1, means.shape[1], -1, -1)[rows, drawn]
+        mean, root = _one(shares, means, root, generator)
         white = torch.randn(*root.shape[:1], root.shape[2], 1, generator=generator, dtype=z.dtype, device=z.device)
-        return means[rows, drawn] + (root @ white)[..., 0]
+        return mean + (root @ white)[..., 0]
 
     def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Mean of the scatter (B, j), and the map of covectors (B, j) to their pull-back (B, r)."""
@@ -164,12 +162,17 @@ class LearntNoise(Tensors):
         S = root @ root.mT
         log = _log_parts(rest, shares, mean[..., kept], S[..., kept, :][..., kept])
         log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
-        drawn = torch.multinomial(log.softmax(1), 1, generator=generator)[:, 0]
-        rows = torch.arange(len(z), device=z.device)
-        mean, S = mean[rows, drawn], S[rows, drawn]
+        mean, S = _one(log, mean, S, generator)
         gain = torch.linalg.solve(S[:, kept][..., kept], S[:, kept][..., left]).mT
         return (mean[:, left] + (gain @ (rest - mean[:, kept])[..., None])[..., 0],
                 S[:, left][..., left] - gain @ S[:, kept][..., left])
+
+
+def _one(log: Tensor, means: Tensor, matrices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of B mixtures one law each, by the logarithms of shares (B, p), up to a constant: its mean and its matrix."""
+    drawn = torch.multinomial(log.softmax(1), 1, generator=generator)[:, 0]
+    rows = torch.arange(len(log), device=log.device)
+    return means[rows, drawn], matrices.expand(-1, means.shape[1], -1, -1)[rows, drawn]
 
 
 def _log_parts(rest: Tensor, shares: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
@@ -310,18 +313,13 @@ def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
     None where two of them do not get more density at `held_out` (m, k) than a standard normal law, by more than two
     standard errors; they are doubled until twice as many do not.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     (rows, columns), full = _places(e.shape[1], e.device), e.shape[1] <= _FULL
     best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
     e = e[:_FITTED]
     while count <= min(_MOST, len(e)):
-        law = GaussianMixture(count, covariance_type="full" if full else "diag", n_init=_STARTS, reg_covar=_RAISED,
-                              tol=1e-4, max_iter=200, random_state=seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)   # training goes on from there
-            after = torch.from_numpy(law.fit(e.numpy()).score_samples(held_out.numpy()))
+        law = normal_laws(e, count, seed, covariance_type="full" if full else "diag", n_init=_STARTS,
+                          reg_covar=_RAISED, tol=1e-4, max_iter=200)
+        after = torch.from_numpy(law.score_samples(held_out.numpy()))
         if not sure(after - before):
             break
         shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))

@@ -4,13 +4,17 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fem_diffusion.diffusion.tensors import Tensors
 
-__all__ = ["NormalMixture", "fit_mixture", "standard_normal", "turned"]
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
+
+__all__ = ["NormalMixture", "fit_mixture", "normal_laws", "standard_normal", "turned"]
 
 # Numbers of laws that are tried, and the share of a standard normal law beside them.
 _TRIED, _BESIDE = (1, 2, 4, 8), 0.1
@@ -75,26 +79,33 @@ def standard_normal(like: Tensor) -> NormalMixture:
     return NormalMixture(like.new_zeros(size, 1), like.new_zeros(size, 1, r), identity.expand(size, 1, r, r))
 
 
+def normal_laws(points: Tensor, count: int, seed: int, **settings: str | float) -> "GaussianMixture":
+    """A mixture of so many normal laws, by expectation maximisation for points (n, r) with scikit-learn's settings.
+
+    What becomes of it mends what is missed where the iterations end early, of which nothing is said.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return GaussianMixture(count, random_state=seed, **settings).fit(points.cpu().numpy())
+
+
 def fit_mixture(points: Tensor, seed: int) -> NormalMixture:
     """Mixtures fitted to points (n, B, r), of more laws as long as the Bayesian information criterion asks for them.
 
     A tenth is standard normal, so that no place is left out.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-
     n, size, r = points.shape
     scale = points.std(0)
     scale = torch.where(scale > 0, scale, 1.0)   # of a coordinate in which no point has moved
     parts = []
-    for lane in (points / scale).transpose(0, 1).cpu().numpy():
-        fits = []
+    for lane in (points / scale).unbind(1):
+        fits, x = [], lane.cpu().numpy()
         for count in _TRIED:
-            law = GaussianMixture(count, tol=1e-2, max_iter=50, random_state=seed)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)   # tempering mends what a fit misses
-                law.fit(lane)
-            if fits and law.bic(lane) > fits[-1].bic(lane):
+            law = normal_laws(lane, count, seed, tol=1e-2, max_iter=50)
+            if fits and law.bic(x) > fits[-1].bic(x):
                 break
             fits.append(law)
         best = fits[-1]
