@@ -258,7 +258,8 @@ def _failed(what: str, path: Path, error: OSError) -> FileError:
     remedies = {errno.ENOSPC: "Make room on the disk", errno.EDQUOT: "Make room in your quota",
                 errno.ENOENT: made, errno.EACCES: "Ask for permission there",
                 errno.EROFS: "That file system is read-only", errno.EISDIR: "That is a folder",
-                errno.ENOTDIR: "A part of that path is a file", errno.EEXIST: "That is a file or a broken link"}
+                errno.ENOTDIR: "A part of that path is a file",
+                errno.EEXIST: "Move the file or broken link that is there away"}
     remedy = remedies.get(error.errno or 0, "Look at the disk")
     return FileError(f"{path} {what} ({error.strerror or error}). {remedy}, or name another place.")
 

@@ -153,6 +153,17 @@ class Denoiser(Tensors):
                 raise InputError(f"The map of {name} is of {len(part)} numbers and the base of {size}: give one for "
                                  "each.")
 
+    def __repr__(self) -> str:
+        base = self.base
+        answer = "the Gaussian base alone" if self.network is None else f"a {type(self.network).__name__} under it"
+        if base.learnt is not None and self.known:
+            laws = base.learnt.components
+            answer = "the density of an emulator that has learnt its noise, " + (
+                f"a mixture of {laws} normal laws" if laws > 1 else "a normal law")
+        elif self.known and not base.affine:
+            answer = f"{answer}, moved under the density of its emulator"
+        return f"Denoiser of {base.r} latents for {base.k} readings: {answer}{self.words}"
+
     @property
     def words(self) -> str:
         """On which scales latents and readings are, in words that go on; empty where they are as they come."""

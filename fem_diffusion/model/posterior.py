@@ -12,6 +12,7 @@ from firedrake import Ensemble
 
 from fem_diffusion.checks import alike, check_count, check_device, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import Conditioned, Distance, Sampler, log_density, sample_latents
+from fem_diffusion.diffusion.sampling.sample import out_of_range
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.basis import ModalBasis
@@ -60,6 +61,11 @@ class Posterior:
     distance: Distance | None = None
     sensors: EmulatedSensors | None = None
 
+    @property
+    def far(self) -> bool:
+        """Whether the measurement is so far from the training that the model is not asked."""
+        return self.distance is not None and self.distance.far
+
     def sample(self, n: int, *, seed: int, sampler: Sampler = Sampler(), refill: bool | None = None,
                extrapolate: bool = False, device: str = "cpu",
                callback: Callable[[int, float, torch.Tensor], None] | None = None, progress: bool = True) -> Samples:
@@ -74,8 +80,8 @@ class Posterior:
             Draw the modes past r as well, from the prior or, where the problem is linear, given the readings; where
             left out, for a Gaussian prior only.
         extrapolate : bool
-            Draw even where the measurement is far outside the training: such samples are the start of a correction, and
-            no answer.
+            Draw even where the measurement is far outside the training: such samples, which the emulator's density does
+            not move unless `sampler` says so, are the start of a correction, and no answer.
         device : str
             Where the network runs.
         callback : Callable, optional
@@ -93,12 +99,14 @@ class Posterior:
         n, seed = alike(self.problem.comm, lambda: {"n": check_count(n), "seed": check_seed(seed)})
         progress = check_flag(progress, "progress")
         check_kind(sampler, "sampler", Sampler, "a Sampler(...)")
-        if self.distance is not None and self.distance.far and not check_flag(extrapolate, "extrapolate"):
+        if self.far and not check_flag(extrapolate, "extrapolate"):
+            assert self.distance is not None
             raise InputError("The model does not extrapolate to this measurement, which is more than twice as far away "
                              f"as all that training has seen, mostly at sensor {', '.join(self.distance.worst)}: check "
                              "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
                              "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
+        sampler = out_of_range(sampler) if self.far else sampler
 
         def draw(seed: int) -> np.ndarray:
             check_device(device)

@@ -74,7 +74,7 @@ class Posteriors:
     @property
     def far(self) -> np.ndarray:
         """Which measurements are so far from the training that the model is not asked, shape (m,), bool."""
-        return np.array([one.distance is not None and one.distance.far for one in self.each])
+        return np.array([one.far for one in self.each])
 
     @property
     def unlike(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from fem_diffusion.checks import check_array, check_kind, check_text
 from fem_diffusion.diffusion import History
 from fem_diffusion.errors import InputError
-from fem_diffusion.plot.style import MODEL, REFERENCE, TRUTH, one_axes
+from fem_diffusion.plot.style import MODEL, REFERENCE, TRUTH, log_where_wide, one_axes
 from fem_diffusion.trust import Calibration
 
 __all__ = ["plot_calibration", "plot_history", "plot_predictive"]
@@ -33,6 +33,7 @@ def plot_predictive(y: np.ndarray, predictions: np.ndarray, axes: Axes | None = 
                   label="posterior predictive, 95 %")
     axes.plot(sensors, y, "x", color=TRUTH, markersize=7, label="measured")
     axes.set(xlabel="sensor", ylabel=ylabel, xticks=sensors)
+    log_where_wide(axes, y, lower)
     axes.legend(fontsize="small", frameon=False)
     return axes
 
@@ -52,7 +53,7 @@ def plot_history(history: History, axes: Axes | None = None) -> Axes:
             axes.axvline(history.best_step, color=TRUTH, linewidth=0.8, linestyle=":", label="weights kept")
         axes.legend(fontsize="small", frameon=False)
     if not history.best_step:
-        axes.set_title("no gain on held-out pairs: the Gaussian base alone is kept" if history.step else
+        axes.set_title("no weights are kept: the base, or its emulator, tells as much" if history.step else
                        "nothing was trained: the Gaussian base needs no network", fontsize="medium")
     axes.set(xlabel="optimiser step", ylabel="denoising loss (1 = unit variance target)")
     return axes

@@ -74,7 +74,7 @@ def plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray 
     if axes is None:
         columns = min(len(panels), 4 if len(panels) != 5 else 3)
         rows = -(-len(panels) // columns)
-        axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.6 * rows), layout="constrained",
+        axes = plt.subplots(rows, columns, figsize=(4.2 * columns, _height(V, plane) * rows), layout="constrained",
                             squeeze=False)[1].ravel()
         for ax in axes[len(panels):]:
             ax.axis("off")
@@ -100,6 +100,13 @@ def plot_maps(V: WithGeometry, values: np.ndarray, axes: Any, truth: np.ndarray 
         if marks is not None:
             _draw_marks(ax, marks, plane)
     return np.asarray(axes, dtype=object)
+
+
+def _height(V: WithGeometry, plane: Plane | None) -> float:
+    """Of a panel, as wide as high on a square, in inches."""
+    ends = np.asarray(V.mesh().coordinates.dat.data_ro if plane is None else np.reshape(plane.extent, (2, 2)).T)
+    width, height = np.ptp(ends, axis=0)
+    return 0.9 + 2.7 * float(np.clip(height / width, 0.25, 1.5))
 
 
 def _across(V: WithGeometry, plane: Plane | None) -> str | None:

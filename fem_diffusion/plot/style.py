@@ -13,12 +13,14 @@ from fem_diffusion.checks import check_array
 from fem_diffusion.errors import InputError
 from fem_diffusion.observation.linear import Observation
 
-__all__ = ["LIMIT", "MODEL", "REFERENCE", "TRUTH", "Asked", "Marks", "check_axes", "marks_of", "one_axes"]
+__all__ = ["LIMIT", "MODEL", "REFERENCE", "TRUTH", "Asked", "Marks", "check_axes", "log_where_wide", "marks_of",
+           "one_axes"]
 
 TRUTH, MODEL, REFERENCE = "black", "tab:blue", "tab:orange"
 LIMIT = "tab:red"       # of a threshold
 # More names than this cover the picture, more characters each other.
 _NAMED, _NAME = 40, 16
+_WIDE = 100     # ratio of readings from which they are on a logarithmic scale
 _NEAR = 0.02    # of the length of a curve: a sensor is on it
 
 
@@ -137,3 +139,9 @@ def one_axes(axes: Any, size: tuple[float, float] = (7, 4)) -> Axes:
     if axes is None:
         return plt.subplots(figsize=size, layout="constrained")[1]
     return axes if isinstance(axes, Axes) else axes[0]
+
+
+def log_where_wide(axes: Axes, y: np.ndarray, low: np.ndarray) -> None:
+    """A logarithmic scale for readings (k,) and the least that is predicted of them, positive and over decades."""
+    if min(np.min(y), np.min(low)) > 0 and np.max(y) > _WIDE * np.min(y):
+        axes.set_yscale("log")

@@ -118,9 +118,10 @@ def simulate(problem: InverseProblem, n: int, *, seed: int, path: str | os.PathL
 def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None = None) -> DataSet:
     """Read a data set that `simulate` wrote of the same problem, with states where they were kept, on any ranks.
 
-    Of n samples, all where left out, those that failed are counted, and SkippedWarning tells of them. DataError is
-    raised if the folder is no data set, is empty or incomplete, or holds readings of other sensors; FileError if a file
-    is damaged, or belongs to another mesh, space or data set.
+    Of n samples, all where left out, those that failed are counted, and SkippedWarning tells of them. Two of them are
+    solved again, to see that prior, forward problem and sensors are still the same: DataError where they are not, or
+    the folder is no data set, is empty or incomplete; FileError if a file is damaged, or belongs to another mesh, space
+    or data set; SolveError if the forward problem fails.
     """
     check_problem(problem)
     n, = alike(problem.comm, lambda: {"n": None if n is None else check_count(n)})
@@ -140,6 +141,8 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
     if any(i not in blocks or blocks[i].count < count for i, count in enumerate(wanted)):
         raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
                         "simulate again to complete it.")
+    with stop_annotating(), contextlib.closing(Job(problem, folder.seed, folder.states)) as job:
+        together(problem.comm, lambda: _check_same(folder, job))
     basis = folder.modes(problem.prior) if folder.derivatives else None
     return _told(_joined(blocks.values(), Tally(folder.seed, folder.size, n, 1.0), basis))
 
@@ -187,12 +190,17 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
         ("derivatives", folder.derivatives, job.basis is not None))
         if former != wanted]
     if changed:
-        raise DataError(f"{folder.path} holds another data set ({', '.join(changed)} differ): name another folder, or "
-                        "delete this one.")
+        raise DataError(f"{folder.path} holds another data set, of another {' and '.join(changed)}: name another "
+                        "folder, or delete this one.")
+    _check_same(folder, job)
+
+
+def _check_same(folder: Folder, job: Job) -> None:
+    """Raise DataError unless the first samples are those of the folder, and read what they read there."""
     same = all(map(_near, job.probe, (folder.coefficients, folder.readings)))
     if not folder.comm.allreduce(same, MPI.LAND):
         raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
-                        "them does not repeat itself: name another folder, or delete this one.")
+                        "them does not repeat itself: pass the problem that was simulated, or name another folder.")
 
 
 def _near(new: np.ndarray, old: np.ndarray) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fem_diffusion.page.picture import new_figure
-from fem_diffusion.plot.style import MODEL, TRUTH
+from fem_diffusion.plot.style import MODEL, TRUTH, log_where_wide
 
 __all__ = ["readings_picture"]
 
@@ -30,6 +30,7 @@ def readings_picture(y: np.ndarray, clean: np.ndarray, std: np.ndarray, names: S
     axes.plot(places, middle, "_", color=MODEL, markersize=8)
     axes.plot(places, y, "x", color=TRUTH, markersize=6, label="measured")
     axes.set(ylabel=label, xlim=(-0.6, len(y) - 0.4))
+    log_where_wide(axes, y, low)
     below.axhspan(-1.96, 1.96, color=MODEL, alpha=0.12, linewidth=0)
     below.axhline(0, color=MODEL, linewidth=1)
     off = np.divide(y - middle, total, out=np.zeros_like(y), where=total > 0)

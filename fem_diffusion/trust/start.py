@@ -10,7 +10,8 @@ from firedrake import Ensemble
 from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
-from fem_diffusion.diffusion import Conditioned, log_density, sample_latents
+from fem_diffusion.diffusion import Conditioned, Sampler, log_density, sample_latents
+from fem_diffusion.diffusion.sampling.sample import out_of_range
 from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.errors import InputError, SolveError
@@ -72,13 +73,14 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
                            log_prior=log_prior, ensemble=ensemble)
     r, rest = basis.r, latent.r - basis.r
     conditioned = posterior.conditioned
+    sampler = out_of_range(Sampler()) if posterior.far else Sampler()
     count = 0
 
     def more(n: int) -> np.ndarray:
         nonlocal count
         count += 1
         mine = stream(seed, f"start {count}")
-        z = on_root(problem.comm, lambda: sample_latents(conditioned, n, seed=mine, progress=False)[0].numpy())
+        z = on_root(problem.comm, lambda: sample_latents(conditioned, n, sampler, seed=mine, progress=False)[0].numpy())
         if not np.isfinite(z).all():
             raise SolveError("The model gives samples that are not finite: train it anew.")
         others = np.random.default_rng(stream(seed, f"others {count}")).standard_normal((n, rest))
@@ -88,8 +90,7 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
         found = on_root(latent.everyone, lambda: log_density(
             conditioned, torch.from_numpy(np.ascontiguousarray(z[None, :, :r])))[0].numpy())
         return found - (z[:, r:]**2).sum(axis=1) / 2
-    far = posterior.distance is not None and posterior.distance.far
-    known = conditioned.density is None and not far
+    known = conditioned.density is None and not posterior.far
     return Start(latent, more(_SAMPLES), more, density if known else None, known_readings(posterior), log_prior)
 
 

@@ -14,7 +14,8 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion.base.emulator import affine_emulator
 from fem_diffusion.diffusion.base.layouts import Layout
-from fem_diffusion.diffusion.base.learnt import LearntNoise, fit_noise, numbers
+from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
+from fem_diffusion.diffusion.training.scatter import fit_noise
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
 from fem_diffusion.diffusion.sampling.mixtures import fit_mixture, standard_normal

@@ -14,7 +14,7 @@ from fem_diffusion.diffusion import (
 )
 from fem_diffusion.diffusion.network import build
 from fem_diffusion.diffusion.training.batched import Batched, flat
-from fem_diffusion.diffusion.training.fit import _Denoising
+from fem_diffusion.diffusion.training.denoising import Denoising
 from fem_diffusion.diffusion.training.loop import Loop
 from fem_diffusion.errors import InputError
 from truths import bent_map, draw, flat_base, random, scattered, turned_family
@@ -94,12 +94,12 @@ def test_losses_and_gradients_of_several_are_those_of_each_alone(name):
 @pytest.mark.parametrize("members", [1, 2])
 def test_a_step_is_that_of_torch_for_each_member(members, monkeypatch):
     """Clipping, AdamW, learning rate and average, written down once more with what torch has for one network."""
-    batches, drawn = [], _Denoising.draw
+    batches, drawn = [], Denoising.draw
 
     def remember(self, *arguments):
         batches.append(drawn(self, *arguments))
         return batches[-1]
-    monkeypatch.setattr(_Denoising, "draw", remember)
+    monkeypatch.setattr(Denoising, "draw", remember)
     monkeypatch.setattr(Loop, "run", lambda self, progress: loops.append(self))
     loops, steps = [], 12
     # Targets this large have gradients that are clipped; the head is zero, and so are they at first.

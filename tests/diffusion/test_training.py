@@ -241,7 +241,7 @@ def test_training_measures_collapse_and_tells_of_it(monkeypatch):
     _, history = _train()
     assert abs(history.spread_ratio - 1) < 0.3 and abs(history.neighbour_ratio - 1) < 0.3
     assert history.spread_ratio != 1 != history.neighbour_ratio
-    monkeypatch.setattr("fem_diffusion.diffusion.training.fit.measure_collapse", lambda *_: Collapse(0.5, 0.9))
+    monkeypatch.setattr("fem_diffusion.diffusion.training.denoising.measure_collapse", lambda *_: Collapse(0.5, 0.9))
     with pytest.warns(CollapseWarning, match="its spread at training measurements is 0.50 of"):
         _, history = _train()
     assert (history.spread_ratio, history.neighbour_ratio) == (0.5, 0.9)

@@ -11,7 +11,7 @@ from fem_diffusion import (
     karhunen_loeve, load_model, point_sensors, simulate,
 )
 from fem_diffusion.diffusion import Denoiser, fit_base
-from fem_diffusion.diffusion.base.learnt import fit_noise
+from fem_diffusion.diffusion.training.scatter import fit_noise
 
 OPTIONS = TrainingOptions(steps=1500, evaluate_every=100, width=48, depth=2)
 NOISE = GaussianNoise(relative=0.4)

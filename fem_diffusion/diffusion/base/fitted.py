@@ -110,11 +110,14 @@ def standard_error(base: GaussianBase, n: int, noise_covariance: Tensor, sloped:
     emulator, r = base.emulator, base.r
     if not base.affine:
         return 0.0
-    whitener = roots(base.noise(Layout.readings(base.k, base.mean))[0])[0]
+    noise, left = base.noise(Layout.readings(base.k, base.mean))[0], emulator.residual
+    # A law of the noise is beside what the regression leaves, and not in it.
+    noise, left = (noise, left - noise_covariance) if base.law is None else (noise + noise_covariance, left)
+    whitener = roots(noise)[0]
     white = whitener @ emulator.matrix @ base.factor
     values, axes = torch.linalg.eigh(white.T @ white)
     gain = (axes / (1 + values.clamp(min=0)).sqrt()).T @ white.T @ whitener
-    spread = float(torch.linalg.eigvalsh(gain @ (emulator.residual - noise_covariance) @ gain.T)[-1].clamp(min=0))
+    spread = float(torch.linalg.eigvalsh(gain @ left @ gain.T)[-1].clamp(min=0))
     told = float((values / (1 + values)).clamp(min=0).sum())
     return (spread * (3 / n if sloped else (told + 1) / max(n - r - 1, 1)))**0.5
 

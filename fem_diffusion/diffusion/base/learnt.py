@@ -16,39 +16,24 @@ constant c,
 .. math:: \log p(y | z) = \mathrm{tr} D + \log \sum_i \pi_i e^{\mathrm{tr} E_i - |S_i (e - \mu_i)|^2 / 2} + c.
 
 Of many readings W are principal axes, the widest first, and O has few columns: what the widest say of the others.
-
-Training begins with one normal law. To what that leaves, mixtures that are the same everywhere are fitted by
-expectation maximisation, and as long as twice as many laws say more of held-out pairs, there are twice as many. Where
-there are several, training goes on from there.
 """
 
-import math
-import os
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from fem_diffusion.diffusion.base.emulator import Emulator, spread
-from fem_diffusion.diffusion.sampling.mixtures import normal_laws
+from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.tensors import Tensors
-from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
 
-__all__ = ["LearntNoise", "fit_noise"]
+__all__ = ["FULL", "LearntNoise", "log_density", "mixed", "numbers", "places", "whitened"]
 
 # Readings up to which O is full, and columns that it has beyond.
-_FULL, _COLUMNS = 24, 12
-# Layers more than of other networks.
-_DEEPER = 2
-# Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
-_MOST, _STARTS, _RAISED = 16, 3, 1e-4
-# Pairs that mixtures are fitted to, at most, pairs whose matrices are held at once, and numbers in these.
-_FITTED, _TOGETHER, _NUMBERS = 5000, 1024, 2**23
-# Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
-_STEPS, _RATE = 0.3, 0.05
+FULL, _COLUMNS = 24, 12
+# Numbers in the matrices that are held at once.
+_NUMBERS = 2**23
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -137,7 +122,7 @@ class LearntNoise(Tensors):
 
     def _log_density(self, rest: Tensor, found: Tensor) -> Tensor:
         if self.whole:
-            return _log_density(rest @ self.whitener.mT, found)
+            return log_density(rest @ self.whitener.mT, found)
         shares, mean, root = self._mixture(found)
         return _log_parts(rest, shares, mean, root @ root.mT).logsumexp(1)
 
@@ -187,17 +172,17 @@ def _log_parts(rest: Tensor, shares: Tensor, mean: Tensor, covariance: Tensor) -
     return torch.where(failed, -torch.inf, found)
 
 
-def _places(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def places(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Rows and columns of the entries of O."""
     rows, columns = torch.tril_indices(k, k, -1, device=device)
-    if k > _FULL:
+    if k > FULL:
         rows, columns = rows[columns < _COLUMNS], columns[columns < _COLUMNS]
     return rows, columns
 
 
 def numbers(k: int, components: int = 1) -> int:
     """How many the network emulates for k readings."""
-    one = 2 * k + len(_places(k, torch.device("cpu"))[0])
+    one = 2 * k + len(places(k, torch.device("cpu"))[0])
     return one if components == 1 else one + components * (one + 1)
 
 
@@ -218,165 +203,24 @@ def _split(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _entries(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """m (..., k), the diagonal of D (..., k) and O (..., k, k), of their numbers (..., n)."""
-    rows, columns = _places(k, found.device)
+    rows, columns = places(k, found.device)
     low = found.new_zeros(*found.shape[:-1], k, k)
     low[..., rows, columns] = found[..., 2 * k:]
     return found[..., :k], found[..., k:2 * k], low
 
 
-def _whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
     """T (x - m) of x (..., k), and tr D (...), by their numbers (..., n)."""
     m, d, low = _entries(found, x.shape[-1])
     x = x - m
     return torch.exp(d) * (x + (low @ x[..., None])[..., 0]), d.sum(-1)
 
 
-def _log_density(x: Tensor, found: Tensor) -> Tensor:
+def log_density(x: Tensor, found: Tensor) -> Tensor:
     """Log density (B,) up to a constant of x = W (y - f), (B, k), for what a network finds, (B, q)."""
     shared, shares, own = _split(found, x.shape[1])
-    e, volume = _whitened(x[:, None], shared)
+    e, volume = whitened(x[:, None], shared)
     if len(shares[0]) == 1:
         return volume[:, 0] - e[:, 0].square().sum(1) / 2
-    white, more = _whitened(e, own)
+    white, more = whitened(e, own)
     return volume[:, 0] + (shares + more - white.square().sum(2) / 2).logsumexp(1)
-
-
-class _Likelihood(Task[Emulator]):
-    """The task of `fit_noise`: minus the log density of what the emulator leaves, in units of the constant covariance.
-
-    Readings get fresh noise where it can be drawn.
-    """
-
-    name = "noise"
-    start: Emulator | None   # of training, where it goes on
-
-    def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
-                 training: Tensor, held_out: Tensor, options: TrainingOptions):
-        self.options, self.size, self.white = options, len(training), white
-        self.z, self.y, self.f = z[training], y[training], f[training]
-        generator = torch.Generator(z.device).manual_seed(options.seed + 1)
-        self.validation = z[held_out], white(y[held_out], f[held_out], generator)
-        self.parts = [z, y]
-        self.start = None
-        self.base_losses = self.validation[1].square().sum(1) / 2
-
-    def network(self) -> Emulator:
-        if self.start is not None:
-            return deepcopy(self.start)
-        r, k = self.z.shape[1], self.validation[1].shape[1]
-        return Emulator(r, numbers(k), self.options.width, self.options.depth, scaled=False)
-
-    @staticmethod
-    def _losses(network: Emulator, z: Tensor, x: Tensor) -> Tensor:
-        return -_log_density(x, network.offset.float() + network.correction(z))
-
-    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        return self.z[index], self.white(self.y[index], self.f[index], generator)
-
-    def loss(self, network: Emulator, *batch: Tensor) -> Tensor:
-        return self._losses(network, *batch).mean()
-
-    @torch.no_grad()
-    def evaluate(self, network: Emulator) -> Tensor:
-        return self._losses(network, *self.validation)
-
-    def mix(self, first: Emulator | None) -> bool:
-        """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
-        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
-        pairs = self.z, self.white(self.y, self.f, generator)
-
-        def rest(z: Tensor, x: Tensor) -> Tensor:
-            return x if first is None else torch.cat([_whitened(x, first.correction(z))[0] for z, x in zip(
-                z.split(_TOGETHER), x.split(_TOGETHER))])
-        e, held_out = (rest(*part).double().cpu() for part in (pairs, self.validation))
-        mixture = _mixture(e, held_out, self.options.seed)
-        if mixture is None:
-            return False
-        r, k = self.z.shape[1], e.shape[1]
-        with torch.random.fork_rng():
-            torch.manual_seed(self.options.seed)
-            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth, scaled=False)
-        if first is not None and first.head is not None and start.head is not None:
-            start.hidden.load_state_dict(first.hidden.state_dict())
-            start.head.weight.data[:numbers(k)] = first.head.weight.data
-        start.offset[numbers(k):] = mixture
-        self.start, self.name = start.to(self.z.device), "mixture"
-        # Weights of a checkpoint belong to the mixture that they were trained with.
-        self.parts = [*self.parts, mixture]
-        self.base_losses = self.evaluate(self.start)
-        return True
-
-
-def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
-    """Normal laws that are mixed to the law of e (n, k), the same everywhere: their numbers, as `_split` takes them.
-
-    None where two of them do not get more density at `held_out` (m, k) than a standard normal law, by more than two
-    standard errors; they are doubled until twice as many do not.
-    """
-    (rows, columns), full = _places(e.shape[1], e.device), e.shape[1] <= _FULL
-    best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
-    e = e[:_FITTED]
-    while count <= min(_MOST, len(e)):
-        law = normal_laws(e, count, seed, covariance_type="full" if full else "diag", n_init=_STARTS,
-                          reg_covar=_RAISED, tol=1e-4, max_iter=200)
-        after = torch.from_numpy(law.score_samples(held_out.numpy()))
-        if not sure(after - before):
-            break
-        shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
-        root = root if full else torch.diag_embed(root)
-        d = root.diagonal(dim1=1, dim2=2)
-        best = torch.cat([shares.log(), torch.cat([means, d.log(), (root.mT / d[..., None])[:, rows, columns]],
-                                                  1).flatten()])
-        before, count = after, 2 * count
-    return best
-
-
-def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
-              options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> LearntNoise | None:
-    """The scatter of readings around what an emulator says of them.
-
-    None where held-out pairs do not get more density by it than by their constant covariance, by more than two standard
-    errors; errors are those of `fit_emulator`.
-
-    Parameters
-    ----------
-    z, y, f : Tensor
-        Latents (n, r), what readings are drawn of, and the emulator's values, (n, k) each.
-    residual : Tensor
-        Constant covariance (k, k) of readings minus the emulator's.
-    draw : Callable
-        Readings (B, k) of some y (B, k) by a generator.
-    """
-    k = y.shape[1]
-    training, held_out = hold_out(z, options)
-    unit = residual.diagonal().sqrt()
-    scaled = residual / unit / unit[:, None]
-    if k <= _FULL:
-        identity = torch.eye(k, dtype=y.dtype)
-        whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), identity, upper=False) / unit
-    else:
-        values, axes = torch.linalg.eigh(scaled)
-        whitener = (axes / values.clamp(min=values[-1] * 1e-12).sqrt()).flip(1).T / unit
-    centre = z[training].mean(0)
-    size = spread(z[training] - centre)
-    device = torch.device(options.device)
-    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, f))
-
-    def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
-        return ((draw(y, generator) - f) @ across.T).float()
-    # Noise that is the same everywhere is told soon, and is to cost little; logarithms of spreads bend more than means.
-    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER,
-                      patience=-(-options.patience // 2))
-    task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
-    network = Loop(task, options, checkpoint).run(progress)
-    if task.mix(network):
-        if network is not None:
-            options = replace(options, steps=max(1, round(_STEPS * options.steps)),
-                              learning_rate=_RATE * options.learning_rate)
-        loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}.mixture")
-        network = loop.run(progress) or task.start
-    if network is None:
-        return None
-    network = network.to("cpu").eval().requires_grad_(False)
-    network.centre, network.unit = centre, size
-    return LearntNoise(network, whitener, torch.arange(k))

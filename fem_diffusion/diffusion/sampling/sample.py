@@ -24,7 +24,7 @@ every :math:`\alpha`. All formulations coincide in these coordinates; they diffe
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from fem_diffusion.diffusion.sampling.support import Support
 from fem_diffusion.errors import InputError
 from fem_diffusion.progress import bar
 
-__all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "sample_latents"]
+__all__ = ["CORRECTIONS", "METHODS", "Sampler", "churn", "out_of_range", "sample_latents"]
 
 _REDRAWS, CORRECTIONS = 40, 10
 # Where fewer samples are asked for, as many are drawn again as for these.
@@ -138,6 +138,11 @@ class Sampler:
         t = torch.linspace(1.0, 0.0, self.steps + 1, dtype=torch.float64)
         formulation = self.formulation or variance_preserving()
         return [*torch.arctan(formulation.sigma(t[:-1])).tolist(), 0.0]
+
+
+def out_of_range(sampler: Sampler) -> Sampler:
+    """The sampler for measurements far from the training, where moves under the emulator's density lead nowhere."""
+    return replace(sampler, corrections=0) if sampler.corrections is None else sampler
 
 
 def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,

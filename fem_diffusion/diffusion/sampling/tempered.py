@@ -36,6 +36,8 @@ _EFFECTIVE, _HALVINGS, _LEAPS = 0.5, 30, 5
 _MOVES, _FIRST, _LONGEST, _ACCEPTED = 4, 0.4, 1.2, 0.75
 # Values of beta, at most.
 _MOST = 300
+_REMEDY = ("simulate more pairs, or, where the measurement is unlike those of the training, take "
+           "Sampler(corrections=0), which stays at the base")
 
 
 def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], force: Callable[[Tensor], Tensor],
@@ -59,7 +61,7 @@ def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], f
         change = start.energy(pool) - energy(pool)
         change = torch.where(torch.isfinite(change), change, -1e300)
         if (change.amax(0) <= -1e300).any():
-            raise SolveError("The emulator's posterior has no density where the base is: simulate more pairs.")
+            raise SolveError(f"The emulator's posterior has no density where the base is: {_REMEDY}.")
         ahead = _ahead(change, 1 - beta)
         weights = torch.softmax(ahead * change, 0)
         integral = integral + torch.logsumexp(ahead * change, 0) - math.log(len(pool))
@@ -81,7 +83,7 @@ def tempered(start: NormalMixture, n: int, energy: Callable[[Tensor], Tensor], f
         if done:
             return w, integral, step
         pool = torch.cat(places)
-    raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: simulate more pairs.")
+    raise SolveError(f"The emulator's posterior is not reached in {_MOST} temperatures: {_REMEDY}.")
 
 
 def _ahead(change: Tensor, most: Tensor) -> Tensor:

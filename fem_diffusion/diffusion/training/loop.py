@@ -107,7 +107,7 @@ class History:
     step, train, validation : list
         Optimiser step, mean training loss since the last evaluation, validation loss of the averaged weights.
     base, best_step : float, int
-        Validation loss without a network; step of the weights that are kept, 0 where the base alone is.
+        Validation loss without a network; step of the weights that are kept, 0 where none are.
     spread_ratio, neighbour_ratio : float
         Of `Collapse`, measured at the end; 1 where the base alone is kept.
     """

@@ -13,11 +13,11 @@ from fem_diffusion.diffusion.base.fitted import check_base, fit_base, law, plain
 from fem_diffusion.diffusion.base.gaussian import UPDATES, GaussianBase
 from fem_diffusion.diffusion.base.law import NoiseLaw
 from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
-from fem_diffusion.diffusion.base.learnt import fit_noise
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.tensors import Tensors
 from fem_diffusion.diffusion.training.loop import TrainingOptions
+from fem_diffusion.diffusion.training.scatter import fit_noise
 from fem_diffusion.errors import InputError
 
 __all__ = ["Measured", "candidates", "of_family", "of_fixed"]

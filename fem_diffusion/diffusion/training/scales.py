@@ -88,7 +88,8 @@ def choose_scales(z: Tensor, y: Tensor, noise: Noise | LayoutFamily | None, late
     z, y = z[some], y[some]
     n, r = z.shape
     apart = round(_HELD_OUT * n)
-    if n < _FEWEST or n - apart < _EACH * (r + y.shape[1]):
+    # A reading that is always the same has no scale; the base refuses it.
+    if n < _FEWEST or n - apart < _EACH * (r + y.shape[1]) or bool((y == y[0]).all(0).any()):
         return Scales(latents, curve=latents)
     if isinstance(noise, LayoutFamily):
         noise = GaussianNoise(std=(1 / noise.weights).numpy())

@@ -1,0 +1,220 @@
+r"""How noise is learnt that is not known but from pairs that hold it: `LearntNoise` by its density.
+
+Training begins with one normal law. Many readings of few pairs are learnt by heart, above all how they go together:
+where training ends early, O is tried that is the same everywhere. To what one law leaves, mixtures that are the same
+everywhere are fitted by expectation maximisation, and as long as twice as many laws say more of held-out pairs, there
+are twice as many. Where there are several, training goes on from there.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from fem_diffusion.diffusion.base.emulator import Emulator, spread
+from fem_diffusion.diffusion.base.learnt import FULL, LearntNoise, log_density, numbers, places, whitened
+from fem_diffusion.diffusion.sampling.mixtures import normal_laws
+from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
+
+__all__ = ["fit_noise"]
+
+# Layers more than of other networks.
+_DEEPER = 2
+# Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
+_MOST, _STARTS, _RAISED = 16, 3, 1e-4
+# Pairs that mixtures are fitted to, at most, and pairs that are whitened at once.
+_FITTED, _TOGETHER = 5000, 1024
+# Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
+_STEPS, _RATE = 0.3, 0.05
+
+
+def _found(network: "Emulator | _Constant", z: Tensor) -> Tensor:
+    """What a network finds (B, q) at latents (B, r) as it takes them, in single precision."""
+    return network(z) if isinstance(network, _Constant) else network.offset.float() + network.correction(z)
+
+
+class _Constant(nn.Module):
+    """An emulator of m and D, and entries of O that are the same everywhere."""
+
+    def __init__(self, r: int, k: int, width: int, depth: int):
+        super().__init__()
+        self.inner = Emulator(r, 2 * k, width, depth, scaled=False)
+        self.low = nn.Parameter(torch.zeros(numbers(k) - 2 * k))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cat([self.inner.correction(z), self.low.expand(len(z), -1)], 1)
+
+    def whole(self) -> Emulator:
+        """As one emulator."""
+        inner, config = self.inner, self.inner.config
+        found = Emulator(config["r"], config["s"] + len(self.low), config["width"], config["depth"], scaled=False)
+        found.hidden.load_state_dict(inner.hidden.state_dict())
+        if found.head is not None and inner.head is not None:
+            found.head.weight.data[:config["s"]] = inner.head.weight.data
+        found.offset[config["s"]:] = self.low.data
+        return found
+
+
+class _Likelihood(Task[Emulator | _Constant]):
+    """The task of `fit_noise`: minus the log density of what the emulator leaves, in units of the constant covariance.
+
+    Readings get fresh noise where it can be drawn.
+    """
+
+    name = "noise"
+    start: Emulator | None   # of training, where it goes on
+    constant: bool           # whether O is
+
+    def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
+                 training: Tensor, held_out: Tensor, options: TrainingOptions):
+        self.options, self.size, self.white = options, len(training), white
+        self.z, self.y, self.f = z[training], y[training], f[training]
+        generator = torch.Generator(z.device).manual_seed(options.seed + 1)
+        self.validation = z[held_out], white(y[held_out], f[held_out], generator)
+        self.parts = [z, y]
+        self.start, self.constant = None, False
+        self.base_losses = self.validation[1].square().sum(1) / 2
+
+    def network(self) -> Emulator | _Constant:
+        if self.start is not None:
+            return deepcopy(self.start)
+        r, k, options = self.z.shape[1], self.validation[1].shape[1], self.options
+        return (_Constant(r, k, options.width, options.depth) if self.constant else
+                Emulator(r, numbers(k), options.width, options.depth, scaled=False))
+
+    @staticmethod
+    def _losses(network: Emulator | _Constant, z: Tensor, x: Tensor) -> Tensor:
+        return -log_density(x, _found(network, z))
+
+    def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        return self.z[index], self.white(self.y[index], self.f[index], generator)
+
+    def loss(self, network: Emulator | _Constant, *batch: Tensor) -> Tensor:
+        return self._losses(network, *batch).mean()
+
+    @torch.no_grad()
+    def evaluate(self, network: Emulator | _Constant) -> Tensor:
+        return self._losses(network, *self.validation)
+
+    def mix(self, first: Emulator | None) -> bool:
+        """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+        pairs = self.z, self.white(self.y, self.f, generator)
+
+        def rest(z: Tensor, x: Tensor) -> Tensor:
+            return x if first is None else torch.cat([whitened(x, _found(first, z))[0] for z, x in zip(
+                z.split(_TOGETHER), x.split(_TOGETHER))])
+        e, held_out = (rest(*part).double().cpu() for part in (pairs, self.validation))
+        mixture = _mixture(e, held_out, self.options.seed)
+        if mixture is None:
+            return False
+        r, k = self.z.shape[1], e.shape[1]
+        with torch.random.fork_rng():
+            torch.manual_seed(self.options.seed)
+            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth, scaled=False)
+        if first is not None and first.head is not None and start.head is not None:
+            start.hidden.load_state_dict(first.hidden.state_dict())
+            start.head.weight.data[:numbers(k)] = first.head.weight.data
+            start.offset[:numbers(k)] = first.offset
+        start.offset[numbers(k):] = mixture
+        self.start, self.name = start.to(self.z.device), "mixture"
+        # Weights of a checkpoint belong to the mixture that they were trained with.
+        self.parts = [*self.parts, mixture]
+        self.base_losses = self.evaluate(self.start)
+        return True
+
+
+def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
+    """Normal laws that are mixed to the law of e (n, k), the same everywhere: their numbers, as `_split` takes them.
+
+    None where two of them do not get more density at `held_out` (m, k) than a standard normal law, by more than two
+    standard errors; they are doubled until twice as many do not.
+    """
+    (rows, columns), full = places(e.shape[1], e.device), e.shape[1] <= FULL
+    best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
+    e = e[:_FITTED]
+    while count <= min(_MOST, len(e)):
+        law = normal_laws(e, count, seed, covariance_type="full" if full else "diag", n_init=_STARTS,
+                          reg_covar=_RAISED, tol=1e-4, max_iter=200)
+        after = torch.from_numpy(law.score_samples(held_out.numpy()))
+        if not sure(after - before):
+            break
+        shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
+        root = root if full else torch.diag_embed(root)
+        d = root.diagonal(dim1=1, dim2=2)
+        best = torch.cat([shares.log(), torch.cat([means, d.log(), (root.mT / d[..., None])[:, rows, columns]],
+                                                  1).flatten()])
+        before, count = after, 2 * count
+    return best
+
+
+def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
+              options: TrainingOptions, checkpoint: str | os.PathLike | None, progress: bool) -> LearntNoise | None:
+    """The scatter of readings around what an emulator says of them.
+
+    None where held-out pairs do not get more density by it than by their constant covariance, by more than two standard
+    errors; errors are those of `fit_emulator`.
+
+    Parameters
+    ----------
+    z, y, f : Tensor
+        Latents (n, r), what readings are drawn of, and the emulator's values, (n, k) each.
+    residual : Tensor
+        Constant covariance (k, k) of readings minus the emulator's.
+    draw : Callable
+        Readings (B, k) of some y (B, k) by a generator.
+    """
+    k = y.shape[1]
+    training, held_out = hold_out(z, options)
+    unit = residual.diagonal().sqrt()
+    scaled = residual / unit / unit[:, None]
+    if k <= FULL:
+        identity = torch.eye(k, dtype=y.dtype)
+        whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), identity, upper=False) / unit
+    else:
+        values, axes = torch.linalg.eigh(scaled)
+        whitener = (axes / values.clamp(min=values[-1] * 1e-12).sqrt()).flip(1).T / unit
+    centre = z[training].mean(0)
+    size = spread(z[training] - centre)
+    device = torch.device(options.device)
+    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, f))
+
+    def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
+        return ((draw(y, generator) - f) @ across.T).float()
+    # Noise that is the same everywhere is told soon, and is to cost little; logarithms of spreads bend more than means.
+    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER,
+                      patience=-(-options.patience // 2))
+    task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
+    network = _trained(task, options, checkpoint, progress)
+    if task.mix(network):
+        if network is not None:
+            options = replace(options, steps=max(1, round(_STEPS * options.steps)),
+                              learning_rate=_RATE * options.learning_rate)
+        loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}.mixture")
+        network = loop.run(progress) or task.start
+    if network is None:
+        return None
+    assert isinstance(network, Emulator)
+    network = network.to("cpu").eval().requires_grad_(False)
+    network.centre, network.unit = centre, size
+    return LearntNoise(network, whitener, torch.arange(k))
+
+
+def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.PathLike | None,
+             progress: bool) -> Emulator | None:
+    """Of one normal law, with O that depends on the latents or is the same everywhere, as held-out pairs want it."""
+    loop = Loop(task, options, checkpoint)
+    network = loop.run(progress)
+    assert not isinstance(network, _Constant)
+    if loop.step >= options.steps or task.validation[1].shape[1] == 1:
+        return network
+    task.constant = True
+    other = Loop(task, options, None if checkpoint is None else f"{checkpoint}.constant")
+    found = other.run(progress)
+    if not isinstance(found, _Constant) or network is not None and other.best_losses.mean() > loop.best_losses.mean():
+        return network
+    return found.whole().requires_grad_(False)
