@@ -7,7 +7,7 @@
 For each task and seed 10,000 simulations are drawn once. Each method trains on them with its defaults and draws 10,000
 samples for each of sbibm's observations, which are compared with as many reference samples: by the classifier
 two-sample test (C2ST, 0.5: not to be told apart, 1: nothing in common) and by the sliced Wasserstein distance, in units
-of the reference's standard deviations. The log density is the mean over 500 pairs that no method has seen. Times are
+of the reference's standard deviations. The log density is the mean over 100 pairs that no method has seen. Times are
 those of the processor.
 
 Draws and rows are files of their own, so that a killed run goes on where it was. Delete output/peers/full/draws/METHOD,
@@ -50,7 +50,7 @@ class Size:
 
     simulations: int = 10000
     samples: int = 10000
-    held_out: int = 500
+    held_out: int = 100
     observations: tuple[int, ...] = tuple(range(1, 11))
     seeds: tuple[int, ...] = tuple(range(5))
     epochs: int = 2**31 - 1

@@ -231,13 +231,15 @@ def test_a_base_knows_how_uncertain_it_is(n):
 
 
 def test_pairs_that_are_too_few_for_the_latents_are_told(recwarn):
-    def fit(n, r=20, noise=None):
+    def fit(n, r=20, noise=None, power=1):
         operator, z, y = _noisy_pairs(n, r, 1)
-        y = y if noise is None else z @ operator.T
+        y = y if noise is None else (z @ operator.T)**power
         fit_denoiser(z, y, noise, standard_prior=True, progress=False,
                      options=TrainingOptions(steps=1, evaluate_every=1, width=4, depth=1))
     with pytest.warns(UserWarning, match="30 pairs leave the Gaussian base of 20 latents uncertain.*derivatives=True"):
         fit(30)
+    with pytest.warns(UserWarning, match="30 pairs leave the Gaussian base of 20 latents uncertain"):
+        fit(30, noise=GaussianNoise(std=0.1, relative=0.1), power=3)
     recwarn.clear()
     fit(300)
     fit(30, r=3)

@@ -15,12 +15,14 @@ from fem_diffusion.diffusion import (
 from fem_diffusion.diffusion.base.emulator import affine_emulator
 from fem_diffusion.diffusion.base.layouts import Layout
 from fem_diffusion.diffusion.base.learnt import LearntNoise, numbers
-from fem_diffusion.diffusion.training.scatter import fit_noise
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.diffusion.sampling.hamiltonian import hamiltonian_move
 from fem_diffusion.diffusion.sampling.mixtures import fit_mixture, standard_normal
 from fem_diffusion.diffusion.sampling.tempered import tempered
+from fem_diffusion.diffusion.training import scatter
 from fem_diffusion.diffusion.training.choice import advantage
+from fem_diffusion.diffusion.training.loop import Loop
+from fem_diffusion.diffusion.training.scatter import fit_noise
 from fem_diffusion.errors import FileError
 from truths import Known, draw, errors, random
 
@@ -412,6 +414,30 @@ def test_many_readings_have_mixtures_along_their_axes(tmp_path):
         files.write(tmp_path / "model", "model", *pack_denoiser(denoiser, History()))
         again = unpack_denoiser(files.read(tmp_path / "model", "model", REMEDY))[0]
         torch.testing.assert_close(again.base.learnt.whitener, whitener, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+def test_how_many_readings_go_together_is_not_learnt_by_heart(constant, monkeypatch):
+    """Twelve readings, correlated the same way everywhere, of a spread that depends on a latent; 1,500 pairs."""
+    k = 12
+    factor, line = torch.eye(k).double() + torch.ones(k, k).double().tril(-1) / 6, torch.linspace(-1, 1, k).double()
+
+    def noise(z, generator):
+        white = torch.randn(len(z), k, generator=generator, dtype=z.dtype)
+        return torch.exp(0.7 * z[:, 1:]) * white @ factor.T
+    z, fresh = (torch.randn(1500, 2, generator=random(i), dtype=torch.float64) for i in (0, 1))
+    rest, other = noise(z, random(3)), noise(fresh, random(2))
+    if not constant:
+        monkeypatch.setattr(scatter, "_trained", lambda task, *given: Loop(task, *given[:2]).run(False))
+    f = z[:, :1] * line
+    found = fit_noise(z, f + rest, f, rest.T @ rest / len(z), lambda y, generator: y, QUICK, None, False)
+    scale = torch.exp(0.7 * fresh[:, 1:, None]) * factor
+    exact = torch.distributions.MultivariateNormal(other.new_zeros(k), scale_tril=scale).log_prob(other)
+    normal = torch.linalg.slogdet(found.whitener)[1] - k / 2 * np.log(2 * np.pi)
+    off = float((found.log_density(other, fresh) + normal - exact).mean())
+    assert (-0.13 < off < 0) == constant, off
+    turns = found.network.head.weight[2 * k:numbers(k)]
+    assert bool((turns == 0).all()) == constant and bool((found.network.offset[2 * k:] != 0).all()) == constant
 
 
 def test_noise_that_is_the_same_everywhere_stays_so():

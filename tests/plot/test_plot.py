@@ -186,7 +186,7 @@ def test_numbers_of_numpy_draw_the_same():
 def test_training_curve_says_when_the_network_is_not_kept():
     kept = plot_history(History([1, 2], [1.0, 0.9], [1.0, 0.95], 1.0, 2))
     dropped = plot_history(History([1, 2], [1.0, 0.9], [1.1, 1.2], 1.0, 0))
-    assert not kept.get_title() and "base alone is kept" in dropped.get_title()
+    assert not kept.get_title() and "no weights are kept" in dropped.get_title()
 
 
 @pytest.mark.filterwarnings("error")

@@ -145,6 +145,9 @@ def test_other_prior_sensor_or_seed_is_noticed(tmp_path):
                                 ({"observation": one}, 3, "another prior"), ({}, 4, "seed")]:
         with pytest.raises(DataError, match=words):
             simulate(replace(problem, **change), 5, seed=seed, path=tmp_path, progress=False)
+        if change and change != {"observation": one}:
+            with pytest.raises(DataError, match="another prior, forward problem or observation.*pass the problem"):
+                load_pairs(tmp_path, replace(problem, **change))
     np.testing.assert_array_equal(load_pairs(tmp_path, problem).readings, kept.readings)
     with pytest.raises(DataError, match="holds 2 readings of each sample, and the problem has 1: pass the problem"):
         load_pairs(tmp_path, replace(problem, observation=one))

@@ -18,6 +18,8 @@ from fem_diffusion import (
     hmc, karhunen_loeve, laplace, load_model, point_sensors, random_points, simulate,
 )
 from fem_diffusion import files
+from fem_diffusion.diffusion import sample_latents
+from fem_diffusion.trust.start import start_of
 
 NOISE = 0.05
 OPTIONS = TrainingOptions(steps=60, evaluate_every=30, width=16, depth=1)
@@ -119,7 +121,7 @@ def test_the_readings_of_the_training_are_saved_and_checked(job, many, tmp_path)
         replace(job[1], seen=torch.zeros(4, 2))
 
 
-def test_a_cube_is_not_extrapolated():
+def test_a_cube_is_not_extrapolated(monkeypatch):
     """y = θ³ + e reads up to about 50 in training, and then 200, and a million: too far on any scale."""
     V = FunctionSpace(UnitIntervalMesh(1, comm=MPI.COMM_SELF), "R", 0)
     prior = CallablePrior(V, lambda seed: Function(V).assign(np.random.default_rng(seed).normal()))
@@ -133,7 +135,19 @@ def test_a_cube_is_not_extrapolated():
     assert posterior.distance.far
     with pytest.raises(InputError, match=r"does not extrapolate.*laplace\(problem, y\).*posterior.correct"):
         posterior.sample(10, seed=0)
-    assert len(posterior.sample(3, seed=0, extrapolate=True, progress=False)) == 3
+    seen = []
+
+    def remembered(conditioned, n, sampler, **given):
+        seen.append(sampler.corrections)
+        return sample_latents(conditioned, n, sampler, **given)
+    for room in ("model.posterior", "trust.start"):
+        monkeypatch.setattr(f"fem_diffusion.{room}.sample_latents", remembered)
+    near = model.condition([1.0])
+    for one in (posterior, near):
+        assert len(one.sample(3, seed=0, extrapolate=True, progress=False)) == 3
+        assert len(start_of(one, lambda z: -z[:, 0]**2 / 2, None, 0).more(3)) == 3
+    # Where the emulator means nothing its density must not move samples, for as long as it takes.
+    assert set(seen[:len(seen) // 2]) == {0} and set(seen[len(seen) // 2:]) == {None}
     assert not model.condition([1.0]).distance.far
 
 

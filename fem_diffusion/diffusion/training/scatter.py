@@ -38,24 +38,25 @@ def _found(network: "Emulator | _Constant", z: Tensor) -> Tensor:
 
 
 class _Constant(nn.Module):
-    """An emulator of m and D, and entries of O that are the same everywhere."""
+    """An emulator of m and D beside numbers that are the same everywhere, which are all there is of O."""
 
     def __init__(self, r: int, k: int, width: int, depth: int):
         super().__init__()
         self.inner = Emulator(r, 2 * k, width, depth, scaled=False)
-        self.low = nn.Parameter(torch.zeros(numbers(k) - 2 * k))
+        self.shift = nn.Parameter(torch.zeros(numbers(k)))
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.cat([self.inner.correction(z), self.low.expand(len(z), -1)], 1)
+        part = self.inner.correction(z)
+        return self.shift + nn.functional.pad(part, (0, len(self.shift) - part.shape[1]))
 
     def whole(self) -> Emulator:
         """As one emulator."""
         inner, config = self.inner, self.inner.config
-        found = Emulator(config["r"], config["s"] + len(self.low), config["width"], config["depth"], scaled=False)
+        found = Emulator(config["r"], len(self.shift), config["width"], config["depth"], scaled=False)
         found.hidden.load_state_dict(inner.hidden.state_dict())
-        if found.head is not None and inner.head is not None:
-            found.head.weight.data[:config["s"]] = inner.head.weight.data
-        found.offset[config["s"]:] = self.low.data
+        assert found.head is not None and inner.head is not None   # of a depth above 0
+        found.head.weight.data[:config["s"]] = inner.head.weight.data
+        found.offset[:] = self.shift.data
         return found
 
 
@@ -185,9 +186,8 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
 
     def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
         return ((draw(y, generator) - f) @ across.T).float()
-    # Noise that is the same everywhere is told soon, and is to cost little; logarithms of spreads bend more than means.
-    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER,
-                      patience=-(-options.patience // 2))
+    # Logarithms of spreads bend more than means.
+    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER)
     task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
     network = _trained(task, options, checkpoint, progress)
     if task.mix(network):
