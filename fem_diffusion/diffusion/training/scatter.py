@@ -1,6 +1,7 @@
 r"""How noise is learnt that is not known but from pairs that hold it: `LearntNoise` by its density.
 
-Training begins with one normal law. Many readings of few pairs are learnt by heart, above all how they go together:
+Training begins with the mean, by least squares: a density, whose spreads are as wide as the mean is off, rests for long
+before it falls. One normal law follows. Many readings of few pairs are learnt by heart, above all how they go together:
 where training ends early, O is tried that is the same everywhere. To what one law leaves, mixtures that are the same
 everywhere are fitted by expectation maximisation, and as long as twice as many laws say more of held-out pairs, there
 are twice as many. Where there are several, training goes on from there.
@@ -37,12 +38,22 @@ def _found(network: "Emulator | _Constant", z: Tensor) -> Tensor:
     return network(z) if isinstance(network, _Constant) else network.offset.float() + network.correction(z)
 
 
+def _copy(source: Emulator, target: Emulator) -> None:
+    """Take weights over, of the outputs that both have."""
+    target.hidden.load_state_dict(source.hidden.state_dict())
+    assert source.head is not None and target.head is not None   # of a depth above 0
+    same = min(source.config["s"], target.config["s"])
+    target.head.weight.data[:same] = source.head.weight.data[:same]
+
+
 class _Constant(nn.Module):
     """An emulator of m and D beside numbers that are the same everywhere, which are all there is of O."""
 
-    def __init__(self, r: int, k: int, width: int, depth: int):
+    def __init__(self, r: int, k: int, width: int, depth: int, start: Emulator | None):
         super().__init__()
         self.inner = Emulator(r, 2 * k, width, depth, scaled=False)
+        if start is not None:
+            _copy(start, self.inner)
         self.shift = nn.Parameter(torch.zeros(numbers(k)))
 
     def forward(self, z: Tensor) -> Tensor:
@@ -53,9 +64,7 @@ class _Constant(nn.Module):
         """As one emulator."""
         inner, config = self.inner, self.inner.config
         found = Emulator(config["r"], len(self.shift), config["width"], config["depth"], scaled=False)
-        found.hidden.load_state_dict(inner.hidden.state_dict())
-        assert found.head is not None and inner.head is not None   # of a depth above 0
-        found.head.weight.data[:config["s"]] = inner.head.weight.data
+        _copy(inner, found)
         found.offset[:] = self.shift.data
         return found
 
@@ -69,6 +78,7 @@ class _Likelihood(Task[Emulator | _Constant]):
     name = "noise"
     start: Emulator | None   # of training, where it goes on
     constant: bool           # whether O is
+    mean: bool               # whether that is all, learnt by least squares
 
     def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
                  training: Tensor, held_out: Tensor, options: TrainingOptions):
@@ -77,19 +87,19 @@ class _Likelihood(Task[Emulator | _Constant]):
         generator = torch.Generator(z.device).manual_seed(options.seed + 1)
         self.validation = z[held_out], white(y[held_out], f[held_out], generator)
         self.parts = [z, y]
-        self.start, self.constant = None, False
+        self.start, self.constant, self.mean = None, False, False
         self.base_losses = self.validation[1].square().sum(1) / 2
 
     def network(self) -> Emulator | _Constant:
-        if self.start is not None:
-            return deepcopy(self.start)
         r, k, options = self.z.shape[1], self.validation[1].shape[1], self.options
-        return (_Constant(r, k, options.width, options.depth) if self.constant else
-                Emulator(r, numbers(k), options.width, options.depth, scaled=False))
+        if self.constant:
+            return _Constant(r, k, options.width, options.depth, self.start)
+        return Emulator(r, numbers(k), options.width, options.depth, scaled=False) if self.start is None else deepcopy(
+            self.start)
 
-    @staticmethod
-    def _losses(network: Emulator | _Constant, z: Tensor, x: Tensor) -> Tensor:
-        return -log_density(x, _found(network, z))
+    def _losses(self, network: Emulator | _Constant, z: Tensor, x: Tensor) -> Tensor:
+        found = _found(network, z)
+        return (x - found[:, :x.shape[1]]).square().sum(1) / 2 if self.mean else -log_density(x, found)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return self.z[index], self.white(self.y[index], self.f[index], generator)
@@ -117,12 +127,11 @@ class _Likelihood(Task[Emulator | _Constant]):
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
             start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth, scaled=False)
-        if first is not None and first.head is not None and start.head is not None:
-            start.hidden.load_state_dict(first.hidden.state_dict())
-            start.head.weight.data[:numbers(k)] = first.head.weight.data
+        if first is not None:
+            _copy(first, start)
             start.offset[:numbers(k)] = first.offset
         start.offset[numbers(k):] = mixture
-        self.start, self.name = start.to(self.z.device), "mixture"
+        self.start, self.name, self.constant = start.to(self.z.device), "mixture", False
         # Weights of a checkpoint belong to the mixture that they were trained with.
         self.parts = [*self.parts, mixture]
         self.base_losses = self.evaluate(self.start)
@@ -207,14 +216,25 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
 def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.PathLike | None,
              progress: bool) -> Emulator | None:
     """Of one normal law, with O that depends on the latents or is the same everywhere, as held-out pairs want it."""
-    loop = Loop(task, options, checkpoint)
-    network = loop.run(progress)
+    def run(name: str, options: TrainingOptions) -> tuple[Loop[Emulator | _Constant], Emulator | _Constant | None]:
+        loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}{name}")
+        # Noise that is the same everywhere is told soon, and is to cost little; where something is found, all patience.
+        loop.options = replace(options, patience=-(-options.patience // 2))
+        network = loop.run(progress)
+        if loop.best is not None:
+            loop.options = options
+            network = loop.run(progress)
+        return loop, network
+    task.mean = True
+    _, start = run(".mean", replace(options, steps=max(1, round(_STEPS * options.steps))))
+    assert not isinstance(start, _Constant)
+    task.mean, task.start = False, None if start is None else start.requires_grad_(True)
+    loop, network = run("", options)
     assert not isinstance(network, _Constant)
     if loop.step >= options.steps or task.validation[1].shape[1] == 1:
         return network
     task.constant = True
-    other = Loop(task, options, None if checkpoint is None else f"{checkpoint}.constant")
-    found = other.run(progress)
+    other, found = run(".constant", options)
     if not isinstance(found, _Constant) or network is not None and other.best_losses.mean() > loop.best_losses.mean():
         return network
     return found.whole().requires_grad_(False)
