@@ -190,8 +190,8 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
         ("derivatives", folder.derivatives, job.basis is not None))
         if former != wanted]
     if changed:
-        raise DataError(f"{folder.path} holds another data set, of another {' and '.join(changed)}: name another "
-                        "folder, or delete this one.")
+        raise DataError(f"{folder.path} holds a data set with other {' and '.join(changed)}: name another folder, or "
+                        "delete this one.")
     _check_same(folder, job)
 
 
