@@ -26,7 +26,7 @@ from torch import Tensor
 from fem_diffusion import files
 from fem_diffusion.comparison import write_csv
 from fem_diffusion.diffusion import Denoiser, LayoutFamily, LayoutKind, TrainingOptions, fit_denoiser
-from fem_diffusion.diffusion.training.fit import noisy
+from fem_diffusion.diffusion.training.denoising import noisy
 from problems import PROBLEMS
 
 DEFAULT = TrainingOptions()

@@ -20,7 +20,7 @@ from torch import Tensor
 from fem_diffusion.diffusion import (
     Denoiser, FieldGeometry, Noise, TrainingOptions, fit_denoiser, sample_latents,
 )
-from fem_diffusion.diffusion.training.fit import noisy
+from fem_diffusion.diffusion.training.denoising import noisy
 from fem_diffusion.fields.geometry import field_geometry
 from fem_diffusion.trust import energy_score
 

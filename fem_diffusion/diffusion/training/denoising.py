@@ -22,7 +22,7 @@ from fem_diffusion.diffusion.training.collapse import measure_collapse
 from fem_diffusion.diffusion.training.loop import History, Task, TrainingOptions, hold_out
 from fem_diffusion.diffusion.training.measured import Measured
 
-__all__ = ["Denoising"]
+__all__ = ["Denoising", "noisy"]
 
 # Noise levels drawn for each located measurement, where that costs more than they do.
 _DRAWS, _VALIDATION_DRAWS = 8, 16
@@ -67,7 +67,7 @@ class Denoising(Task[ScoreModule | MeanNetwork]):
         for part in held_out.split(_CHUNK):
             seen, found = self._see(z[part], c[part], generator)
             surprise.append(found)
-            self.validation.append((seen, _noisy(seen.w.expand(_VALIDATION_DRAWS, -1, -1), options, generator)))
+            self.validation.append((seen, noisy(seen.w.expand(_VALIDATION_DRAWS, -1, -1), options, generator)))
         self.held_out = z[held_out], c[held_out]
         self.base_losses = self._losses(lambda seen, v, angle: torch.zeros_like(v))
         # Minus the log density of the base at held-out latents: the denoising loss knows no determinants.
@@ -145,7 +145,7 @@ class Denoising(Task[ScoreModule | MeanNetwork]):
         seen = self.bank.select(index)
         draw = torch.randint(len(seen.w), (len(index),), generator=generator, device=index.device)
         w = seen.w.gather(0, draw[None, :, None].expand(1, -1, seen.w.shape[2]))
-        return *_noisy(w, self.options, generator), *seen.inputs
+        return *noisy(w, self.options, generator), *seen.inputs
 
     def loss(self, network: ScoreNetwork, *batch: Tensor) -> Tensor:
         v, angle, target, *inputs = batch
@@ -213,7 +213,7 @@ class Denoising(Task[ScoreModule | MeanNetwork]):
         history.spread_ratio, history.neighbour_ratio = found.spread_ratio, found.neighbour_ratio
 
 
-def _noisy(w: Tensor, options: TrainingOptions, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def noisy(w: Tensor, options: TrainingOptions, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Noise levels and noise for latents in base coordinates `w` (..., r): v, angle (..., 1) and target."""
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=w.device, dtype=w.dtype)
