@@ -106,7 +106,7 @@ class Posterior:
                              "that; or take laplace(problem, y), which needs no training, or posterior.correct(...), "
                              "which moves samples by the solver itself.")
         refill = self.basis.standard_prior if refill is None else check_flag(refill, "refill")
-        sampler = out_of_range(sampler) if self.far else sampler
+        sampler = out_of_range(sampler, self.far)
 
         def draw(seed: int) -> np.ndarray:
             check_device(device)

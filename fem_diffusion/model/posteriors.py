@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from fem_diffusion.checks import alike, check_choices, check_count, check_flag, check_kind, check_seed, stream
 from fem_diffusion.diffusion import MeasurementWarning, Sampler, sample_latents
+from fem_diffusion.diffusion.sampling.sample import out_of_range
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
 from fem_diffusion.fields.coefficients import on_root
@@ -98,13 +99,14 @@ class Posteriors:
                 f"{instant(self.times[far][0])}, which are more than twice as far away as all that training has seen: "
                 "leave them out, posteriors[~posteriors.far], and look at their sensors.")
         refill = self.each[0].basis.standard_prior if refill is None else check_flag(refill, "refill")
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, one in enumerate(self.each):
-            groups.setdefault(id(one.sensors), []).append(i)
+            groups.setdefault((id(one.sensors), one.far), []).append(i)
         found: list[Any] = [None] * len(self)
         with bar(len(groups), "sample", progress and comm.rank == 0) as shown:
-            for number, members in enumerate(groups.values()):
-                for i, z in zip(members, self._latents(members, n, sampler, stream(seed, f"measurements {number}"))):
+            for number, ((_, beyond), members) in enumerate(groups.items()):
+                mine = stream(seed, f"measurements {number}")
+                for i, z in zip(members, self._latents(members, n, out_of_range(sampler, beyond), mine)):
                     found[i] = self._samples(self.each[i], z, stream(seed, f"rest {i}"), refill)
                 shown.update()
         return found

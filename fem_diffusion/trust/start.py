@@ -11,9 +11,9 @@ from scipy.linalg import block_diag, null_space
 
 from fem_diffusion.checks import stream
 from fem_diffusion.diffusion import Conditioned, Sampler, log_density, sample_latents
-from fem_diffusion.diffusion.sampling.sample import out_of_range
 from fem_diffusion.diffusion.base.layouts import decorrelated
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.sampling.sample import out_of_range
 from fem_diffusion.errors import InputError, SolveError
 from fem_diffusion.fields.basis import ModalBasis
 from fem_diffusion.fields.coefficients import on_root
@@ -73,7 +73,7 @@ def start_of(posterior: "Posterior", log_prior: Callable[[np.ndarray], np.ndarra
                            log_prior=log_prior, ensemble=ensemble)
     r, rest = basis.r, latent.r - basis.r
     conditioned = posterior.conditioned
-    sampler = out_of_range(Sampler()) if posterior.far else Sampler()
+    sampler = out_of_range(Sampler(), posterior.far)
     count = 0
 
     def more(n: int) -> np.ndarray:

@@ -140,9 +140,9 @@ class Sampler:
         return [*torch.arctan(formulation.sigma(t[:-1])).tolist(), 0.0]
 
 
-def out_of_range(sampler: Sampler) -> Sampler:
-    """The sampler for measurements far from the training, where moves under the emulator's density lead nowhere."""
-    return replace(sampler, corrections=0) if sampler.corrections is None else sampler
+def out_of_range(sampler: Sampler, far: bool) -> Sampler:
+    """The sampler; for measurements far from the training without moves under the emulator's density, unless asked."""
+    return replace(sampler, corrections=0) if far and sampler.corrections is None else sampler
 
 
 def churn(formulation: Formulation, strength: float, sigma_min: float = 0.0,

@@ -29,7 +29,7 @@ _DEEPER = 2
 _MOST, _STARTS, _RAISED = 16, 3, 1e-4
 # Pairs that mixtures are fitted to, at most, and pairs that are whitened at once.
 _FITTED, _TOGETHER = 5000, 1024
-# Steps and learning rate of a mixture, as shares of those before: faster ones lose where it starts.
+# Steps of the mean and of a mixture, and the rate of this, as shares of the law's: faster ones lose where it starts.
 _STEPS, _RATE = 0.3, 0.05
 
 
