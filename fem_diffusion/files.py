@@ -34,7 +34,7 @@ from fem_diffusion.errors import FileError
 
 __all__ = ["Content", "VERSION", "adopt", "check_room", "locked", "make_folder", "read", "write", "write_bytes"]
 
-VERSION = 1
+VERSION = 2
 _DIGITS = 64
 _ZEROS = b"0" * _DIGITS
 _MARK = b'\\"checksum\\":\\"'   # JSON inside JSON: quotes are escaped

@@ -180,8 +180,8 @@ def test_other_kinds_and_versions_are_refused(tmp_path, monkeypatch):
     files.write(tmp_path / "file", "thing", {}, {})
     with pytest.raises(FileError, match="holds a thing, where a model is expected"):
         files.read(tmp_path / "file", "model", "")
-    monkeypatch.setattr(files, "VERSION", 2)
-    with pytest.raises(FileError, match="is of format version 1, and this version of fem_diffusion reads 2"):
+    monkeypatch.setattr(files, "VERSION", 3)
+    with pytest.raises(FileError, match="is of format version 2, and this version of fem_diffusion reads 3"):
         files.read(tmp_path / "file", "thing", "")
 
 

@@ -166,10 +166,14 @@ class Denoiser(Tensors):
 
     @property
     def words(self) -> str:
-        """On which scales latents and readings are, in words that go on; empty where they are as they come."""
+        """On which scales latents and readings are, and which are in use, in words that go on; empty for all as it is.
+        """
         parts = [f"{name} on another scale ({part.words})" for name, part in (
             ("latents", self.latents), ("readings", self.readings)) if part is not None]
-        return f", {' and '.join(parts)}" if parts else ""
+        words = f", {' and '.join(parts)}" if parts else ""
+        told = self.base.told
+        return words if told is None else (
+            f"{words}, all from the {len(told)} of {self.base.k} readings that say anything of the latents")
 
     def select(self, sensors: Tensor, before: Tensor, after: Tensor, noise: Noise | None) -> "Denoiser":
         """For some of the fixed sensors, by their numbers, of which some may come again; without its network.
@@ -191,7 +195,7 @@ class Denoiser(Tensors):
             emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
             # Of sensors that come again the noise is not learnt.
             known, learnt = known and learnt is None, None
-        base = replace(self.base, emulator=emulator, law=law, learnt=learnt)
+        base = replace(self.base, emulator=emulator, law=law, learnt=learnt, told=None)
         return replace(self, base=base, network=None, spectrum=None, known=known, readings=readings)
 
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:

@@ -125,7 +125,9 @@ def pack_denoiser(denoiser: Denoiser, history: History) -> tuple[dict, dict]:
     if base.law is not None:
         arrays |= {f"law.{name}": getattr(base.law, name).numpy() for name in ("rows", "offset", "covariance")}
     if base.learnt is not None:
-        arrays |= {"noise.whitener": base.learnt.whitener.numpy(), "noise.sensors": base.learnt.sensors.numpy()}
+        arrays |= {f"noise.{name}": getattr(base.learnt, name).numpy() for name in ("whitener", "sensors", "aside")}
+    if base.told is not None:
+        arrays["base.told"] = base.told.numpy()
     return (arrays | {"base.mean": base.mean.numpy(), "base.factor": base.factor.numpy()},
             values | {"updates": base.updates, "known": denoiser.known, "history": asdict(history)})
 
@@ -142,7 +144,8 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
     if not r or (factor.diagonal() == 0).any() or bool(factor.tril(-1).any()) or not 1 <= updates <= UPDATES:
         raise content.error("holds no base")
     emulator = _unpack_network(content, "emulator", {"emulator": Emulator}, {"r": r, "s": k, "scaled": 1})
-    network = _unpack_network(content, "network", NETWORKS, {"r": r, "k": k})
+    told = _unpack_told(content, k)
+    network = _unpack_network(content, "network", NETWORKS, {"r": r, "k": k if told is None else len(told)})
     if emulator is None:
         raise content.error("holds no emulator")
     spectrum = unpack(content, "spectrum", Spectrum, {"variances": (None,), "weights": (None,)})
@@ -154,9 +157,19 @@ def unpack_denoiser(content: Content) -> tuple[Denoiser, History]:
         raise content.error("holds bounds of the latents without room between them")
     emulator.curve = unpack_map(content, "curve", r)
     latents, readings = unpack_map(content, "latents", r), unpack_map(content, "readings", k)
-    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, emulator, k))
+    base = GaussianBase(mean, factor, emulator, updates, learnt=_unpack_learnt(content, emulator, k), told=told)
     known = content.value("known", bool)
     return Denoiser(base, network, spectrum, support, known, latents, readings), unpack_history(content)
+
+
+def _unpack_told(content: Content, k: int) -> Tensor | None:
+    """Numbers of the readings of k that say anything, or None; FileError where they are none."""
+    if "base.told" not in content.arrays:
+        return None
+    told = torch.from_numpy(content.array("base.told", None, dtype=np.dtype(np.int64)))
+    if not (len(told) and (told >= 0).all() and (told < k).all() and len(told.unique()) == len(told)):
+        raise content.error("holds numbers of readings that are none")
+    return told
 
 
 def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise | None:
@@ -167,19 +180,20 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
         return None
     network.curve = emulator.curve
     sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
-    whitener = torch.from_numpy(content.array("noise.whitener", None, None))
-    most = len(whitener)
+    whitener, aside = (torch.from_numpy(content.array(f"noise.{name}", None, None)) for name in ("whitener", "aside"))
+    own, most = len(whitener), len(whitener) + len(aside)
     size = network.config["s"]
-    if whitener.shape != (most, most) or size != numbers(most, mixed(size, most)) or not (
-            (sensors >= 0) & (sensors < most)).all() or len(sensors.unique()) < k or not _regular(whitener):
+    if whitener.shape != (own, own) or aside.shape != (most - own, most - own) or size != numbers(
+            own, mixed(size, own)) or not ((sensors >= 0) & (sensors < most)).all() or len(
+            sensors.unique()) < k or not (_regular(whitener) and _regular(aside)):
         raise content.error("holds noise that is none of its sensors")
-    return LearntNoise(network, whitener, sensors)
+    return LearntNoise(network, whitener, sensors, aside)
 
 
 def _regular(matrix: Tensor) -> bool:
     """Whether a square matrix has an inverse, whatever the units of its rows."""
     size = matrix.norm(dim=1, keepdim=True)
-    return bool((size > 0).all()) and bool(torch.linalg.svdvals(matrix / size)[-1] > 0)
+    return not len(matrix) or bool((size > 0).all()) and bool(torch.linalg.svdvals(matrix / size)[-1] > 0)
 
 
 def unpack_law(content: Content, denoiser: Denoiser, noise: Noise | None) -> Denoiser:

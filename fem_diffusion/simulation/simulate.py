@@ -119,9 +119,9 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
     """Read a data set that `simulate` wrote of the same problem, with states where they were kept, on any ranks.
 
     Of n samples, all where left out, those that failed are counted, and SkippedWarning tells of them. Two of them are
-    solved again, to see that prior, forward problem and sensors are still the same: DataError where they are not, or
-    the folder is no data set, is empty or incomplete; FileError if a file is damaged, or belongs to another mesh, space
-    or data set; SolveError if the forward problem fails.
+    solved again, to see that prior, forward problem and sensors are still the same, unless the solver draws the noise
+    of its readings; a warning tells where it fails. DataError where they are not, or the folder is no data set, is
+    empty or incomplete; FileError if a file is damaged, or belongs to another mesh, space or data set.
     """
     check_problem(problem)
     n, = alike(problem.comm, lambda: {"n": None if n is None else check_count(n)})
@@ -142,7 +142,10 @@ def load_pairs(path: str | os.PathLike, problem: InverseProblem, n: int | None =
         raise DataError(f"{folder.path} holds {sum(block.count for block in blocks.values())} of {n} pairs: run "
                         "simulate again to complete it.")
     with stop_annotating(), contextlib.closing(Job(problem, folder.seed, folder.states)) as job:
-        together(problem.comm, lambda: _check_same(folder, job))
+        try:
+            together(problem.comm, lambda: _check_same(folder, job))
+        except SolveError as error:
+            warnings.warn(f"Whether {folder.path} is of this problem cannot be told: {error}", stacklevel=2)
     basis = folder.modes(problem.prior) if folder.derivatives else None
     return _told(_joined(blocks.values(), Tally(folder.seed, folder.size, n, 1.0), basis))
 
@@ -197,8 +200,14 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
 
 def _check_same(folder: Folder, job: Job) -> None:
     """Raise DataError unless the first samples are those of the folder, and read what they read there."""
-    same = all(map(_near, job.probe, (folder.coefficients, folder.readings)))
-    if not folder.comm.allreduce(same, MPI.LAND):
+    def agree(new: np.ndarray, old: np.ndarray) -> bool:
+        return folder.comm.allreduce(_near(new, old), MPI.LAND)
+    fields, readings = job.probe
+    same = agree(fields, folder.coefficients)
+    if same and not agree(readings, folder.readings):
+        # A solver that draws its readings' noise gives others each time.
+        same = job.problem.noise is None and not agree(job.look()[1], readings)
+    if not same:
         raise DataError(f"{folder.path} was simulated with another prior, forward problem or observation, or one of "
                         "them does not repeat itself: pass the problem that was simulated, or name another folder.")
 

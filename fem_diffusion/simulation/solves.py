@@ -86,6 +86,10 @@ class Job:
 
     @cached_property
     def probe(self) -> tuple[np.ndarray, np.ndarray]:
+        """What `look` finds at first."""
+        return self.look()
+
+    def look(self) -> tuple[np.ndarray, np.ndarray]:
         """Fields (p, n_owned) and readings (p, k) of a few samples, each by one call; NaN where there are none."""
         fields = self.draw(0, _CANDIDATES)
         readings, reasons = {}, []

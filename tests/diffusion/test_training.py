@@ -16,7 +16,7 @@ from fem_diffusion.diffusion import (
     variance_exploding, variance_preserving,
 )
 from fem_diffusion.diffusion.training.choice import even
-from fem_diffusion.diffusion.training.loop import Loop
+from fem_diffusion.diffusion.training.loop import Loop, Task
 from fem_diffusion.errors import InputError, FileError, SolveError
 from truths import Known, draw, random
 
@@ -245,6 +245,37 @@ def test_training_measures_collapse_and_tells_of_it(monkeypatch):
     with pytest.warns(CollapseWarning, match="its spread at training measurements is 0.50 of"):
         _, history = _train()
     assert (history.spread_ratio, history.neighbour_ratio) == (0.5, 0.9)
+
+
+def test_training_goes_on_from_where_it_ended():
+    """A second run with more patience learns on: the network that the first has returned stays as it is."""
+    class Square(Task):
+        name, size, options = "square", 256, QUICK
+
+        def __init__(self):
+            self.x = torch.randn(256, 1, generator=random())
+            self.parts = [self.x]
+            self.base_losses = self.evaluate(lambda x: 0 * x)
+
+        def network(self):
+            return torch.nn.Sequential(torch.nn.Linear(1, 16), torch.nn.SiLU(), torch.nn.Linear(16, 1))
+
+        def draw(self, index, generator):
+            return self.x[index],
+
+        def loss(self, network, x):
+            return (network(x) - x**2).square().mean()
+
+        def evaluate(self, network):
+            return (network(self.x) - self.x**2).square()[:, 0]
+    loop = Loop(Square(), replace(QUICK, steps=200, evaluate_every=50), None)
+    first = loop.run(False)
+    kept, loop.options = first(loop.task.x).clone(), QUICK
+    again = loop.run(False)
+    losses = loop.history.validation
+    assert len(losses) == 6 and losses[-1] < 0.8 * losses[3]
+    torch.testing.assert_close(first(loop.task.x), kept, rtol=0, atol=0)
+    np.testing.assert_allclose(float(loop.task.evaluate(again).mean()), min(losses), rtol=1e-5)
 
 
 def test_early_stopping_keeps_the_best_weights():

@@ -83,7 +83,7 @@ def data():
 def coarse(request, data):
     """A model, its samples on the mesh of its training, and distances between independent sets of them."""
     basis, pairs = data
-    with pytest.MonkeyPatch.context() as patch:   # what neither scales nor learnt noise do the network does, which is seen
+    with pytest.MonkeyPatch.context() as patch:   # what scales or learnt noise would do, the network does
         patch.setattr("fem_diffusion.diffusion.training.fit.choose_scales", lambda *_: Scales())
         patch.setattr("fem_diffusion.diffusion.training.denoising.Denoising.surpassed", lambda *_: None)
         model = fit(_problem(basis, NOISES[request.param]), pairs, basis=basis, network=request.param, options=OPTIONS,

@@ -10,6 +10,7 @@ from firedrake import (
 )
 from mpi4py import MPI
 
+from fem_diffusion.diffusion.noise import GaussianNoise
 from fem_diffusion.fields import keyed
 from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.forward.steady import Steady
@@ -151,6 +152,33 @@ def test_other_prior_sensor_or_seed_is_noticed(tmp_path):
     np.testing.assert_array_equal(load_pairs(tmp_path, problem).readings, kept.readings)
     with pytest.raises(DataError, match="holds 2 readings of each sample, and the problem has 1: pass the problem"):
         load_pairs(tmp_path, replace(problem, observation=one))
+
+
+def test_pairs_of_a_solver_that_draws_its_noise_are_loaded(tmp_path):
+    """It gives other readings each time; with another prior they are refused all the same."""
+    problem, generator = _problem(), np.random.default_rng(0)
+
+    def noisy(m):
+        state = problem.forward(m)
+        return state.assign(state + generator.standard_normal())
+    own = replace(problem, forward=noisy, noise=None)
+    kept = simulate(own, 5, seed=3, path=tmp_path, progress=False)
+    np.testing.assert_array_equal(load_pairs(tmp_path, own).readings, kept.readings)
+    assert len(simulate(own, 7, seed=3, path=tmp_path, progress=False)) == 7
+    for change in ({"prior": GaussianPrior(problem.V, 2.0, 0.3)}, {"noise": GaussianNoise(std=0.1)}):
+        with pytest.raises(DataError, match="another prior"):
+            load_pairs(tmp_path, replace(own, **change))
+
+
+def test_pairs_are_loaded_where_the_solver_fails(tmp_path):
+    problem = _problem()
+
+    def absent(m):
+        raise RuntimeError("no licence here")
+    kept = simulate(problem, 5, seed=3, path=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match="is of this problem cannot be told: .*no licence here"):
+        again = load_pairs(tmp_path, replace(problem, forward=absent))
+    np.testing.assert_array_equal(again.readings, kept.readings)
 
 
 def test_damaged_foreign_and_swapped_blocks_are_refused_and_kept(tmp_path):

@@ -102,6 +102,8 @@ class GaussianBase(Tensors):
         Of noise that is not in the emulator's residual, because no covariance holds it.
     learnt : LearntNoise or None
         What takes the place of the residual in fixed sensors' readings where it depends on the latents.
+    told : Tensor or None
+        Numbers (j,) of the readings that say something of the latents; None where all do.
     """
 
     mean: Tensor
@@ -110,6 +112,7 @@ class GaussianBase(Tensors):
     updates: int = 1
     law: NoiseLaw | None = None
     learnt: LearntNoise | None = None
+    told: Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -148,15 +151,18 @@ class GaussianBase(Tensors):
 
     @cached_property
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
+        """Mean (j,) of the readings themselves, B = I, and the symmetric W (j, j) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
         covariance = signal @ signal.T + self.scatter + torch.diag(FLOOR * signal.square().sum(1))
-        return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
+        mean = self.emulator.offset + self.emulator.matrix @ self.mean
+        if self.told is not None:
+            mean, covariance = mean[self.told], covariance[self.told][:, self.told]
+        return mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
-        """Measurements `y` (B, k) by fixed sensors, centred and whitened under the prior, shape (B, k)."""
+        """Measurements `y` (B, k) by fixed sensors, those told, centred and whitened under the prior, shape (B, j)."""
         mean, whitener = self._seen
-        return (y - mean) @ whitener.T
+        return ((y if self.told is None else y[:, self.told]) - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
         """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive.

@@ -32,6 +32,8 @@ __all__ = ["FULL", "LearntNoise", "log_density", "mixed", "numbers", "places", "
 
 # Readings up to which O is full, and columns that it has beyond.
 FULL, _COLUMNS = 24, 12
+# Logarithms of spreads, as of latents where the network means nothing, whose squares are numbers still.
+_FAR = 150.0
 # Numbers in the matrices that are held at once.
 _NUMBERS = 2**23
 
@@ -48,21 +50,30 @@ class LearntNoise(Tensors):
     whitener : Tensor
         W, shape (k, k).
     sensors : Tensor
-        Numbers of the readings that are at hand, shape (j,), all of them unless some have failed.
+        Numbers of the readings that are at hand, shape (j,), all of them unless some have failed: those of W, and
+        behind them those aside.
+    aside : Tensor
+        Root of the covariance of i readings that say nothing of the latents, shape (i, i); (0, 0) for none.
     """
 
     network: Emulator
     whitener: Tensor
     sensors: Tensor
+    aside: Tensor
 
     def select(self, sensors: Tensor) -> "LearntNoise":
         """Of some of the readings at hand, by their numbers."""
         return replace(self, sensors=self.sensors[sensors])
 
     @cached_property
+    def _own(self) -> Tensor:
+        """Which of the readings at hand W is of, shape (j,)."""
+        return self.sensors < len(self.whitener)
+
+    @cached_property
     def whole(self) -> bool:
-        """Whether all readings are at hand, in their order."""
-        return self.sensors.tolist() == list(range(len(self.whitener)))
+        """Whether all readings that W is of are at hand, in their order."""
+        return self.sensors[self._own].tolist() == list(range(len(self.whitener)))
 
     @property
     def components(self) -> int:
@@ -72,40 +83,61 @@ class LearntNoise(Tensors):
     @property
     def together(self) -> int:
         """How many latents have their matrices held at once."""
-        return max(1, _NUMBERS // (self.components * len(self.whitener)**2))
-
-    def mixture(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normal laws of the scatter at latents (B, r): logarithms of shares (B, p), means (B, p, j), roots of
-        covariances (B, p, j, k).
-        """
-        return self._mixture(self.network(z))
+        return max(1, _NUMBERS // (self.components * len(self.whitener)**2 + len(self.sensors)**2))
 
     def _mixture(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for what the network finds, (B, q)."""
+        """Normal laws of the scatter of those at hand that W is of, for what the network finds, (B, q).
+
+        Logarithms of shares (B, p), means (B, p, o), roots of covariances (B, p, o, k).
+        """
         shared, shares, own = _split(found, len(self.whitener))
         (m, d, low), (mu, e, inner) = (_entries(x, len(self.whitener)) for x in (shared, own))
-        identity = torch.eye(low.shape[-1]).to(low)
-        back = torch.linalg.inv(self.whitener)[self.sensors]
-        root = back @ torch.linalg.inv(torch.exp(d)[..., None] * (low + identity))
+        back = torch.linalg.inv(self.whitener)[self.sensors[self._own]]
+        root = back @ _inverse(d, low)
         mean = m @ back.T + (root @ mu[..., None])[..., 0]
         if len(shares[0]) > 1:
-            root = root @ torch.linalg.inv(torch.exp(e)[..., None] * (inner + identity))
+            root = root @ _inverse(e, inner)
         return shares, mean, root
+
+    def _beside(self, mean: Tensor) -> Tensor:
+        """Means (B, o) of those at hand that W is of, with zeros for the others, (B, j)."""
+        return mean if bool(self._own.all()) else mean.new_zeros(len(mean), len(self.sensors)).index_copy(
+            1, torch.where(self._own)[0], mean)
+
+    def _with_aside(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        """Means (B, o) and covariances (B, o, o) of those at hand that W is of, with the others: (B, j) and (B, j, j).
+        """
+        if bool(self._own.all()):
+            return mean, covariance
+        own, others = torch.where(self._own)[0], torch.where(~self._own)[0]
+        found = mean.new_zeros(len(mean), len(self.sensors), len(self.sensors))
+        found[:, own[:, None], own] = covariance
+        found[:, others[:, None], others] = self._aside @ self._aside.mT
+        return self._beside(mean), found
+
+    @cached_property
+    def _aside(self) -> Tensor:
+        """Root of the covariance of the others at hand, (l, i)."""
+        return self.aside[self.sensors[~self._own] - len(self.whitener)]
 
     def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of the scatter (B, j) at latents (B, r), and covariance (B, j, j)."""
-        shares, means, root = self.mixture(z)
+        shares, means, root = self._mixture(self.network(z))
         weights = shares.exp()[..., None]
         mean = (weights * means).sum(1)
         root = torch.cat([root, (means - mean[:, None])[..., None]], 3) if len(shares[0]) > 1 else root
-        return mean, (weights[..., None] * root @ root.mT).sum(1)
+        return self._with_aside(mean, (weights[..., None] * root @ root.mT).sum(1))
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of the scatter (B, j), one at each of the latents (B, r)."""
-        shares, means, root = self.mixture(z)
-        mean, root = _one(shares, means, root, generator)
-        white = torch.randn(*root.shape[:1], root.shape[2], 1, generator=generator, dtype=z.dtype, device=z.device)
-        return mean + (root @ white)[..., 0]
+        def white(root: Tensor) -> Tensor:
+            normal = torch.randn(len(z), root.shape[-1], 1, generator=generator, dtype=z.dtype, device=z.device)
+            return (root @ normal)[..., 0]
+        mean, root = _one(*self._mixture(self.network(z)), generator)
+        found = self._beside(mean + white(root))
+        if not bool(self._own.all()):
+            found[:, ~self._own] = white(self._aside)
+        return found
 
     def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Mean of the scatter (B, j), and the map of covectors (B, j) to their pull-back (B, r)."""
@@ -113,7 +145,7 @@ class LearntNoise(Tensors):
         with torch.enable_grad():
             at = found.detach().requires_grad_()
             shares, means, _ = self._mixture(at)
-            mean = (shares.exp()[..., None] * means).sum(1)
+            mean = self._beside((shares.exp()[..., None] * means).sum(1))
         return mean.detach(), lambda covector: pull(torch.autograd.grad(mean, at, covector, retain_graph=True)[0])
 
     def log_density(self, rest: Tensor, z: Tensor) -> Tensor:
@@ -121,6 +153,7 @@ class LearntNoise(Tensors):
         return self._log_density(rest, self.network(z))
 
     def _log_density(self, rest: Tensor, found: Tensor) -> Tensor:
+        rest = rest[:, self._own]
         if self.whole:
             return log_density(rest @ self.whitener.mT, found)
         shares, mean, root = self._mixture(found)
@@ -143,14 +176,22 @@ class LearntNoise(Tensors):
         if len(z) > (most := self.together):
             parts = [self.others(a, b, kept, left, generator) for a, b in zip(rest.split(most), z.split(most))]
             return torch.cat([mean for mean, _ in parts]), torch.cat([covariance for _, covariance in parts])
-        shares, mean, root = self.mixture(z)
-        S = root @ root.mT
-        log = _log_parts(rest, shares, mean[..., kept], S[..., kept, :][..., kept])
+        shares, mean, root = self._mixture(self.network(z))
+        S, own = root @ root.mT, self._own[kept]
+        place = (self._own.cumsum(0) - 1)[kept[own]]
+        log = _log_parts(rest[:, own], shares, mean[..., place], S[..., place, :][..., place])
         log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
-        mean, S = _one(log, mean, S, generator)
+        mean, S = self._with_aside(*_one(log, mean, S, generator))
         gain = torch.linalg.solve(S[:, kept][..., kept], S[:, kept][..., left]).mT
         return (mean[:, left] + (gain @ (rest - mean[:, kept])[..., None])[..., 0],
                 S[:, left][..., left] - gain @ S[:, kept][..., left])
+
+
+def _inverse(d: Tensor, low: Tensor) -> Tensor:
+    """Inverse (..., k, k) of exp(D) (1 + O), of the diagonal (..., k) and O (..., k, k); huge, and finite, far out."""
+    identity = torch.eye(low.shape[-1]).to(low)
+    unit = torch.linalg.solve_triangular(low, identity.expand_as(low), upper=False, unitriangular=True)
+    return unit * torch.exp(-d.clamp(-_FAR, _FAR))[..., None, :]
 
 
 def _one(log: Tensor, means: Tensor, matrices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -29,12 +29,12 @@ from fem_diffusion.diffusion.network import NETWORKS
 from fem_diffusion.diffusion.network.mesh import FieldGeometry
 from fem_diffusion.diffusion.noise import Noise, as_noise
 from fem_diffusion.diffusion.sampling.support import Support, find_support
-from fem_diffusion.diffusion.training.cells import spread_over_cells
 from fem_diffusion.diffusion.training.denoising import Denoising
 from fem_diffusion.diffusion.training.independent import bounded_laws, check_draws
 from fem_diffusion.diffusion.training.loop import History, Loop, TrainingOptions, threads
 from fem_diffusion.diffusion.training.measured import candidates, of_family, of_fixed
 from fem_diffusion.diffusion.training.scales import Scales, choose_scales
+from fem_diffusion.diffusion.training.telling import telling, widened
 from fem_diffusion.errors import InputError
 
 __all__ = ["fit_denoiser"]
@@ -55,12 +55,12 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     by more than two standard errors. Where the latents are standard normal and the law of the noise is not known, that
     is learnt as a function of the latents where this helps, as a mixture of normal laws where one does not do, and the
     emulator with it takes the place of the network where it gives held-out latents more density; readings of which many
-    are equal, such as counts, are spread over the gaps between them for that. None is trained where there is nothing to
-    learn: where the base is known to be exact, and where held-out latents are as samples of the
-    base, moved under the emulator's density: differences of 5 % in the spread of all latents, or of 15 % in that of
-    one, show in 2,048 of them. At the end the spectrum is measured from which samplers place their steps, and collapse
-    onto the training pairs, of which a `CollapseWarning` tells. A warning tells, too, where the pairs are so few that
-    the Gaussian base itself is uncertain, and by how much.
+    are equal, such as counts, are spread over the gaps between them for that, and where most say nothing of the latents
+    all is learnt from the others. None is trained where there is nothing to learn: where the base is known to be exact,
+    and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 % in the
+    spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured from
+    which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
+    warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
 
     All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
     the noise is carried: it is drawn in the users' units, in which measurements and samples stay.
@@ -126,6 +126,11 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
     z, seen = z.double().cpu(), y.double().cpu()
+    if noise is None and slopes is None and base == "gaussian" and (told := telling(z, seen)) is not None:
+        found, history = fit_denoiser(
+            z, seen[:, told], network=network, standard_prior=standard_prior, prior=prior, scales=scales,
+            options=options, checkpoint=checkpoint, geometry=geometry, progress=progress)
+        return widened(found, seen, told), history
     tell_copies(z, seen)
     law = None
     if prior is not None:
@@ -140,7 +145,6 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     # Levels of noise stand behind the readings: emulator and base have them from the latents.
     if not isinstance(noise, LayoutFamily):
         noise = as_noise(noise, seen.shape[1] - (len(noise.levels) if isinstance(noise, Noise) else 0))
-        noise = spread_over_cells(seen) if noise is None else noise
     standard_prior, users = standard_prior or law is not None, z
     found = Scales(law) if scales != "choose" or base != "gaussian" else choose_scales(
         z, seen, noise, law, standard_prior, options.seed, geometry is not None)

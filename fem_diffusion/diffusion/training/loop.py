@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -275,9 +276,11 @@ class Loop(Generic[N]):
         if self.best is None or not sure(self.task.gain(self.best_losses)):
             self.history.best_step = 0
             return None
-        for network, row in zip(self.networks, self.best):
+        # Training may go on, whose networks follow the average.
+        found = [deepcopy(network) for network in self.networks]
+        for network, row in zip(found, self.best):
             into(network, row.clone())
-        return self.task.joined(self.networks).eval().requires_grad_(False)
+        return self.task.joined(found).eval().requires_grad_(False)
 
 
 def sure(gain: Tensor) -> bool:

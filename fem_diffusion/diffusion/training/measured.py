@@ -16,6 +16,7 @@ from fem_diffusion.diffusion.base.layouts import Layout, LayoutFamily
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.noise import Noise
 from fem_diffusion.diffusion.tensors import Tensors
+from fem_diffusion.diffusion.training.cells import spread_over_cells
 from fem_diffusion.diffusion.training.loop import TrainingOptions
 from fem_diffusion.diffusion.training.scatter import fit_noise
 from fem_diffusion.errors import InputError
@@ -118,9 +119,12 @@ def candidates(z: Tensor, y: Tensor, slopes: Tensor | None, parts: Measured, kin
         if curve is not None:
             emulator = fit_base(x, centred, parts.covariance).emulator
             own = replace(base, emulator=emulator.bent(curve, mean, std))
-        learnt = fit_noise(x, y, own.emulator(z), own.emulator.residual,
-                           lambda c, generator: parts.measure(c, generator)[1], options,
-                           None if checkpoint is None else f"{checkpoint}.noise", progress) if standard_prior else None
+        learnt = None
+        if standard_prior:
+            cells = spread_over_cells(y) if parts.noise is None else None
+            learnt = fit_noise(x, y, own.emulator(z), own.emulator.residual,
+                               cells or (lambda c, generator: parts.measure(c, generator)[1]), options,
+                               None if checkpoint is None else f"{checkpoint}.noise", progress)
         if learnt is not None and curve is not None:
             learnt = replace(learnt, network=learnt.network.bent(curve, mean, std))
         if learnt is None and curve is None:

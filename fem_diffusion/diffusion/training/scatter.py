@@ -31,6 +31,8 @@ _MOST, _STARTS, _RAISED = 16, 3, 1e-4
 _FITTED, _TOGETHER = 5000, 1024
 # Steps of the mean and of a mixture, and the rate of this, as shares of the law's: faster ones lose where it starts.
 _STEPS, _RATE = 0.3, 0.05
+# Share of the largest variance that counts as none.
+_NOTHING = 1e-12
 
 
 def _found(network: "Emulator | _Constant", z: Tensor) -> Tensor:
@@ -86,7 +88,8 @@ class _Likelihood(Task[Emulator | _Constant]):
         self.z, self.y, self.f = z[training], y[training], f[training]
         generator = torch.Generator(z.device).manual_seed(options.seed + 1)
         self.validation = z[held_out], white(y[held_out], f[held_out], generator)
-        self.parts = [z, y]
+        # The validation holds what noise is like, and the units of what is left.
+        self.parts = [z, y, f, *self.validation]
         self.start, self.constant, self.mean = None, False, False
         self.base_losses = self.validation[1].square().sum(1) / 2
 
@@ -182,19 +185,27 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     training, held_out = hold_out(z, options)
     unit = residual.diagonal().sqrt()
     scaled = residual / unit / unit[:, None]
+    values, axes = torch.linalg.eigh(scaled)
+    # Of readings that are sums of others nothing is left beside these, whose density would be infinite.
+    least = float(values[-1]) * _NOTHING
+    repeated, values = bool(values[0] < least), values.clamp(min=least)
     if k <= FULL:
-        identity = torch.eye(k, dtype=y.dtype)
-        whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), identity, upper=False) / unit
+        root = torch.linalg.cholesky(axes * values @ axes.T)
+        whitener = torch.linalg.solve_triangular(root, torch.eye(k, dtype=y.dtype), upper=False) / unit
     else:
-        values, axes = torch.linalg.eigh(scaled)
-        whitener = (axes / values.clamp(min=values[-1] * 1e-12).sqrt()).flip(1).T / unit
+        whitener = (axes / values.sqrt()).flip(1).T / unit
     centre = z[training].mean(0)
     size = spread(z[training] - centre)
     device = torch.device(options.device)
     across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, f))
 
+    blur = math.sqrt(least) * unit.to(device)
+
     def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
-        return ((draw(y, generator) - f) @ across.T).float()
+        rest = draw(y, generator) - f
+        if repeated:
+            rest = rest + blur * torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=device)
+        return (rest @ across.T).float()
     # Logarithms of spreads bend more than means.
     options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER)
     task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
@@ -210,7 +221,7 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     assert isinstance(network, Emulator)
     network = network.to("cpu").eval().requires_grad_(False)
     network.centre, network.unit = centre, size
-    return LearntNoise(network, whitener, torch.arange(k))
+    return LearntNoise(network, whitener, torch.arange(k), whitener.new_zeros(0, 0))
 
 
 def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.PathLike | None,
@@ -237,4 +248,4 @@ def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.P
     other, found = run(".constant", options)
     if not isinstance(found, _Constant) or network is not None and other.best_losses.mean() > loop.best_losses.mean():
         return network
-    return found.whole().requires_grad_(False)
+    return found.whole().to(task.z.device).requires_grad_(False)
