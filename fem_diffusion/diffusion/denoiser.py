@@ -195,7 +195,9 @@ class Denoiser(Tensors):
             emulator.residual = after + unit[:, None] * (axes * values.clamp(min=0) @ axes.T) * unit
             # Of sensors that come again the noise is not learnt.
             known, learnt = known and learnt is None, None
-        base = replace(self.base, emulator=emulator, law=law, learnt=learnt, told=None)
+        told = None if self.base.told is None else torch.where(torch.isin(sensors, self.base.told))[0]
+        told = told if told is not None and len(told) else None   # of no use to what is the prior then
+        base = replace(self.base, emulator=emulator, law=law, learnt=learnt, told=told)
         return replace(self, base=base, network=None, spectrum=None, known=known, readings=readings)
 
     def at(self, y: Tensor, layout: Layout | None = None) -> Conditioned:

@@ -258,7 +258,7 @@ class Model:
     def distance(self, problem: InverseProblem, sensors: EmulatedSensors, y: np.ndarray) -> Distance | None:
         """How far a measurement (k,) is from training readings, and whether the model is out of its depth there.
 
-        None where these are not known, or too few.
+        Readings that it makes no use of do not count. None where those of the training are not known, or too few.
         """
         if self.seen is None or len(self.seen) < _FEWEST or not len(y):
             return None
@@ -269,8 +269,11 @@ class Model:
         residual = sensors.total if sensors.family else sensors.denoiser.base.scatter
 
         def run() -> Distance:
-            names = problem.names or [str(i) for i in range(len(y))]
-            found = measure_distance(seen, noise, torch.tensor(y), names, sensors.denoiser.readings)
+            names, used = problem.names or [str(i) for i in range(len(y))], torch.arange(len(y))
+            used = used if sensors.family else sensors.denoiser.base.used
+            scale, levels = sensors.denoiser.readings, torch.arange(len(y), seen.shape[1])
+            found = measure_distance(seen[:, torch.cat([used, levels])], noise, torch.tensor(y)[used],
+                                     [names[i] for i in used.tolist()], scale and scale.select(used))
             exact = sensors.denoiser.network is None and emulator.affine and isinstance(noise, GaussianNoise)
             exact = exact and sensors.denoiser.readings is None
             if isinstance(noise, GaussianNoise) and exact and found.far:

@@ -260,9 +260,11 @@ class Bundle:
         if (learnt := base.learnt) is not None and learnt.components > 1:
             c = base.emulator(z)
             return _rarer(at, lambda y: learnt.log_density(y - c, z), lambda generator: c + learnt.sample(z, generator))
-        root = torch.linalg.cholesky(emulated.total if base.learnt is None else base.emulated(z)[1])
-        away = torch.linalg.solve_triangular(root, (at - emulated.read(z))[:, :, None], upper=False)
-        return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(y)).mean())
+        covariance, away = emulated.total if base.learnt is None else base.emulated(z)[1], at - emulated.read(z)
+        used = torch.arange(len(y)) if emulated.family else base.used
+        root = torch.linalg.cholesky(covariance[..., used, :][..., used])
+        away = torch.linalg.solve_triangular(root, away[:, used, None], upper=False)
+        return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(used)).mean())
 
     def _parameters(self, y: np.ndarray, there: np.ndarray, z: np.ndarray) -> np.ndarray:
         """Coefficients (n, ...) of the parameter with latents (n, r)."""

@@ -125,6 +125,11 @@ class GaussianBase(Tensors):
         return len(self.emulator.offset)
 
     @property
+    def used(self) -> Tensor:
+        """Numbers of the readings that say something of the latents."""
+        return torch.arange(self.k, device=self.mean.device) if self.told is None else self.told
+
+    @property
     def affine(self) -> bool:
         """Whether readings are affine in the latents, with a noise that does not depend on them."""
         return self.emulator.affine and self.learnt is None
@@ -155,14 +160,12 @@ class GaussianBase(Tensors):
         signal = self.emulator.matrix @ self.factor
         covariance = signal @ signal.T + self.scatter + torch.diag(FLOOR * signal.square().sum(1))
         mean = self.emulator.offset + self.emulator.matrix @ self.mean
-        if self.told is not None:
-            mean, covariance = mean[self.told], covariance[self.told][:, self.told]
-        return mean, roots(covariance)[0]
+        return mean[self.used], roots(covariance[self.used][:, self.used])[0]
 
     def features(self, y: Tensor) -> Tensor:
         """Measurements `y` (B, k) by fixed sensors, those told, centred and whitened under the prior, shape (B, j)."""
         mean, whitener = self._seen
-        return ((y if self.told is None else y[:, self.told]) - mean) @ whitener.T
+        return (y[:, self.used] - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
         """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive.
