@@ -26,7 +26,7 @@ from scipy.stats import chi2, norm
 
 from fem_diffusion import files
 from fem_diffusion.checks import check_array, check_count, check_kind, check_seed
-from fem_diffusion.errors import DataError, InputError
+from fem_diffusion.errors import DataError, FileError, InputError
 from fem_diffusion.fields.coefficients import coefficients, field, largest, on_root
 from fem_diffusion.fields.keyed import element_of, gather_keys, gather_rows, own_columns, read_everywhere
 from fem_diffusion.fields.modes import mass_action
@@ -258,7 +258,7 @@ def unpack_basis(content: files.Content, name: str, V: WithGeometry, prior: "Pri
     basis = ModalBasis(V, field(V, mean[0, columns], name="mean"), modes[:, columns], variances, float(total), prior,
                        standard and prior is not None, weights and tuple(weights))
     if basis.standard_prior and not is_of(basis, prior):
-        raise content.error("belongs to another prior")
+        raise FileError(f"{content.path} belongs to another prior: pass the prior with which it was made.")
     if not np.allclose(basis.encode(basis.decode(np.eye(basis.r))), np.eye(basis.r), rtol=0, atol=1e-6):
         raise content.error("holds modes that are not orthonormal on this mesh")
     if f"{name}.turn" not in content.arrays:

@@ -251,6 +251,8 @@ class Model:
             lists = (list, tuple, np.ndarray)
             rows = list(y) if repeats and isinstance(y, lists) and np.shape(y[:1]) else []
             if rows and all(isinstance(row, lists) for row in rows):
+                if len(rows) == k > 1 and all(len(row) == 1 for row in rows):
+                    raise InputError(f"y has shape ({k}, 1): give ({k},) for one measurement, (n, {k}) for n of them.")
                 return np.stack([check_readings(row, k, names or None) for row in rows])
             return check_readings(y, k, names or None)
         return alike(self.problem.comm, lambda: {"y": check()})[0]

@@ -50,6 +50,13 @@ def test_what_tells_is_found(kind):
     assert telling(z, y).tolist() == [NOTHING]
 
 
+def test_pairs_may_be_in_order():
+    z = _normal(12000, 2, 0)
+    z = z[z[:, 0].argsort()]
+    y = torch.cat([_nothing(12000), z[:, :1] * (z[:, :1] > 1.2) + 1e-3 * _normal(12000, 1, 1)], 1)
+    assert telling(z, y).tolist() == [NOTHING]
+
+
 def test_noise_that_two_readings_share_tells():
     z, e = _normal(N, 2, 0), _normal(N, 1, 1)
     y = torch.cat([e, _nothing(N), z[:, :1] + e + 0.1 * _normal(N, 1, 2)], 1)

@@ -40,7 +40,9 @@ def telling(z: Tensor, y: Tensor) -> Tensor | None:
     # A reading that never varies is refused later, by its number.
     if len(z) < _FEWEST or z.shape[1] > _TOGETHER or bool((y == y[0]).all(0).any()):
         return None
-    u, v = _waves(z[:_LOOKED_AT]), _waves(y[:_LOOKED_AT])
+    # Pairs may come in an order of their own.
+    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:_LOOKED_AT]
+    u, v = _waves(z[some]), _waves(y[some])
     told = _depend(v, u.flatten(1))
     for i in range(z.shape[1] - 1):
         if 2 * int(told.sum()) > k:
