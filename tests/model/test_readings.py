@@ -126,7 +126,8 @@ def test_relative_noise_counts_each_reading_by_itself():
 @pytest.mark.parametrize("noise, y, message", [
     (GaussianNoise(std=0.1), 5 * [NAN], "All sensors failed"), (None, [Y, Y], "noise of their own"),
     (GaussianNoise(std=0.1), [Y, Y[:4]], "each of the 5"),
-    (GaussianNoise(std=0.1), np.array([Y]).T, r"shape \(5, 1\): give \(5,\) for one"), (GaussianNoise(std=0.1), [Y, [1, 2, 3, np.inf, 2]], "inf"),
+    (GaussianNoise(std=0.1), np.array([Y]).T, r"shape \(5, 1\): give \(5,\) for one"),
+    (GaussianNoise(std=0.1), [Y, [1, 2, 3, np.inf, 2]], "inf"),
     (CallableNoise(lambda y, g: y + 0.1 * torch.randn(y.shape, generator=g, dtype=y.dtype)),
      MEASURED["two have failed"], "all sensors together"),
 ])
