@@ -21,6 +21,8 @@ __all__ = [
 _UNCERTAIN = 0.5
 # A sensor that varies by so many roundings of its mean does not vary.
 _ROUNDINGS = 4
+# Share of the pairs that may be copies of others.
+_COPIES = 1e-3
 # Share of the variance of a latent that the others may leave at least.
 _DEPENDENT = 1e-12
 
@@ -134,7 +136,8 @@ def tell_uncertain(base: GaussianBase, n: int, noise_covariance: Tensor, sloped:
 def tell_copies(z: Tensor, y: Tensor) -> None:
     """Warn where pairs of latents (n, r) and readings (n, k) come again."""
     n = len(z)
-    if len(distinct(z)[0]) < n and (copies := n - len(distinct(torch.cat([z, y], 1))[0])):
+    # A handful, as of a source that is sometimes none, takes nothing away.
+    if len(distinct(z)[0]) < n and (copies := n - len(distinct(torch.cat([z, y], 1))[0])) > _COPIES * n:
         warnings.warn(f"{copies:,} of {n:,} pairs are copies of others, from which nothing new is learned: simulate "
                       "more, each with a seed of its own, or leave the copies out.", stacklevel=3)
 
