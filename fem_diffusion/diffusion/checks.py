@@ -58,11 +58,14 @@ def check_pairs(z: Tensor, y: Tensor, more: int | None = None) -> tuple[int, int
     return n, r
 
 
-def check_near(deviations: Tensor) -> None:
-    """Raise InputError where measurements (B, k), in standard deviations from those of training, are out of reach."""
-    far = (deviations.abs() > _FAR).any(0)
+def check_near(deviations: Tensor, sensors: Tensor) -> None:
+    """Raise InputError where measurements (B, k), in standard deviations from those of training, are out of reach.
+
+    The numbers of their sensors are (k,).
+    """
+    far = (deviations.abs() > _FAR).any(0).cpu()
     if far.any():
-        raise InputError(f"The readings of sensors {torch.where(far)[0].tolist()} are more than {_FAR:g} standard "
+        raise InputError(f"The readings of sensors {sensors.cpu()[far].tolist()} are more than {_FAR:g} standard "
                          "deviations from those of the training, beyond what a network's arithmetic holds: check "
                          "their units.")
 

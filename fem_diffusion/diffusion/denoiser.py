@@ -218,11 +218,11 @@ class Denoiser(Tensors):
         maps: dict[str, Any] = {"latents": self.latents, "readings": self.readings}
         if layout is None:
             y = y if self.readings is None else self.readings.forward(y)
-            check_near(base.features(y))
+            check_near(base.narrow.features(y[:, base.used]), base.used)
             layout = Layout.readings(base.k, base.mean)
         else:
             _check_layout(layout, base.k, *y.shape)
-            check_near(layout.standardised(y)[1])
+            check_near(layout.standardised(y)[1], torch.arange(y.shape[1]))
         located = base.locate(layout, y)
         located = replace(located, mean=located.mean.expand(len(y), -1))
         if y.shape[1] == 0 and self.known:
@@ -231,8 +231,12 @@ class Denoiser(Tensors):
         density = emulator_density(base, layout, y, located) if self.known and moves else None
         if self.network is None:
             return Conditioned(located, None, (), None, self.support, density, **maps)
+        seen = base, layout, y, located
+        if base.told is not None:   # a network knows of no others
+            seen = base.narrow, Layout.readings(base.narrow.k, base.mean), y[:, base.told], replace(
+                located, sensitivity=located.sensitivity[:, base.told], misfit=located.misfit[:, base.told])
         with torch.no_grad():
-            context = self.network.context(*self.network.see(base, layout, y, located))
+            context = self.network.context(*self.network.see(*seen))
         return Conditioned(located, self.network, tuple(context), self.spectrum, self.support, density, **maps)
 
 

@@ -8,6 +8,7 @@ out, those that are kept tell by the latents and, where errors are correlated, b
 .. math:: y_L | z, y_K \sim N(h_L + S_{LK} S_{KK}^{-1} (y_K - h_K),\; S_{LL} - S_{LK} S_{KK}^{-1} S_{KL}) .
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from fem_diffusion.diffusion.denoiser import Conditioned, Denoiser
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
 from fem_diffusion.diffusion.maps.noise import carried
 from fem_diffusion.diffusion.noise import GaussianNoise, Noise
+from fem_diffusion.diffusion.training.range import Distance, measure_distance
 
 __all__ = ["EmulatedSensors"]
 
@@ -84,6 +86,17 @@ class EmulatedSensors:
             return self.denoiser.at(torch.from_numpy(y))
         layout, mixed = decorrelated(self.rows, self.offset, self.covariance, torch.from_numpy(y))
         return self.denoiser.at(mixed, layout)
+
+    @property
+    def used(self) -> Tensor:
+        """Numbers of the sensors of which anything is made."""
+        return torch.arange(len(self)) if self.family else self.denoiser.base.used
+
+    def distance(self, seen: Tensor, noise: Noise | None, y: Tensor, names: Sequence[str]) -> Distance:
+        """How far readings (k,) in use are from those seen (n, k + l), without noise and with levels behind them."""
+        used, levels, scale = self.used, torch.arange(len(self), seen.shape[1]), self.denoiser.readings
+        return measure_distance(seen[:, torch.cat([used, levels])], noise, y[used],
+                                [names[int(i)] for i in used], scale and scale.select(used))
 
     def read(self, z: Tensor) -> Tensor:
         """Readings without noise (..., k) at latents (..., r), both on the scale of the base."""

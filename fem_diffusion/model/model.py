@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from fem_diffusion.checks import alike, check_kind, check_readings
 from fem_diffusion.diffusion import (
     Denoiser, Distance, MeanNetwork, GaussianNoise, History, Layout, MeasurementWarning, TrainingRange, as_noise,
-    measure_distance,
 )
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.errors import InputError
@@ -271,11 +270,7 @@ class Model:
         residual = sensors.total if sensors.family else sensors.denoiser.base.scatter
 
         def run() -> Distance:
-            names, used = problem.names or [str(i) for i in range(len(y))], torch.arange(len(y))
-            used = used if sensors.family else sensors.denoiser.base.used
-            scale, levels = sensors.denoiser.readings, torch.arange(len(y), seen.shape[1])
-            found = measure_distance(seen[:, torch.cat([used, levels])], noise, torch.tensor(y)[used],
-                                     [names[i] for i in used.tolist()], scale and scale.select(used))
+            found = sensors.distance(seen, noise, torch.tensor(y), problem.names or [str(i) for i in range(len(y))])
             exact = sensors.denoiser.network is None and emulator.affine and isinstance(noise, GaussianNoise)
             exact = exact and sensors.denoiser.readings is None
             if isinstance(noise, GaussianNoise) and exact and found.far:

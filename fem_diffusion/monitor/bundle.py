@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from scipy.stats import chi2
 from torch import Tensor
 
-from fem_diffusion.diffusion import Distance, Layout, Sampler, measure_distance, sample_latents
+from fem_diffusion.diffusion import Distance, Layout, Sampler, sample_latents
 from fem_diffusion.diffusion.sensors import EmulatedSensors
 from fem_diffusion.diffusion.training.range import tail_probability
 from fem_diffusion.errors import InputError, SolveError
@@ -199,8 +199,7 @@ class Bundle:
         assert self.emulated.seen is not None
         seen = self.emulated.seen[:, torch.from_numpy(there)] if emulated.family else emulated.seen
         assert seen is not None
-        distance = measure_distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there],
-                                    emulated.denoiser.readings)
+        distance = emulated.distance(seen, emulated.noise, torch.from_numpy(y[there]), [self.names[i] for i in there])
         if distance.worst and (distance.far or distance.p <= unlike):
             return Answer(distance, failed, (_unlike(distance),))
         notes = (f"The reading is unusual at {', '.join(distance.worst)}.",) if distance.worst else ()
@@ -261,7 +260,7 @@ class Bundle:
             c = base.emulator(z)
             return _rarer(at, lambda y: learnt.log_density(y - c, z), lambda generator: c + learnt.sample(z, generator))
         covariance, away = emulated.total if base.learnt is None else base.emulated(z)[1], at - emulated.read(z)
-        used = torch.arange(len(y)) if emulated.family else base.used
+        used = emulated.used
         root = torch.linalg.cholesky(covariance[..., used, :][..., used])
         away = torch.linalg.solve_triangular(root, away[:, used, None], upper=False)
         return float(chi2.sf(away.square().sum((1, 2)).numpy(), len(used)).mean())

@@ -165,6 +165,8 @@ def cross_validate(sensors: EmulatedSensors, values: np.ndarray, names: Sequence
     draws, seed = alike(comm, lambda: {"draws": check_count(draws, "draws", least=100), "seed": check_seed(seed)})
     names = tuple(names)
     groups = _groups(names)
+    # What says nothing of the field is of no law that a model knows.
+    values = np.where(np.isin(np.arange(len(names)), sensors.used.numpy()), values, np.nan)
     there = ~np.isnan(values)
     if not any(sum(bool(row[group].any()) for group in groups) > 1 for row in there):
         raise InputError("Cross-validation predicts a sensor from the others: it takes two that read at one time.")
@@ -214,6 +216,8 @@ class _Cross:
         notes = [scale] if isinstance(scale, str) else []
         if self.sensors.denoiser.network is not None and not self.sensors.family:
             notes.append(_WITHOUT)
+        if (unused := len(self.names) - len(self.sensors.used)) > 0:
+            notes.append(f"{unused} of {len(self.names)} readings say nothing of the field, and are not compared.")
         return CrossValidation(
             self.names, self.times, self.values, self.mean, self.std, residuals, np.exp(self.log_p), worst, outliers,
             self.use, coverage, None if isinstance(scale, str) else scale,

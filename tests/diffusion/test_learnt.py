@@ -455,6 +455,16 @@ def test_a_reading_that_another_repeats_tells_nothing_more():
         assert (one.std(0) / other.std(0) - 1).abs().max() < 0.25
 
 
+@pytest.mark.parametrize("exact", [lambda z: z, lambda z: torch.cat([z, z], 1),
+                                   lambda z: torch.cat([z**2 + z, 2 * z], 1)])
+def test_pairs_without_noise_have_narrow_posteriors(exact):
+    """Where none is given: no error of linear algebra, and a latent that is what was read."""
+    z, options = torch.randn(1500, 1, generator=random(), dtype=torch.float64), replace(QUICK, steps=300)
+    denoiser, _ = fit_denoiser(z, exact(z), standard_prior=True, options=options, progress=False)
+    found = draw(denoiser.at(exact(torch.full((1, 1), 0.7).double())), 500, Sampler())
+    assert abs(float(found.mean()) - 0.7) < 0.05 and float(found.std()) < 0.05
+
+
 def test_far_from_the_training_some_readings_have_a_law():
     """There a network says anything, and spreads of no size a number has."""
     learnt = _learnt()

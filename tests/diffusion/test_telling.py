@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fem_diffusion import files
-from fem_diffusion.diffusion import Denoiser, Sampler, TrainingOptions, fit_denoiser, log_density
+from fem_diffusion.diffusion import Sampler, TrainingOptions, fit_denoiser, log_density
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.diffusion.training.telling import telling, widened
-from fem_diffusion.errors import FileError
+from fem_diffusion.diffusion.network import NETWORKS, ScoreModule
+from fem_diffusion.errors import FileError, InputError
 from truths import draw, errors, random
 
 N, NOTHING = 4000, 30
@@ -43,24 +44,27 @@ CASES = {
 }
 
 
+def _told(z, y):
+    found = telling(z, y, QUICK)
+    return None if found is None else found.tolist()
+
+
 @pytest.mark.parametrize("kind", CASES)
 def test_what_tells_is_found(kind):
     z = _normal(N, 3, 0)
-    y = torch.cat([_nothing(N), CASES[kind](z, _normal(N, 1, 1))], 1)
-    assert telling(z, y).tolist() == [NOTHING]
+    assert _told(z, torch.cat([_nothing(N), CASES[kind](z, _normal(N, 1, 1))], 1)) == [NOTHING]
 
 
 def test_pairs_may_be_in_order():
     z = _normal(12000, 2, 0)
     z = z[z[:, 0].argsort()]
-    y = torch.cat([_nothing(12000), z[:, :1] * (z[:, :1] > 1.2) + 1e-3 * _normal(12000, 1, 1)], 1)
-    assert telling(z, y).tolist() == [NOTHING]
+    leak = 0.3 * _normal(12000, 1, 1) + 10 * torch.relu(z[:, :1] - 2)   # at one in forty-four
+    assert _told(z, torch.cat([_nothing(12000), leak], 1)) == [NOTHING]
 
 
 def test_noise_that_two_readings_share_tells():
     z, e = _normal(N, 2, 0), _normal(N, 1, 1)
-    y = torch.cat([e, _nothing(N), z[:, :1] + e + 0.1 * _normal(N, 1, 2)], 1)
-    assert telling(z, y).tolist() == [0, NOTHING + 1]
+    assert _told(z, torch.cat([e, _nothing(N), z[:, :1] + e + 0.1 * _normal(N, 1, 2)], 1)) == [0, NOTHING + 1]
 
 
 def test_readings_that_tell_together_stay():
@@ -68,19 +72,40 @@ def test_readings_that_tell_together_stay():
     z = _normal(N, 2, 0)
     weak = z[:, 1:] + 25 * _normal(N, 100, 1)
     y = torch.cat([z[:, :1] + 0.1 * _normal(N, 1, 2), weak], 1)
-    assert telling(z, y) is None
-    assert telling(z, torch.cat([y[:, :1], weak[torch.randperm(N, generator=random(3))]], 1)).tolist() == [0]
+    assert _told(z, y) is None
+    assert _told(z, torch.cat([y[:, :1], weak[torch.randperm(N, generator=random(3))]], 1)) == [0]
+
+
+def _tied(z):
+    """Two standard normal readings, tied by a latent."""
+    share, white = torch.tanh(z[:, 1:2]), _normal(N, 2, 5)
+    return torch.cat([white[:, :1], share * white[:, :1] + (1 - share**2).sqrt() * white[:, 1:]], 1)
+
+
+def _carried(z):
+    """A product of latents, as the small difference of two large readings."""
+    large = 100 * _normal(N, 1, 5)
+    return torch.cat([large, large + z[:, :1] * z[:, 1:2] + 0.1 * _normal(N, 1, 6)], 1)
+
+
+@pytest.mark.parametrize("two", [_tied, _carried])
+def test_readings_that_tell_by_how_they_go_together_stay(two):
+    z = _normal(N, 2, 0)
+    clear, nothing = z[:, :1] + 0.3 * _normal(N, 1, 2), _nothing(N)[:, :10]
+    assert _told(z, torch.cat([clear, two(z), nothing], 1)) is None
+    assert _told(z, torch.cat([clear, two(_normal(N, 2, 8)), nothing], 1)) == [0]   # tied by what nobody wants to know
 
 
 def test_where_most_or_none_tell_or_pairs_are_few_all_stay():
     z = _normal(N, 3, 0)
     y = torch.cat([z, z**2, _nothing(N)[:, :3]], 1) + 0.1 * _normal(N, 9, 1)
-    assert telling(z, y) is None
+    assert _told(z, y) is None
     few = torch.cat([z[:, :1], _nothing(N)], 1)
-    assert telling(z, few).tolist() == [0]
-    assert telling(z[:500], few[:500]) is None and telling(z, _nothing(N)) is None
-    few[:, 5] = 3.0   # it is refused later
-    assert telling(z, few) is None
+    assert _told(z, few) == [0]
+    assert _told(z[:500], few[:500]) is None and _told(z, _nothing(N)) is None
+    few[:, 5] = 3.0
+    with pytest.raises(InputError, match=r"sensors \[5\] read the same in all pairs"):
+        fit_denoiser(z, few, options=QUICK, progress=False)
 
 
 def _std(z):
@@ -162,6 +187,23 @@ def test_it_is_the_denoiser_of_those_that_tell(pairs, known):
                                atol=1e-6)
 
 
+def test_a_network_of_the_users_sees_those_that_tell(pairs, monkeypatch):
+    class Mine(NETWORKS["latents"]):
+        def see(self, base, layout, y, located):
+            assert located.misfit.shape[1] == located.sensitivity.shape[1] == base.k == layout.rows.shape[1] == 2
+            return torch.asinh(y).to(self.dtype),
+    assert issubclass(Mine, ScoreModule)
+    monkeypatch.setitem(NETWORKS, "mine", Mine)
+    denoiser, _ = fit_denoiser(*pairs, network="mine", options=replace(QUICK, steps=200), progress=False)
+    assert isinstance(denoiser.network, Mine)
+    first, y = denoiser.at(pairs[1][:1]), pairs[1][:1].clone()
+    y[:, 3] = 1e9
+    torch.testing.assert_close(draw(denoiser.at(y), 50, Sampler()), draw(first, 50, Sampler()), rtol=0, atol=0)
+    y[:, 21] = 1e30
+    with pytest.raises(InputError, match=r"sensors \[20, 21\] are more than"):   # whitened together
+        denoiser.at(y)
+
+
 def test_files_hold_which_tell(found, tmp_path):
     def written(change=lambda arrays: None):
         arrays, values = pack_denoiser(*found)
@@ -210,5 +252,3 @@ def test_scatter_of_all_readings(pairs, found):
     gain = torch.linalg.solve(S[kept][:, kept], S[kept, 5])
     torch.testing.assert_close(where[:, 0], rest[:, kept[kept != 20]] @ gain[kept != 20], rtol=1e-3, atol=1e-3)
     assert (spread > 0).all() and (spread[0, 0, 0] < S[5, 5])
-    one = Denoiser(replace(found[0].base, told=None), known=True)
-    assert one.base.features(pairs[1][:2]).shape == (2, NOTHING + 2)

@@ -8,6 +8,7 @@ from mpi4py import MPI
 from fem_diffusion import GaussianNoise, InputError, StudentNoise
 from fem_diffusion.diffusion import Denoiser, Emulator, linear_base
 from fem_diffusion.diffusion.sensors import EmulatedSensors
+from fem_diffusion.diffusion.training.telling import widened
 from fem_diffusion.trust.cross import cross_validate
 from truths import bent_map
 
@@ -209,6 +210,24 @@ def test_predictions_that_are_far_too_wide_are_told():
     loose.denoiser.base.emulator.residual += 0.5 * torch.eye(K).double()
     found = _cross(loose, values)
     assert found.verdict == "too wide" and found.noise.interval() == (0.0, 2.0**-6) and found.light == "yellow"
+
+
+def test_sensors_that_say_nothing_are_not_compared():
+    """Whatever they read: a sinh of a normal number, with a reading far out among them."""
+    generator = torch.Generator().manual_seed(0)
+    operator = torch.randn(5, 2, generator=generator).double()
+    narrow = Denoiser(linear_base(operator, 0.04 * torch.eye(5).double()))
+    z, e = torch.randn(400, 2, generator=generator).double(), torch.randn(400, 7, generator=generator).double()
+    y = torch.cat([torch.sinh(3 * e[:, 5:6]), z @ operator.T + 0.2 * e[:, :5], torch.sinh(3 * e[:, 6:])], 1)
+    wide = EmulatedSensors.fixed(widened(narrow, y, torch.arange(1, 6)), None, y)
+    values, names = y[:20].numpy().copy(), [f"s{i}" for i in range(7)]
+    values[3, 0] = 1e6
+    found = cross_validate(wide, values, names, MPI.COMM_WORLD)
+    alone = cross_validate(EmulatedSensors.fixed(narrow, None, y[:, 1:6]), values[:, 1:6], names[1:6], MPI.COMM_WORLD)
+    np.testing.assert_allclose(found.p_values[:, 1:6], alone.p_values)
+    assert found.verdict == alone.verdict == "consistent" and not found.outliers[:, [0, 6]].any()
+    assert "2 of 7 readings say nothing of the field, and are not compared" in str(found)
+    assert wide.distance(y, None, torch.from_numpy(values[3]), names).worst == ()
 
 
 def test_two_sensors_tell_nothing_of_the_noise():

@@ -129,6 +129,13 @@ class GaussianBase(Tensors):
         """Numbers of the readings that say something of the latents."""
         return torch.arange(self.k, device=self.mean.device) if self.told is None else self.told
 
+    @cached_property
+    def narrow(self) -> "GaussianBase":
+        """Of these readings alone."""
+        return self if self.told is None else replace(
+            self, emulator=self.emulator.select(self.told), learnt=self.learnt and self.learnt.select(self.told),
+            told=None)
+
     @property
     def affine(self) -> bool:
         """Whether readings are affine in the latents, with a noise that does not depend on them."""
@@ -156,16 +163,15 @@ class GaussianBase(Tensors):
 
     @cached_property
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """Mean (j,) of the readings themselves, B = I, and the symmetric W (j, j) that whitens them under the prior."""
+        """Mean (k,) of the readings themselves, B = I, and the symmetric W (k, k) that whitens them under the prior."""
         signal = self.emulator.matrix @ self.factor
         covariance = signal @ signal.T + self.scatter + torch.diag(FLOOR * signal.square().sum(1))
-        mean = self.emulator.offset + self.emulator.matrix @ self.mean
-        return mean[self.used], roots(covariance[self.used][:, self.used])[0]
+        return self.emulator.offset + self.emulator.matrix @ self.mean, roots(covariance)[0]
 
     def features(self, y: Tensor) -> Tensor:
-        """Measurements `y` (B, k) by fixed sensors, those told, centred and whitened under the prior, shape (B, j)."""
+        """Measurements `y` (B, k) by fixed sensors, centred and whitened under the prior, shape (B, k)."""
         mean, whitener = self._seen
-        return (y[:, self.used] - mean) @ whitener.T
+        return (y - mean) @ whitener.T
 
     def noise(self, layout: Layout) -> Tensor:
         """Covariance of sensor noise and emulator error, R + B Σ Bᵀ, shape (B, k, k), positive.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fem_diffusion.checks import check_choice, check_flag, check_kind, check_options, check_path
-from fem_diffusion.diffusion.base.fitted import tell_copies, tell_uncertain
+from fem_diffusion.diffusion.base.fitted import fit_base, tell_copies, tell_uncertain
 from fem_diffusion.diffusion.base.gaussian import GaussianBase
 from fem_diffusion.diffusion.base.layouts import LayoutFamily
 from fem_diffusion.diffusion.checks import check_pairs, check_tensor
@@ -126,7 +126,11 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
     z, seen = z.double().cpu(), y.double().cpu()
-    if noise is None and slopes is None and base == "gaussian" and (told := telling(z, seen)) is not None:
+    told = None
+    if noise is None and slopes is None and base == "gaussian":
+        fit_base(z, seen, seen.new_zeros(seen.shape[1], seen.shape[1]))   # refuses what does not vary, by its number
+        told = telling(z, seen, options, None if checkpoint is None else f"{checkpoint}.told", progress)
+    if told is not None:
         found, history = fit_denoiser(
             z, seen[:, told], network=network, standard_prior=standard_prior, prior=prior, scales=scales,
             options=options, checkpoint=checkpoint, geometry=geometry, progress=progress)

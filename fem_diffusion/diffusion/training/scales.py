@@ -172,12 +172,13 @@ def _by_spread(z: Tensor, y: Tensor, scales: Scales) -> Tensor:
     unit = spread(v - v.mean(0))
     v = (v - v.mean(0)) / unit
     rest = v - _learned(u, v, none, apart)(u)
-    logs = torch.log(rest.square() + _NOTHING * rest.square().mean(0))
+    # Of readings that hold no noise nothing may be left.
+    logs = torch.log(rest.square() + _NOTHING * rest.square().mean(0) + _NOTHING**2)
     middle = logs.mean(0)
     logs = middle + _learned(u, logs - middle, none, apart)(u)
     white = rest * torch.exp(-logs / 2)
     covariance = white[apart:].T @ white[apart:] / len(white[apart:])
-    root = torch.linalg.cholesky(covariance + _NOTHING * torch.diag(covariance.diagonal()))
+    root = torch.linalg.cholesky(covariance + torch.diag(_NOTHING * covariance.diagonal() + _NOTHING**2))
     white = torch.linalg.solve_triangular(root, white[:apart].T, upper=False).square().sum(0)
     found = -(white + logs[:apart].sum(1)) / 2 - root.diagonal().log().sum() - unit.log().sum()
     return found if scales.readings is None else found + scales.readings.log_slope(y[:apart]).sum(1)

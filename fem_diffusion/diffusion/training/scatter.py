@@ -31,8 +31,10 @@ _MOST, _STARTS, _RAISED = 16, 3, 1e-4
 _FITTED, _TOGETHER = 5000, 1024
 # Steps of the mean and of a mixture, and the rate of this, as shares of the law's: faster ones lose where it starts.
 _STEPS, _RATE = 0.3, 0.05
-# Share of the largest variance that counts as none.
-_NOTHING = 1e-12
+# Pairs with which each held-out one is mixed up.
+_MIXED_UP = 16
+# Noise that readings have at least, in units of their spread.
+_BLUR = 1e-6
 
 
 def _found(network: "Emulator | _Constant", z: Tensor) -> Tensor:
@@ -114,6 +116,12 @@ class _Likelihood(Task[Emulator | _Constant]):
     def evaluate(self, network: Emulator | _Constant) -> Tensor:
         return self._losses(network, *self.validation)
 
+    @torch.no_grad()
+    def mixed_up(self, network: Emulator | _Constant) -> Tensor:
+        """Losses of held-out readings (n,), each with the latents of some others."""
+        z, x = self.validation
+        return torch.stack([self._losses(network, z.roll(i + 1, 0), x) for i in range(min(_MIXED_UP, len(z)))]).mean(0)
+
     def mix(self, first: Emulator | None) -> bool:
         """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
         generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
@@ -182,33 +190,7 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
         Readings (B, k) of some y (B, k) by a generator.
     """
     k = y.shape[1]
-    training, held_out = hold_out(z, options)
-    unit = residual.diagonal().sqrt()
-    scaled = residual / unit / unit[:, None]
-    values, axes = torch.linalg.eigh(scaled)
-    # Of readings that are sums of others nothing is left beside these, whose density would be infinite.
-    least = float(values[-1]) * _NOTHING
-    repeated, values = bool(values[0] < least), values.clamp(min=least)
-    if k <= FULL:
-        root = torch.linalg.cholesky(axes * values @ axes.T)
-        whitener = torch.linalg.solve_triangular(root, torch.eye(k, dtype=y.dtype), upper=False) / unit
-    else:
-        whitener = (axes / values.sqrt()).flip(1).T / unit
-    centre = z[training].mean(0)
-    size = spread(z[training] - centre)
-    device = torch.device(options.device)
-    across, (latents, y, f) = whitener.to(device), (x.to(device) for x in ((z - centre) / size, y, f))
-
-    blur = math.sqrt(least) * unit.to(device)
-
-    def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
-        rest = draw(y, generator) - f
-        if repeated:
-            rest = rest + blur * torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=device)
-        return (rest @ across.T).float()
-    # Logarithms of spreads bend more than means.
-    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER)
-    task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
+    task, options, whitener, (centre, size) = _prepared(z, y, f, residual, draw, options)
     network = _trained(task, options, checkpoint, progress)
     if task.mix(network):
         if network is not None:
@@ -222,6 +204,49 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     network = network.to("cpu").eval().requires_grad_(False)
     network.centre, network.unit = centre, size
     return LearntNoise(network, whitener, torch.arange(k), whitener.new_zeros(0, 0))
+
+
+def depends(z: Tensor, y: Tensor, options: TrainingOptions, checkpoint: str | os.PathLike | None,
+            progress: bool) -> bool:
+    """Whether one normal law of numbers (n, k), as of others (n, r), tells less of held-out pairs that are mixed up.
+
+    So what is no normal number, of which a law tells something whatever the others are, is none that depends on them.
+    """
+    rest = y - y.mean(0)
+    task, options, *_ = _prepared(z, y, y.mean(0).expand_as(y), rest.T @ rest / len(y), lambda y, generator: y, options)
+    network = _trained(task, options, checkpoint, progress)
+    return network is not None and sure(task.mixed_up(network) - task.evaluate(network))
+
+
+def _prepared(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
+              options: TrainingOptions) -> tuple[_Likelihood, TrainingOptions, Tensor, tuple[Tensor, Tensor]]:
+    """The task of `fit_noise`, its options, W (k, k), and centre and size (r,) of the latents."""
+    training, held_out = hold_out(z, options)
+    # Of readings without noise, or sums of others, nothing would be left beside these, and a density is infinite.
+    blur = _BLUR * spread(y - y.mean(0))
+    residual = residual + torch.diag(blur**2)
+    unit = residual.diagonal().sqrt()
+    values, axes = torch.linalg.eigh(residual / unit / unit[:, None])
+    values = values.clamp(min=float(values[-1]) * _BLUR**2)
+    if len(unit) <= FULL:
+        root = torch.linalg.cholesky(axes * values @ axes.T)
+        whitener = torch.linalg.solve_triangular(root, torch.eye(len(unit), dtype=y.dtype), upper=False) / unit
+    else:
+        whitener = (axes / values.sqrt()).flip(1).T / unit
+    centre = z[training].mean(0)
+    size = spread(z[training] - centre)
+    device = torch.device(options.device)
+    across, blur, (latents, y, f) = whitener.to(device), blur.to(device), (
+        x.to(device) for x in ((z - centre) / size, y, f))
+
+    def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
+        rest = draw(y, generator) - f
+        rest = rest + blur * torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=device)
+        return (rest @ across.T).float()
+    # Logarithms of spreads bend more than means.
+    options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER)
+    task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
+    return task, options, whitener, (centre, size)
 
 
 def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.PathLike | None,

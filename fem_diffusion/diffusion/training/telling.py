@@ -1,62 +1,78 @@
 r"""Readings that say nothing: told from the others before anything learns them by heart.
 
 A network that sees many readings of which few matter, or noise that is learnt of all of them, spends its pairs on what
-they do not say. Of readings that depend neither on the latents nor on others that do, nothing can be learned:
-:math:`p(z | y) = p(z | y_\mathrm{told})`. Dependence is looked for in ranks, in whose scale tails and units are
-gone: in correlations of :math:`\cos(\pi a u)`, a = 1, ..., 4, with those of a latent, or of two together, and of a
-reading that tells. What many readings may tell together, and none alone, the F test of a regression on all of them
-shows; where it does, all readings stay.
+they do not say. Of readings whose law depends neither on the latents nor on the others nothing can be learned:
+:math:`p(z | y) = p(z | y_\mathrm{told})`. Dependence is looked for in ranks, in whose scale units are gone: in
+correlations of :math:`\cos(\pi a u)`, a = 1, ..., 4, with those of a latent, or of two together, and of a reading that
+tells; and in tails, that are there together. What readings tell only together shows the F test of a regression on all
+of them, and, in the end, the noise of `fit_noise`: where it knows more of what is left, given latents and the readings
+that tell, than a constant law does, all readings stay. What it does not find it would not use.
 """
 
 import math
+import os
 from dataclasses import replace
 
 import torch
-from scipy.stats import f, norm
+from scipy.stats import f, norm, poisson
 from torch import Tensor
 
 from fem_diffusion.diffusion.base.emulator import affine_emulator
 from fem_diffusion.diffusion.denoiser import Denoiser
 from fem_diffusion.diffusion.maps.monotone import MonotoneMap
+from fem_diffusion.diffusion.training.loop import TrainingOptions
+from fem_diffusion.diffusion.training.scatter import depends
 
 __all__ = ["telling", "widened"]
 
-# Pairs below which all readings stay, and pairs that are looked at; latents up to which two are looked at together.
-_FEWEST, _LOOKED_AT, _TOGETHER = 1000, 10000, 64
-# Waves of one number, and of each of two together.
-_WAVES, _OF_TWO = 4, 2
-# Standard errors of a correlation that are no chance, and so rare is what no regression finds by chance.
-_NO_CHANCE = 5.0
+# Pairs below which all readings stay, and pairs that are looked at; latents up to which two are looked at together, and
+# readings at most.
+_FEWEST, _LOOKED_AT, _TOGETHER, _MOST = 1000, 10000, 64, 1000
+# Waves of one number, and of each of two together; shares of the pairs in a tail.
+_WAVES, _OF_TWO, _TAILS = 4, 2, (0.003, 0.01, 0.03)
+# How rare is what is no chance, of all that is looked at.
+_NO_CHANCE = 1e-3
 # Some readings may repeat others: shares of variance that count as none, and by which covariances are raised.
 _REPEATS, _RAISED = 1e-6, 1e-6
 
 
-def telling(z: Tensor, y: Tensor) -> Tensor | None:
+def telling(z: Tensor, y: Tensor, options: TrainingOptions = TrainingOptions(),
+            checkpoint: str | os.PathLike | None = None, progress: bool = False) -> Tensor | None:
     """Numbers of the readings (n, k), with their noise, that tell of the latents (n, r); None where all shall stay.
 
     They do where most tell: few others do little harm.
     """
-    k = y.shape[1]
+    k, r = y.shape[1], z.shape[1]
     # A reading that never varies is refused later, by its number.
-    if len(z) < _FEWEST or z.shape[1] > _TOGETHER or bool((y == y[0]).all(0).any()):
+    if len(z) < _FEWEST or r > _TOGETHER or 2 * k > min(len(z), 2 * _MOST) or bool((y == y[0]).all(0).any()):
         return None
     # Pairs may come in an order of their own.
-    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:_LOOKED_AT]
-    u, v = _waves(z[some]), _waves(y[some])
-    told = _depend(v, u.flatten(1))
-    for i in range(z.shape[1] - 1):
+    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(options.seed))[:_LOOKED_AT]
+    places = _places(z[some]), _places(y[some])
+    u, v = (_waves(place) for place in places)
+    rare = _NO_CHANCE / (k * _WAVES * (_WAVES * (r + k) + _OF_TWO**2 * r * r))
+    tails = _tails(places[1])
+    told = _depend(v, u.flatten(1), rare) | _meet(_tails(places[0]), tails, rare)
+    for i in range(r - 1):
         if 2 * int(told.sum()) > k:
             return None
         two = u[:, i, :_OF_TWO, None, None] * u[:, i + 1:, :_OF_TWO].mT[:, None]
-        told |= _depend(v, _standard(two.flatten(1)))
+        told |= _depend(v, _standard(two.flatten(1)), rare)
     new = told
     while new.any():
-        new = _depend(v, v[:, new].flatten(1)) & ~told
+        new = (_depend(v, v[:, new].flatten(1), rare) | _meet(tails[:, new], tails, rare)) & ~told
         told |= new
-    if not told.any() or 2 * int(told.sum()) > k or 2 * k > len(v) or _together(
-            v[:, ~told], torch.cat([u, v[:, told]], 1).flatten(1)):
+    if not told.any() or 2 * int(told.sum()) > k or _together(v[:, ~told], torch.cat([u, v[:, told]], 1).flatten(1)):
         return None
-    return torch.where(told)[0]
+    inner = _normal(torch.cat([places[0], places[1][:, told]], 1))
+    return None if depends(inner, _normal(places[1][:, ~told]), options, checkpoint, progress) else torch.where(told)[0]
+
+
+def _places(x: Tensor) -> Tensor:
+    """Ranks of numbers (n, m) between 0 and 1, those in the middle where some are equal."""
+    ordered, own = x.T.sort(dim=1).values.contiguous(), x.T.contiguous()
+    first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
+    return (first + last).T.float() / (2 * len(x))
 
 
 def _standard(x: Tensor) -> Tensor:
@@ -66,18 +82,34 @@ def _standard(x: Tensor) -> Tensor:
     return torch.where(size > 1e-6, x / size.clamp(min=1e-6), 0.0)
 
 
-def _waves(x: Tensor) -> Tensor:
-    """Waves (n, m, 4) of the ranks of numbers (n, m), those in the middle where some are equal."""
-    ordered, own = x.T.sort(dim=1).values.contiguous(), x.T.contiguous()
-    first, last = (torch.searchsorted(ordered, own, right=right) for right in (False, True))
-    place = (first + last).T.float() / (2 * len(x))
-    waves = torch.cos(math.pi * place[..., None] * torch.arange(1, _WAVES + 1))
+def _normal(places: Tensor) -> Tensor:
+    """Normal scores (n, m) of ranks, of size one."""
+    return _standard(torch.special.ndtri(places.double()))
+
+
+def _waves(places: Tensor) -> Tensor:
+    """Waves (n, m, 4) of ranks (n, m)."""
+    waves = torch.cos(math.pi * places[..., None] * torch.arange(1, _WAVES + 1))
     return _standard(waves.flatten(1)).view_as(waves)
 
 
-def _depend(v: Tensor, u: Tensor) -> Tensor:
+def _tails(places: Tensor) -> Tensor:
+    """Whether ranks (n, m) are in tails, as numbers (n, m, 6)."""
+    return torch.stack([side for share in _TAILS for side in (places < share, places > 1 - share)], 2).float()
+
+
+def _depend(v: Tensor, u: Tensor, rare: float) -> Tensor:
     """Whether waves of readings (n, k, 4) go with any of some numbers (n, m) by more than chance, shape (k,)."""
-    return (u.T @ v.flatten(1)).abs().amax(0).unflatten(0, v.shape[1:]).amax(1) > _NO_CHANCE * math.sqrt(len(v))
+    most = float(norm.isf(rare / 2)) * math.sqrt(len(v))
+    return (u.T @ v.flatten(1)).abs().amax(0).unflatten(0, v.shape[1:]).amax(1) > most
+
+
+def _meet(u: Tensor, v: Tensor, rare: float) -> Tensor:
+    """Whether tails of readings (n, k, 6) are there with any of others (n, m, 6) more often than by chance, (k,)."""
+    u, v = u.flatten(1), v.flatten(1)
+    chance = torch.outer(u.mean(0), v.sum(0))
+    found = torch.from_numpy(poisson.sf((u.T @ v - 1).numpy(), chance.clamp(min=1e-12).numpy()))
+    return (found < rare).any(0).unflatten(0, (-1, 2 * len(_TAILS))).any(1)
 
 
 def _together(v: Tensor, u: Tensor) -> bool:
@@ -91,7 +123,7 @@ def _together(v: Tensor, u: Tensor) -> bool:
             white = wave @ axes[:, kept] / values[kept].sqrt()
             share = (white.T @ u.double() / n).square().sum(0).max()   # of the variance
             best = min(best, float(f.sf(share / p / (1 - share) * (n - 1 - p), p, n - 1 - p)))
-    return best < norm.sf(_NO_CHANCE)
+    return best < _NO_CHANCE / (_WAVES * u.shape[1])
 
 
 def widened(denoiser: Denoiser, y: Tensor, told: Tensor) -> Denoiser:
