@@ -170,6 +170,7 @@ def run(folder, port=8050, pause=1.0, stay=False, **given):
     times = [midnight + timedelta(days=i / READINGS) for i in range(READINGS)]
     command = [sys.executable, "-m", "fem_diffusion", "monitor", str(site_folder), "--rules",
                str(site_folder / "rules.toml"), "--readings", str(site_folder / "readings.csv"), "--port", str(port)]
+    found = {}
     monitor = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = monitor.stdout.readline()
@@ -194,6 +195,7 @@ def run(folder, port=8050, pause=1.0, stay=False, **given):
     finally:
         monitor.terminate()
         monitor.wait()
+        monitor.stdout.close()
     return found
 
 
