@@ -4,8 +4,9 @@ import numpy as np
 import torch
 
 from fem_diffusion.diffusion import (
-    Denoiser, FieldGeometry, LayoutFamily, LayoutKind, Sampler, fit_spectrum, linear_base, sample_latents,
+    Denoiser, FieldGeometry, GaussianBase, LayoutFamily, LayoutKind, Sampler, fit_spectrum, linear_base, sample_latents,
 )
+from fem_diffusion.diffusion.base.emulator import affine_emulator
 
 
 def flat_base(r, k=2):
@@ -142,3 +143,10 @@ def scattered(r):
     modes = torch.linalg.qr(torch.randn(9, r, generator=random(1), dtype=torch.float64)).Q.T * 3
     return FieldGeometry(modes, modes.T / 9, torch.randn(2, r, 9, generator=random(2)).double(),
                          torch.zeros(9).double(), torch.zeros(2, 9).double(), torch.ones(r).double())
+
+
+def learnt_base(learnt, updates=1):
+    """A base with learnt noise under a random affine emulator."""
+    r, k = learnt.network.config["r"], len(learnt.sensors)
+    emulator = affine_emulator(torch.randn(k, r, generator=random(1)).double(), torch.ones(k), torch.eye(k).double())
+    return GaussianBase(torch.zeros(r).double(), torch.eye(r).double(), emulator, updates, learnt=learnt)

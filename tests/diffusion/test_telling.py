@@ -8,9 +8,9 @@ import torch
 
 from fem_diffusion import files
 from fem_diffusion.diffusion import Sampler, TrainingOptions, fit_denoiser, log_density
+from fem_diffusion.diffusion.network import NETWORKS, ScoreModule
 from fem_diffusion.diffusion.packing import REMEDY, pack_denoiser, unpack_denoiser
 from fem_diffusion.diffusion.training.telling import telling, widened
-from fem_diffusion.diffusion.network import NETWORKS, ScoreModule
 from fem_diffusion.errors import FileError, InputError
 from truths import draw, errors, random
 
