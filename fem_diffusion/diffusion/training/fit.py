@@ -126,15 +126,14 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
         raise InputError(f"The network {network!r} has {'' if kind.mesh else 'no '}layers on the mesh: "
                          f"{'give geometry' if kind.mesh else 'leave geometry out'}.")
     z, seen = z.double().cpu(), y.double().cpu()
-    told = None
     if noise is None and slopes is None and base == "gaussian":
-        fit_base(z, seen, seen.new_zeros(seen.shape[1], seen.shape[1]))   # refuses what does not vary, by its number
         told = telling(z, seen, options, None if checkpoint is None else f"{checkpoint}.told", progress)
-    if told is not None:
-        found, history = fit_denoiser(
-            z, seen[:, told], network=network, standard_prior=standard_prior, prior=prior, scales=scales,
-            options=options, checkpoint=checkpoint, geometry=geometry, progress=progress)
-        return widened(found, seen, told), history
+        if told is not None:
+            fit_base(z, seen, seen.new_zeros(seen.shape[1], seen.shape[1]))   # refuses sensors by their own numbers
+            narrow, history = fit_denoiser(
+                z, seen[:, told], network=network, standard_prior=standard_prior, prior=prior, scales=scales,
+                options=options, checkpoint=checkpoint, geometry=geometry, progress=progress)
+            return widened(narrow, seen, told), history
     tell_copies(z, seen)
     law = None
     if prior is not None:

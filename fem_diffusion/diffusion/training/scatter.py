@@ -21,7 +21,7 @@ from fem_diffusion.diffusion.base.learnt import FULL, LearntNoise, log_density, 
 from fem_diffusion.diffusion.sampling.mixtures import normal_laws
 from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
 
-__all__ = ["fit_noise"]
+__all__ = ["depends", "fit_noise"]
 
 # Layers more than of other networks.
 _DEEPER = 2

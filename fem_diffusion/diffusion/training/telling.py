@@ -44,7 +44,7 @@ def telling(z: Tensor, y: Tensor, options: TrainingOptions = TrainingOptions(),
     """
     k, r = y.shape[1], z.shape[1]
     # A reading that never varies is refused later, by its number.
-    if len(z) < _FEWEST or r > _TOGETHER or 2 * k > min(len(z), 2 * _MOST) or bool((y == y[0]).all(0).any()):
+    if len(z) < _FEWEST or r > _TOGETHER or k > min(len(z) // 2, _MOST) or bool((y == y[0]).all(0).any()):
         return None
     # Pairs may come in an order of their own.
     some = torch.randperm(len(z), generator=torch.Generator().manual_seed(options.seed))[:_LOOKED_AT]
