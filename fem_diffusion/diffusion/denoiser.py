@@ -157,9 +157,7 @@ class Denoiser(Tensors):
         base = self.base
         answer = "the Gaussian base alone" if self.network is None else f"a {type(self.network).__name__} under it"
         if base.learnt is not None and self.known:
-            laws = base.learnt.components
-            answer = "the density of an emulator that has learnt its noise, " + (
-                f"a mixture of {laws} normal laws" if laws > 1 else "a normal law")
+            answer = f"the density of an emulator that has learnt its noise, {base.learnt.words}"
         elif self.known and not base.affine:
             answer = f"{answer}, moved under the density of its emulator"
         return f"Denoiser of {base.r} latents for {base.k} readings: {answer}{self.words}"

@@ -180,14 +180,21 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
         return None
     network.curve = emulator.curve
     sensors = torch.from_numpy(content.array("noise.sensors", k, dtype=np.dtype(np.int64)))
-    whitener, aside = (torch.from_numpy(content.array(f"noise.{name}", None, None)) for name in ("whitener", "aside"))
+    apart = "noise.whitener" in content.arrays and content.arrays["noise.whitener"].ndim == 1
+    aside = torch.from_numpy(content.array("noise.aside", None, None))
+    whitener = torch.from_numpy(content.array("noise.whitener", None, *(() if apart else (None,))))
     own, most = len(whitener), len(whitener) + len(aside)
-    size = network.config["s"]
-    if whitener.shape != (own, own) or aside.shape != (most - own, most - own) or size != numbers(
-            own, mixed(size, own)) or not ((sensors >= 0) & (sensors < most)).all() or len(
-            sensors.unique()) < k or not (_regular(whitener) and _regular(aside)):
+    square = torch.diag(whitener) if apart else whitener
+    if square.shape != (own, own) or aside.shape != (most - own, most - own) or network.config["s"] != _numbers(
+            network.config["s"], own, apart) or not ((sensors >= 0) & (sensors < most)).all() or len(
+            sensors.unique()) < k or not (_regular(square) and _regular(aside)):
         raise content.error("holds noise that is none of its sensors")
     return LearntNoise(network, whitener, sensors, aside)
+
+
+def _numbers(size: int, k: int, apart: bool) -> int:
+    """How many a network of this many, or fewer, emulates for k readings."""
+    return k * _numbers(size // k, 1, False) if apart and k else numbers(k, mixed(size, k))
 
 
 def _regular(matrix: Tensor) -> bool:

@@ -301,8 +301,7 @@ class Model:
         sensors = "any sensors of its family" if self.problem.family else f"{base.k} fixed sensors"
         emulator = "a linear emulator" if base.emulator.affine else "a network as emulator"
         if base.learnt is not None:
-            laws = base.learnt.components
-            emulator += " that knows its noise" + f", a mixture of {laws} normal laws" * (laws > 1)
+            emulator += f" that knows its noise, {base.learnt.words}"
         network = "no network under the Gaussian base"
         if self.denoiser.network is not None:
             network = "a network under the Gaussian base"

@@ -17,9 +17,9 @@ from truths import learnt_base, random
 R, K = 3, 4
 
 
-def _learnt(r=R, k=K, components=1):
+def _learnt(r=R, k=K, components=1, apart=False):
     """Some noise, of a network that has not learnt it."""
-    size = numbers(k, components)
+    size = k * numbers(1, components) if apart else numbers(k, components)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Emulator(r, size, 16, 2, scaled=False)
@@ -27,6 +27,8 @@ def _learnt(r=R, k=K, components=1):
     if components > 1:
         network.offset = 0.5 * torch.randn(size, generator=random(5)).double()
     whitener = torch.eye(k).double() + torch.rand(k, k, generator=random()).double().tril(-1)
+    if apart:
+        whitener = 0.5 + torch.rand(k, generator=random()).double()
     return LearntNoise(network.eval().requires_grad_(False), whitener, torch.arange(k), whitener.new_zeros(0, 0))
 
 
@@ -101,6 +103,45 @@ def test_a_mixture_is_that_of_its_laws():
     torch.testing.assert_close(pull(rest), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_readings_apart_have_mixtures_of_their_own():
+    learnt = _learnt(components=3, apart=True)
+    assert learnt.apart and learnt.components == 3 and learnt.words == "a mixture of 3 normal laws for each reading"
+    z, rest = (torch.randn(6, n, generator=random(n)).double() for n in (R, K))
+    # Rows: m, D, three shares, then mean and D of each law; columns: readings.
+    found = learnt.network(z).view(6, 11, K)
+    unit = (-found[:, 1]).exp() / learnt.whitener
+    shares, means, spreads = found[:, 2:5], found[:, 5::2], (-found[:, 6::2]).exp()
+    normal = torch.distributions.Normal(
+        (found[:, 0] / learnt.whitener + unit * means.transpose(0, 1)).permute(1, 2, 0), (unit[:, None] * spreads).mT)
+    law = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=shares.mT), normal)
+    exact, density = law.log_prob(rest), learnt.log_density(rest, z)
+    torch.testing.assert_close(density - density[0], exact.sum(1) - exact[0].sum())
+    some = torch.tensor([2, 0])
+    part = learnt.select(some).log_density(rest[:, some], z)
+    torch.testing.assert_close(part - part[0], exact[:, some].sum(1) - exact[0, some].sum())
+    mean, covariance = learnt.moments(z)
+    torch.testing.assert_close(mean, law.mean)
+    torch.testing.assert_close(covariance, torch.diag_embed(law.variance))
+    at = z.clone().requires_grad_()
+    gradient, = torch.autograd.grad(learnt.moments(at)[0], at, rest)
+    torch.testing.assert_close(learnt.mean_with_pull(z)[1](rest), gradient, rtol=1e-4, atol=1e-4)
+    # Of what is left those kept tell nothing: a law of each is drawn.
+    n, kept, left = 40000, torch.tensor([1, 3]), torch.tensor([0, 2])
+    mean, covariance = learnt.others(rest[:1, kept].expand(n, -1), z[:1].expand(n, -1), kept, left, random(8))
+    drawn = mean + (covariance.diagonal(dim1=1, dim2=2).sqrt() * torch.randn(n, 2, generator=random(9)).double())
+    spread = law.variance[0, left].sqrt()
+    assert ((drawn.mean(0) - law.mean[0, left]).abs() < 5 * spread / n**0.5).all()
+    assert (drawn.std(0) / spread - 1).abs().max() < 0.05
+    # Readings that say nothing stand beside them.
+    order, inner = torch.tensor([4, 2, 0, 5, 1, 3]), 2 * torch.eye(2).double()
+    wide = replace(learnt, sensors=order, aside=inner)
+    mean, covariance = wide.moments(z)
+    torch.testing.assert_close(mean[:, [1, 2, 4, 5]], law.mean[:, [2, 0, 1, 3]])
+    torch.testing.assert_close(covariance[:, [0, 3]][..., [0, 3]], (4 * torch.eye(2).double()).expand(6, 2, 2))
+    drawn = wide.sample(z[:1].expand(n, -1), random(3))
+    assert (drawn.std(0) / covariance[0].diagonal().sqrt() - 1).abs().max() < 0.05
+
+
 def test_readings_that_are_left_follow_those_kept():
     learnt, n = _learnt(components=3), 40000
     kept, left = torch.tensor([1, 3]), torch.tensor([0, 2])
@@ -126,9 +167,9 @@ def test_readings_that_are_left_follow_those_kept():
     assert ((wrong - exact).abs() > 10 * spread / n**0.5).any()
 
 
-@pytest.mark.parametrize("components", [1, 3])
-def test_draws_and_selections_are_of_the_same_law(components):
-    learnt, n = _learnt(components=components), 40000
+@pytest.mark.parametrize("components, apart", [(1, False), (3, False), (3, True)])
+def test_draws_and_selections_are_of_the_same_law(components, apart):
+    learnt, n = _learnt(components=components, apart=apart), 40000
     z = torch.randn(1, R, generator=random(7)).double()
     drawn = learnt.sample(z.expand(n, -1), random(8))
     mean, covariance = learnt.moments(z)
@@ -142,10 +183,10 @@ def test_draws_and_selections_are_of_the_same_law(components):
     torch.testing.assert_close(found - found[0], other - other[0])
 
 
-@pytest.mark.parametrize("components", [1, 3])
+@pytest.mark.parametrize("components, apart", [(1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("some", [None, [2, 0]])
-def test_forces_are_gradients_of_energies(some, components):
-    denoiser, y = Denoiser(learnt_base(_learnt(components=components), 2), known=True), Y
+def test_forces_are_gradients_of_energies(some, components, apart):
+    denoiser, y = Denoiser(learnt_base(_learnt(components=components, apart=apart), 2), known=True), Y
     if some is not None:
         denoiser, y = denoiser.select(torch.tensor(some), torch.zeros(K, K), torch.zeros(2, 2), None), Y[:, some]
     density = denoiser.at(y).density
@@ -223,9 +264,10 @@ def test_tempering_gives_modes_what_is_due_to_them():
     assert ((start[..., 0] > 0).double().mean(0) - 0.5).abs().max() < 0.05
 
 
-def test_far_from_the_training_some_readings_have_a_law():
+@pytest.mark.parametrize("apart", [False, True])
+def test_far_from_the_training_some_readings_have_a_law(apart):
     """There a network says anything, and spreads of no size a number has."""
-    learnt = _learnt()
+    learnt = _learnt(components=1 + apart, apart=apart)
     learnt.network.matrix[K:2 * K] = 400.0
     z, rest = torch.tensor([[2.0, 1.0, 0.0], [-2.0, -1.0, 0.0]]).double(), torch.ones(2, K).double()
     part = learnt.select(torch.tensor([2, 0]))

@@ -89,7 +89,7 @@ def test_what_is_learnt_is_saved(grown, tmp_path):
         torch.testing.assert_close(draw(again.at(PLACES[some]), 50, Sampler()), draw(grown.at(PLACES[some]), 50,
                                                                                      Sampler()), rtol=0, atol=0)
     for name, value in (("sensors", np.array([0, 2])), ("sensors", np.array([1, 1])), ("whitener", np.eye(3)),
-                        ("whitener", np.zeros((2, 2)))):
+                        ("whitener", np.zeros((2, 2))), ("whitener", np.ones(2)), ("whitener", np.ones(0))):
         with pytest.raises(FileError, match="noise that is none of its sensors"):
             written(lambda arrays: arrays.update({f"noise.{name}": value}))
 
@@ -200,6 +200,40 @@ def test_many_readings_have_mixtures_along_their_axes(tmp_path):
         torch.testing.assert_close(again.base.learnt.whitener, whitener, rtol=0, atol=0)
 
 
+def test_outliers_of_single_readings_are_learnt_reading_by_reading(tmp_path, monkeypatch):
+    """Each of six readings is twenty times as far off in one pair of six, by itself."""
+    k, parts = 6, ((5 / 6, 0.2), (1 / 6, 4.0))
+
+    def noise(n, generator):
+        bad = torch.rand(n, k, generator=generator) < parts[1][0]
+        return torch.where(bad, 4.0, 0.2) * torch.randn(n, k, generator=generator, dtype=torch.float64)
+    z, fresh = (torch.randn(3000, 1, generator=random(i), dtype=torch.float64) for i in (0, 1))
+    f, rest, other = z.expand(-1, k), noise(3000, random(2)), noise(3000, random(3))
+    exact = torch.stack([np.log(share) + torch.distributions.Normal(0.0, std).log_prob(other)
+                         for share, std in parts]).logsumexp(0).sum(1)
+
+    def fitted():
+        return fit_noise(z, f + rest, f, rest.T @ rest / len(z), lambda y, generator: y, replace(QUICK, steps=500),
+                         tmp_path / "noise", False)
+
+    def off(found):
+        volume = found.whitener.log().sum() if found.apart else torch.linalg.slogdet(found.whitener)[1]
+        return float((found.log_density(other, fresh) + volume - k / 2 * np.log(2 * np.pi) - exact).mean())
+    found = fitted()
+    assert found.apart and found.components > 1 and (tmp_path / "noise.apart").exists()
+    denoiser = Denoiser(learnt_base(found), known=True)
+    files.write(tmp_path / "model", "model", *pack_denoiser(denoiser, History()))
+    again = unpack_denoiser(files.read(tmp_path / "model", "model", REMEDY))[0]
+    assert again.base.learnt.apart and "for each reading" in repr(again)
+    torch.testing.assert_close(again.base.learnt.log_density(other, fresh), found.log_density(other, fresh), rtol=0,
+                               atol=0)
+    # Of laws for all readings together there would have to be 64.
+    monkeypatch.setattr(scatter, "_apart", lambda *given: (None, torch.full((300,), torch.inf)))
+    together = fitted()
+    # Fresh pairs make 0.01; apart 0.03 nats are lost by so short a training, together 0.6.
+    assert abs(off(found)) < 0.1 and not together.apart and off(together) < -0.3
+
+
 @pytest.mark.parametrize("constant", [True, False])
 def test_how_many_readings_go_together_is_not_learnt_by_heart(constant, monkeypatch):
     """Twelve readings, correlated the same way everywhere, of a spread that depends on a latent; 1,500 pairs."""
@@ -212,7 +246,7 @@ def test_how_many_readings_go_together_is_not_learnt_by_heart(constant, monkeypa
     z, fresh = (torch.randn(1500, 2, generator=random(i), dtype=torch.float64) for i in (0, 1))
     rest, other = noise(z, random(3)), noise(fresh, random(2))
     if not constant:
-        monkeypatch.setattr(scatter, "_trained", lambda task, *given: Loop(task, *given[:2]).run(False))
+        monkeypatch.setattr(scatter, "_trained", lambda task, *given: (None, Loop(task, *given[:2]).run(False)))
     f = z[:, :1] * line
     found = fit_noise(z, f + rest, f, rest.T @ rest / len(z), lambda y, generator: y, QUICK, None, False)
     scale = torch.exp(0.7 * fresh[:, 1:, None]) * factor

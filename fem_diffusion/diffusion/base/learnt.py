@@ -16,6 +16,10 @@ constant c,
 .. math:: \log p(y | z) = \mathrm{tr} D + \log \sum_i \pi_i e^{\mathrm{tr} E_i - |S_i (e - \mu_i)|^2 / 2} + c.
 
 Of many readings W are principal axes, the widest first, and O has few columns: what the widest say of the others.
+
+Where readings scatter *apart*, each by a law of its own as outliers of single sensors do, mixtures of normal laws for
+all of them together would have to be as many as there are ways to combine them. There each reading is one whose W, T
+and S are numbers, with a mixture of its own, and densities are products.
 """
 
 from collections.abc import Callable
@@ -28,7 +32,7 @@ from torch import Tensor
 from fem_diffusion.diffusion.base.emulator import Emulator
 from fem_diffusion.diffusion.tensors import Tensors
 
-__all__ = ["FULL", "LearntNoise", "log_density", "mixed", "numbers", "places", "whitened"]
+__all__ = ["FULL", "LearntNoise", "each", "log_density", "mixed", "numbers", "places", "whitened"]
 
 # Readings up to which O is full, and columns that it has beyond.
 FULL, _COLUMNS = 24, 12
@@ -46,9 +50,9 @@ class LearntNoise(Tensors):
     ----------
     network : Emulator
         Of m, D and O for k readings; then of the laws that are mixed, if there are several: logarithms of shares, which
-        need not sum to one, of all of them, and mu, E and U of each.
+        need not sum to one, of all of them, and mu, E and U of each. Of readings apart each number for all k of them.
     whitener : Tensor
-        W, shape (k, k).
+        W, shape (k, k), or its diagonal (k,) where readings scatter apart.
     sensors : Tensor
         Numbers of the readings that are at hand, shape (j,), all of them unless some have failed: those of W, and
         behind them those aside.
@@ -65,6 +69,11 @@ class LearntNoise(Tensors):
         """Of some of the readings at hand, by their numbers."""
         return replace(self, sensors=self.sensors[sensors])
 
+    @property
+    def apart(self) -> bool:
+        """Whether each reading scatters by itself."""
+        return self.whitener.dim() == 1
+
     @cached_property
     def _own(self) -> Tensor:
         """Which of the readings at hand W is of, shape (j,)."""
@@ -77,43 +86,65 @@ class LearntNoise(Tensors):
 
     @property
     def components(self) -> int:
-        """How many normal laws are mixed."""
-        return mixed(self.network.config["s"], len(self.whitener))
+        """How many normal laws are mixed, of all readings or of each."""
+        return mixed(self.network.config["s"], len(self.whitener), self.apart)
+
+    @property
+    def words(self) -> str:
+        """What the law is, in words."""
+        laws = self.components
+        return (f"a mixture of {laws} normal laws" if laws > 1 else "a normal law") + " for each reading" * self.apart
 
     @property
     def together(self) -> int:
         """How many latents have their matrices held at once."""
-        return max(1, _NUMBERS // (self.components * len(self.whitener)**2 + len(self.sensors)**2))
+        entries = len(self.whitener) if self.apart else len(self.whitener)**2
+        return max(1, _NUMBERS // (self.components * entries + len(self.sensors)**2))
+
+    def _one_by_one(self, found: Tensor) -> Tensor:
+        """Of what the network finds, (B, q), what is of each of those at hand that W is of, (B o, n)."""
+        return each(found, len(self.whitener))[:, self.sensors[self._own]].flatten(0, 1)
 
     def _mixture(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normal laws of the scatter of those at hand that W is of, for what the network finds, (B, q).
 
-        Logarithms of shares (B, p), means (B, p, o), roots of covariances (B, p, o, k).
+        Logarithms of shares (B, p), means (B, p, o), roots of covariances (B, p, o, k); apart they are of B o readings.
         """
-        shared, shares, own = _split(found, len(self.whitener))
-        (m, d, low), (mu, e, inner) = (_entries(x, len(self.whitener)) for x in (shared, own))
-        back = torch.linalg.inv(self.whitener)[self.sensors[self._own]]
+        here, k = self.sensors[self._own], len(self.whitener)
+        if self.apart:
+            back, k = (1 / self.whitener[here]).repeat(len(found))[:, None, None, None], 1
+            found = self._one_by_one(found)
+        else:
+            back = torch.linalg.inv(self.whitener)[here]
+        shared, shares, own = _split(found, k)
+        (m, d, low), (mu, e, inner) = (_entries(x, k) for x in (shared, own))
         root = back @ _inverse(d, low)
-        mean = m @ back.T + (root @ mu[..., None])[..., 0]
+        mean = (back @ m[..., None])[..., 0] + (root @ mu[..., None])[..., 0]
         if len(shares[0]) > 1:
             root = root @ _inverse(e, inner)
         return shares, mean, root
 
     def _beside(self, mean: Tensor) -> Tensor:
-        """Means (B, o) of those at hand that W is of, with zeros for the others, (B, j)."""
+        """Means (B, o), or (B o, 1), of those at hand that W is of, with zeros for the others, (B, j)."""
+        mean = mean.unflatten(0, (-1, int(self._own.sum()))).squeeze(2) if self.apart else mean
         return mean if bool(self._own.all()) else mean.new_zeros(len(mean), len(self.sensors)).index_copy(
             1, torch.where(self._own)[0], mean)
 
     def _with_aside(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Means (B, o) and covariances (B, o, o) of those at hand that W is of, with the others: (B, j) and (B, j, j).
+
+        Apart they are (B o, 1) and (B o, 1, 1).
         """
+        mean = self._beside(mean)
+        if self.apart:
+            covariance = torch.diag_embed(covariance.view(len(mean), -1))
         if bool(self._own.all()):
             return mean, covariance
         own, others = torch.where(self._own)[0], torch.where(~self._own)[0]
         found = mean.new_zeros(len(mean), len(self.sensors), len(self.sensors))
         found[:, own[:, None], own] = covariance
         found[:, others[:, None], others] = self._aside @ self._aside.mT
-        return self._beside(mean), found
+        return mean, found
 
     @cached_property
     def _aside(self) -> Tensor:
@@ -130,13 +161,13 @@ class LearntNoise(Tensors):
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of the scatter (B, j), one at each of the latents (B, r)."""
-        def white(root: Tensor) -> Tensor:
-            normal = torch.randn(len(z), root.shape[-1], 1, generator=generator, dtype=z.dtype, device=z.device)
+        def white(root: Tensor, n: int) -> Tensor:
+            normal = torch.randn(n, root.shape[-1], 1, generator=generator, dtype=z.dtype, device=z.device)
             return (root @ normal)[..., 0]
         mean, root = _one(*self._mixture(self.network(z)), generator)
-        found = self._beside(mean + white(root))
+        found = self._beside(mean + white(root, len(root)))
         if not bool(self._own.all()):
-            found[:, ~self._own] = white(self._aside)
+            found[:, ~self._own] = white(self._aside, len(z))
         return found
 
     def mean_with_pull(self, z: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -154,6 +185,9 @@ class LearntNoise(Tensors):
 
     def _log_density(self, rest: Tensor, found: Tensor) -> Tensor:
         rest = rest[:, self._own]
+        if self.apart:
+            x = rest * self.whitener[self.sensors[self._own]]
+            return log_density(x.reshape(-1, 1), self._one_by_one(found)).view_as(rest).sum(1)
         if self.whole:
             return log_density(rest @ self.whitener.mT, found)
         shares, mean, root = self._mixture(found)
@@ -178,9 +212,11 @@ class LearntNoise(Tensors):
             return torch.cat([mean for mean, _ in parts]), torch.cat([covariance for _, covariance in parts])
         shares, mean, root = self._mixture(self.network(z))
         S, own = root @ root.mT, self._own[kept]
-        place = (self._own.cumsum(0) - 1)[kept[own]]
-        log = _log_parts(rest[:, own], shares, mean[..., place], S[..., place, :][..., place])
-        log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
+        log = shares
+        if not self.apart:
+            place = (self._own.cumsum(0) - 1)[kept[own]]
+            log = _log_parts(rest[:, own], shares, mean[..., place], S[..., place, :][..., place])
+            log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
         mean, S = self._with_aside(*_one(log, mean, S, generator))
         gain = torch.linalg.solve(S[:, kept][..., kept], S[:, kept][..., left]).mT
         return (mean[:, left] + (gain @ (rest - mean[:, kept])[..., None])[..., 0],
@@ -191,7 +227,7 @@ def _inverse(d: Tensor, low: Tensor) -> Tensor:
     """Inverse (..., k, k) of exp(D) (1 + O), of the diagonal (..., k) and O (..., k, k); huge, and finite, far out."""
     identity = torch.eye(low.shape[-1]).to(low)
     unit = torch.linalg.solve_triangular(low, identity.expand_as(low), upper=False, unitriangular=True)
-    return unit * torch.exp(-d.clamp(-_FAR, _FAR))[..., None, :]
+    return unit * torch.exp(-d)[..., None, :]
 
 
 def _one(log: Tensor, means: Tensor, matrices: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -227,9 +263,14 @@ def numbers(k: int, components: int = 1) -> int:
     return one if components == 1 else one + components * (one + 1)
 
 
-def mixed(size: int, k: int) -> int:
+def mixed(size: int, k: int, apart: bool = False) -> int:
     """Of how many normal laws a network emulates so many numbers for k readings."""
-    return max(1, (size - numbers(k)) // (numbers(k) + 1))
+    return mixed(size // k, 1) if apart else max(1, (size - numbers(k)) // (numbers(k) + 1))
+
+
+def each(found: Tensor, k: int) -> Tensor:
+    """Of what a network finds of k readings apart, (B, q), what is of each, (B, k, n)."""
+    return found.unflatten(1, (-1, k)).mT
 
 
 def _split(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +288,7 @@ def _entries(found: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = places(k, found.device)
     low = found.new_zeros(*found.shape[:-1], k, k)
     low[..., rows, columns] = found[..., 2 * k:]
-    return found[..., :k], found[..., k:2 * k], low
+    return found[..., :k], found[..., k:2 * k].clamp(-_FAR, _FAR), low
 
 
 def whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:

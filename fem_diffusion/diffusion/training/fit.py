@@ -53,14 +53,15 @@ def fit_denoiser(z: Tensor, y: Tensor, noise: Noise | float | LayoutFamily | Non
     A network for the emulator is kept where it helps on held-out pairs; then the base may follow the posterior, if it
     gives held-out latents more density so. The network under the base is kept where it beats the base on held-out pairs
     by more than two standard errors. Where the latents are standard normal and the law of the noise is not known, that
-    is learnt as a function of the latents where this helps, as a mixture of normal laws where one does not do, and the
-    emulator with it takes the place of the network where it gives held-out latents more density; readings of which many
-    are equal, such as counts, are spread over the gaps between them for that, and where most say nothing of the latents
-    all is learnt from the others. None is trained where there is nothing to learn: where the base is known to be exact,
-    and where held-out latents are as samples of the base, moved under the emulator's density: differences of 5 % in the
-    spread of all latents, or of 15 % in that of one, show in 2,048 of them. At the end the spectrum is measured from
-    which samplers place their steps, and collapse onto the training pairs, of which a `CollapseWarning` tells. A
-    warning tells, too, where the pairs are so few that the Gaussian base itself is uncertain, and by how much.
+    is learnt as a function of the latents where this helps, as a mixture of normal laws, of all readings or of each,
+    where one does not do, and the emulator with it takes the place of the network where it gives held-out latents more
+    density; readings of which many are equal, such as counts, are spread over the gaps between them for that, and where
+    most say nothing of the latents all is learnt from the others. None is trained where there is nothing to learn:
+    where the base is known to be exact, and where held-out latents are as samples of the base, moved under the
+    emulator's density: differences of 5 % in the spread of all latents, or of 15 % in that of one, show in 2,048 of
+    them. At the end the spectrum is measured from which samplers place their steps, and collapse onto the training
+    pairs, of which a `CollapseWarning` tells. A warning tells, too, where the pairs are so few that the Gaussian base
+    itself is uncertain, and by how much.
 
     All of this happens on scales of latents and readings that held-out pairs choose (`choose_scales`), through which
     the noise is carried: it is drawn in the users' units, in which measurements and samples stay.

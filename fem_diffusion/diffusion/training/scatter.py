@@ -4,7 +4,8 @@ Training begins with the mean, by least squares: a density, whose spreads are as
 before it falls. One normal law follows. Many readings of few pairs are learnt by heart, above all how they go together:
 where training ends early, O is tried that is the same everywhere. To what one law leaves, mixtures that are the same
 everywhere are fitted by expectation maximisation, and as long as twice as many laws say more of held-out pairs, there
-are twice as many. Where there are several, training goes on from there.
+are twice as many. Where there are several, training goes on from there. Where anything is found, a mixture for each
+reading by itself is trained, too, from the mean on, and held-out pairs choose.
 """
 
 import math
@@ -12,14 +13,18 @@ import os
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fem_diffusion.diffusion.base.emulator import Emulator, spread
-from fem_diffusion.diffusion.base.learnt import FULL, LearntNoise, log_density, numbers, places, whitened
+from fem_diffusion.diffusion.base.learnt import FULL, LearntNoise, each, log_density, numbers, places, whitened
 from fem_diffusion.diffusion.sampling.mixtures import normal_laws
 from fem_diffusion.diffusion.training.loop import Loop, Task, TrainingOptions, hold_out, sure
+
+if TYPE_CHECKING:
+    from sklearn.mixture import GaussianMixture
 
 __all__ = ["depends", "fit_noise"]
 
@@ -27,9 +32,12 @@ __all__ = ["depends", "fit_noise"]
 _DEEPER = 2
 # Normal laws that are mixed, at most; starts of expectation maximisation and what its covariances are raised by.
 _MOST, _STARTS, _RAISED = 16, 3, 1e-4
+# Of each reading, where readings scatter apart.
+_EACH = 8
 # Pairs that mixtures are fitted to, at most, and pairs that are whitened at once.
 _FITTED, _TOGETHER = 5000, 1024
-# Steps of the mean and of a mixture, and the rate of this, as shares of the law's: faster ones lose where it starts.
+# Steps of the mean and of mixtures, and the rate of one of all readings, as shares of the law's: faster ones lose where
+# it starts.
 _STEPS, _RATE = 0.3, 0.05
 # Pairs with which each held-out one is mixed up.
 _MIXED_UP = 16
@@ -48,6 +56,14 @@ def _copy(source: Emulator, target: Emulator) -> None:
     assert source.head is not None and target.head is not None   # of a depth above 0
     same = min(source.config["s"], target.config["s"])
     target.head.weight.data[:same] = source.head.weight.data[:same]
+
+
+def _turned(mean: Emulator, matrix: Tensor) -> Emulator:
+    """The same mean in other coordinates of the readings, by a matrix (k, k)."""
+    mean = deepcopy(mean)
+    assert mean.head is not None
+    mean.head.weight.data[:len(matrix)] = matrix @ mean.head.weight.data[:len(matrix)]
+    return mean
 
 
 class _Constant(nn.Module):
@@ -83,6 +99,7 @@ class _Likelihood(Task[Emulator | _Constant]):
     start: Emulator | None   # of training, where it goes on
     constant: bool           # whether O is
     mean: bool               # whether that is all, learnt by least squares
+    apart: bool              # whether each reading has a mixture of its own
 
     def __init__(self, z: Tensor, y: Tensor, f: Tensor, white: Callable[[Tensor, Tensor, torch.Generator], Tensor],
                  training: Tensor, held_out: Tensor, options: TrainingOptions):
@@ -92,7 +109,7 @@ class _Likelihood(Task[Emulator | _Constant]):
         self.validation = z[held_out], white(y[held_out], f[held_out], generator)
         # The validation holds what noise is like, and the units of what is left.
         self.parts = [z, y, f, *self.validation]
-        self.start, self.constant, self.mean = None, False, False
+        self.start, self.constant, self.mean, self.apart = None, False, False, False
         self.base_losses = self.validation[1].square().sum(1) / 2
 
     def network(self) -> Emulator | _Constant:
@@ -104,7 +121,11 @@ class _Likelihood(Task[Emulator | _Constant]):
 
     def _losses(self, network: Emulator | _Constant, z: Tensor, x: Tensor) -> Tensor:
         found = _found(network, z)
-        return (x - found[:, :x.shape[1]]).square().sum(1) / 2 if self.mean else -log_density(x, found)
+        if self.mean:
+            return (x - found[:, :x.shape[1]]).square().sum(1) / 2
+        if self.apart:
+            return -log_density(x.reshape(-1, 1), each(found, x.shape[1]).flatten(0, 1)).view_as(x).sum(1)
+        return -log_density(x, found)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return self.z[index], self.white(self.y[index], self.f[index], generator)
@@ -122,54 +143,64 @@ class _Likelihood(Task[Emulator | _Constant]):
         z, x = self.validation
         return torch.stack([self._losses(network, z.roll(i + 1, 0), x) for i in range(min(_MIXED_UP, len(z)))]).mean(0)
 
-    def mix(self, first: Emulator | None) -> bool:
-        """Start at this network, or none, with a mixture behind it if held-out pairs ask for one; whether they do."""
-        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
-        pairs = self.z, self.white(self.y, self.f, generator)
-
+    def rest(self, first: Emulator | None) -> tuple[Tensor, Tensor]:
+        """What one law, or a mean, leaves of pairs and held-out ones, on the CPU: white as far as that is the law."""
         def rest(z: Tensor, x: Tensor) -> Tensor:
             return x if first is None else torch.cat([whitened(x, _found(first, z))[0] for z, x in zip(
                 z.split(_TOGETHER), x.split(_TOGETHER))])
-        e, held_out = (rest(*part).double().cpu() for part in (pairs, self.validation))
-        mixture = _mixture(e, held_out, self.options.seed)
-        if mixture is None:
-            return False
-        r, k = self.z.shape[1], e.shape[1]
+        generator = torch.Generator(self.z.device).manual_seed(self.options.seed + 2)
+        e, held_out = (rest(*part).double().cpu() for part in (
+            (self.z, self.white(self.y, self.f, generator)), self.validation))
+        return e, held_out
+
+    def begin(self, first: Emulator | None, mixture: Tensor, apart: bool) -> None:
+        """Start at this network, or none, with a mixture behind it, as `_mixture` finds it."""
+        r, k = self.z.shape[1], self.validation[1].shape[1]
+        count = 2 * k if apart else numbers(k)
+        mixture = mixture.repeat_interleave(k) if apart else mixture
         with torch.random.fork_rng():
             torch.manual_seed(self.options.seed)
-            start = Emulator(r, numbers(k) + len(mixture), self.options.width, self.options.depth, scaled=False)
+            start = Emulator(r, count + len(mixture), self.options.width, self.options.depth, scaled=False)
         if first is not None:
             _copy(first, start)
-            start.offset[:numbers(k)] = first.offset
-        start.offset[numbers(k):] = mixture
-        self.start, self.name, self.constant = start.to(self.z.device), "mixture", False
+            start.offset[:count] = first.offset[:count]
+        start.offset[count:] = mixture
+        self.start, self.name, self.constant, self.apart = start.to(self.z.device), "mixture", False, apart
         # Weights of a checkpoint belong to the mixture that they were trained with.
         self.parts = [*self.parts, mixture]
         self.base_losses = self.evaluate(self.start)
-        return True
+
+
+def _fitted(e: Tensor, count: int, seed: int) -> tuple["GaussianMixture", Tensor]:
+    """A mixture of so many normal laws of e (n, k), and its numbers, as `_split` takes them."""
+    (rows, columns), full = places(e.shape[1], e.device), e.shape[1] <= FULL
+    law = normal_laws(e[:_FITTED], count, seed, covariance_type="full" if full else "diag", n_init=_STARTS,
+                      reg_covar=_RAISED, tol=1e-4, max_iter=200)
+    shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
+    root = root if full else torch.diag_embed(root)
+    d = root.diagonal(dim1=1, dim2=2)
+    low = (root.mT / d[..., None])[:, rows, columns]
+    return law, torch.cat([shares.log(), torch.cat([means, d.log(), low], 1).flatten()])
+
+
+def _singly(e: Tensor) -> Tensor:
+    """Numbers (n, k) one by one, (n k, 1)."""
+    return e.reshape(-1, 1)
 
 
 def _mixture(e: Tensor, held_out: Tensor, seed: int) -> Tensor | None:
-    """Normal laws that are mixed to the law of e (n, k), the same everywhere: their numbers, as `_split` takes them.
+    """Normal laws that are mixed to the law of e (n, k), the same everywhere.
 
     None where two of them do not get more density at `held_out` (m, k) than a standard normal law, by more than two
     standard errors; they are doubled until twice as many do not.
     """
-    (rows, columns), full = places(e.shape[1], e.device), e.shape[1] <= FULL
     best, before, count = None, -(held_out.square() + math.log(2 * math.pi)).sum(1) / 2, 2
-    e = e[:_FITTED]
     while count <= min(_MOST, len(e)):
-        law = normal_laws(e, count, seed, covariance_type="full" if full else "diag", n_init=_STARTS,
-                          reg_covar=_RAISED, tol=1e-4, max_iter=200)
+        law, found = _fitted(e, count, seed)
         after = torch.from_numpy(law.score_samples(held_out.numpy()))
         if not sure(after - before):
             break
-        shares, means, root = (torch.from_numpy(x) for x in (law.weights_, law.means_, law.precisions_cholesky_))
-        root = root if full else torch.diag_embed(root)
-        d = root.diagonal(dim1=1, dim2=2)
-        best = torch.cat([shares.log(), torch.cat([means, d.log(), (root.mT / d[..., None])[:, rows, columns]],
-                                                  1).flatten()])
-        before, count = after, 2 * count
+        best, before, count = found, after, 2 * count
     return best
 
 
@@ -190,20 +221,50 @@ def fit_noise(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
         Readings (B, k) of some y (B, k) by a generator.
     """
     k = y.shape[1]
-    task, options, whitener, (centre, size) = _prepared(z, y, f, residual, draw, options)
-    network = _trained(task, options, checkpoint, progress)
-    if task.mix(network):
-        if network is not None:
-            options = replace(options, steps=max(1, round(_STEPS * options.steps)),
-                              learning_rate=_RATE * options.learning_rate)
-        loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}.mixture")
-        network = loop.run(progress) or task.start
+    task, law, whitener, (centre, size) = _prepared(z, y, f, residual, draw, options)
+    mean, network = _trained(task, law, checkpoint, progress)
+    losses = task.base_losses if network is None else task.evaluate(network)
+    e, held_out = task.rest(network)
+    mixture = _mixture(e, held_out, options.seed)
+    apart = k > 1 and (network is not None or mixture is not None or _mixture(
+        _singly(e), _singly(held_out), options.seed) is not None)
+    if mixture is not None:
+        task.begin(network, mixture, False)
+        slow = law if network is None else replace(_fewer(law), learning_rate=_RATE * law.learning_rate)
+        network, losses = _mixed(task, slow, ".mixture", checkpoint, progress)
+    losses = losses - torch.linalg.slogdet(whitener)[1]
+    if apart:
+        task, law, unit, _ = _prepared(z, y, f, residual, draw, options, apart=True)
+        if mean is not None:
+            mean = _turned(mean, (unit[:, None] * torch.linalg.inv(whitener)).to(task.z))
+        other, found = _apart(task, law, mean, checkpoint, progress)
+        # Of readings in their own units.
+        if sure(losses - (found - unit.log().sum())):
+            network, whitener = other, unit
     if network is None:
         return None
     assert isinstance(network, Emulator)
     network = network.to("cpu").eval().requires_grad_(False)
     network.centre, network.unit = centre, size
     return LearntNoise(network, whitener, torch.arange(k), whitener.new_zeros(0, 0))
+
+
+def _fewer(options: TrainingOptions) -> TrainingOptions:
+    return replace(options, steps=max(1, round(_STEPS * options.steps)))
+
+
+def _mixed(task: _Likelihood, options: TrainingOptions, name: str, checkpoint: str | os.PathLike | None,
+           progress: bool) -> tuple[Emulator | _Constant | None, Tensor]:
+    """A mixture, trained from where the task begins, and its losses of held-out pairs."""
+    loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}{name}")
+    return loop.run(progress) or task.start, loop.best_losses
+
+
+def _apart(task: _Likelihood, options: TrainingOptions, mean: Emulator | None, checkpoint: str | os.PathLike | None,
+           progress: bool) -> tuple[Emulator | _Constant | None, Tensor]:
+    """Mixtures of single readings, trained from the mean on, and their losses of held-out pairs."""
+    task.begin(mean, _fitted(_singly(task.rest(mean)[0]), _EACH, options.seed)[1], True)
+    return _mixed(task, _fewer(options), ".apart", checkpoint, progress)
 
 
 def depends(z: Tensor, y: Tensor, options: TrainingOptions, checkpoint: str | os.PathLike | None,
@@ -214,13 +275,15 @@ def depends(z: Tensor, y: Tensor, options: TrainingOptions, checkpoint: str | os
     """
     rest = y - y.mean(0)
     task, options, *_ = _prepared(z, y, y.mean(0).expand_as(y), rest.T @ rest / len(y), lambda y, generator: y, options)
-    network = _trained(task, options, checkpoint, progress)
+    _, network = _trained(task, options, checkpoint, progress)
     return network is not None and sure(task.mixed_up(network) - task.evaluate(network))
 
 
 def _prepared(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor],
-              options: TrainingOptions) -> tuple[_Likelihood, TrainingOptions, Tensor, tuple[Tensor, Tensor]]:
-    """The task of `fit_noise`, its options, W (k, k), and centre and size (r,) of the latents."""
+              options: TrainingOptions, apart: bool = False
+              ) -> tuple[_Likelihood, TrainingOptions, Tensor, tuple[Tensor, Tensor]]:
+    """The task of `fit_noise`, its options, W (k, k), of readings apart (k,), and centre and size (r,) of the latents.
+    """
     training, held_out = hold_out(z, options)
     # Of readings without noise, or sums of others, nothing would be left beside these, and a density is infinite.
     blur = _BLUR * spread(y - y.mean(0))
@@ -228,7 +291,9 @@ def _prepared(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     unit = residual.diagonal().sqrt()
     values, axes = torch.linalg.eigh(residual / unit / unit[:, None])
     values = values.clamp(min=float(values[-1]) * _BLUR**2)
-    if len(unit) <= FULL:
+    if apart:
+        whitener = 1 / unit
+    elif len(unit) <= FULL:
         root = torch.linalg.cholesky(axes * values @ axes.T)
         whitener = torch.linalg.solve_triangular(root, torch.eye(len(unit), dtype=y.dtype), upper=False) / unit
     else:
@@ -242,7 +307,7 @@ def _prepared(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
     def white(y: Tensor, f: Tensor, generator: torch.Generator) -> Tensor:
         rest = draw(y, generator) - f
         rest = rest + blur * torch.randn(rest.shape, generator=generator, dtype=rest.dtype, device=device)
-        return (rest @ across.T).float()
+        return (rest * across if apart else rest @ across.T).float()
     # Logarithms of spreads bend more than means.
     options = replace(options, members=1, batch=min(options.batch, len(training)), depth=options.depth + _DEEPER)
     task = _Likelihood(latents.float(), y, f, white, training, held_out, options)
@@ -250,8 +315,8 @@ def _prepared(z: Tensor, y: Tensor, f: Tensor, residual: Tensor, draw: Callable[
 
 
 def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.PathLike | None,
-             progress: bool) -> Emulator | None:
-    """Of one normal law, with O that depends on the latents or is the same everywhere, as held-out pairs want it."""
+             progress: bool) -> tuple[Emulator | None, Emulator | None]:
+    """The mean, and one normal law, with O that depends on the latents or is the same everywhere, as pairs want it."""
     def run(name: str, options: TrainingOptions) -> tuple[Loop[Emulator | _Constant], Emulator | _Constant | None]:
         loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}{name}")
         # Noise that is the same everywhere is told soon, and is to cost little; where something is found, all patience.
@@ -262,15 +327,15 @@ def _trained(task: _Likelihood, options: TrainingOptions, checkpoint: str | os.P
             network = loop.run(progress)
         return loop, network
     task.mean = True
-    _, start = run(".mean", replace(options, steps=max(1, round(_STEPS * options.steps))))
+    _, start = run(".mean", _fewer(options))
     assert not isinstance(start, _Constant)
-    task.mean, task.start = False, None if start is None else start.requires_grad_(True)
+    task.mean, task.start = False, None if start is None else deepcopy(start).requires_grad_(True)
     loop, network = run("", options)
     assert not isinstance(network, _Constant)
     if loop.step >= options.steps or task.validation[1].shape[1] == 1:
-        return network
+        return start, network
     task.constant = True
     other, found = run(".constant", options)
     if not isinstance(found, _Constant) or network is not None and other.best_losses.mean() > loop.best_losses.mean():
-        return network
-    return found.whole().to(task.z.device).requires_grad_(False)
+        return start, network
+    return start, found.whole().to(task.z.device).requires_grad_(False)
