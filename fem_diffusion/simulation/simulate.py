@@ -177,8 +177,16 @@ def _modes(problem: InverseProblem, derivatives: bool | ModalBasis, folder: Fold
     basis = karhunen_loeve(problem.prior) if given is None else given
     if folder is None:
         return basis
+
+    def keep() -> None:
+        if folder.exists():
+            folder.open()
+            if not folder.derivatives:
+                raise _other(folder, ["derivatives"])
+        if not member:
+            folder.keep_modes(basis)
     # Signs of modes are those of a run: what is in the folder counts, for all members.
-    together(everyone, lambda: member or folder.keep_modes(basis))
+    together(everyone, keep)
     kept = together(everyone, lambda: folder.modes(problem.prior))
     if given is not None and not folder.comm.allreduce(_near(given.scaled_modes, kept.scaled_modes), MPI.LAND):
         raise DataError(f"{folder.path} holds other modes than those of the basis: name another folder.")
@@ -193,9 +201,13 @@ def _check_former(folder: Folder, job: Job, block: int) -> None:
         ("derivatives", folder.derivatives, job.basis is not None))
         if former != wanted]
     if changed:
-        raise DataError(f"{folder.path} holds a data set with other {' and '.join(changed)}: name another folder, or "
-                        "delete this one.")
+        raise _other(folder, changed)
     _check_same(folder, job)
+
+
+def _other(folder: Folder, changed: list[str]) -> DataError:
+    return DataError(f"{folder.path} holds a data set with other {' and '.join(changed)}: name another folder, or "
+                     "delete this one.")
 
 
 def _check_same(folder: Folder, job: Job) -> None:

@@ -116,6 +116,7 @@ def test_what_is_not_that_data_set_is_refused(problem, tmp_path):
     assert load_pairs(tmp_path / "plain", problem).derivatives is None
     with pytest.raises(DataError, match="with other derivatives"):
         simulate(problem, 3, seed=3, path=tmp_path / "plain", derivatives=True, **QUIET)
+    assert not (tmp_path / "plain" / "modes.safetensors").exists()
     folder = tmp_path / "d"
     simulate(problem, 3, seed=3, path=folder, derivatives=True, **QUIET)
     with pytest.raises(DataError, match="with other derivatives"):
