@@ -183,22 +183,23 @@ def _unpack_learnt(content: Content, emulator: Emulator, k: int) -> LearntNoise 
     apart = "noise.whitener" in content.arrays and content.arrays["noise.whitener"].ndim == 1
     aside = torch.from_numpy(content.array("noise.aside", None, None))
     whitener = torch.from_numpy(content.array("noise.whitener", None, *(() if apart else (None,))))
-    own, most = len(whitener), len(whitener) + len(aside)
-    square = torch.diag(whitener) if apart else whitener
-    if square.shape != (own, own) or aside.shape != (most - own, most - own) or network.config["s"] != _numbers(
-            network.config["s"], own, apart) or not ((sensors >= 0) & (sensors < most)).all() or len(
-            sensors.unique()) < k or not (_regular(square) and _regular(aside)):
+    own, size = len(whitener), network.config["s"]
+    if not own or own + len(aside) != k or sensors.sort().values.tolist() != list(range(k)) or (
+            size != _numbers(size, own, apart)) or not (
+            bool((whitener != 0).all()) if apart else _regular(whitener)) or not _regular(aside):
         raise content.error("holds noise that is none of its sensors")
     return LearntNoise(network, whitener, sensors, aside)
 
 
 def _numbers(size: int, k: int, apart: bool) -> int:
     """How many a network of this many, or fewer, emulates for k readings."""
-    return k * _numbers(size // k, 1, False) if apart and k else numbers(k, mixed(size, k))
+    return k * _numbers(size // k, 1, False) if apart else numbers(k, mixed(size, k))
 
 
 def _regular(matrix: Tensor) -> bool:
-    """Whether a square matrix has an inverse, whatever the units of its rows."""
+    """Whether a matrix is square and has an inverse, whatever the units of its rows."""
+    if matrix.shape != (len(matrix), len(matrix)):
+        return False
     size = matrix.norm(dim=1, keepdim=True)
     return not len(matrix) or bool((size > 0).all()) and bool(torch.linalg.svdvals(matrix / size)[-1] > 0)
 

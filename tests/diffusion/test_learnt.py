@@ -142,6 +142,24 @@ def test_readings_apart_have_mixtures_of_their_own():
     assert (drawn.std(0) / covariance[0].diagonal().sqrt() - 1).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("components, apart", [(1, False), (3, False), (1, True), (3, True)])
+@pytest.mark.parametrize("some", [[0, 3], [3], []])
+def test_readings_that_say_nothing_leave_the_prior(components, apart, some):
+    learnt = replace(_learnt(components=components, apart=apart), sensors=torch.tensor([4, 2, 0, 5, 1, 3]),
+                     aside=2 * torch.eye(2).double()).select(torch.tensor(some, dtype=torch.int64))
+    j, z = len(some), torch.randn(6, R, generator=random(1)).double()
+    rest, none = torch.randn(6, j, generator=random(2)).double(), torch.tensor([], dtype=torch.int64)
+    mean, covariance = learnt.moments(z)
+    assert mean.shape == (6, j) and (mean == 0).all() and (covariance == 4 * torch.eye(j)).all()
+    assert learnt.sample(z, random()).shape == (6, j)
+    shift, pull = learnt.mean_with_pull(z)
+    assert shift.shape == (6, j) and (pull(rest) == 0).all()
+    assert learnt.log_density(rest, z).unique().numel() == 1
+    assert all((part.abs() < 1e-12).all() for part in learnt.with_pull(rest, z))
+    mean, covariance = learnt.others(rest[:, :0], z, none, torch.arange(j), random())
+    assert mean.shape == (6, j) and (covariance == 4 * torch.eye(j)).all()
+
+
 def test_readings_that_are_left_follow_those_kept():
     learnt, n = _learnt(components=3), 40000
     kept, left = torch.tensor([1, 3]), torch.tensor([0, 2])

@@ -89,7 +89,8 @@ def test_what_is_learnt_is_saved(grown, tmp_path):
         torch.testing.assert_close(draw(again.at(PLACES[some]), 50, Sampler()), draw(grown.at(PLACES[some]), 50,
                                                                                      Sampler()), rtol=0, atol=0)
     for name, value in (("sensors", np.array([0, 2])), ("sensors", np.array([1, 1])), ("whitener", np.eye(3)),
-                        ("whitener", np.zeros((2, 2))), ("whitener", np.ones(2)), ("whitener", np.ones(0))):
+                        ("whitener", np.zeros((2, 2))), ("whitener", np.ones(2)), ("whitener", np.ones(0)),
+                        ("whitener", np.ones(3000000)), ("whitener", np.ones((2, 3)))):
         with pytest.raises(FileError, match="noise that is none of its sensors"):
             written(lambda arrays: arrays.update({f"noise.{name}": value}))
 

@@ -120,24 +120,24 @@ class LearntNoise(Tensors):
         (m, d, low), (mu, e, inner) = (_entries(x, k) for x in (shared, own))
         root = back @ _inverse(d, low)
         mean = (back @ m[..., None])[..., 0] + (root @ mu[..., None])[..., 0]
-        if len(shares[0]) > 1:
+        if shares.shape[1] > 1:
             root = root @ _inverse(e, inner)
         return shares, mean, root
 
-    def _beside(self, mean: Tensor) -> Tensor:
-        """Means (B, o), or (B o, 1), of those at hand that W is of, with zeros for the others, (B, j)."""
-        mean = mean.unflatten(0, (-1, int(self._own.sum()))).squeeze(2) if self.apart else mean
+    def _beside(self, mean: Tensor, size: int) -> Tensor:
+        """Means (B, o), or (B o, 1), of those at hand that W is of, with zeros for the others, (B, j), of `size` B."""
+        mean = mean.reshape(size, int(self._own.sum()))
         return mean if bool(self._own.all()) else mean.new_zeros(len(mean), len(self.sensors)).index_copy(
             1, torch.where(self._own)[0], mean)
 
-    def _with_aside(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_aside(self, mean: Tensor, covariance: Tensor, size: int) -> tuple[Tensor, Tensor]:
         """Means (B, o) and covariances (B, o, o) of those at hand that W is of, with the others: (B, j) and (B, j, j).
 
-        Apart they are (B o, 1) and (B o, 1, 1).
+        Apart they are (B o, 1) and (B o, 1, 1); `size` is B.
         """
-        mean = self._beside(mean)
         if self.apart:
-            covariance = torch.diag_embed(covariance.view(len(mean), -1))
+            covariance = torch.diag_embed(covariance.reshape(size, int(self._own.sum())))
+        mean = self._beside(mean, size)
         if bool(self._own.all()):
             return mean, covariance
         own, others = torch.where(self._own)[0], torch.where(~self._own)[0]
@@ -156,8 +156,8 @@ class LearntNoise(Tensors):
         shares, means, root = self._mixture(self.network(z))
         weights = shares.exp()[..., None]
         mean = (weights * means).sum(1)
-        root = torch.cat([root, (means - mean[:, None])[..., None]], 3) if len(shares[0]) > 1 else root
-        return self._with_aside(mean, (weights[..., None] * root @ root.mT).sum(1))
+        root = torch.cat([root, (means - mean[:, None])[..., None]], 3) if shares.shape[1] > 1 else root
+        return self._with_aside(mean, (weights[..., None] * root @ root.mT).sum(1), len(z))
 
     def sample(self, z: Tensor, generator: torch.Generator) -> Tensor:
         """Draws of the scatter (B, j), one at each of the latents (B, r)."""
@@ -165,7 +165,7 @@ class LearntNoise(Tensors):
             normal = torch.randn(n, root.shape[-1], 1, generator=generator, dtype=z.dtype, device=z.device)
             return (root @ normal)[..., 0]
         mean, root = _one(*self._mixture(self.network(z)), generator)
-        found = self._beside(mean + white(root, len(root)))
+        found = self._beside(mean + white(root, len(root)), len(z))
         if not bool(self._own.all()):
             found[:, ~self._own] = white(self._aside, len(z))
         return found
@@ -176,7 +176,7 @@ class LearntNoise(Tensors):
         with torch.enable_grad():
             at = found.detach().requires_grad_()
             shares, means, _ = self._mixture(at)
-            mean = self._beside((shares.exp()[..., None] * means).sum(1))
+            mean = self._beside((shares.exp()[..., None] * means).sum(1), len(z))
         return mean.detach(), lambda covector: pull(torch.autograd.grad(mean, at, covector, retain_graph=True)[0])
 
     def log_density(self, rest: Tensor, z: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class LearntNoise(Tensors):
             place = (self._own.cumsum(0) - 1)[kept[own]]
             log = _log_parts(rest[:, own], shares, mean[..., place], S[..., place, :][..., place])
             log = torch.where(torch.isfinite(log).any(1, keepdim=True), log, shares)
-        mean, S = self._with_aside(*_one(log, mean, S, generator))
+        mean, S = self._with_aside(*_one(log, mean, S, generator), len(z))
         gain = torch.linalg.solve(S[:, kept][..., kept], S[:, kept][..., left]).mT
         return (mean[:, left] + (gain @ (rest - mean[:, kept])[..., None])[..., 0],
                 S[:, left][..., left] - gain @ S[:, kept][..., left])
@@ -302,7 +302,7 @@ def log_density(x: Tensor, found: Tensor) -> Tensor:
     """Log density (B,) up to a constant of x = W (y - f), (B, k), for what a network finds, (B, q)."""
     shared, shares, own = _split(found, x.shape[1])
     e, volume = whitened(x[:, None], shared)
-    if len(shares[0]) == 1:
+    if shares.shape[1] == 1:
         return volume[:, 0] - e[:, 0].square().sum(1) / 2
     white, more = whitened(e, own)
     return volume[:, 0] + (shares + more - white.square().sum(2) / 2).logsumexp(1)

@@ -165,7 +165,8 @@ class _Likelihood(Task[Emulator | _Constant]):
             _copy(first, start)
             start.offset[:count] = first.offset[:count]
         start.offset[count:] = mixture
-        self.start, self.name, self.constant, self.apart = start.to(self.z.device), "mixture", False, apart
+        self.start, self.constant, self.apart = start.to(self.z.device), False, apart
+        self.name = "mixtures" if apart else "mixture"
         # Weights of a checkpoint belong to the mixture that they were trained with.
         self.parts = [*self.parts, mixture]
         self.base_losses = self.evaluate(self.start)
@@ -257,7 +258,8 @@ def _mixed(task: _Likelihood, options: TrainingOptions, name: str, checkpoint: s
            progress: bool) -> tuple[Emulator | _Constant | None, Tensor]:
     """A mixture, trained from where the task begins, and its losses of held-out pairs."""
     loop = Loop(task, options, None if checkpoint is None else f"{checkpoint}{name}")
-    return loop.run(progress) or task.start, loop.best_losses
+    network = loop.run(progress)
+    return (task.start, task.base_losses) if network is None else (network, loop.best_losses)
 
 
 def _apart(task: _Likelihood, options: TrainingOptions, mean: Emulator | None, checkpoint: str | os.PathLike | None,
