@@ -102,8 +102,8 @@ class LearntNoise(Tensors):
         return max(1, _NUMBERS // (self.components * entries + len(self.sensors)**2))
 
     def _one_by_one(self, found: Tensor) -> Tensor:
-        """Of what the network finds, (B, q), what is of each of those at hand that W is of, (B o, n)."""
-        return each(found, len(self.whitener))[:, self.sensors[self._own]].flatten(0, 1)
+        """Of what the network finds, (B, q), what is of each of those at hand that W is of, (B, o, n)."""
+        return each(found, len(self.whitener))[:, self.sensors[self._own]]
 
     def _mixture(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normal laws of the scatter of those at hand that W is of, for what the network finds, (B, q).
@@ -113,7 +113,7 @@ class LearntNoise(Tensors):
         here, k = self.sensors[self._own], len(self.whitener)
         if self.apart:
             back, k = (1 / self.whitener[here]).repeat(len(found))[:, None, None, None], 1
-            found = self._one_by_one(found)
+            found = self._one_by_one(found).flatten(0, 1)
         else:
             back = torch.linalg.inv(self.whitener)[here]
         shared, shares, own = _split(found, k)
@@ -186,8 +186,7 @@ class LearntNoise(Tensors):
     def _log_density(self, rest: Tensor, found: Tensor) -> Tensor:
         rest = rest[:, self._own]
         if self.apart:
-            x = rest * self.whitener[self.sensors[self._own]]
-            return log_density(x.reshape(-1, 1), self._one_by_one(found)).view_as(rest).sum(1)
+            return log_density(rest * self.whitener[self.sensors[self._own]], self._one_by_one(found))
         if self.whole:
             return log_density(rest @ self.whitener.mT, found)
         shares, mean, root = self._mixture(found)
@@ -299,7 +298,12 @@ def whitened(x: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_density(x: Tensor, found: Tensor) -> Tensor:
-    """Log density (B,) up to a constant of x = W (y - f), (B, k), for what a network finds, (B, q)."""
+    """Log density (B,) up to a constant of x = W (y - f), (B, k), for what a network finds, (B, q).
+
+    Of readings apart it is what `each` makes of that, (B, k, n).
+    """
+    if found.dim() == 3:
+        return log_density(x.reshape(-1, 1), found.flatten(0, 1)).view_as(x).sum(1)
     shared, shares, own = _split(found, x.shape[1])
     e, volume = whitened(x[:, None], shared)
     if shares.shape[1] == 1:

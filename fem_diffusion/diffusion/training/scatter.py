@@ -123,9 +123,7 @@ class _Likelihood(Task[Emulator | _Constant]):
         found = _found(network, z)
         if self.mean:
             return (x - found[:, :x.shape[1]]).square().sum(1) / 2
-        if self.apart:
-            return -log_density(x.reshape(-1, 1), each(found, x.shape[1]).flatten(0, 1)).view_as(x).sum(1)
-        return -log_density(x, found)
+        return -log_density(x, each(found, x.shape[1]) if self.apart else found)
 
     def draw(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
         return self.z[index], self.white(self.y[index], self.f[index], generator)
